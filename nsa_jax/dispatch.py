@@ -1,0 +1,74 @@
+"""Which implementation serves a call, and the errors when none can.
+
+`ValueError` means that the caller is wrong; it is never swallowed.
+`NotImplementedError` means that this implementation cannot do it; the next one
+asked for may.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, get_args
+
+from nsa_jax import reference, xla
+from nsa_jax.typing import Implementation, ImplementationName
+
+# The order in which `implementation=None` tries them.
+DEFAULT_ORDER: tuple[ImplementationName, ...] = ("xla",)
+
+_OPS: Mapping[str, Mapping[str, Callable[..., Any]]] = {
+  op: {"reference": getattr(reference, op), "xla": getattr(xla, op)}
+  for op in (
+    "compressed_attention",
+    "block_scores",
+    "select_blocks",
+    "selected_attention",
+    "window_attention",
+  )
+}
+
+
+def names(implementation: Implementation) -> Sequence[ImplementationName]:
+  """The implementations to try, in order.
+
+  Raises:
+    ValueError: if a name is unknown or the sequence is empty.
+  """
+  known = get_args(ImplementationName)
+  if implementation is None:
+    return DEFAULT_ORDER
+  if isinstance(implementation, str):
+    tried: Sequence[Any] = (implementation,)
+  elif isinstance(implementation, Sequence) and implementation:
+    tried = tuple(implementation)
+  else:
+    tried = (implementation,)
+  for name in tried:
+    if name not in known:
+      raise ValueError(
+        f"`implementation`={implementation!r} must be None, one of "
+        f"{', '.join(map(repr, known))}, or a sequence of these names."
+      )
+  return tried
+
+
+def call(
+  op: str, implementation: Implementation, *args: Any, **kwargs: Any
+) -> Any:
+  """Calls the first implementation of `op` that can do it.
+
+  Raises:
+    NotImplementedError: if none of those asked for can, with every reason.
+  """
+  reasons = []
+  for name in names(implementation):
+    function = _OPS[op].get(name)
+    if function is None:
+      reasons.append(f"{name!r} has no `{op}` in this version")
+      continue
+    try:
+      return function(*args, **kwargs)
+    except NotImplementedError as error:
+      reasons.append(f"{name!r}: {error}")
+  raise NotImplementedError(
+    f"`implementation`={implementation!r} cannot do this call of `{op}`: "
+    f"{'; '.join(reasons)}."
+  )

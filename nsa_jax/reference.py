@@ -1,0 +1,218 @@
+"""The oracle: the equations of the paper with dense masks, slow on purpose.
+
+Everything is computed in float32, or float64 for float64 inputs, and takes
+memory quadratic in the length. The functions here get arguments that
+`attention.py` has validated and completed; see there for shapes.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from nsa_jax import compression
+from nsa_jax.config import NSAConfig
+from nsa_jax.typing import Array
+
+
+def compressed_attention(
+  query: Array,
+  key: Array,
+  value: Array,
+  *,
+  config: NSAConfig,
+  key_length: int,
+  scale: float,
+  positions: Array,
+  key_segments: Array | None,
+  query_segments: Array | None,
+) -> tuple[Array, Array]:
+  """Softmax attention over the visible compressed blocks."""
+  visible = _visible_blocks(
+    config, key_length, positions, key_segments, query_segments
+  )
+  return _attend(query, key, value, visible[:, :, None], scale)
+
+
+def block_scores(
+  query: Array,
+  compressed_key: Array,
+  lse: Array,
+  *,
+  config: NSAConfig,
+  key_length: int,
+  scale: float,
+  positions: Array,
+  key_segments: Array | None,
+  query_segments: Array | None,
+) -> Array:
+  """Eq. 8-10: importance of every selection block, [B, T, K, M]."""
+  visible = _visible_blocks(
+    config, key_length, positions, key_segments, query_segments
+  )
+  scores = _scores(query, compressed_key, scale)  # [B, T, K, G, C]
+  seen = visible[:, :, None, None]
+  lse = lse.astype(scores.dtype).reshape(*scores.shape[:-1], 1)
+  p_cmp = jnp.where(seen, jnp.exp(jnp.where(seen, scores - lse, -jnp.inf)), 0)
+
+  blocks = jnp.arange(compression.num_selection_blocks(key_length, config))
+  per_selection = config.selection_block // config.compression_stride
+  per_compression = config.compression_block // config.compression_stride
+  num_compressed = p_cmp.shape[-1]
+  p_slc = jnp.zeros((*p_cmp.shape[:-1], blocks.size), p_cmp.dtype)
+  for m in range(per_selection):
+    for k in range(per_compression):
+      index = per_selection * blocks + m - k
+      inside = (index >= 0) & (index < num_compressed)
+      if num_compressed:
+        term = p_cmp[..., index.clip(0, num_compressed - 1)]
+        p_slc += jnp.where(inside, term, 0)
+  return p_slc.sum(axis=3)
+
+
+def select_blocks(
+  query: Array,
+  compressed_key: Array,
+  lse: Array,
+  *,
+  config: NSAConfig,
+  key_length: int,
+  scale: float,
+  positions: Array,
+  key_segments: Array | None,
+  query_segments: Array | None,
+) -> Array:
+  """Eq. 11: the forced blocks and the best of the others, [B, T, K, n]."""
+  scores = block_scores(
+    query,
+    compressed_key,
+    lse,
+    config=config,
+    key_length=key_length,
+    scale=scale,
+    positions=positions,
+    key_segments=key_segments,
+    query_segments=query_segments,
+  )
+  num_blocks = scores.shape[-1]
+  first = jnp.zeros_like(positions)
+  real = (positions >= 0) & (positions < key_length)
+  if key_segments is not None and query_segments is not None:
+    same = key_segments[:, None, :] == query_segments[:, :, None]  # [B, T, S]
+    first = jnp.argmax(same, axis=-1) // config.selection_block
+    real &= query_segments > 0
+  first = first[..., None]
+  last = positions[..., None] // config.selection_block
+  block = jnp.arange(num_blocks)
+  candidate = (first <= block) & (block <= last) & real[..., None]
+  forced = (block < first + config.num_initial) | (
+    block > last - config.num_local
+  )
+
+  rank = jnp.where(forced[:, :, None], jnp.inf, scores)
+  rank = jnp.where(candidate[:, :, None], rank, -jnp.inf)
+  # A stable sort sends ties to the lower index.
+  order = jnp.argsort(-rank, axis=-1, stable=True)[..., : config.num_selected]
+  chosen = jnp.take_along_axis(rank, order, axis=-1) > -jnp.inf
+  ids = jnp.sort(jnp.where(chosen, order, num_blocks), axis=-1)
+  ids = jnp.where(ids < num_blocks, ids, -1).astype(jnp.int32)
+  missing = config.num_selected - ids.shape[-1]
+  return jnp.pad(ids, [(0, 0)] * 3 + [(0, missing)], constant_values=-1)
+
+
+def selected_attention(
+  query: Array,
+  key: Array,
+  value: Array,
+  block_ids: Array,
+  *,
+  config: NSAConfig,
+  scale: float,
+  positions: Array,
+  key_segments: Array | None,
+  query_segments: Array | None,
+) -> tuple[Array, Array]:
+  """Eq. 12: softmax attention over the causal tokens of the given blocks."""
+  token = jnp.arange(key.shape[1])
+  block = token // config.selection_block
+  chosen = (block_ids[..., None] == block).any(axis=-2)  # [B, T, K, S]
+  readable = _readable(token, positions, key_segments, query_segments)
+  return _attend(query, key, value, chosen & readable[:, :, None], scale)
+
+
+def window_attention(
+  query: Array,
+  key: Array,
+  value: Array,
+  *,
+  config: NSAConfig,
+  scale: float,
+  key_offset: int,
+  positions: Array,
+  key_segments: Array | None,
+  query_segments: Array | None,
+) -> tuple[Array, Array]:
+  """Softmax attention over the last w tokens, the query's own included."""
+  token = key_offset + jnp.arange(key.shape[1])
+  readable = _readable(token, positions, key_segments, query_segments)
+  readable &= token > positions[..., None] - config.window
+  return _attend(query, key, value, readable[:, :, None], scale)
+
+
+def _visible_blocks(
+  config, key_length, positions, key_segments, query_segments
+):
+  """Which compressed blocks a query sees, bool [B, T, C]."""
+  ends = compression.compressed_block_ends(key_length, config)
+  segments = None
+  if key_segments is not None:
+    segments = compression.compressed_block_segments(key_segments, config)
+  return _readable(ends, positions, segments, query_segments)
+
+
+def _readable(token, positions, key_segments, query_segments):
+  """Causality and segments, bool [B, T, S] for keys at positions `token`."""
+  readable = token <= positions[..., None]
+  if key_segments is not None:
+    query_segments = query_segments[..., None]
+    readable &= key_segments[:, None, :] == query_segments
+    readable &= query_segments > 0
+  return readable
+
+
+def _scores(query, key, scale):
+  """Scaled dot products of every head with its keys, [B, T, K, G, S]."""
+  acc = jnp.promote_types(jnp.float32, query.dtype)
+  batch, length, heads, head_dim = query.shape
+  groups = (batch, length, key.shape[2], heads // key.shape[2], head_dim)
+  return scale * jnp.einsum(
+    "btkgh,bskh->btkgs",
+    query.astype(acc).reshape(groups),
+    key.astype(acc),
+    precision=jax.lax.Precision.HIGHEST,
+  )
+
+
+def _attend(query, key, value, mask, scale):
+  """Masked softmax attention; mask [B, T, K or 1, S] is shared by a group."""
+  scores = _scores(query, key, scale)
+  mask = mask[:, :, :, None]
+  acc = scores.dtype
+  # Rows with nothing to attend keep finite arithmetic in both directions.
+  some = mask.any(axis=-1, keepdims=True)
+  scores = jnp.where(mask, scores, -jnp.inf)
+  high = jnp.where(
+    some, scores.max(axis=-1, keepdims=True, initial=-jnp.inf), 0
+  )
+  high = jax.lax.stop_gradient(high)
+  weights = jnp.exp(scores - high)
+  total = weights.sum(axis=-1, keepdims=True)
+  safe_total = jnp.where(some, total, 1)
+  lse = jnp.where(some, high + jnp.log(safe_total), -jnp.inf)
+  out = jnp.einsum(
+    "btkgs,bskv->btkgv",
+    weights.astype(value.dtype).astype(acc),
+    value.astype(acc),
+    precision=jax.lax.Precision.HIGHEST,
+  )
+  out = (out / safe_total).astype(query.dtype)
+  shape = query.shape[:3]
+  return out.reshape(*shape, value.shape[-1]), lse.reshape(shape)

@@ -1,0 +1,41 @@
+"""Letters, array aliases and small types shared by the whole package.
+
+Shapes in docstrings use one letter per axis:
+
+  B        batch
+  T, S     query length, key/value length
+  N, K, G  query heads, key/value heads, group size G = N // K; query head n
+           uses key/value head n // G
+  H, V     head dimension of queries and keys, of values
+  C        compressed blocks: 0 if S < l, else (S - l) // d + 1
+  M        selection blocks: ceil(S / l')
+  l, d, l', n, w
+           compression block and stride, selection block, selected blocks,
+           window (the fields of `NSAConfig`)
+"""
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple, TypeAlias
+
+import jax
+
+Array: TypeAlias = jax.Array
+
+ImplementationName: TypeAlias = Literal["reference", "xla", "triton", "cudnn"]
+# None: the fastest that supports the call. A name: exactly that one. A
+# sequence: the first that can.
+Implementation: TypeAlias = (
+  ImplementationName | Sequence[ImplementationName] | None
+)
+
+
+class KV(NamedTuple):
+  """A pair of keys and values of one branch.
+
+  Attributes:
+    key: [B, S, K, H] (compressed: [B, C, K, H]).
+    value: [B, S, K, V] (compressed: [B, C, K, V]).
+  """
+
+  key: Array
+  value: Array

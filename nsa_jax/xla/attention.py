@@ -1,0 +1,373 @@
+"""The three branches and the selection, chunked over queries.
+
+The same functions as in `reference.py`, with the same arguments; no array of
+more than a chunk of queries times keys exists at any time.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from nsa_jax import compression
+from nsa_jax.config import NSAConfig
+from nsa_jax.typing import Array
+from nsa_jax.xla.chunks import chunk_rows, map_chunks
+
+
+def compressed_attention(
+  query: Array,
+  key: Array,
+  value: Array,
+  *,
+  config: NSAConfig,
+  key_length: int,
+  scale: float,
+  positions: Array,
+  key_segments: Array | None,
+  query_segments: Array | None,
+) -> tuple[Array, Array]:
+  """Softmax attention over the visible compressed blocks."""
+  batch, length, heads, _ = query.shape
+  mask = _visible_blocks(config, key_length, key_segments)
+
+  def body(query, positions, query_segments):
+    visible = mask(positions, query_segments)  # [B, R, C]
+    return _attend(
+      _scores("brkgh,bckh->brkgc", query, key, scale),
+      visible[:, :, None, None],
+      value,
+      "brkgc,bckv->brkgv",
+    )
+
+  rows = chunk_rows(length, batch * heads * key.shape[1])
+  query = _grouped(query, key.shape[2])
+  out, lse = map_chunks(body, rows, query, positions, query_segments)
+  return _ungrouped(out), _ungrouped(lse)
+
+
+def block_scores(
+  query: Array,
+  compressed_key: Array,
+  lse: Array,
+  *,
+  config: NSAConfig,
+  key_length: int,
+  scale: float,
+  positions: Array,
+  key_segments: Array | None,
+  query_segments: Array | None,
+) -> Array:
+  """Eq. 8-10: importance of every selection block, [B, T, K, M]."""
+  return _for_block_scores(
+    lambda scores, *_: scores,
+    query,
+    compressed_key,
+    lse,
+    config=config,
+    key_length=key_length,
+    scale=scale,
+    positions=positions,
+    key_segments=key_segments,
+    query_segments=query_segments,
+  )
+
+
+def select_blocks(
+  query: Array,
+  compressed_key: Array,
+  lse: Array,
+  *,
+  config: NSAConfig,
+  key_length: int,
+  scale: float,
+  positions: Array,
+  key_segments: Array | None,
+  query_segments: Array | None,
+) -> Array:
+  """Eq. 11: the forced blocks and the best of the others, [B, T, K, n]."""
+  num_blocks = compression.num_selection_blocks(key_length, config)
+  if key_segments is None or query_segments is None:
+    first = jnp.zeros_like(positions)
+  else:
+    starts = compression.segment_starts(key_segments, query_segments)
+    first = starts // config.selection_block
+
+  def top_n(scores, positions, query_segments, first):
+    first = first[..., None]
+    last = positions[..., None] // config.selection_block
+    block = jnp.arange(num_blocks)
+    candidate = (first <= block) & (block <= last)
+    candidate &= ((positions >= 0) & (positions < key_length))[..., None]
+    if query_segments is not None:
+      candidate &= (query_segments > 0)[..., None]
+    forced = (block < first + config.num_initial) | (
+      block > last - config.num_local
+    )
+    rank = jnp.where(forced[:, :, None], jnp.inf, scores)
+    rank = jnp.where(candidate[:, :, None], rank, -jnp.inf)
+    # top_k keeps the lower index first among equals.
+    best, ids = jax.lax.top_k(rank, min(config.num_selected, num_blocks))
+    ids = jnp.sort(jnp.where(best > -jnp.inf, ids, num_blocks), axis=-1)
+    ids = jnp.where(ids < num_blocks, ids, -1).astype(jnp.int32)
+    missing = config.num_selected - ids.shape[-1]
+    return jnp.pad(ids, [(0, 0)] * 3 + [(0, missing)], constant_values=-1)
+
+  return _for_block_scores(
+    top_n,
+    query,
+    compressed_key,
+    lse,
+    first,
+    config=config,
+    key_length=key_length,
+    scale=scale,
+    positions=positions,
+    key_segments=key_segments,
+    query_segments=query_segments,
+  )
+
+
+def selected_attention(
+  query: Array,
+  key: Array,
+  value: Array,
+  block_ids: Array,
+  *,
+  config: NSAConfig,
+  scale: float,
+  positions: Array,
+  key_segments: Array | None,
+  query_segments: Array | None,
+) -> tuple[Array, Array]:
+  """Eq. 12: softmax attention over the causal tokens of the given blocks."""
+  batch, length, _, head_dim = query.shape
+  key_length, kv_heads = key.shape[1:3]
+  block = config.selection_block
+  keys_per_query = block_ids.shape[-1] * block
+  keys, values = _blocks(key, block), _blocks(value, block)
+  row = jnp.arange(batch)[:, None, None, None]
+  head = jnp.arange(kv_heads)[:, None]
+  segments = None
+  if key_segments is not None:
+    segments = _pad_to(key_segments, block).reshape(batch, -1, block)
+
+  def body(query, ids, positions, query_segments):
+    index = ids.clip(0)
+    token = index[..., None] * block + jnp.arange(block)  # [B, R, K, m, l']
+    readable = (ids >= 0)[..., None] & (token < key_length)
+    readable &= token <= positions[:, :, None, None, None]
+    if segments is not None:
+      wanted = query_segments[:, :, None, None, None]
+      readable &= (segments[row, index] == wanted) & (wanted > 0)
+    mask = readable.reshape(*readable.shape[:3], 1, -1)
+    flat = (*ids.shape[:3], keys_per_query, -1)
+    return _attend(
+      _scores(
+        "brkgh,brksh->brkgs", query, keys[row, head, index].reshape(flat), scale
+      ),
+      mask,
+      values[row, head, index].reshape(flat),
+      "brkgs,brksv->brkgv",
+    )
+
+  width = max(head_dim, value.shape[-1])
+  # In the backward pass every chunk adds its share to a whole dk and dv. At
+  # least key_length / (m l') queries per chunk bounds the number of chunks, so
+  # that this traffic stays linear in the length as well.
+  rows = chunk_rows(
+    length,
+    batch * kv_heads * keys_per_query * width,
+    floor=8 * key_length // keys_per_query,
+  )
+  out, lse = map_chunks(
+    body,
+    rows,
+    _grouped(query, kv_heads),
+    block_ids,
+    positions,
+    query_segments,
+  )
+  return _ungrouped(out), _ungrouped(lse)
+
+
+def window_attention(
+  query: Array,
+  key: Array,
+  value: Array,
+  *,
+  config: NSAConfig,
+  scale: float,
+  key_offset: int,
+  positions: Array,
+  key_segments: Array | None,
+  query_segments: Array | None,
+) -> tuple[Array, Array]:
+  """Softmax attention over the last w tokens, the query's own included."""
+  length = query.shape[1]
+  key_length, kv_heads = key.shape[1:3]
+  # A chunk of R queries reads one slice of R + w - 1 keys. With R >= w all
+  # slices together are at most twice the keys, so they can be cut beforehand:
+  # their gradients are then added once, not once per chunk.
+  rows = min(length, max(config.window, 128))
+  chunks = -(-length // rows)
+  span = min(key_length, rows + config.window - 1)
+  first = positions[:, :1] + rows * jnp.arange(chunks)  # [B, chunks]
+  start = first - (config.window - 1) - key_offset
+  start = start.clip(0, key_length - span).T  # [chunks, B]
+
+  def slices(x):
+    def one(start, row):
+      return jax.lax.dynamic_slice_in_dim(row, start, span)
+
+    cut = jax.vmap(jax.vmap(one), in_axes=(0, None))
+    return None if x is None else cut(start, x)  # [chunks, B, span, ...]
+
+  def body(query, positions, query_segments, start, key, value, segments):
+    token = (key_offset + start)[:, None, None] + jnp.arange(span)
+    readable = token <= positions[..., None]
+    readable &= token > positions[..., None] - config.window
+    if segments is not None:
+      readable &= segments[:, None] == query_segments[..., None]
+      readable &= (query_segments > 0)[..., None]
+    return _attend(
+      _scores("brkgh,bskh->brkgs", query, key, scale),
+      readable[:, :, None, None],
+      value,
+      "brkgs,bskv->brkgv",
+    )
+
+  out, lse = map_chunks(
+    body,
+    rows,
+    _grouped(query, kv_heads),
+    positions,
+    query_segments,
+    per_chunk=(start, slices(key), slices(value), slices(key_segments)),
+  )
+  return _ungrouped(out), _ungrouped(lse)
+
+
+def _for_block_scores(
+  consume,
+  query,
+  compressed_key,
+  lse,
+  *per_query,
+  config,
+  key_length,
+  scale,
+  positions,
+  key_segments,
+  query_segments,
+):
+  """Maps consume(p_slc, positions, query_segments, *per_query) over chunks."""
+  batch, length, heads, _ = query.shape
+  num_compressed, kv_heads = compressed_key.shape[1:3]
+  mask = _visible_blocks(config, key_length, key_segments)
+
+  def body(query, lse, positions, query_segments, *per_query):
+    visible = mask(positions, query_segments)[:, :, None, None]
+    scores = _scores("brkgh,bckh->brkgc", query, compressed_key, scale)
+    lse = lse.astype(scores.dtype)[..., None]
+    p_cmp = jnp.exp(jnp.where(visible, scores - lse, -jnp.inf)).sum(axis=3)
+    p_slc = _to_selection_blocks(p_cmp, key_length, config)
+    return consume(p_slc, positions, query_segments, *per_query)
+
+  rows = chunk_rows(length, batch * heads * max(num_compressed, 1))
+  return map_chunks(
+    body,
+    rows,
+    _grouped(query, kv_heads),
+    lse.reshape(batch, length, kv_heads, -1),
+    positions,
+    query_segments,
+    *per_query,
+  )
+
+
+def _to_selection_blocks(p_cmp, key_length, config):
+  """Eq. 9 for [..., C] -> [..., M]: a box filter, then sums of neighbours.
+
+  p_slc[j] = sum_m box[(l'/d) j + m] with box[i] = sum_k p_cmp[i - k].
+  """
+  num_blocks = compression.num_selection_blocks(key_length, config)
+  ratio = config.selection_block // config.compression_stride
+  length = num_blocks * ratio
+  lead = [(0, 0)] * (p_cmp.ndim - 1)
+  box = jnp.zeros((*p_cmp.shape[:-1], length), p_cmp.dtype)
+  for k in range(config.compression_block // config.compression_stride):
+    box += jnp.pad(p_cmp, [*lead, (k, length - k - p_cmp.shape[-1])])
+  return box.reshape(*p_cmp.shape[:-1], num_blocks, ratio).sum(axis=-1)
+
+
+def _visible_blocks(config, key_length, key_segments):
+  """Visibility of compressed blocks as a function of queries, [B, R, C]."""
+  ends = compression.compressed_block_ends(key_length, config)
+  segments = None
+  if key_segments is not None:
+    segments = compression.compressed_block_segments(key_segments, config)
+
+  def mask(positions, query_segments):
+    visible = ends <= positions[..., None]
+    if segments is not None:
+      visible &= segments[:, None] == query_segments[..., None]
+      visible &= (query_segments > 0)[..., None]
+    return visible
+
+  return mask
+
+
+def _grouped(query, kv_heads):
+  """[B, T, N, H] -> [B, T, K, G, H]."""
+  batch, length, heads, head_dim = query.shape
+  return query.reshape(batch, length, kv_heads, heads // kv_heads, head_dim)
+
+
+def _ungrouped(x):
+  """[B, T, K, G, ...] -> [B, T, N, ...]."""
+  return x.reshape(*x.shape[:2], -1, *x.shape[4:])
+
+
+def _blocks(x, block):
+  """[B, S, K, H] -> [B, K, M, l', H]: what one id names lies together."""
+  x = _pad_to(x, block)
+  x = x.reshape(x.shape[0], -1, block, *x.shape[2:])
+  return jnp.moveaxis(x, 3, 1)
+
+
+def _pad_to(x, block):
+  """Pads axis 1 to a multiple of `block`."""
+  pad = [(0, 0)] * x.ndim
+  pad[1] = (0, -x.shape[1] % block)
+  return jnp.pad(x, pad)
+
+
+def _einsum(equation, x, y):
+  """A product accumulated in float32 (float64); float32 exactly, no TF32."""
+  precision = jax.lax.Precision.HIGHEST if x.dtype.itemsize >= 4 else None
+  acc = jnp.promote_types(jnp.float32, x.dtype)
+  return jnp.einsum(
+    equation, x, y, precision=precision, preferred_element_type=acc
+  )
+
+
+def _scores(equation, query, key, scale):
+  return _einsum(equation, query, key) * scale
+
+
+def _attend(scores, mask, value, equation):
+  """Masked softmax over the last axis, then the product with the values.
+
+  Returns out in the dtype of the values and lse in that of the scores; rows
+  without keys get 0 and -inf, and finite arithmetic in both directions.
+  """
+  scores = jnp.where(mask, scores, -jnp.inf)
+  high = jax.lax.stop_gradient(
+    scores.max(axis=-1, keepdims=True, initial=-jnp.inf)
+  )
+  some = high > -jnp.inf
+  high = jnp.where(some, high, 0)
+  weights = jnp.exp(scores - high)
+  total = jnp.where(some, weights.sum(axis=-1, keepdims=True), 1)
+  lse = jnp.where(some, high + jnp.log(total), -jnp.inf)[..., 0]
+  out = _einsum(equation, weights.astype(value.dtype), value) / total
+  return out.astype(value.dtype), lse

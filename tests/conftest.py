@@ -1,0 +1,49 @@
+"""Settings of every test: eight CPU devices, float64 on request, hypothesis."""
+
+import os
+
+# Read once, when jax creates its CPU client; a user's own choice stands. The
+# flag has no effect on accelerators.
+_DEVICE_COUNT = "--xla_force_host_platform_device_count"
+if _DEVICE_COUNT not in os.environ.get("XLA_FLAGS", ""):
+  os.environ["XLA_FLAGS"] = (
+    f"{os.environ.get('XLA_FLAGS', '')} {_DEVICE_COUNT}=8".strip()
+  )
+
+from collections.abc import Iterator
+
+import hypothesis
+import jax
+import pytest
+
+# derandomize: a run of the fast tier says the same thing twice.
+hypothesis.settings.register_profile(
+  "fast",
+  derandomize=True,
+  deadline=None,
+  max_examples=20,
+  suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.register_profile(
+  "slow", hypothesis.settings.get_profile("fast"), max_examples=300
+)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+  selected = config.getoption("markexpr")
+  slow = "slow" in selected and "not slow" not in selected
+  hypothesis.settings.load_profile("slow" if slow else "fast")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+  gpu_items = [item for item in items if item.get_closest_marker("gpu")]
+  if gpu_items and jax.default_backend() != "gpu":
+    for item in gpu_items:
+      item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
+@pytest.fixture
+def x64() -> Iterator[None]:
+  """64-bit types inside the test, whatever the process's default is."""
+  with jax.enable_x64(True):
+    yield
