@@ -20,6 +20,9 @@ from nsa_jax.compression import (
   num_selection_blocks,
 )
 from nsa_jax.config import NSAConfig
+from nsa_jax.layers import NativeSparseAttention
+from nsa_jax.rope import RopeConfig, apply_rope
+from nsa_jax.transformer import TransformerConfig, TransformerLM
 from nsa_jax.typing import KV, Implementation
 
 __version__ = "0.1.0"
@@ -28,6 +31,11 @@ __all__ = [
   "KV",
   "Implementation",
   "NSAConfig",
+  "NativeSparseAttention",
+  "RopeConfig",
+  "TransformerConfig",
+  "TransformerLM",
+  "apply_rope",
   "block_scores",
   "compress_linear",
   "compress_mean",

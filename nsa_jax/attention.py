@@ -464,7 +464,8 @@ def window_attention(
 
   Args:
     query: [B, T, N, H].
-    key: [B, S, K, H]; row s has position key_offset + s.
+    key: [B, S, K, H]; row s has position key_offset + s. Rows at negative
+      positions are no tokens and are not read.
     value: [B, S, K, V].
     config: only `window` is read.
     scale: static softmax scale, 1/sqrt(H) by default.
@@ -547,25 +548,29 @@ def _query_rows(
     raise ValueError(f"`query_offset`={query_offset} must be an integer.")
   static = isinstance(query_offset, int)
   if not static:
-    query_offset = jnp.asarray(query_offset)
-    if query_offset.shape not in ((), (batch,)) or not jnp.issubdtype(
-      query_offset.dtype, jnp.integer
+    offset = jnp.asarray(query_offset)
+    if offset.shape not in ((), (batch,)) or not jnp.issubdtype(
+      offset.dtype, jnp.integer
     ):
       raise ValueError(
-        f"`query_offset` of shape {query_offset.shape} and dtype "
-        f"{query_offset.dtype} must be an integer, or an integer array of "
-        f"shape () or ({batch},)."
+        f"`query_offset`={query_offset!r} of shape {offset.shape} must be an "
+        f"integer, or an integer array of shape () or ({batch},)."
       )
+    query_offset = offset
   positions = compression.query_positions(query_offset, batch, length)
 
-  inside = static and key_offset <= query_offset <= stop - length
+  first = max(key_offset, 0)
+  inside = static and first <= query_offset <= stop - length
   real = None
   if not inside:
-    real = (positions >= key_offset) & (positions < stop)
+    real = (positions >= first) & (positions < stop)
+  token = key_offset + jnp.arange(key_length)[None]
   last = read = None
+  if key_offset < 0:
+    read = token >= 0
   if not (static and query_offset + length >= stop):
     last = positions[:, -1:]
-    read = key_offset + jnp.arange(key_length) <= last
+    read = token <= last if read is None else read & (token <= last)
 
   key_segments = query_segments = None
   if segment_ids is not None:

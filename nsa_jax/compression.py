@@ -115,6 +115,9 @@ def _windows(x: Array, config: NSAConfig) -> Array:
   blocks = num_compressed_blocks(x.shape[1], config)
   stride = config.compression_stride
   pieces = config.compression_block // stride
+  if not blocks:
+    shape = (x.shape[0], 0, config.compression_block, *x.shape[2:])
+    return jnp.zeros(shape, x.dtype)
   chunks = x[:, : (blocks + pieces - 1) * stride]
   chunks = chunks.reshape(x.shape[0], -1, stride, *x.shape[2:])
   return jnp.concatenate(
@@ -130,9 +133,6 @@ def _token_windows(x, config, segment_ids):
   if segment_ids is not None:
     segment_ids = _checks.integers("segment_ids", segment_ids, x.shape[:2])
     x = jnp.where((segment_ids > 0)[:, :, None, None], x, 0)
-  if x.shape[1] < config.compression_block:  # C = 0
-    shape = (x.shape[0], 0, config.compression_block, *x.shape[2:])
-    return jnp.zeros(shape, x.dtype)
   return _windows(x, config)
 
 
@@ -294,7 +294,8 @@ def compress_mlp(
   w2 = _checks.parameter("w2", w2, (heads, width, None), "[K, F, H']")
   b2 = _checks.parameter("b2", b2, (heads, w2.shape[-1]), "[K, H']")
   hidden = jax.nn.gelu(hidden + b1.astype(hidden.dtype)).astype(blocks.dtype)
-  out = _product("bckf,kfo->bcko", hidden, w2)
+  # XLA's CPU runtime has no bfloat16 product that ends in "bcko".
+  out = jnp.moveaxis(_product("bckf,kfo->kbco", hidden, w2), 0, 2)
   return (out + b2.astype(out.dtype)).astype(blocks.dtype)
 
 

@@ -153,7 +153,7 @@ def window_attention(
   """Softmax attention over the last w tokens, the query's own included."""
   token = key_offset + jnp.arange(key.shape[1])
   readable = _readable(token, positions, key_segments, query_segments)
-  readable &= token > positions[..., None] - config.window
+  readable &= (token > positions[..., None] - config.window) & (token >= 0)
   return _attend(query, key, value, readable[:, :, None], scale)
 
 

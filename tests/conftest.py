@@ -47,3 +47,13 @@ def x64() -> Iterator[None]:
   """64-bit types inside the test, whatever the process's default is."""
   with jax.enable_x64(True):
     yield
+
+
+@pytest.fixture(scope="module")
+def fast_compilation() -> Iterator[None]:
+  """Programs of a module compile in a half or a third of the time."""
+  name = "jax_disable_most_optimizations"
+  before = jax.config.read(name)
+  jax.config.update(name, True)
+  yield
+  jax.config.update(name, before)

@@ -27,19 +27,21 @@ def compressed_attention(
 ) -> tuple[Array, Array]:
   """Softmax attention over the visible compressed blocks."""
   batch, length, heads, _ = query.shape
+  dtype = query.dtype
   mask = _visible_blocks(config, key_length, key_segments)
 
   def body(query, positions, query_segments):
     visible = mask(positions, query_segments)  # [B, R, C]
     return _attend(
-      _scores("brkgh,bckh->brkgc", query, key, scale),
+      _scores("brkgh,bckh->brkgc", query, key.astype(dtype), scale),
       visible[:, :, None, None],
-      value,
+      value.astype(dtype),
       "brkgc,bckv->brkgv",
     )
 
   rows = chunk_rows(length, batch * heads * key.shape[1])
   query = _grouped(query, key.shape[2])
+  key, value = _shared(key), _shared(value)
   out, lse = map_chunks(body, rows, query, positions, query_segments)
   return _ungrouped(out), _ungrouped(lse)
 
@@ -143,7 +145,8 @@ def selected_attention(
   key_length, kv_heads = key.shape[1:3]
   block = config.selection_block
   keys_per_query = block_ids.shape[-1] * block
-  keys, values = _blocks(key, block), _blocks(value, block)
+  keys = _shared(_blocks(key, block))
+  values = _shared(_blocks(value, block))
   row = jnp.arange(batch)[:, None, None, None]
   head = jnp.arange(kv_heads)[:, None]
   segments = None
@@ -159,13 +162,15 @@ def selected_attention(
       wanted = query_segments[:, :, None, None, None]
       readable &= (segments[row, index] == wanted) & (wanted > 0)
     mask = readable.reshape(*readable.shape[:3], 1, -1)
-    flat = (*ids.shape[:3], keys_per_query, -1)
+
+    def gather(blocks):
+      chosen = blocks[row, head, index].astype(query.dtype)
+      return chosen.reshape(*ids.shape[:3], keys_per_query, -1)
+
     return _attend(
-      _scores(
-        "brkgh,brksh->brkgs", query, keys[row, head, index].reshape(flat), scale
-      ),
+      _scores("brkgh,brksh->brkgs", query, gather(keys), scale),
       mask,
-      values[row, head, index].reshape(flat),
+      gather(values),
       "brkgs,brksv->brkgv",
     )
 
@@ -225,6 +230,7 @@ def window_attention(
     token = (key_offset + start)[:, None, None] + jnp.arange(span)
     readable = token <= positions[..., None]
     readable &= token > positions[..., None] - config.window
+    readable &= token >= 0
     if segments is not None:
       readable &= segments[:, None] == query_segments[..., None]
       readable &= (query_segments > 0)[..., None]
@@ -332,6 +338,15 @@ def _blocks(x, block):
   x = _pad_to(x, block)
   x = x.reshape(x.shape[0], -1, block, *x.shape[2:])
   return jnp.moveaxis(x, 3, 1)
+
+
+def _shared(x):
+  """Keys or values that all chunks share, in float32 at least.
+
+  Their gradient is a sum over the chunks, and has the dtype they have here; in
+  bfloat16 a long sum would stop growing.
+  """
+  return x.astype(jnp.promote_types(jnp.float32, x.dtype))
 
 
 def _pad_to(x, block):

@@ -1,0 +1,381 @@
+"""Flax (linen) layer around the op: projections, RoPE, phi, gates.
+
+What the parameters are is decided here; what is computed from them is in
+`attention.py`, `compression.py` and `rope.py`, which this module only calls.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax.typing import Dtype, Initializer, PrecisionLike
+
+from nsa_jax import _checks, compression, dispatch
+from nsa_jax.attention import native_sparse_attention
+from nsa_jax.config import NSAConfig
+from nsa_jax.rope import RopeConfig, apply_rope, check_head_dim
+from nsa_jax.typing import KV, Array, Implementation
+
+BRANCHES = ("compressed", "selected", "window")
+COMPRESSIONS = ("mean", "weighted", "linear", "mlp")
+ROPE_COMPRESSED = ("block", "tokens", "none")
+
+
+class NativeSparseAttention(nn.Module):
+  """Causal self-attention by Native Sparse Attention (arXiv 2502.11089).
+
+      out = sum over c of gate_c * Attn_c(query, K_c, V_c)          (Eq. 5)
+
+  for c in compressed, selected, window. It stands where
+  `nn.MultiHeadDotProductAttention` stood for causal self-attention. Sows
+  `gates` [B, T, N, 3] and `block_ids` [B, T, K, n] into the collection
+  `intermediates`.
+
+  Attributes:
+    num_heads: N, query heads.
+    num_kv_heads: K, key/value heads; divides `num_heads`. All N / K heads of a
+      group read the same blocks.
+    head_dim: H, of queries and keys; even if `rope` is used.
+    value_head_dim: V, of values; `head_dim` by default.
+    config: the algorithm's hyper-parameters.
+    compression: phi, "mlp" (the paper's), "linear", "weighted" or "mean";
+      separate parameters for keys and values.
+    share_kv: one key and one value projection for all branches, instead of
+      the paper's own pair for each.
+    rope_compressed: "block": phi sees keys that are not rotated, its output is
+      rotated to the position of the block's first token; "tokens": phi sees
+      rotated keys; "none": the compressed branch and the selection use neither
+      rotated keys nor rotated queries.
+    rope: rotary embedding, or None for no positions at all.
+    normalize_qk: RMSNorm over H of the queries and of the keys that enter a
+      dot product (phi's output in the compressed branch), before rotation;
+      the query and each key have a learned scale.
+    dtype: of the computation; by default that of the input and parameters,
+      promoted. The gates and the softmax are in float32 at least.
+    param_dtype: of the parameters.
+    precision: of the projections, as in `nn.DenseGeneral`.
+    kernel_init: initialiser of the projections; `nn.with_partitioning` works.
+    use_bias: biases in the projections.
+    implementation: as in `native_sparse_attention`.
+    decode: must be False; the decode cache is not in this version.
+
+  Raises:
+    ValueError: if an attribute or argument does not fit.
+    NotImplementedError: if `decode` is True, or no implementation asked for
+      can do the call.
+
+  Example:
+    >>> import jax, jax.numpy as jnp
+    >>> from nsa_jax import NativeSparseAttention, NSAConfig
+    >>> config = NSAConfig(8, 4, 16, num_selected=4, window=16)
+    >>> layer = NativeSparseAttention(
+    ...   num_heads=4, num_kv_heads=2, head_dim=8, config=config
+    ... )
+    >>> x = jnp.ones((1, 64, 32))
+    >>> out, params = jax.jit(layer.init_with_output)(jax.random.key(0), x)
+    >>> out.shape
+    (1, 64, 32)
+  """
+
+  num_heads: int
+  num_kv_heads: int
+  head_dim: int
+  value_head_dim: int | None = None
+  config: NSAConfig = NSAConfig()
+  compression: str = "mlp"
+  share_kv: bool = False
+  rope_compressed: str = "block"
+  rope: RopeConfig | None = RopeConfig()
+  normalize_qk: bool = False
+  dtype: Dtype | None = None
+  param_dtype: Dtype = jnp.float32
+  precision: PrecisionLike = None
+  kernel_init: Initializer = nn.initializers.lecun_normal()
+  use_bias: bool = False
+  implementation: Implementation = None
+  decode: bool = False
+
+  def __post_init__(self):
+    check_attributes(self)
+    _checks.config(self.config)
+    check_flag("use_bias", self.use_bias)
+    check_flag("decode", self.decode)
+    if self.dtype is not None:
+      check_dtype("dtype", self.dtype)
+    if not callable(self.kernel_init):
+      raise ValueError(
+        f"`kernel_init`={self.kernel_init!r} must be an initialiser function."
+      )
+    if self.decode:
+      raise NotImplementedError(
+        "`decode`=True: the decode cache is not in this version."
+      )
+    super().__post_init__()
+
+  @nn.compact
+  def __call__(
+    self,
+    x: Array,
+    inputs_k: None = None,
+    inputs_v: None = None,
+    *,
+    mask: None = None,
+    positions: Array | None = None,
+    segment_ids: Array | None = None,
+    deterministic: bool | None = None,
+  ) -> Array:
+    """Attends from every token to the tokens before it.
+
+    Args:
+      x: [B, T, D].
+      inputs_k: must be None.
+      inputs_v: must be None.
+      mask: must be None; the attention is causal, `segment_ids` does the rest.
+      positions: int32 [B, T] for RoPE; by default 0, 1, ... in each segment.
+      segment_ids: int32 [B, T] for packed or padded sequences: contiguous runs
+        that start at multiples of `config.selection_block`; 0 is padding.
+      deterministic: accepted for drop-in use, without effect: no dropout.
+
+    Returns:
+      [B, T, D]. At padding: 0, or the bias.
+
+    Raises:
+      ValueError: if an argument does not fit.
+    """
+    for name, value in (("inputs_k", inputs_k), ("inputs_v", inputs_v)):
+      if value is not None:
+        raise ValueError(
+          f"`{name}` must be None: causal self-attention only. Pass `x` alone; "
+          "for padded or packed sequences pass `segment_ids`."
+        )
+    if mask is not None:
+      raise ValueError(
+        "`mask` must be None: the attention is causal. For padded or packed "
+        "sequences pass `segment_ids`."
+      )
+    del deterministic
+    x = _checks.array("x", x, 3, "[B, T, D]")
+    _checks.floating("x", x)
+    positions, segment_ids = complete_positions(x, positions, segment_ids)
+    if segment_ids is not None:
+      # A NaN in the padding would reach the gradients of the projections.
+      x = jnp.where((segment_ids > 0)[..., None], x, 0)
+
+    dense = functools.partial(
+      nn.DenseGeneral,
+      use_bias=self.use_bias,
+      dtype=self.dtype,
+      param_dtype=self.param_dtype,
+      precision=self.precision,
+      kernel_init=self.kernel_init,
+    )
+    heads, kv_heads = self.num_heads, self.num_kv_heads
+    value_dim = self.value_head_dim or self.head_dim
+    query = dense((heads, self.head_dim), name="query")(x)
+    logits = dense((heads, 3), name="gate")(x)
+    gates = nn.sigmoid(
+      logits.astype(jnp.promote_types(jnp.float32, logits.dtype))
+    )
+
+    def project(name, dim):
+      if self.share_kv:
+        projected = dense((kv_heads, dim), name=name)(x)
+        return dict.fromkeys(BRANCHES, projected)
+      return {
+        branch: dense((kv_heads, dim), name=f"{name}_{branch}")(x)
+        for branch in BRANCHES
+      }
+
+    keys, values = project("key", self.head_dim), project("value", value_dim)
+    query = self._normalize("query_norm", query)
+    rotated_query = self._rotate(query, positions)
+    selected_key, window_key = self._token_keys(keys, positions)
+    compressed = KV(
+      self._compressed_key(keys["compressed"], positions, segment_ids),
+      self._compress("compress_value", values["compressed"], segment_ids),
+    )
+    # The ids are asked for only if somebody collects them.
+    collected = self.is_mutable_collection("intermediates")
+    out = native_sparse_attention(
+      rotated_query,
+      compressed,
+      KV(selected_key, values["selected"]),
+      KV(window_key, values["window"]),
+      gates,
+      config=self.config,
+      segment_ids=segment_ids,
+      compressed_query=query if self.rope_compressed == "none" else None,
+      return_block_ids=collected,
+      implementation=self.implementation,
+    )
+    if collected:
+      out, block_ids = out
+      self.sow("intermediates", "gates", gates)
+      self.sow("intermediates", "block_ids", block_ids)
+    return dense(x.shape[-1], axis=(-2, -1), name="out")(out)
+
+  def _token_keys(self, keys, positions):
+    """Keys of the selected and of the window branch."""
+    if self.share_kv:
+      key = self._normalize("key_norm", keys["selected"])
+      return (self._rotate(key, positions),) * 2
+    return tuple(
+      self._rotate(
+        self._normalize(f"key_{branch}_norm", keys[branch]), positions
+      )
+      for branch in ("selected", "window")
+    )
+
+  def _compressed_key(self, key, positions, segment_ids):
+    if self.rope_compressed == "tokens":
+      key = self._rotate(key, positions)
+    key = self._compress("compress_key", key, segment_ids)
+    key = self._normalize("key_compressed_norm", key)
+    if self.rope_compressed == "block":
+      first = positions[:, :: self.config.compression_stride]
+      key = self._rotate(key, first[:, : key.shape[1]])
+    return key
+
+  def _compress(self, name, x, segment_ids):
+    return CompressBlocks(
+      self.compression, self.config, self.param_dtype, name=name
+    )(x, segment_ids)
+
+  def _normalize(self, name, x):
+    if not self.normalize_qk:
+      return x
+    return nn.RMSNorm(
+      dtype=self.dtype, param_dtype=self.param_dtype, name=name
+    )(x)
+
+  def _rotate(self, x, positions):
+    return x if self.rope is None else apply_rope(x, positions, self.rope)
+
+
+class CompressBlocks(nn.Module):
+  """phi with its parameters, one set per key/value head.
+
+  Attributes:
+    kind: "mlp", "linear", "weighted" or "mean".
+    config: `compression_block` and `compression_stride` are read.
+    param_dtype: of the parameters.
+
+  Example:
+    >>> import jax, jax.numpy as jnp
+    >>> from nsa_jax import NSAConfig
+    >>> from nsa_jax.layers import CompressBlocks
+    >>> phi = CompressBlocks("weighted", NSAConfig())
+    >>> x = jnp.ones((1, 64, 2, 8))
+    >>> phi.init_with_output(jax.random.key(0), x)[0].shape
+    (1, 3, 2, 8)
+  """
+
+  kind: str
+  config: NSAConfig
+  param_dtype: Dtype = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: Array, segment_ids: Array | None = None) -> Array:
+    """Compresses [B, S, K, H] keys or values to [B, C, K, H].
+
+    The hidden layer of "mlp" has 2 H features.
+    """
+    heads, head_dim = x.shape[2:]
+    block = self.config.compression_block
+    hidden = 2 * head_dim
+    zeros = nn.initializers.zeros_init()
+    kernel = nn.initializers.lecun_normal(batch_axis=(0,))
+    position = nn.initializers.normal(0.02)
+    average = nn.initializers.constant(1 / block)
+    # In the order in which the functions of `compression.py` take them.
+    specs: dict[str, dict[str, Any]] = {
+      "mean": {},
+      "weighted": {"weight": (average, block)},
+      "linear": {
+        "position": (position, block, head_dim),
+        "weight": (kernel, block * head_dim, head_dim),
+      },
+      "mlp": {
+        "position": (position, block, head_dim),
+        "w1": (kernel, block * head_dim, hidden),
+        "b1": (zeros, hidden),
+        "w2": (kernel, hidden, head_dim),
+        "b2": (zeros, head_dim),
+      },
+    }
+    params = [
+      self.param(name, init, (heads, *shape), self.param_dtype)
+      for name, (init, *shape) in specs[self.kind].items()
+    ]
+    function = getattr(compression, f"compress_{self.kind}")
+    return function(x, *params, config=self.config, segment_ids=segment_ids)
+
+
+def complete_positions(
+  x: Array, positions: Array | None, segment_ids: Array | None
+) -> tuple[Array, Array | None]:
+  """Validated int32 positions and segments of tokens `x` [B, T, ...].
+
+  Positions restart at 0 at each segment start by default.
+  """
+  if segment_ids is not None:
+    segment_ids = _checks.integers("segment_ids", segment_ids, x.shape[:2])
+  if positions is not None:
+    return _checks.integers("positions", positions, x.shape[:2]), segment_ids
+  index = jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32), x.shape[:2])
+  if segment_ids is None:
+    return index, None
+  starts = segment_ids != jnp.roll(segment_ids, 1, axis=1)
+  first = jax.lax.cummax(jnp.where(starts, index, 0), axis=1)
+  return index - first, segment_ids
+
+
+def check_attributes(spec: Any) -> None:
+  """Validates what the layer and the model's configuration have in common."""
+  for name in ("num_heads", "num_kv_heads", "head_dim"):
+    _checks.static_int(name, getattr(spec, name), 1)
+  if spec.value_head_dim is not None:
+    _checks.static_int("value_head_dim", spec.value_head_dim, 1)
+  if spec.num_heads % spec.num_kv_heads:
+    raise ValueError(
+      f"`num_heads`={spec.num_heads} must be a multiple of `num_kv_heads`="
+      f"{spec.num_kv_heads}."
+    )
+  check_choice("compression", spec.compression, COMPRESSIONS)
+  check_choice("rope_compressed", spec.rope_compressed, ROPE_COMPRESSED)
+  if spec.rope is not None:
+    if not isinstance(spec.rope, RopeConfig):
+      raise ValueError(f"`rope`={spec.rope!r} must be a RopeConfig or None.")
+    check_head_dim(spec.head_dim)
+  for name in ("share_kv", "normalize_qk"):
+    check_flag(name, getattr(spec, name))
+  check_dtype("param_dtype", spec.param_dtype)
+  dispatch.names(spec.implementation)
+
+
+def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
+  """Raises ValueError unless `value` is one of `choices`."""
+  if value not in choices:
+    raise ValueError(
+      f"`{name}`={value!r} must be one of {', '.join(map(repr, choices))}."
+    )
+
+
+def check_flag(name: str, value: Any) -> None:
+  """Raises ValueError unless `value` is a bool."""
+  if not isinstance(value, bool):
+    raise ValueError(f"`{name}`={value!r} must be True or False.")
+
+
+def check_dtype(name: str, value: Any) -> jnp.dtype:
+  """The dtype, or a ValueError unless it is a floating-point one."""
+  try:
+    dtype = None if value is None else jnp.dtype(value)  # None is float64.
+  except TypeError:
+    dtype = None
+  if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+    raise ValueError(f"`{name}`={value!r} must be a floating-point dtype.")
+  return dtype

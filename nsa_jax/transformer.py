@@ -1,0 +1,450 @@
+"""Decoder language model (Flax linen) with sparse or dense attention per layer.
+
+Pre-norm RMSNorm and SwiGLU around `NativeSparseAttention`, or around full or
+window attention with the same kind of projections as baselines. Training and
+sampling are in `examples/`.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax.typing import Dtype
+
+from nsa_jax import _checks
+from nsa_jax.attention import window_attention
+from nsa_jax.config import NSAConfig
+from nsa_jax.layers import (
+  NativeSparseAttention,
+  check_attributes,
+  check_choice,
+  check_dtype,
+  check_flag,
+  complete_positions,
+)
+from nsa_jax.rope import RopeConfig, apply_rope
+from nsa_jax.typing import Array, Implementation
+
+ATTENTIONS = ("nsa", "full", "window")
+REMATS = ("none", "full", "save_attention")
+# What the ops tag with `checkpoint_name`. With these kept, the selection never
+# runs twice, nor does the forward pass of a branch whose implementation has a
+# backward rule of its own.
+SAVED_NAMES = (
+  "nsa_compressed_out",
+  "nsa_compressed_lse",
+  "nsa_selected_out",
+  "nsa_selected_lse",
+  "nsa_window_out",
+  "nsa_window_lse",
+  "nsa_block_ids",
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TransformerConfig:
+  """Shape and options of `TransformerLM`; frozen and hashable.
+
+  Attributes:
+    vocab_size: number of tokens; 256 for bytes.
+    num_layers: blocks.
+    model_dim: D, width of the residual stream.
+    num_heads: N, query heads.
+    num_kv_heads: K, key/value heads; divides `num_heads`.
+    head_dim: H, of queries and keys.
+    value_head_dim: V, of values; `head_dim` by default.
+    mlp_dim: hidden width of SwiGLU.
+    attention: "nsa", "full" or "window" (`nsa.window` tokens) for all layers,
+      or one of them per layer.
+    nsa: hyper-parameters of the attention.
+    compression: as in `NativeSparseAttention`; as are the next three.
+    share_kv: one key/value projection for the three branches.
+    rope_compressed: "block", "tokens" or "none".
+    rope: rotary embedding, or None. Used by every kind of attention.
+    normalize_qk: RMSNorm of queries and keys, in every kind of attention.
+    tie_embeddings: the output head is the embedding.
+    remat: "full" recomputes a block in the backward pass; "save_attention" as
+      well, but keeps the results of the sparse attention and of the selection.
+    scan_layers: one compiled block for all layers, which then share one kind
+      of attention; parameters get a leading axis of `num_layers`.
+    dtype: of the computation and of the residual stream; norms, softmax and
+      logits are in float32.
+    param_dtype: of the parameters.
+    implementation: as in `native_sparse_attention`.
+
+  Raises:
+    ValueError: if a value breaks a rule.
+
+  Example:
+    >>> from nsa_jax import TransformerConfig
+    >>> TransformerConfig.preset("tiny", num_layers=3).layer_kinds
+    ('nsa', 'nsa', 'nsa')
+  """
+
+  vocab_size: int = 256
+  num_layers: int
+  model_dim: int
+  num_heads: int
+  num_kv_heads: int
+  head_dim: int
+  value_head_dim: int | None = None
+  mlp_dim: int
+  attention: str | Sequence[str] = "nsa"
+  nsa: NSAConfig = NSAConfig()  # noqa: RUF009, immutable
+  compression: str = "mlp"
+  share_kv: bool = False
+  rope_compressed: str = "block"
+  rope: RopeConfig | None = RopeConfig()  # noqa: RUF009, immutable
+  normalize_qk: bool = False
+  tie_embeddings: bool = True
+  remat: str = "none"
+  scan_layers: bool = False
+  dtype: Dtype = jnp.float32
+  param_dtype: Dtype = jnp.float32
+  implementation: Implementation = None
+
+  def __post_init__(self):
+    check_attributes(self)
+    for name in ("vocab_size", "num_layers", "model_dim", "mlp_dim"):
+      _checks.static_int(name, getattr(self, name), 1)
+    if not isinstance(self.nsa, NSAConfig):
+      raise ValueError(f"`nsa`={self.nsa!r} must be an NSAConfig.")
+    check_choice("remat", self.remat, REMATS)
+    check_flag("tie_embeddings", self.tie_embeddings)
+    check_flag("scan_layers", self.scan_layers)
+    # Two spellings of one configuration must be equal and have one hash.
+    for name in ("dtype", "param_dtype"):
+      dtype = check_dtype(name, getattr(self, name))
+      object.__setattr__(self, name, dtype)
+    for name in ("attention", "implementation"):
+      value = getattr(self, name)
+      if isinstance(value, Sequence) and not isinstance(value, str):
+        object.__setattr__(self, name, tuple(value))
+    if not isinstance(self.attention, tuple):
+      check_choice("attention", self.attention, ATTENTIONS)
+      return
+    for kind in self.attention:
+      check_choice("attention", kind, ATTENTIONS)
+    if len(self.attention) != self.num_layers:
+      raise ValueError(
+        f"`attention`={self.attention} must have `num_layers`="
+        f"{self.num_layers} entries."
+      )
+    if self.scan_layers and len(set(self.attention)) > 1:
+      raise ValueError(
+        f"`attention`={self.attention} must be of one kind with `scan_layers`="
+        "True: all layers are one compiled block."
+      )
+
+  @property
+  def layer_kinds(self) -> tuple[str, ...]:
+    """Kind of attention of every layer."""
+    if isinstance(self.attention, str):
+      return (self.attention,) * self.num_layers
+    return tuple(self.attention)
+
+  @classmethod
+  def preset(cls, name: str, **overrides: Any) -> "TransformerConfig":
+    """A named configuration.
+
+    Args:
+      name: "tiny" (T = 512, for a CPU), "small" (T = 2048) or "base"
+        (T = 8192).
+      **overrides: fields that replace the preset's.
+
+    Raises:
+      ValueError: if `name` is unknown or a field breaks a rule.
+
+    Example:
+      >>> from nsa_jax import TransformerConfig
+      >>> TransformerConfig.preset("small", attention="full").model_dim
+      384
+    """
+    check_choice("name", name, tuple(_PRESETS))
+    return cls(**{**_PRESETS[name], **overrides})
+
+
+_PRESETS: dict[str, dict[str, Any]] = {
+  "tiny": {
+    "num_layers": 2,
+    "model_dim": 128,
+    "num_heads": 4,
+    "num_kv_heads": 1,
+    "head_dim": 32,
+    "mlp_dim": 352,
+    "nsa": NSAConfig(
+      compression_block=8,
+      compression_stride=4,
+      selection_block=16,
+      num_selected=4,
+      num_initial=1,
+      num_local=1,
+      window=32,
+    ),
+  },
+  "small": {
+    "num_layers": 6,
+    "model_dim": 384,
+    "num_heads": 8,
+    "num_kv_heads": 2,
+    "head_dim": 64,
+    "mlp_dim": 1024,
+    "nsa": NSAConfig(
+      compression_block=16,
+      compression_stride=8,
+      selection_block=32,
+      num_selected=8,
+      num_initial=1,
+      num_local=2,
+      window=128,
+    ),
+  },
+  "base": {
+    "num_layers": 16,
+    "model_dim": 1024,
+    "num_heads": 16,
+    "num_kv_heads": 1,
+    "head_dim": 64,
+    "mlp_dim": 2816,
+    "nsa": NSAConfig(),
+  },
+}
+
+
+class TransformerLM(nn.Module):
+  """Decoder language model.
+
+  Attributes:
+    config: shape and options.
+
+  Example:
+    >>> import jax, jax.numpy as jnp
+    >>> from nsa_jax import TransformerConfig, TransformerLM
+    >>> config = TransformerConfig.preset("tiny", num_layers=1, model_dim=16)
+    >>> model = TransformerLM(config)
+    >>> tokens = jnp.zeros((1, 32), jnp.int32)
+    >>> init = jax.jit(model.init_with_output)
+    >>> logits, params = init(jax.random.key(0), tokens)
+    >>> logits.shape
+    (1, 32, 256)
+  """
+
+  config: TransformerConfig
+
+  @nn.compact
+  def __call__(
+    self,
+    tokens: Array,
+    *,
+    positions: Array | None = None,
+    segment_ids: Array | None = None,
+  ) -> Array:
+    """Logits of the token after each token.
+
+    Args:
+      tokens: int32 [B, T], in [0, vocab_size); any other token makes the
+        logits at its place NaN, and may do so in all of its row.
+      positions: int32 [B, T] for RoPE; by default 0, 1, ... in each segment.
+      segment_ids: int32 [B, T] for packed or padded rows: contiguous runs that
+        start at multiples of `config.nsa.selection_block`; 0 is padding.
+
+    Returns:
+      float32 [B, T, vocab_size].
+
+    Raises:
+      ValueError: if an argument does not fit.
+    """
+    config = self.config
+    tokens = _checks.array("tokens", tokens, 2, "[B, T]")
+    tokens = _checks.integers("tokens", tokens, tokens.shape)
+    positions, segment_ids = complete_positions(tokens, positions, segment_ids)
+
+    shape = (config.vocab_size, config.model_dim)
+    embedding = self.param(
+      "embedding",
+      nn.initializers.normal(config.model_dim**-0.5),
+      shape,
+      config.param_dtype,
+    )
+    # Out-of-range tokens give NaN instead of another token's embedding.
+    x = (
+      embedding.astype(config.dtype)
+      .at[tokens]
+      .get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
+    )
+    x = self._blocks(x, positions, segment_ids)
+    x = _norm(config, "final_norm")(x)
+    head = embedding
+    if not config.tie_embeddings:
+      head = self.param(
+        "head",
+        nn.initializers.normal(config.model_dim**-0.5),
+        shape,
+        config.param_dtype,
+      )
+    return jnp.einsum(
+      "btd,vd->btv",
+      x,
+      head.astype(config.dtype),
+      preferred_element_type=jnp.float32,
+    )
+
+  def _blocks(self, x, positions, segment_ids):
+    config = self.config
+    block: Any = TransformerBlock
+    if config.remat != "none":
+      names = SAVED_NAMES if config.remat == "save_attention" else ()
+      block = nn.remat(
+        block,
+        # Inside a scan XLA cannot merge the two passes anyway.
+        prevent_cse=not config.scan_layers,
+        policy=jax.checkpoint_policies.save_only_these_names(*names),
+      )
+    if config.scan_layers:
+      block = nn.scan(
+        block,
+        variable_axes={"params": 0, "intermediates": 0},
+        split_rngs={"params": True},
+        in_axes=nn.broadcast,
+        length=config.num_layers,
+        metadata_params={nn.PARTITION_NAME: "layers"},
+      )
+      blocks = [block(config, config.layer_kinds[0], name="layers")]
+    else:
+      blocks = [
+        block(config, kind, name=f"layer_{i}")
+        for i, kind in enumerate(config.layer_kinds)
+      ]
+    for one in blocks:
+      x, _ = one(x, positions, segment_ids)
+    return x
+
+
+class TransformerBlock(nn.Module):
+  """x + attention(norm(x)), then x + SwiGLU(norm(x)).
+
+  Attributes:
+    config: shape and options.
+    kind: "nsa", "full" or "window".
+  """
+
+  config: TransformerConfig
+  kind: str
+
+  @nn.compact
+  def __call__(
+    self, x: Array, positions: Array, segment_ids: Array | None
+  ) -> tuple[Array, None]:
+    """Maps [B, T, D] to [B, T, D]; the None is what `nn.scan` stacks."""
+    config = self.config
+    h = _norm(config, "attention_norm")(x)
+    x = x + self._attention()(h, positions=positions, segment_ids=segment_ids)
+    h = _norm(config, "mlp_norm")(x)
+    dense = functools.partial(
+      nn.Dense,
+      use_bias=False,
+      dtype=config.dtype,
+      param_dtype=config.param_dtype,
+    )
+    gate = dense(config.mlp_dim, name="mlp_gate")(h)
+    up = dense(config.mlp_dim, name="mlp_up")(h)
+    x = x + dense(config.model_dim, name="mlp_down")(nn.silu(gate) * up)
+    return x, None
+
+  def _attention(self):
+    config = self.config
+    if self.kind != "nsa":
+      return DenseAttention(config, self.kind, name="attention")
+    return NativeSparseAttention(
+      num_heads=config.num_heads,
+      num_kv_heads=config.num_kv_heads,
+      head_dim=config.head_dim,
+      value_head_dim=config.value_head_dim,
+      config=config.nsa,
+      compression=config.compression,
+      share_kv=config.share_kv,
+      rope_compressed=config.rope_compressed,
+      rope=config.rope,
+      normalize_qk=config.normalize_qk,
+      dtype=config.dtype,
+      param_dtype=config.param_dtype,
+      implementation=config.implementation,
+      name="attention",
+    )
+
+
+class DenseAttention(nn.Module):
+  """Full or window attention, the baselines.
+
+  Attributes:
+    config: shape and options.
+    kind: "full" or "window".
+  """
+
+  config: TransformerConfig
+  kind: str
+
+  @nn.compact
+  def __call__(
+    self, x: Array, *, positions: Array, segment_ids: Array | None
+  ) -> Array:
+    """Attends causally within segments, [B, T, D] to [B, T, D]."""
+    config = self.config
+    dense = functools.partial(
+      nn.DenseGeneral,
+      use_bias=False,
+      dtype=config.dtype,
+      param_dtype=config.param_dtype,
+    )
+    kv_heads, head_dim = config.num_kv_heads, config.head_dim
+    value_dim = config.value_head_dim or head_dim
+    query = dense((config.num_heads, head_dim), name="query")(x)
+    key = dense((kv_heads, head_dim), name="key")(x)
+    value = dense((kv_heads, value_dim), name="value")(x)
+    if config.normalize_qk:
+      query = _norm(config, "query_norm")(query)
+      key = _norm(config, "key_norm")(key)
+    if config.rope is not None:
+      query = apply_rope(query, positions, config.rope)
+      key = apply_rope(key, positions, config.rope)
+    if self.kind == "window":
+      out, _ = window_attention(
+        query,
+        key,
+        value,
+        config=config.nsa,
+        segment_ids=segment_ids,
+        implementation=config.implementation,
+      )
+    else:
+      out = _full_attention(query, key, value, segment_ids)
+    return dense(x.shape[-1], axis=(-2, -1), name="out")(out)
+
+
+def _full_attention(query, key, value, segment_ids):
+  """Causal attention in segments; head dimensions of any two sizes."""
+  mask = None
+  if segment_ids is not None:
+    mask = (segment_ids[:, :, None] == segment_ids[:, None])[:, None]
+  head_dim, value_dim = query.shape[-1], value.shape[-1]
+  # jax.nn.dot_product_attention wants one head dimension; zeros change nothing.
+  width = max(head_dim, value_dim)
+  query, key, value = (
+    jnp.pad(x, [(0, 0)] * 3 + [(0, width - x.shape[-1])])
+    for x in (query, key, value)
+  )
+  out = jax.nn.dot_product_attention(
+    query, key, value, mask=mask, scale=head_dim**-0.5, is_causal=True
+  )
+  return out[..., :value_dim]
+
+
+def _norm(config, name):
+  # Statistics and scaling are in float32 whatever the dtype of the result.
+  return nn.RMSNorm(
+    dtype=config.dtype, param_dtype=config.param_dtype, name=name
+  )

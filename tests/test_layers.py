@@ -1,0 +1,514 @@
+"""The layer: equal to the op on hand-made projections, and its promises."""
+
+import functools
+import re
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import nsa_jax
+from nsa_jax import NSAConfig
+from nsa_jax.layers import NativeSparseAttention
+from nsa_jax.rope import RopeConfig, apply_rope
+
+CONFIG = NSAConfig(
+  compression_block=4,
+  compression_stride=2,
+  selection_block=8,
+  num_selected=3,
+  num_initial=1,
+  num_local=1,
+  window=6,
+)
+B, T, D = 2, 40, 12
+
+
+# Compiling is most of the time here; the ops are tested optimised.
+pytestmark = pytest.mark.usefixtures("fast_compilation")
+
+
+def _layer(**overrides):
+  fields = {
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "head_dim": 8,
+    "config": CONFIG,
+    # Results do not depend on it, and it compiles fastest.
+    "implementation": "reference",
+  }
+  return NativeSparseAttention(**{**fields, **overrides})
+
+
+def _x(*shape, seed=0):
+  return jax.random.normal(jax.random.key(seed), shape or (B, T, D))
+
+
+@functools.cache
+def _setup(**overrides):
+  """A layer, random parameters (no zeros, no ones) and its jitted apply."""
+  layer = _layer(**overrides)
+  shapes = jax.eval_shape(layer.init, jax.random.key(0), _x())
+  leaves, tree = jax.tree.flatten(shapes)
+  rng = np.random.default_rng(0)
+  params = jax.tree.unflatten(
+    tree, [jnp.float32(0.3 * rng.normal(size=leaf.shape)) for leaf in leaves]
+  )
+  return layer, params, jax.jit(layer.apply)
+
+
+def _out_and_grads(layer, **kwargs):
+  """Output, and gradients of an arbitrary loss by parameters and input."""
+
+  def loss(params, x):
+    out = layer.apply(params, x, **kwargs)
+    return jnp.sum(jnp.sin(out + jnp.arange(out.size).reshape(out.shape))), out
+
+  def run(params, x):
+    grads, out = jax.grad(loss, argnums=(0, 1), has_aux=True)(params, x)
+    return out, grads
+
+  return jax.jit(run)
+
+
+def _rms_norm(x, scale):
+  return x / jnp.sqrt(jnp.mean(x * x, -1, keepdims=True) + 1e-6) * scale
+
+
+def _by_hand(layer, params, x, positions):
+  """The layer written out from its documentation."""
+  params = params["params"]
+
+  def project(name):
+    return jnp.einsum("btd,dnh->btnh", x, params[name]["kernel"])
+
+  def pick(name, branch):
+    return project(name if layer.share_kv else f"{name}_{branch}")
+
+  def norm(name, y):
+    return _rms_norm(y, params[name]["scale"]) if layer.normalize_qk else y
+
+  def rotate(y, positions=positions):
+    return apply_rope(y, positions, layer.rope) if layer.rope else y
+
+  def compress(name, y):
+    order = {
+      "mean": (),
+      "weighted": ("weight",),
+      "linear": ("position", "weight"),
+      "mlp": ("position", "w1", "b1", "w2", "b2"),
+    }[layer.compression]
+    function = getattr(nsa_jax, f"compress_{layer.compression}")
+    return function(y, *(params[name][p] for p in order), config=layer.config)
+
+  query = norm("query_norm", project("query"))
+  key = pick("key", "compressed")
+  if layer.rope_compressed == "tokens":
+    key = rotate(key)
+  key = norm("key_compressed_norm", compress("compress_key", key))
+  if layer.rope_compressed == "block":
+    starts = np.arange(key.shape[1]) * layer.config.compression_stride
+    key = rotate(key, positions[:, starts])
+  compressed = nsa_jax.KV(
+    key, compress("compress_value", pick("value", "compressed"))
+  )
+
+  def pair(branch):
+    name = "key_norm" if layer.share_kv else f"key_{branch}_norm"
+    key = rotate(norm(name, pick("key", branch)))
+    return nsa_jax.KV(key, pick("value", branch))
+
+  out = nsa_jax.native_sparse_attention(
+    rotate(query),
+    compressed,
+    pair("selected"),
+    pair("window"),
+    jax.nn.sigmoid(project("gate")),
+    config=layer.config,
+    compressed_query=query if layer.rope_compressed == "none" else None,
+    implementation="reference",
+  )
+  return jnp.einsum("btnv,nvd->btd", out, params["out"]["kernel"])
+
+
+YARN = RopeConfig(base=100.0, yarn_factor=2.0, original_max_position=16)
+VARIANTS = [
+  {},
+  {"compression": "linear", "share_kv": True, "rope_compressed": "tokens"},
+  {
+    "compression": "weighted",
+    "rope_compressed": "none",
+    "normalize_qk": True,
+    "value_head_dim": 5,
+  },
+  {"compression": "mean", "share_kv": True, "normalize_qk": True},
+  {"rope": None, "num_kv_heads": 1, "value_head_dim": 16},
+  {"rope": YARN, "normalize_qk": True, "rope_compressed": "tokens"},
+]
+
+
+# A key that is not rotated any more adds the same to all scores of a query
+# when it is shifted: these parameters have no effect.
+INERT = {1: ("compress_key", "position"), 4: ("compress_key", "b2")}
+
+
+@pytest.mark.parametrize("index", range(len(VARIANTS)))
+def test_equals_the_op_on_projections_by_hand_and_learns(index):
+  layer, params, _ = _setup(**VARIANTS[index])
+  positions = jnp.arange(B * T).reshape(B, T) * 3 % 50
+  want = jax.jit(functools.partial(_by_hand, layer))(params, _x(), positions)
+  run = _out_and_grads(layer, positions=positions)
+  got, (grads, _) = run(params, _x())
+  assert got.shape == (B, T, D)
+  np.testing.assert_allclose(got, want, atol=1e-5)
+  for path, grad in jax.tree_util.tree_leaves_with_path(grads):
+    assert jnp.isfinite(grad).all(), path
+    inert = tuple(key.key for key in path[1:]) == INERT.get(index)
+    largest = np.abs(grad).max()
+    assert largest < 1e-4 if inert else largest > 1e-3, path
+
+
+def test_implementations_agree():
+  _, params, apply = _setup()
+  other = _layer(implementation="xla").apply
+  np.testing.assert_allclose(
+    jax.jit(other)(params, _x()), apply(params, _x()), atol=1e-5
+  )
+
+
+def test_causal_bitwise():
+  _, params, apply = _setup()
+  x = _x()
+  for t in (0, 7, 8, 31):
+    changed = x.at[:, t + 1 :].set(_x(seed=3)[:, t + 1 :])
+    got = apply(params, changed)[:, : t + 1]
+    np.testing.assert_array_equal(got, apply(params, x)[:, : t + 1])
+
+
+@pytest.mark.parametrize("variant", [VARIANTS[0], VARIANTS[2]])
+def test_packed_equals_alone_and_padding_is_inert(variant):
+  layer, params, apply = _setup(**variant)
+  ids = np.zeros((B, T), np.int32)
+  ids[0, :13], ids[0, 16:40] = 1, 2
+  ids[1, 8:32] = 5
+  x = jnp.where(ids[..., None] > 0, _x(), jnp.nan)
+  run = _out_and_grads(layer, segment_ids=ids)
+  packed, poisoned = run(params, x)
+  alone = apply(params, jnp.stack([x[0, 16:40], x[1, 8:32]]))
+  np.testing.assert_allclose(packed[0, 16:40], alone[0], atol=1e-5)
+  np.testing.assert_allclose(packed[1, 8:32], alone[1], atol=1e-5)
+  np.testing.assert_array_equal(packed[ids == 0], 0)
+  again, clean = run(params, jnp.nan_to_num(x))
+  np.testing.assert_array_equal(packed, again)
+  jax.tree.map(np.testing.assert_array_equal, poisoned, clean)
+  assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(clean))
+
+
+@pytest.mark.parametrize("rope_compressed", ["block", "tokens", "none"])
+def test_only_distances_matter(rope_compressed):
+  # phi = mean commutes with a rotation, so all three are shift-invariant.
+  _, params, apply = _setup(rope_compressed=rope_compressed, compression="mean")
+  positions = jnp.broadcast_to(jnp.arange(T), (B, T))
+  base = apply(params, _x(), positions=positions)
+  np.testing.assert_allclose(
+    base, apply(params, _x(), positions=positions + 100), atol=1e-4
+  )
+  assert jnp.abs(base - apply(params, _x(), positions=positions * 2)).max() > (
+    1e-3
+  )
+
+
+def test_is_multi_head_attention_when_only_a_wide_window_is_open():
+  config = NSAConfig(4, 2, 8, num_selected=3, window=T)
+  layer = _layer(
+    num_kv_heads=4,
+    config=config,
+    compression="mean",
+    share_kv=True,
+    rope=None,
+    use_bias=True,
+  )
+  dense = nn.MultiHeadDotProductAttention(num_heads=4, qkv_features=32)
+  params = jax.jit(dense.init)(jax.random.key(0), _x())["params"]
+  params = jax.tree.map(lambda p: p + 0.1, params)
+  own = jax.jit(layer.init)(jax.random.key(0), _x())["params"]
+  closed, opened = -1e3, 1e3
+  gate = {
+    "kernel": jnp.zeros_like(own["gate"]["kernel"]),
+    "bias": jnp.tile(jnp.array([closed, closed, opened]), (4, 1)),
+  }
+  # The argument a caller of the other layer passes.
+  got = jax.jit(functools.partial(layer.apply, deterministic=True))(
+    {"params": {**own, **params, "gate": gate}}, _x()
+  )
+  mask = nn.make_causal_mask(jnp.ones((B, T)))
+  want: Any = dense.apply(
+    {"params": params}, _x(), mask=mask, deterministic=True
+  )
+  np.testing.assert_allclose(got, want, atol=1e-5)
+
+
+def test_normalize_qk_forgets_the_scale_of_the_projections():
+  _, params, apply = _setup(normalize_qk=True, compression="linear")
+  base = apply(params, _x())
+  louder = jax.tree.map(lambda p: p, params)
+  for name in ("query", "key_compressed", "key_selected", "key_window"):
+    louder["params"][name]["kernel"] *= 8
+  louder["params"]["compress_key"]["position"] *= 8
+  np.testing.assert_allclose(apply(louder, _x()), base, atol=1e-3)
+
+
+@pytest.mark.parametrize("compression", ["mean", "weighted", "linear", "mlp"])
+def test_parameters_do_not_depend_on_the_length(compression):
+  layer = _layer(compression=compression)
+  init = functools.partial(jax.eval_shape, layer.init, jax.random.key(0))
+  assert init(_x(1, 1, D)) == init(_x(1, T, D)) == init(_x(2, 3, D))
+
+
+@pytest.mark.parametrize("length", [1, 4])
+def test_short_sequences_are_prefixes(length):
+  _, params, apply = _setup()
+  short = apply(params, _x()[:, :length])
+  np.testing.assert_allclose(short, apply(params, _x())[:, :length], atol=1e-5)
+
+
+def test_initial_values():
+  def phi(compression):
+    init = jax.jit(_layer(compression=compression).init)
+    params = init(jax.random.key(0), _x())["params"]
+    return params["compress_key"], params["compress_value"]
+
+  for params in phi("weighted"):
+    np.testing.assert_array_equal(params["weight"], np.full((2, 4), 0.25))
+  for params in phi("mlp"):
+    assert params["w1"].shape == (2, 4 * 8, 16)
+    assert params["w2"].shape == (2, 16, 8)
+    np.testing.assert_allclose(params["position"].std(), 0.02, rtol=0.3)
+    np.testing.assert_allclose(params["w1"].std(), 32**-0.5, rtol=0.2)
+    assert not params["b1"].any()
+    assert not params["b2"].any()
+
+
+def test_sows_gates_and_block_ids():
+  layer, params, apply = _setup()
+  collect = jax.jit(functools.partial(layer.apply, mutable="intermediates"))
+  out, state = collect(params, _x())
+  (gates,), (ids,) = (
+    state["intermediates"][name] for name in ("gates", "block_ids")
+  )
+  assert gates.shape == (B, T, 4, 3)
+  assert gates.dtype == jnp.float32
+  assert ((gates > 0) & (gates < 1)).all()
+  assert ids.shape == (B, T, 2, CONFIG.num_selected)
+  assert ids.dtype == jnp.int32
+  # Nobody sees more than the blocks up to its own.
+  assert (ids <= (jnp.arange(T) // 8)[:, None, None]).all()
+  np.testing.assert_allclose(out, apply(params, _x()), atol=1e-5)
+  assert set(params) == {"params"}
+
+
+def test_dtypes(x64):
+  x32 = _x().astype(jnp.float32)
+
+  def dtypes(x, **fields):
+    layer = _layer(normalize_qk=True, **fields)
+
+    def run(x):
+      params = layer.init(jax.random.key(0), x)
+      return params, layer.apply(params, x, mutable=["intermediates"])
+
+    params, (out, state) = jax.eval_shape(run, x)
+    (stored,) = {leaf.dtype for leaf in jax.tree.leaves(params)}
+    return stored, out.dtype, state["intermediates"]["gates"][0].dtype
+
+  f16, bf16, f32, f64 = (
+    jnp.dtype(name) for name in ("float16", "bfloat16", "float32", "float64")
+  )
+  assert dtypes(x32) == (f32, f32, f32)
+  assert dtypes(x32, dtype=bf16) == (f32, bf16, f32)
+  assert dtypes(x32, dtype="float16", param_dtype=f16) == (f16, f16, f32)
+  assert dtypes(x32.astype(bf16)) == (f32, f32, f32)
+  assert dtypes(x32.astype(bf16), param_dtype=bf16) == (bf16, bf16, f32)
+  assert dtypes(x32.astype(f64)) == (f32, f64, f64)
+
+
+def test_bfloat16_is_close_to_float32():
+  # Every block is selected, so that rounding cannot change the choice.
+  config = NSAConfig(4, 2, 8, num_selected=5, window=6)
+  _, params, apply = _setup(config=config)
+  want = apply(params, _x())
+  half = _layer(config=config, dtype=jnp.bfloat16)
+  got = jax.jit(half.apply)(params, _x())
+  assert got.dtype == jnp.bfloat16
+  # Five products in a row, each of whose inputs is rounded to 8 bits.
+  error = jnp.abs(got.astype(jnp.float32) - want)
+  assert error.max() < 0.03 * jnp.abs(want).max()
+
+
+@pytest.mark.parametrize("names", [(None, "heads"), (None, "heads", None)])
+def test_partitioning_metadata(names):
+  init = nn.with_partitioning(nn.initializers.lecun_normal(), names)
+  layer, (plain, params, apply) = _layer(kernel_init=init), _setup()
+  boxed = jax.eval_shape(layer.init, jax.random.key(0), _x())
+  spec = nn.get_partition_spec(boxed)["params"]
+  want = jax.sharding.PartitionSpec(*names)
+  assert spec["query"]["kernel"] == spec["key_window"]["kernel"] == want
+  # phi is not partitioned.
+  assert spec["compress_key"]["w1"] == jax.sharding.PartitionSpec()
+  unboxed = jax.eval_shape(plain.init, jax.random.key(0), _x())
+  assert nn.unbox(boxed) == unboxed
+  boxed_params = jax.tree.map(
+    lambda box, value: (
+      box.replace_boxed(value) if isinstance(box, nn.Partitioned) else value
+    ),
+    boxed,
+    params,
+    is_leaf=lambda leaf: isinstance(leaf, nn.Partitioned),
+  )
+  np.testing.assert_array_equal(
+    jax.jit(layer.apply)(boxed_params, _x()), apply(params, _x())
+  )
+
+
+def test_partitioned_over_devices():
+  mesh = jax.make_mesh(
+    (2,), ("heads",), axis_types=(jax.sharding.AxisType.Auto,)
+  )
+  # Initialisers see kernels flattened to two axes: two names fit both.
+  init = nn.with_partitioning(nn.initializers.lecun_normal(), (None, "heads"))
+  layer = _layer(kernel_init=init)
+  abstract = jax.eval_shape(layer.init, jax.random.key(0), _x())
+  shardings = nn.get_sharding(abstract, mesh)
+  params = jax.jit(layer.init, out_shardings=shardings)(jax.random.key(0), _x())
+  kernel = params["params"]["query"]["kernel"].unbox(apply_constraint=False)
+  assert kernel.sharding.shard_shape(kernel.shape) == (D, 2, 8)
+  got = jax.jit(layer.apply)(params, _x())
+  _, _, apply = _setup()
+  host = jax.device_get(nn.meta.unbox(params))
+  np.testing.assert_allclose(got, apply(host, _x()), atol=1e-5)
+
+
+def test_nnx_recipe():
+  linen, _, apply = _setup(compression="mean", share_kv=True)
+  model = nnx.bridge.ToNNX(linen, rngs=nnx.Rngs(0))
+  model = nnx.bridge.lazy_init(model, _x())
+
+  @nnx.jit
+  def out_and_grads(model, x):
+    def loss(model):
+      out = model(x)
+      return jnp.sum(jnp.sin(out)), out
+
+    grads, out = nnx.grad(loss, has_aux=True)(model)
+    return out, grads
+
+  out, grads = out_and_grads(model, _x())
+  params = {"params": nnx.to_pure_dict(nnx.state(model, nnx.Param))}
+  np.testing.assert_allclose(out, apply(params, _x()), atol=1e-5)
+  want = jax.jit(
+    jax.grad(lambda params: jnp.sum(jnp.sin(linen.apply(params, _x()))))
+  )(params)
+  jax.tree.map(
+    lambda g, w: np.testing.assert_allclose(g, w, atol=1e-4),
+    nnx.to_pure_dict(grads),
+    want["params"],
+  )
+
+
+@pytest.mark.parametrize(
+  "fields, message",
+  [
+    ({"num_heads": 0}, "`num_heads`=0 must be at least 1."),
+    ({"num_heads": 4.0}, "`num_heads`=4.0 must be a static integer."),
+    ({"num_kv_heads": -1}, "`num_kv_heads`=-1 must be at least 1."),
+    (
+      {"num_kv_heads": 3},
+      "`num_heads`=4 must be a multiple of `num_kv_heads`=3.",
+    ),
+    ({"head_dim": 0}, "`head_dim`=0 must be at least 1."),
+    ({"head_dim": 7}, "`head_dim`=7 must be even: RoPE rotates pairs"),
+    ({"value_head_dim": 0}, "`value_head_dim`=0 must be at least 1."),
+    ({"config": None}, "`config`=None must be an NSAConfig."),
+    (
+      {"compression": "max"},
+      "`compression`='max' must be one of 'mean', 'weighted', 'linear', 'mlp'.",
+    ),
+    ({"share_kv": 1}, "`share_kv`=1 must be True or False."),
+    (
+      {"rope_compressed": None},
+      "`rope_compressed`=None must be one of 'block', 'tokens', 'none'.",
+    ),
+    ({"rope": 10_000.0}, "`rope`=10000.0 must be a RopeConfig or None."),
+    ({"normalize_qk": "yes"}, "`normalize_qk`='yes' must be True or False."),
+    ({"dtype": "int32"}, "`dtype`='int32' must be a floating-point dtype."),
+    ({"dtype": "f33"}, "`dtype`='f33' must be a floating-point dtype."),
+    (
+      {"param_dtype": None},
+      "`param_dtype`=None must be a floating-point dtype.",
+    ),
+    (
+      {"kernel_init": "zeros"},
+      "`kernel_init`='zeros' must be an initialiser function.",
+    ),
+    ({"use_bias": None}, "`use_bias`=None must be True or False."),
+    ({"implementation": "cuda"}, "`implementation`='cuda' must be None, one"),
+    ({"decode": 1}, "`decode`=1 must be True or False."),
+  ],
+)
+def test_attribute_messages(fields, message):
+  with pytest.raises(ValueError, match=re.escape(message)):
+    _layer(**fields)
+
+
+def test_decode_is_not_implemented():
+  with pytest.raises(
+    NotImplementedError,
+    match="`decode`=True: the decode cache is not in this version",
+  ):
+    _layer(decode=True)
+
+
+def test_odd_head_dim_without_rope():
+  layer = _layer(head_dim=7, rope=None)
+  out, _ = jax.eval_shape(layer.init_with_output, jax.random.key(0), _x())
+  assert out.shape == (B, T, D)
+
+
+@pytest.mark.parametrize(
+  "arguments, message",
+  [
+    ({"inputs_k": 1}, "`inputs_k` must be None: causal self-attention only."),
+    ({"inputs_v": 1}, "`inputs_v` must be None: causal self-attention only."),
+    ({"mask": 1}, "`mask` must be None: the attention is causal. For padded"),
+    ({"x": jnp.ones((T, D))}, "`x` of shape (40, 12) must have rank 3"),
+    (
+      {"x": jnp.ones((B, T, D), jnp.int32)},
+      "`x` of dtype int32 must have a floating-point dtype.",
+    ),
+    (
+      {"positions": jnp.zeros((T,), jnp.int32)},
+      "`positions` of shape (40,) must have rank 2",
+    ),
+    (
+      {"segment_ids": jnp.ones((B, T))},
+      "`segment_ids` of dtype float32 must have an integer dtype.",
+    ),
+    (
+      {"segment_ids": np.r_[np.ones(5, int), np.full(T - 5, 2)][None]},
+      "`segment_ids` of shape (1, 40) must have shape (2, 40)",
+    ),
+    (
+      {"segment_ids": np.tile(np.r_[[1] * 5, [2] * (T - 5)], (B, 1))},
+      "`segment_ids` starts segment 2 of row 0 at position 5; starts must be "
+      "multiples of `selection_block`=8.",
+    ),
+  ],
+)
+def test_call_messages(arguments, message):
+  layer, params, _ = _setup()
+  with pytest.raises(ValueError, match=re.escape(message)):
+    layer.apply(params, **{"x": _x(), **arguments})

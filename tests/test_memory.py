@@ -1,0 +1,129 @@
+"""Memory of `xla` is linear in the length, by the compiler's own account.
+
+Programs are compiled and not run. The reference passes through the same
+measurement and grows fourfold: the tests can fail.
+"""
+
+import functools
+import math
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import nsa_jax
+from nsa_jax import KV, NSAConfig
+
+CONFIG = NSAConfig(16, 8, 32, 4, 1, 1, 128)
+HEADS, KV_HEADS, HEAD_DIM = 4, 1, 8
+# Long enough that [T, S] and [T, C, N] arrays would stand out from the 16 MiB
+# that a chunk may take.
+LENGTH = 8192
+
+
+def _program(op: str, implementation: Any, length: int) -> tuple[Callable, Any]:
+  """The op as a function of its arrays, and the shapes of these."""
+  count = nsa_jax.num_compressed_blocks(length, CONFIG)
+
+  def array(rows: int, heads: int, *last: int) -> Any:
+    return jax.ShapeDtypeStruct((1, rows, heads, *last), jnp.float32)
+
+  query = array(length, HEADS, HEAD_DIM)
+  tokens = KV(*2 * [array(length, KV_HEADS, HEAD_DIM)])
+  blocks = KV(*2 * [array(count, KV_HEADS, HEAD_DIM)])
+  ids = jax.ShapeDtypeStruct(
+    (1, length, KV_HEADS, CONFIG.num_selected), jnp.int32
+  )
+  common: dict[str, Any] = {
+    "config": CONFIG,
+    "implementation": implementation,
+  }
+  programs: dict[str, tuple[Callable, Any]] = {
+    "compressed_attention": (
+      functools.partial(
+        nsa_jax.compressed_attention, key_length=length, **common
+      ),
+      (query, *blocks),
+    ),
+    "select_blocks": (
+      functools.partial(nsa_jax.select_blocks, key_length=length, **common),
+      (query, blocks.key, array(length, HEADS)),
+    ),
+    "selected_attention": (
+      functools.partial(nsa_jax.selected_attention, **common),
+      (query, *tokens, ids),
+    ),
+    "window_attention": (
+      functools.partial(nsa_jax.window_attention, **common),
+      (query, *tokens),
+    ),
+    "native_sparse_attention": (
+      functools.partial(nsa_jax.native_sparse_attention, **common),
+      (query, blocks, tokens, tokens, array(length, HEADS, 3)),
+    ),
+  }
+  return programs[op]
+
+
+def _compile(op: str, implementation: Any, length: int, backward: bool) -> Any:
+  function, shapes = _program(op, implementation, length)
+
+  def forward_and_backward(*args: Any) -> Any:
+    floats = args[:3] if op == "selected_attention" else args
+    rest = args[len(floats) :]  # block ids have no gradient
+    out, pullback = jax.vjp(lambda *x: function(*x, *rest), *floats)
+    return pullback(out)
+
+  run = forward_and_backward if backward else function
+  return jax.jit(run).lower(*shapes).compile()
+
+
+def _largest(compiled: Any) -> int:
+  """Elements of the largest array in the optimised program."""
+  shapes = re.findall(r"\b(?:pred|[sufb]f?\d+)\[([\d,]+)\]", compiled.as_text())
+  return max(math.prod(map(int, s.split(","))) for s in set(shapes))
+
+
+@pytest.mark.parametrize(
+  "op, backward",
+  [
+    ("compressed_attention", False),
+    ("compressed_attention", True),
+    ("select_blocks", False),
+    ("selected_attention", False),
+    ("selected_attention", True),
+    ("window_attention", False),
+    ("window_attention", True),
+    ("native_sparse_attention", False),
+    ("native_sparse_attention", True),
+  ],
+)
+def test_xla_is_linear_in_the_length(op: str, backward: bool) -> None:
+  once, twice = (
+    _compile(op, "xla", length, backward) for length in (LENGTH, 2 * LENGTH)
+  )
+  ratio = (
+    twice.memory_analysis().temp_size_in_bytes
+    / once.memory_analysis().temp_size_in_bytes
+  )
+  assert ratio <= 2.2, ratio
+  # No [T, S] array, and no [T, C, N] one.
+  count = nsa_jax.num_compressed_blocks(2 * LENGTH, CONFIG)
+  assert _largest(twice) < 2 * LENGTH * count
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+def test_the_reference_is_not(backward: bool) -> None:
+  once, twice = (
+    _compile("native_sparse_attention", "reference", length, backward)
+    for length in (512, 1024)
+  )
+  ratio = (
+    twice.memory_analysis().temp_size_in_bytes
+    / once.memory_analysis().temp_size_in_bytes
+  )
+  assert 3.5 < ratio < 4.5, ratio
+  assert _largest(twice) >= 1024 * 1024

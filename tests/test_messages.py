@@ -1,0 +1,559 @@
+"""Bad input: every message names the argument, its value and the rule.
+
+Names are matched as an opening backtick and the name, so that a message may
+say `compressed` or `compressed.key`; values and rules by a key word.
+"""
+
+import functools
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+import nsa_jax
+from nsa_jax import NSAConfig
+from tests import helpers
+
+# S = T = 12, hence C = 5 and M = 3; N = 4, K = 2, H = 8, V = 6.
+CONFIG = NSAConfig(4, 2, 4, 2, 0, 1, 3)
+DIMS = helpers.Dims(
+  CONFIG, queries=12, keys=12, head_dim=8, value_dim=6, kv_heads=2, group=2
+)
+
+
+def _says(
+  call: Callable[[], Any],
+  name: str,
+  value: str,
+  rule: str,
+  error: type[Exception] = ValueError,
+) -> None:
+  with pytest.raises(error, match=f"`({name})") as info:
+    call()
+  message = str(info.value)
+  assert value in message, message
+  assert re.search(rule, message), message
+  assert message.endswith("."), message
+
+
+# ------------------------------------------------------------------ NSAConfig
+
+
+@pytest.mark.parametrize(
+  "change, name, value, rule",
+  [
+    *(
+      ({name: 0}, name, "0", "at least 1|positive")
+      for name in (
+        "compression_block",
+        "compression_stride",
+        "selection_block",
+        "num_selected",
+        "num_local",
+        "window",
+      )
+    ),
+    ({"window": -3}, "window", "-3", "at least 1|positive"),
+    ({"num_initial": -1}, "num_initial", "-1", "at least 0|negative"),
+    # l = 32, d = 16, l' = 64, n = 16 by default
+    ({"compression_block": 40}, "compression_block", "40", "multiple|divide"),
+    ({"selection_block": 72}, "selection_block", "72", "multiple|divide"),
+    ({"compression_block": 96}, "compression_block", "96", "selection_block"),
+    ({"num_initial": 15}, "num_selected|num_initial", "17", "num_local"),
+    ({"window": 2.5}, "window", "2.5", "integer"),
+    ({"num_selected": True}, "num_selected", "True", "integer"),
+    ({"selection_block": "64"}, "selection_block", "'64'", "integer"),
+  ],
+)
+def test_config(
+  change: dict[str, Any], name: str, value: str, rule: str
+) -> None:
+  _says(lambda: NSAConfig(**change), name, value, rule)
+
+
+def test_config_limits_are_valid() -> None:
+  """The rules are not stricter than they say."""
+  NSAConfig(64, 64, 64, 1, 0, 1, 1)
+  NSAConfig(1, 1, 1, 5, 2, 3, 1)
+  config = NSAConfig(num_selected=np.int64(16))  # type: ignore[arg-type]
+  assert config == NSAConfig()
+  assert hash(config) == hash(NSAConfig())
+
+
+# ---------------------------------------------------------------------- calls
+
+
+def _arguments() -> dict[str, Any]:
+  return helpers.make_inputs(DIMS, "float32") | {"config": CONFIG}
+
+
+def _native(change: dict[str, Any]) -> Any:
+  return nsa_jax.native_sparse_attention(**(_arguments() | change))
+
+
+def _f32(*shape: int) -> Any:
+  return np.zeros(shape, np.float32)
+
+
+def _i32(*shape: int) -> Any:
+  return np.zeros(shape, np.int32)
+
+
+def _ids(*row: int) -> Any:
+  return np.broadcast_to(helpers.int32(row), (2, 12, 2, len(row)))
+
+
+def _segments(*row: int) -> Any:
+  return helpers.int32([12 * [1], row])
+
+
+_KEY, _VALUE = _f32(2, 12, 2, 8), _f32(2, 12, 2, 6)
+_PAIR = helpers.pair(_KEY, _VALUE)
+
+NATIVE: list[tuple[dict[str, Any], str, str, str]] = [
+  # query
+  ({"query": _f32(12, 4, 8)}, "query", "(12, 4, 8)", "rank|\\[B, T, N, H\\]"),
+  ({"query": _i32(2, 12, 4, 8)}, "query", "int32", "floating"),
+  ({"query": _f32(2, 12, 3, 8)}, "num_heads|query", "3", "multiple"),
+  ({"query": _f32(2, 12, 4, 9)}, "query|compressed|key", "9", "head|H"),
+  ({"query": _f32(3, 12, 4, 8)}, "query|compressed|key", "3", "batch|B"),
+  # the pairs
+  (
+    {"compressed": helpers.pair(_f32(2, 6, 2, 8), _f32(2, 6, 2, 6))},
+    "compressed",
+    "6",
+    "num_compressed_blocks|complete|\\b5\\b",
+  ),
+  (
+    {"compressed": helpers.pair(_f32(2, 5, 1, 8), _f32(2, 5, 1, 6))},
+    "compressed|selected",
+    "1",
+    "heads|K",
+  ),
+  ({"compressed": _f32(2, 5, 2, 8)}, "compressed", "", "pair|KV|key"),
+  (
+    {"selected": helpers.pair(_f32(2, 12, 2, 9), _VALUE)},
+    "selected",
+    "9",
+    "head|H|\\b8\\b",
+  ),
+  (
+    {"selected": helpers.pair(_KEY, _f32(2, 11, 2, 6))},
+    "selected",
+    "11",
+    "length|key|\\b12\\b",
+  ),
+  (
+    {"selected": helpers.pair(_KEY, _f32(2, 12, 2))},
+    "selected",
+    "(2, 12, 2)",
+    "rank",
+  ),
+  (
+    {"selected": helpers.pair(_KEY.astype(np.float16), _VALUE)},
+    "selected",
+    "float16",
+    "dtype",
+  ),
+  (
+    {"selected": helpers.pair(_KEY, _VALUE.astype(np.float16))},
+    "selected",
+    "float16",
+    "dtype",
+  ),
+  (
+    {"window": helpers.pair(_KEY, _f32(2, 12, 2, 7))},
+    "window",
+    "7",
+    "\\b6\\b",  # V is one for all branches
+  ),
+  (
+    {"window": helpers.pair(_f32(2, 11, 2, 8), _f32(2, 11, 2, 6))},
+    "window",
+    "11",
+    "\\b12\\b",
+  ),
+  (
+    {"window": helpers.pair(_f32(1, 12, 2, 8), _f32(1, 12, 2, 6))},
+    "window",
+    "1",
+    "\\b2\\b",
+  ),
+  # gates
+  ({"gates": _f32(2, 12, 4, 2)}, "gates", "(2, 12, 4, 2)", "3"),
+  ({"gates": _f32(2, 12, 2, 3)}, "gates", "(2, 12, 2, 3)", "4"),
+  ({"gates": _i32(2, 12, 4, 3)}, "gates", "int32", "floating"),
+  # compressed_query
+  (
+    {"compressed_query": _f32(2, 12, 2, 8)},
+    "compressed_query",
+    "(2, 12, 2, 8)",
+    "query",
+  ),
+  (
+    {"compressed_query": _f32(2, 12, 4, 8).astype(np.float16)},
+    "compressed_query",
+    "float16",
+    "dtype",
+  ),
+  # segments
+  ({"segment_ids": _i32(2, 11)}, "segment_ids", "(2, 11)", "12"),
+  ({"segment_ids": _f32(2, 12)}, "segment_ids", "float32", "integer"),
+  (
+    {"segment_ids": _segments(1, 1, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2)},
+    "segment_ids",
+    "2",
+    "multiple",
+  ),
+  (
+    {"segment_ids": _segments(0, 0, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3)},
+    "segment_ids",
+    "3",
+    "multiple",
+  ),
+  (
+    {"segment_ids": _segments(1, 1, 1, 1, 2, 2, 2, 2, 1, 1, 1, 1)},
+    "segment_ids",
+    "8",
+    "contiguous",
+  ),
+  (
+    {"segment_ids": _segments(1, 1, 1, 0, 1, 1, 1, 1, 1, 1, 1, 1)},
+    "segment_ids",
+    "4",
+    "contiguous",
+  ),
+  (
+    {"segment_ids": _segments(-1, -1, -1, -1, 1, 1, 1, 1, 1, 1, 1, 1)},
+    "segment_ids",
+    "-1",
+    "padding|at least 0|negative",
+  ),
+  (
+    {"segment_ids": _i32(2, 12), "query_segment_ids": _i32(2, 11)},
+    "query_segment_ids",
+    "(2, 11)",
+    "12",
+  ),
+  (
+    {"segment_ids": _i32(2, 12), "query_segment_ids": _f32(2, 12)},
+    "query_segment_ids",
+    "float32",
+    "integer",
+  ),
+  (
+    {"query_segment_ids": _i32(2, 12)},
+    "query_segment_ids",
+    "",
+    "`segment_ids`",
+  ),
+  # offsets
+  ({"query_offset": _i32(3)}, "query_offset", "(3,)", "2"),
+  ({"query_offset": _i32(2, 1)}, "query_offset", "(2, 1)", "shape|rank"),
+  ({"query_offset": _f32(2)}, "query_offset", "float32", "integer"),
+  ({"query_offset": 1.5}, "query_offset", "1.5", "integer"),
+  # block ids: M = 3
+  ({"block_ids": _ids(1, 0)}, "block_ids", "[1, 0]", "ascending"),
+  ({"block_ids": _ids(1, 1)}, "block_ids", "[1, 1]", "ascending"),
+  ({"block_ids": _ids(-1, 1)}, "block_ids", "[-1, 1]", "ascending"),
+  ({"block_ids": _ids(1, 3)}, "block_ids", "3", "ascending|\\[0, 3\\)"),
+  ({"block_ids": _ids(0, -2)}, "block_ids", "-2", "ascending|-1"),
+  ({"block_ids": _ids()}, "block_ids", "0", "at least"),
+  ({"block_ids": _i32(2, 12, 4, 2)}, "block_ids", "(2, 12, 4, 2)", "2"),
+  ({"block_ids": _i32(2, 12, 2)}, "block_ids", "(2, 12, 2)", "rank"),
+  ({"block_ids": _f32(2, 12, 2, 2)}, "block_ids", "float32", "integer"),
+  # static arguments
+  ({"config": None}, "config", "None", "NSAConfig"),
+  ({"config": {"window": 3}}, "config", "window", "NSAConfig"),
+  ({"scale": "big"}, "scale", "big", "number"),
+  ({"scale": float("nan")}, "scale", "nan", "finite"),
+  ({"implementation": "cuda"}, "implementation", "cuda", "reference.*xla"),
+  ({"implementation": ()}, "implementation", "()", "reference.*xla"),
+  (
+    {"implementation": ("xla", "fast")},
+    "implementation",
+    "fast",
+    "reference.*xla",
+  ),
+]
+
+
+@pytest.mark.parametrize(
+  "change, name, value, rule",
+  NATIVE,
+  ids=[f"{i}-{'-'.join(c[0])}" for i, c in enumerate(NATIVE)],
+)
+def test_native(
+  change: dict[str, Any], name: str, value: str, rule: str
+) -> None:
+  _says(lambda: _native(change), name, value, rule)
+
+
+_QUERY, _CMP = (
+  _f32(2, 12, 4, 8),
+  helpers.pair(_f32(2, 5, 2, 8), _f32(2, 5, 2, 6)),
+)
+_LSE = _f32(2, 12, 4)
+
+
+def _call(op: str, change: dict[str, Any]) -> Any:
+  """One of the primitives with valid arguments but for `change`."""
+  base: dict[str, dict[str, Any]] = {
+    "compressed_attention": {
+      "key": _CMP.key,
+      "value": _CMP.value,
+      "key_length": 12,
+    },
+    "block_scores": {
+      "compressed_key": _CMP.key,
+      "lse": _LSE,
+      "key_length": 12,
+    },
+    "select_blocks": {
+      "compressed_key": _CMP.key,
+      "lse": _LSE,
+      "key_length": 12,
+    },
+    "selected_attention": {
+      "key": _KEY,
+      "value": _VALUE,
+      "block_ids": _ids(0, 1),
+    },
+    "window_attention": {"key": _KEY, "value": _VALUE},
+  }
+  arguments = {"query": _QUERY, "config": CONFIG} | base[op] | change
+  return getattr(nsa_jax, op)(**arguments)
+
+
+OPS = (
+  "compressed_attention",
+  "block_scores",
+  "select_blocks",
+  "selected_attention",
+  "window_attention",
+)
+WITH_LENGTH = OPS[:3]
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_what_all_primitives_check(op: str) -> None:
+  """They validate by themselves, not only below the whole op."""
+  key = "compressed_key" if op in OPS[1:3] else "key"
+  cases: list[tuple[dict[str, Any], str, str, str]] = [
+    ({"query": _f32(2, 4, 8)}, "query", "(2, 4, 8)", "rank"),
+    ({"query": _i32(2, 12, 4, 8)}, "query", "int32", "floating"),
+    ({"query": _f32(2, 12, 5, 8)}, "num_heads|query", "5", "multiple"),
+    ({"query": _f32(2, 12, 4, 6)}, f"query|{key}", "6", "head|H|8"),
+    ({"query": _QUERY.astype(np.float16)}, f"query|{key}", "float16", "dtype"),
+    ({key: _f32(2, 12, 8)}, key, "(2, 12, 8)", "rank"),
+    ({"config": "tiny"}, "config", "tiny", "NSAConfig"),
+    ({"scale": float("inf")}, "scale", "inf", "finite"),
+    ({"query_offset": _i32(5)}, "query_offset", "(5,)", "2"),
+    ({"segment_ids": _i32(2, 13)}, "segment_ids", "(2, 13)", "12"),
+    (
+      {"segment_ids": _segments(1, 1, 1, 1, 2, 2, 2, 2, 1, 1, 1, 1)},
+      "segment_ids",
+      "8",
+      "contiguous",
+    ),
+    (
+      {"segment_ids": _i32(2, 12), "query_segment_ids": _i32(2, 12, 1)},
+      "query_segment_ids",
+      "(2, 12, 1)",
+      "12|rank",
+    ),
+    ({"implementation": "fastest"}, "implementation", "fastest", "xla"),
+  ]
+  if op != "window_attention":  # alone, it has no blocks to align to
+    cases.append(
+      (
+        {"segment_ids": _segments(1, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2)},
+        "segment_ids",
+        "1",
+        "multiple",
+      )
+    )
+  if op in WITH_LENGTH:
+    cases += [
+      # C = 5 rows come from S = 12 or 13, not from 14 (C = 6).
+      ({"key_length": 14}, f"{key}|key_length", "14", "\\b6\\b"),
+      ({"key_length": -1}, "key_length", "-1", "at least|negative"),
+      ({"key_length": 12.0}, "key_length", "12.0", "integer"),
+    ]
+  if op not in OPS[1:3]:
+    cases += [
+      ({"value": _f32(2, 7, 2, 6)}, "value", "7", "key|\\b12\\b|\\b5\\b"),
+      ({"value": _f32(2, 12, 1, 6)}, "value", "1", "key|heads|\\b2\\b"),
+    ]
+  for change, name, value, rule in cases:
+    _says(functools.partial(_call, op, change), name, value, rule)
+
+
+@pytest.mark.parametrize(
+  "op, change, name, value, rule",
+  [
+    *(
+      case
+      for op in OPS[1:3]
+      for case in (
+        (op, {"lse": _f32(2, 12, 2)}, "lse", "(2, 12, 2)", "4|N"),
+        (op, {"lse": _f32(2, 12)}, "lse", "(2, 12)", "rank|N"),
+        (op, {"lse": _i32(2, 12, 4)}, "lse", "int32", "float"),
+      )
+    ),
+    (
+      "selected_attention",
+      {"block_ids": _ids(2, 0)},
+      "block_ids",
+      "[2, 0]",
+      "ascending",
+    ),
+    (
+      "selected_attention",
+      {"block_ids": _i32(2, 11, 2, 2)},
+      "block_ids",
+      "(2, 11, 2, 2)",
+      "12",
+    ),
+    ("window_attention", {"key_offset": 0.5}, "key_offset", "0.5", "integer"),
+  ],
+)
+def test_what_one_primitive_checks(
+  op: str, change: dict[str, Any], name: str, value: str, rule: str
+) -> None:
+  _says(lambda: _call(op, change), name, value, rule)
+
+
+def test_static_arguments_are_not_traced() -> None:
+  """A traced scale or length is refused by name, not by a jax error."""
+  for op, name in (
+    ("window_attention", "scale"),
+    ("compressed_attention", "key_length"),
+    ("window_attention", "key_offset"),
+  ):
+
+    def call(x: Any, op: str = op, name: str = name) -> Any:
+      return _call(op, {name: x})
+
+    _says(functools.partial(jax.eval_shape, call, 12), name, "", "static")
+
+
+def test_traced_values_are_not_checked() -> None:
+  """What is wrong only by value passes where the value is not known."""
+
+  def call(ids: Any, segment_ids: Any) -> Any:
+    return _native({"block_ids": ids, "segment_ids": segment_ids})
+
+  out = jax.eval_shape(call, _ids(1, 0), _segments(*range(12)))
+  assert out.shape == (2, 12, 4, 6)
+
+
+# ------------------------------------------------------------ implementations
+
+
+def test_an_implementation_that_cannot_says_why() -> None:
+  """NotImplementedError with a reason, and a sequence falls through."""
+  args = _arguments()
+  triton: Any = "triton"
+  for call in (
+    lambda: nsa_jax.native_sparse_attention(**args, implementation=triton),
+    lambda: _call("window_attention", {"implementation": ("triton",)}),
+  ):
+    _says(
+      call, "implementation", "triton", r"triton'?\b.{9}", NotImplementedError
+    )
+  _says(
+    lambda: _call("window_attention", {"implementation": "cudnn"}),
+    "implementation",
+    "cudnn",
+    r"cudnn'?\b.{9}",
+    NotImplementedError,
+  )
+  out = _call("window_attention", {"implementation": ("triton", "xla")})
+  helpers.assert_same_bits(
+    out, _call("window_attention", {"implementation": "xla"})
+  )
+
+
+def test_a_wrong_call_is_not_swallowed_by_the_fallback() -> None:
+  _says(
+    lambda: _native({"gates": _f32(1), "implementation": ("triton", "xla")}),
+    "gates",
+    "(1,)",
+    "rank|3",
+  )
+
+
+# ------------------------------------------------------------------------ phi
+
+_X = _f32(2, 12, 2, 8)
+_PHI: dict[str, dict[str, np.ndarray]] = {
+  "compress_mean": {},
+  "compress_weighted": {"weight": _f32(2, 4)},
+  "compress_linear": {"position": _f32(2, 4, 8), "weight": _f32(2, 32, 6)},
+  "compress_mlp": {
+    "position": _f32(2, 4, 8),
+    "w1": _f32(2, 32, 5),
+    "b1": _f32(2, 5),
+    "w2": _f32(2, 5, 6),
+    "b2": _f32(2, 6),
+  },
+}
+
+
+@pytest.mark.parametrize("op", _PHI)
+def test_compress(op: str) -> None:
+  def call(**change: Any) -> Any:
+    arguments = {"x": _X, **_PHI[op], "config": CONFIG} | change
+    return getattr(nsa_jax, op)(**arguments)
+
+  _says(lambda: call(x=_f32(2, 12, 8)), "x", "(2, 12, 8)", "rank")
+  _says(lambda: call(x=_i32(2, 12, 2, 8)), "x", "int32", "float")
+  _says(lambda: call(config=3), "config", "3", "NSAConfig")
+  _says(lambda: call(segment_ids=_i32(2, 5)), "segment_ids", "(2, 5)", "12")
+  _says(
+    lambda: call(segment_ids=_f32(2, 12)), "segment_ids", "float32", "integer"
+  )
+  for name, value in _PHI[op].items():
+    wrong_heads = np.zeros((3, *value.shape[1:]), np.float32)
+    _says(
+      functools.partial(call, **{name: wrong_heads}),
+      name,
+      str(wrong_heads.shape),
+      "2|K",
+    )
+    wrong_rank = value[0]
+    _says(
+      functools.partial(call, **{name: wrong_rank}),
+      name,
+      str(wrong_rank.shape),
+      "rank|shape",
+    )
+    _says(
+      functools.partial(call, **{name: value.astype(np.int32)}),
+      name,
+      "int32",
+      "float",
+    )
+    if name not in ("w2", "b2"):
+      wrong_width = np.concatenate([value, value], axis=1)
+      _says(
+        functools.partial(call, **{name: wrong_width}),
+        "|".join(_PHI[op]),  # w1 and b1 fix F together: either may be named
+        str(wrong_width.shape[1]),
+        "shape",
+      )
+
+
+@pytest.mark.parametrize(
+  "function", ["num_compressed_blocks", "num_selection_blocks"]
+)
+def test_block_counts(function: str) -> None:
+  count = getattr(nsa_jax, function)
+  _says(lambda: count(-1, CONFIG), "length", "-1", "at least|negative")
+  _says(lambda: count(1.5, CONFIG), "length", "1.5", "integer")
+  _says(lambda: count(8, None), "config", "None", "NSAConfig")
+  assert count(np.int32(8), CONFIG) > 0

@@ -1,0 +1,299 @@
+"""The training script: its data, its error lines, its exact resume."""
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from examples import train_lm
+
+SCRIPT = Path(train_lm.__file__)
+# Short, but long enough for the preset's attention to be sparse.
+SMALL = ["--seq-len=384", "--batch-size=1", "--steps=6"]
+SMALL += ["--eval-batches=2", "--eval-every=2", "--checkpoint-every=2"]
+
+# Runs the script, and sends it SIGINT while it prepares its fourth step.
+INTERRUPT = """
+import os, signal, sys
+from examples import train_lm
+
+batch = train_lm.training_batch
+def interrupt(data, *, step, **kwargs):
+  if step == 3:
+    os.kill(os.getpid(), signal.SIGINT)
+  return batch(data, step=step, **kwargs)
+
+train_lm.training_batch = interrupt
+sys.exit(train_lm.main(sys.argv[1:]))
+"""
+
+
+def run_process(*args: object) -> subprocess.CompletedProcess[str]:
+  return subprocess.run(
+    [sys.executable, *map(str, args)],
+    capture_output=True,
+    text=True,
+    cwd=SCRIPT.parents[1],
+    timeout=600,
+  )
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+  """A run that nothing interrupted, and what it printed."""
+  out = tmp_path_factory.mktemp("finished")
+  run = run_process(SCRIPT, *SMALL, f"--out={out}")
+  assert run.returncode == 0, run.stderr
+  return out, run
+
+
+def error_line(capsys, *args: object) -> str:
+  """The one line that wrong arguments give."""
+  with pytest.raises(SystemExit) as caught:
+    train_lm.main([str(arg) for arg in args])
+  assert caught.value.code == 2
+  out, err = capsys.readouterr()
+  assert out == ""
+  assert err.startswith("train_lm.py: error: ")
+  assert err.count("\n") == 1
+  return err
+
+
+def checkpoint(out: Path, step: int):
+  # Absolute: orbax refuses other paths.
+  with ocp.StandardCheckpointer() as checkpointer:
+    return checkpointer.restore(out / "checkpoints" / str(step) / "state")
+
+
+def test_a_finished_run_leaves_everything_it_names(finished):
+  out, run = finished
+  for pattern in (
+    r"sparsity .* reads \d+\.\d% of the keys",
+    r"bigram .* \(\d\.\d+ bits/byte\): the model (beats|does NOT beat) it",
+    r"validation \d\.\d+ nats/byte",
+    r"---- sample",
+  ):
+    assert re.search(pattern, run.stdout), pattern
+  for text in ("6/6", "loss ", "tokens/s"):
+    assert text in run.stderr
+  for name in ("metrics.jsonl", "loss.png", "sample.txt"):
+    assert str(out / name) in run.stdout
+    assert (out / name).stat().st_size > 0
+  assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
+  assert len((out / "sample.txt").read_bytes()) == 384
+  assert (out / "checkpoints" / "6").is_dir()
+
+  text = (out / "metrics.jsonl").read_text()
+  lines = [json.loads(line) for line in text.splitlines()]
+  assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+  assert [line["step"] for line in lines if "validation_loss" in line] == [
+    2,
+    4,
+    6,
+  ]
+
+
+def test_resume_is_exact_across_processes(finished, tmp_path):
+  expected, _ = finished
+  stopped = run_process("-c", INTERRUPT, *SMALL, f"--out={tmp_path}")
+  assert stopped.returncode == 130, stopped.stderr
+  assert "stopped at step 4 of 6; continue with" in stopped.stdout
+  assert "--resume" in stopped.stdout
+  assert not (tmp_path / "sample.txt").exists()
+  # What a run killed after its last checkpoint would leave behind.
+  with (tmp_path / "metrics.jsonl").open("a") as file:
+    file.write('{"step": 5, "train_loss": 0.0}\n')
+
+  resumed = run_process(SCRIPT, *SMALL, f"--out={tmp_path}", "--resume")
+  assert resumed.returncode == 0, resumed.stderr
+  assert "steps 4 to 6" in resumed.stdout
+  for name in ("metrics.jsonl", "sample.txt"):
+    assert (tmp_path / name).read_bytes() == (expected / name).read_bytes()
+  saved, straight = checkpoint(tmp_path, 6), checkpoint(expected, 6)
+  assert saved["params"]
+  assert saved["opt_state"]
+  # Equal to the last bit, NaN and signs of zero included.
+  for a, b in zip(leaves(saved), leaves(straight), strict=True):
+    assert a.dtype == b.dtype
+    assert a.tobytes() == b.tobytes()
+
+
+def leaves(tree) -> list[np.ndarray]:
+  return [np.asarray(leaf) for leaf in train_lm.jax.tree.leaves(tree)]
+
+
+def test_checkpoint_of_another_config(finished, capsys):
+  out, _ = finished
+  line = error_line(
+    capsys,
+    *SMALL,
+    f"--out={out}",
+    "--resume",
+    "--attention=window",
+    "--seed=3",
+  )
+  assert f"the checkpoint in {out} is of another configuration" in line
+  assert "`model.attention` was nsa, now window" in line
+  assert "`seed` was 0, now 3" in line
+  assert "`steps`" not in line
+
+
+def test_out_holds_a_run_already(finished, capsys):
+  out, _ = finished
+  line = error_line(capsys, *SMALL, f"--out={out}")
+  assert f"--out {out}: holds a run of 6 steps already" in line
+  assert "--resume" in line
+
+
+def test_nothing_to_resume(tmp_path, capsys):
+  line = error_line(capsys, *SMALL, f"--out={tmp_path}", "--resume")
+  assert f"--resume: no checkpoint in {tmp_path}." in line
+
+
+@pytest.mark.parametrize(
+  "args, message",
+  [
+    (["--steps=0"], "argument --steps: '0' is not a positive integer"),
+    (["--steps=2.5"], "argument --steps: '2.5' is not a positive integer"),
+    (["--learning-rate=inf"], "--learning-rate: 'inf' is not a positive num"),
+    (["--seed=-1"], "argument --seed: -1 is negative"),
+    (["--attention=dense"], "argument --attention: invalid choice: 'dense'"),
+    (["--preset=huge"], "argument --preset: invalid choice: 'huge'"),
+    (["--implementation=tpu"], "--implementation: invalid choice: 'tpu'"),
+    (["--atention=nsa"], "unrecognized arguments: --atention=nsa"),
+    (["--prompt="], "argument --prompt: must have 1 to 511 bytes, has 0"),
+    (["--seq-len=256"], "--seq-len 256: too short for the preset tiny"),
+    (["--out=/dev/null/run"], "--out /dev/null/run: "),
+  ],
+)
+def test_wrong_arguments(args, message, capsys):
+  assert message in error_line(capsys, *args)
+
+
+def test_wrong_corpus(tmp_path, capsys):
+  missing = tmp_path / "missing"
+  line = error_line(capsys, f"--corpus={missing}")
+  assert f"--corpus {missing}: no such file or folder." in line
+
+  line = error_line(capsys, f"--corpus={tmp_path}")
+  assert f"--corpus {tmp_path}: no text in it." in line
+
+  binary = tmp_path / "binary"
+  binary.write_bytes(b"\0" * 10_000)
+  line = error_line(capsys, f"--corpus={binary}")
+  assert f"--corpus {binary}: no text in it." in line
+
+  small = tmp_path / "small.txt"
+  small.write_text("a" * 1000)
+  line = error_line(capsys, f"--corpus={small}")
+  assert "too small: 900 bytes for training and 100 for validation" in line
+  assert "--seq-len 512 needs at least 513 of each" in line
+
+
+def test_help(capsys):
+  with pytest.raises(SystemExit) as caught:
+    train_lm.main(["--help"])
+  assert caught.value.code == 0
+  text = capsys.readouterr().out
+  for action in train_lm.make_parser()._actions:
+    assert action.help is not argparse.SUPPRESS
+    assert action.option_strings[-1] in text
+
+
+def test_split_depends_on_the_names_alone():
+  paths = [f"folder/file{i}.py" for i in range(400)]
+  kept, held_out = train_lm.split_files(paths)
+  assert train_lm.split_files(reversed(paths)) == (kept, held_out)
+  assert sorted(kept + held_out) == sorted(paths)
+  assert 20 < len(held_out) < 60
+  # A file more moves no other.
+  more_kept, more_held_out = train_lm.split_files([*paths, "another.py"])
+  assert [path for path in more_kept if path != "another.py"] == kept
+  assert [path for path in more_held_out if path != "another.py"] == held_out
+  # The same on every machine.
+  kept, _ = train_lm.split_files(["a.py", "b/c.py", "d.py"])
+  assert kept == ["d.py", "b/c.py", "a.py"]
+
+
+def test_standard_library_corpus():
+  corpus = train_lm.load_corpus(None, 2**20, 512)
+  again = train_lm.load_corpus(None, 2**20, 512)
+  assert corpus.digest() == again.digest()
+  assert len(corpus.train) + len(corpus.validation) <= 2**20
+  assert len(corpus.validation) > 2**15
+  assert b"import" in corpus.train.tobytes()
+
+
+def test_folder_and_file_corpus(tmp_path):
+  for i in range(40):
+    (tmp_path / f"{i}.txt").write_text(f"file {i}. " * 100)
+  (tmp_path / ".hidden").write_text("secret" * 100)
+  (tmp_path / "image").write_bytes(b"\0secret" * 100)
+  corpus = train_lm.load_corpus(str(tmp_path), 2**20, 64)
+  _, held_out = train_lm.split_files(f"{i}.txt" for i in range(40))
+  for path in tmp_path.glob("*.txt"):
+    text = path.read_bytes()
+    assert (text in corpus.validation.tobytes()) == (path.name in held_out)
+    assert (text in corpus.train.tobytes()) == (path.name not in held_out)
+  assert b"secret" not in corpus.train.tobytes()
+
+  path = tmp_path / "0.txt"
+  corpus = train_lm.load_corpus(str(path), 2**20, 64)
+  joined = corpus.train.tobytes() + corpus.validation.tobytes()
+  assert joined == path.read_bytes()
+  assert len(corpus.validation) == len(joined) // train_lm.HELD_OUT
+
+
+def test_batches_are_a_function_of_seed_and_step():
+  data = np.arange(200, dtype=np.uint8)
+
+  def batch(seed, step):
+    return train_lm.training_batch(
+      data, seed=seed, step=step, batch_size=64, seq_len=16
+    )
+
+  first = batch(0, 5)
+  np.testing.assert_array_equal(first, batch(0, 5))
+  assert first.shape == (64, 17)
+  assert (np.diff(first, axis=1) == 1).all()
+  assert (first != batch(0, 6)).any()
+  assert (first != batch(1, 5)).any()
+
+  windows = train_lm.validation_windows(data, count=5, seq_len=16)
+  assert windows[0, 0] == 0
+  assert windows[-1, -1] == 199
+
+
+def test_bigram_loss_by_hand():
+  # After a: b twice, c once. With add-one smoothing over 256 bytes
+  # P(b | a) = 3 / 259, P(c | a) = 2 / 259, P(a | b) = (2 + 1) / (2 + 256).
+  train = np.frombuffer(b"ababac", np.uint8)
+  windows = np.frombuffer(b"abac", np.uint8)[None].astype(np.int32)
+  expected = -np.mean(np.log([3 / 259, 3 / 258, 2 / 259]))
+  np.testing.assert_allclose(
+    train_lm.bigram_loss(train, windows), expected, rtol=1e-12
+  )
+
+
+def test_sparsity_of_every_preset():
+  for name, recipe in train_lm.RECIPES.items():
+    config = train_lm.TransformerConfig.preset(name).nsa
+    fraction = train_lm.read_fraction("nsa", config, recipe.seq_len)
+    assert 0 < fraction < 0.5
+  assert train_lm.read_fraction("full", config, 100) == 1.0
+  assert train_lm.read_fraction("window", config, 10_000) == (
+    config.window / 10_000
+  )
+
+
+@pytest.mark.slow
+def test_default_run_beats_the_bigram_model(tmp_path):
+  run = run_process(SCRIPT, f"--out={tmp_path}")
+  assert run.returncode == 0, run.stderr
+  assert "the model beats it" in run.stdout

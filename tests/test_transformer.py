@@ -1,0 +1,424 @@
+"""The language model: causality, packing, remat, scan, presets, messages."""
+
+import dataclasses
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from nsa_jax import NSAConfig
+from nsa_jax.transformer import TransformerConfig, TransformerLM
+
+NSA = NSAConfig(
+  compression_block=4,
+  compression_stride=2,
+  selection_block=8,
+  num_selected=3,
+  num_initial=1,
+  num_local=1,
+  window=6,
+)
+B, T, VOCAB = 2, 40, 17
+
+
+# Compiling is most of the time here; the ops are tested optimised.
+pytestmark = pytest.mark.usefixtures("fast_compilation")
+
+
+def _config(**overrides):
+  fields = {
+    "vocab_size": VOCAB,
+    "num_layers": 2,
+    "model_dim": 12,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "head_dim": 8,
+    "mlp_dim": 10,
+    "nsa": NSA,
+    # Results do not depend on it, and it compiles fastest.
+    "implementation": "reference",
+  }
+  return TransformerConfig(**{**fields, **overrides})
+
+
+def _tokens(seed=0):
+  return np.random.default_rng(seed).integers(0, VOCAB, (B, T))
+
+
+def _shapes(config, **kwargs):
+  model = TransformerLM(config)
+  init = functools.partial(model.init, **kwargs)
+  return jax.eval_shape(init, jax.random.key(0), jnp.zeros((B, T), jnp.int32))
+
+
+def _params(config):
+  """Random parameters; drawing them with `init` takes longer to compile."""
+  rng = np.random.default_rng(0)
+
+  def draw(path, leaf):
+    scale = path[-1].key == "scale"
+    return jnp.float32(scale + 0.3 * rng.normal(size=leaf.shape))
+
+  return jax.tree_util.tree_map_with_path(draw, _shapes(config))
+
+
+@functools.cache
+def _setup(**overrides):
+  config = _config(**overrides)
+  model = TransformerLM(config)
+  return model, _params(config), jax.jit(model.apply)
+
+
+# Every kind of attention in one model.
+MIXED = {"num_layers": 3, "attention": ("nsa", "full", "window")}
+
+
+def test_logits():
+  _, params, apply = _setup(**MIXED)
+  logits = apply(params, _tokens())
+  assert logits.shape == (B, T, VOCAB)
+  assert logits.dtype == jnp.float32
+  assert jnp.isfinite(logits).all()
+  assert set(params["params"]) == {
+    "embedding",
+    "final_norm",
+    "layer_0",
+    "layer_1",
+    "layer_2",
+  }
+
+
+def test_causal_bitwise():
+  _, params, apply = _setup(**MIXED)
+  tokens, others = _tokens(), _tokens(seed=1)
+  want = apply(params, tokens)
+  for t in (0, 7, 8, 30):
+    changed = np.concatenate([tokens[:, : t + 1], others[:, t + 1 :]], axis=1)
+    got = apply(params, changed)
+    np.testing.assert_array_equal(got[:, : t + 1], want[:, : t + 1])
+    assert (got[:, t + 1 :] != want[:, t + 1 :]).any()
+
+
+def test_packed_documents_equal_them_alone():
+  _, params, apply = _setup(**MIXED)
+  tokens = _tokens()
+  ids = np.zeros((B, T), np.int32)
+  ids[0, :13], ids[0, 16:40] = 1, 2
+  ids[1, 8:32] = 5
+  packed = apply(params, tokens, segment_ids=ids)
+  alone = apply(params, np.stack([tokens[0, 16:40], tokens[1, 8:32]]))
+  np.testing.assert_allclose(packed[0, 16:40], alone[0], atol=1e-4)
+  np.testing.assert_allclose(packed[1, 8:32], alone[1], atol=1e-4)
+  # Neither the padding nor the other documents are read.
+  changed = np.where(ids == 2, tokens, _tokens(seed=1))
+  again = apply(params, changed, segment_ids=ids)
+  np.testing.assert_array_equal(again[ids == 2], packed[ids == 2])
+
+
+@pytest.mark.parametrize("value_head_dim", [4, 12])
+def test_a_window_over_everything_is_full_attention(value_head_dim):
+  fields = {
+    "num_layers": 1,
+    "num_kv_heads": 1,
+    "value_head_dim": value_head_dim,
+    "normalize_qk": True,
+    "nsa": dataclasses.replace(NSA, window=T),
+  }
+  ids = np.repeat(np.array([[1] * 24 + [2] * 16]), B, axis=0)
+  _, params, full = _setup(attention="full", **fields)
+  _, _, window = _setup(attention="window", **fields)
+  np.testing.assert_allclose(
+    window(params, _tokens(), segment_ids=ids),
+    full(params, _tokens(), segment_ids=ids),
+    atol=1e-5,
+  )
+
+
+def test_positions_are_used_by_every_kind():
+  for kind in ("nsa", "full", "window"):
+    _, params, apply = _setup(num_layers=1, attention=kind, compression="mean")
+    positions = np.tile(np.arange(T), (B, 1))
+    base = apply(params, _tokens(), positions=positions)
+    shifted = apply(params, _tokens(), positions=positions + 50)
+    np.testing.assert_allclose(base, shifted, atol=1e-4)
+    stretched = apply(params, _tokens(), positions=positions * 3)
+    assert np.abs(base - stretched).max() > 1e-2
+
+
+def _loss(model, params):
+  logits = model.apply(params, _tokens())
+  picked = jnp.take_along_axis(logits, _tokens(seed=1)[..., None], axis=-1)
+  return jnp.mean(jax.nn.logsumexp(logits, -1, keepdims=True) - picked)
+
+
+# The smallest phi with parameters: the layer's tests have them all.
+SMALL = {"compression": "weighted"}
+
+
+@functools.cache
+def _loss_and_grads(**overrides):
+  model = TransformerLM(_config(**SMALL, **overrides))
+  return jax.jit(jax.value_and_grad(functools.partial(_loss, model)))
+
+
+def _stacked(params):
+  """Parameters of a model with `scan_layers` from those of one without."""
+  params = dict(params["params"])
+  layers = [params.pop("layer_0"), params.pop("layer_1")]
+  params["layers"] = jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
+  return {"params": params}
+
+
+def _assert_close(got, want):
+  jax.tree.map(
+    lambda g, w: np.testing.assert_allclose(g, w, atol=2e-5), got, want
+  )
+
+
+def test_every_parameter_learns():
+  params = _params(_config(**SMALL))
+  loss, grads = _loss_and_grads()(params)
+  assert 1 < loss < 10
+  for path, grad in jax.tree_util.tree_leaves_with_path(grads):
+    assert jnp.isfinite(grad).all(), path
+    assert jnp.abs(grad).max() > 1e-5, path
+
+
+@pytest.mark.parametrize("remat", ["full", "save_attention"])
+def test_remat_changes_nothing(remat):
+  params = _params(_config(**SMALL))
+  _assert_close(_loss_and_grads(remat=remat)(params), _loss_and_grads()(params))
+
+
+@pytest.mark.parametrize("remat", ["none", "save_attention"])
+def test_scanned_layers_equal_unrolled_ones(remat):
+  params = _params(_config(**SMALL))
+  scanned = _loss_and_grads(scan_layers=True, remat=remat)
+  loss, grads = _loss_and_grads()(params)
+  stacked = _stacked(params)
+  shapes = _shapes(_config(**SMALL, scan_layers=True))
+  assert jax.tree.map(jnp.shape, stacked) == jax.tree.map(jnp.shape, shapes)
+  _assert_close(scanned(stacked), (loss, _stacked(grads)))
+
+
+def _count_primitives(jaxpr, name):
+  count = 0
+  for eqn in jaxpr.eqns:
+    count += eqn.primitive.name == name
+    for parameter in jax.tree.leaves(
+      list(eqn.params.values()), is_leaf=lambda p: hasattr(p, "eqns")
+    ):
+      inner = getattr(parameter, "jaxpr", parameter)
+      if hasattr(inner, "eqns"):
+        count += _count_primitives(inner, name)
+  return count
+
+
+@pytest.mark.parametrize("scan_layers", [False, True])
+def test_save_attention_selects_once(scan_layers):
+  def selections(remat):
+    config = _config(
+      num_layers=1, scan_layers=scan_layers, remat=remat, implementation="xla"
+    )
+    model = TransformerLM(config)
+    jaxpr = jax.make_jaxpr(jax.grad(functools.partial(_loss, model)))(
+      _shapes(config)
+    )
+    return _count_primitives(jaxpr.jaxpr, "top_k")
+
+  assert selections("none") == 1
+  assert selections("full") == 2
+  assert selections("save_attention") == 1
+
+
+@pytest.mark.parametrize("remat", ["none", "save_attention"])
+@pytest.mark.parametrize("scan_layers", [False, True])
+def test_sows_in_every_layer(scan_layers, remat):
+  config = _config(scan_layers=scan_layers, remat=remat)
+  model = TransformerLM(config)
+  _, state = jax.eval_shape(
+    functools.partial(model.apply, mutable=["intermediates"]),
+    _shapes(config),
+    jnp.zeros((B, T), jnp.int32),
+  )
+  lead = (2,) if scan_layers else ()
+  layers = state["intermediates"]
+  assert sorted(layers) == (
+    ["layers"] if scan_layers else ["layer_0", "layer_1"]
+  )
+  for layer in layers.values():
+    (gates,) = layer["attention"]["gates"]
+    (block_ids,) = layer["attention"]["block_ids"]
+    assert gates.shape == (*lead, B, T, 4, 3)
+    assert block_ids.shape == (*lead, B, T, 2, NSA.num_selected)
+
+
+def test_scanned_block_ids_are_those_of_each_layer():
+  config = _config(**SMALL)
+  params = _params(config)
+
+  def ids(config, params):
+    model = TransformerLM(config)
+    apply = functools.partial(model.apply, mutable=["intermediates"])
+    _, state = jax.jit(apply)(params, _tokens())
+    layers = state["intermediates"]
+    return [
+      layers[name]["attention"]["block_ids"][0] for name in sorted(layers)
+    ]
+
+  unrolled = np.stack(ids(config, params))
+  (scanned,) = ids(_config(**SMALL, scan_layers=True), _stacked(params))
+  # A rounding difference may flip a near tie, here and there.
+  assert (unrolled == scanned).mean() > 0.99
+
+
+def test_untied_head():
+  tied, untied = (
+    _shapes(_config(tie_embeddings=tie))["params"] for tie in (True, False)
+  )
+  assert "head" not in tied
+  assert untied["head"].shape == untied["embedding"].shape == (VOCAB, 12)
+  _, params, apply = _setup(
+    num_layers=1, tie_embeddings=False, compression="mean"
+  )
+  params["params"]["head"] = jnp.zeros((VOCAB, 12))
+  assert not apply(params, _tokens()).any()
+
+
+def test_bfloat16():
+  # Every block is selected, so that rounding cannot change the choice.
+  fields = {"num_layers": 1, "nsa": dataclasses.replace(NSA, num_selected=5)}
+  _, params, apply = _setup(**fields)
+  _, _, half = _setup(dtype="bfloat16", **fields)
+  want, got = apply(params, _tokens()), half(params, _tokens())
+  assert got.dtype == jnp.float32
+  # About ten roundings to 8 bits in a row.
+  assert np.abs(got - want).max() < 0.05 * np.abs(want).max()
+  shapes = _shapes(_config(param_dtype=jnp.bfloat16))
+  assert {leaf.dtype for leaf in jax.tree.leaves(shapes)} == {
+    jnp.dtype(jnp.bfloat16)
+  }
+
+
+@pytest.mark.parametrize("token", [-1, VOCAB])
+def test_tokens_outside_the_vocabulary_give_nan(token):
+  _, params, apply = _setup(num_layers=1, attention="window")
+  tokens = _tokens()
+  tokens[0, 20] = token
+  logits = apply(params, tokens)
+  assert jnp.isnan(logits[0, 20]).all()
+  assert jnp.isfinite(logits[1]).all()
+
+
+@pytest.mark.parametrize(
+  "name, length, millions",
+  [("tiny", 512, 0.50), ("small", 2048, 14.7), ("base", 8192, 188)],
+)
+def test_presets(name, length, millions):
+  config = TransformerConfig.preset(name)
+  nsa = config.nsa
+  read = (
+    (length - nsa.compression_block) // nsa.compression_stride
+    + 1
+    + nsa.num_selected * nsa.selection_block
+    + nsa.window
+  )
+  assert read < length / 2
+  sizes = [leaf.size for leaf in jax.tree.leaves(_shapes(config))]
+  np.testing.assert_allclose(sum(sizes) / 1e6, millions, rtol=0.01)
+  assert TransformerConfig.preset(name, num_layers=1).num_layers == 1
+
+
+def test_configurations_are_values():
+  one = _config(attention=["nsa", "full"], dtype="float32")
+  two = _config(attention=("nsa", "full"), dtype=jnp.float32)
+  assert one == two
+  assert hash(one) == hash(two)
+  assert one.layer_kinds == ("nsa", "full")
+  sequence = _config(implementation=["xla", "reference"])
+  assert hash(sequence) == hash(_config(implementation=("xla", "reference")))
+  with pytest.raises(dataclasses.FrozenInstanceError):
+    one.num_layers = 3
+
+
+@pytest.mark.parametrize(
+  "fields, message",
+  [
+    ({"vocab_size": 0}, "`vocab_size`=0 must be at least 1."),
+    ({"num_layers": 0}, "`num_layers`=0 must be at least 1."),
+    ({"model_dim": 1.5}, "`model_dim`=1.5 must be a static integer."),
+    ({"mlp_dim": -4}, "`mlp_dim`=-4 must be at least 1."),
+    (
+      {"num_heads": 6, "num_kv_heads": 4},
+      "`num_heads`=6 must be a multiple of `num_kv_heads`=4.",
+    ),
+    ({"head_dim": 9}, "`head_dim`=9 must be even: RoPE rotates pairs"),
+    ({"nsa": 16}, "`nsa`=16 must be an NSAConfig."),
+    (
+      {"attention": "dense"},
+      "`attention`='dense' must be one of 'nsa', 'full', 'window'.",
+    ),
+    (
+      {"attention": ("nsa", 3)},
+      "`attention`=3 must be one of 'nsa', 'full', 'window'.",
+    ),
+    (
+      {"attention": ("nsa",)},
+      "`attention`=('nsa',) must have `num_layers`=2 entries.",
+    ),
+    (
+      {"attention": ("nsa", "full"), "scan_layers": True},
+      "`attention`=('nsa', 'full') must be of one kind with `scan_layers`=True",
+    ),
+    (
+      {"compression": "median"},
+      "`compression`='median' must be one of 'mean', 'weighted', 'linear', 'ml",
+    ),
+    (
+      {"remat": True},
+      "`remat`=True must be one of 'none', 'full', 'save_attention'.",
+    ),
+    ({"tie_embeddings": 0}, "`tie_embeddings`=0 must be True or False."),
+    ({"scan_layers": None}, "`scan_layers`=None must be True or False."),
+    ({"dtype": None}, "`dtype`=None must be a floating-point dtype."),
+    ({"param_dtype": int}, "must be a floating-point dtype."),
+    ({"implementation": "gpu"}, "`implementation`='gpu' must be None, one of"),
+  ],
+)
+def test_config_messages(fields, message):
+  with pytest.raises(ValueError, match=re.escape(message)):
+    _config(**fields)
+
+
+def test_preset_message():
+  message = "`name`='huge' must be one of 'tiny', 'small', 'base'."
+  with pytest.raises(ValueError, match=re.escape(message)):
+    TransformerConfig.preset("huge")
+
+
+@pytest.mark.parametrize(
+  "arguments, message",
+  [
+    ({"tokens": np.zeros(3, int)}, "`tokens` of shape (3,) must have rank 2"),
+    (
+      {"tokens": np.zeros((1, 3))},
+      "`tokens` of dtype float32 must have an integer dtype.",
+    ),
+    (
+      {"positions": np.zeros((B, 3), int)},
+      "`positions` of shape (2, 3) must have shape (2, 40)",
+    ),
+    (
+      {"segment_ids": np.tile([1] * 5 + [2] * (T - 5), (B, 1))},
+      "`segment_ids` starts segment 2 of row 0 at position 5; starts must be "
+      "multiples of `selection_block`=8.",
+    ),
+  ],
+)
+def test_call_messages(arguments, message):
+  model, params, _ = _setup(num_layers=1, compression="mean")
+  with pytest.raises(ValueError, match=re.escape(message)):
+    model.apply(params, **{"tokens": _tokens(), **arguments})
