@@ -2,7 +2,7 @@
 
 Prints a table; both columns compute the same numbers (checked in the run).
 
-    python benchmarks/xla_vs_reference.py
+    python -m benchmarks.xla_vs_reference
 """
 
 import argparse
@@ -76,7 +76,9 @@ def main():
         start = time.perf_counter()
         jax.block_until_ready(compiled(*data))
         times.append(time.perf_counter() - start)
-      memory = compiled.memory_analysis().temp_size_in_bytes / 2**20
+      analysis = compiled.memory_analysis()
+      assert analysis is not None
+      memory = analysis.temp_size_in_bytes / 2**20
       print(
         f"{kind:10}{name:16}{statistics.median(times):9.3f}{memory:15.0f}",
         flush=True,

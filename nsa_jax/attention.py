@@ -638,10 +638,8 @@ def _dispatch(op, implementation, rows, query, *args, **kwargs):
   )
 
 
-def _branch(
-  name, op, implementation, rows, read, query, key, value, *args, **kwargs
-):
-  """One softmax branch: masks what nobody reads, names the residuals."""
+def _branch(op, implementation, rows, read, query, key, value, *args, **kwargs):
+  """One softmax branch, with what nobody reads masked."""
   out, lse = _dispatch(
     op,
     implementation,
@@ -652,11 +650,7 @@ def _branch(
     *args,
     **kwargs,
   )
-  out, lse = _keep(out, rows.real), _keep(lse, rows.real, -jnp.inf)
-  return (
-    checkpoint_name(out, f"nsa_{name}_out"),
-    checkpoint_name(lse, f"nsa_{name}_lse"),
-  )
+  return _keep(out, rows.real), _keep(lse, rows.real, -jnp.inf)
 
 
 def _compressed(query, key, value, rows, *, config, scale, implementation):
@@ -666,7 +660,6 @@ def _compressed(query, key, value, rows, *, config, scale, implementation):
     out = jnp.zeros((*shape, value.shape[-1]), query.dtype)
     return out, jnp.full(shape, -jnp.inf, acc)
   return _branch(
-    "compressed",
     "compressed_attention",
     implementation,
     rows,
@@ -698,7 +691,6 @@ def _select(query, key, lse, rows, *, config, scale, implementation):
 
 def _selected(query, key, value, ids, rows, *, config, scale, implementation):
   return _branch(
-    "selected",
     "selected_attention",
     implementation,
     rows,
@@ -714,7 +706,6 @@ def _selected(query, key, value, ids, rows, *, config, scale, implementation):
 
 def _window(query, key, value, rows, *, config, scale, implementation):
   return _branch(
-    "window",
     "window_attention",
     implementation,
     rows,

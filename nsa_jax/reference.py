@@ -7,6 +7,7 @@ memory quadratic in the length. The functions here get arguments that
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 
 from nsa_jax import compression
 from nsa_jax.config import NSAConfig
@@ -50,7 +51,8 @@ def block_scores(
   )
   scores = _scores(query, compressed_key, scale)  # [B, T, K, G, C]
   seen = visible[:, :, None, None]
-  lse = lse.astype(scores.dtype).reshape(*scores.shape[:-1], 1)
+  lse = rearrange(lse, "b t (k g) -> b t k g 1", k=scores.shape[2])
+  lse = lse.astype(scores.dtype)
   p_cmp = jnp.where(seen, jnp.exp(jnp.where(seen, scores - lse, -jnp.inf)), 0)
 
   blocks = jnp.arange(compression.num_selection_blocks(key_length, config))
@@ -181,11 +183,10 @@ def _readable(token, positions, key_segments, query_segments):
 def _scores(query, key, scale):
   """Scaled dot products of every head with its keys, [B, T, K, G, S]."""
   acc = jnp.promote_types(jnp.float32, query.dtype)
-  batch, length, heads, head_dim = query.shape
-  groups = (batch, length, key.shape[2], heads // key.shape[2], head_dim)
+  query = rearrange(query, "b t (k g) h -> b t k g h", k=key.shape[2])
   return scale * jnp.einsum(
     "btkgh,bskh->btkgs",
-    query.astype(acc).reshape(groups),
+    query.astype(acc),
     key.astype(acc),
     precision=jax.lax.Precision.HIGHEST,
   )
@@ -214,5 +215,7 @@ def _attend(query, key, value, mask, scale):
     precision=jax.lax.Precision.HIGHEST,
   )
   out = (out / safe_total).astype(query.dtype)
-  shape = query.shape[:3]
-  return out.reshape(*shape, value.shape[-1]), lse.reshape(shape)
+  return (
+    rearrange(out, "b t k g v -> b t (k g) v"),
+    rearrange(lse, "b t k g 1 -> b t (k g)"),
+  )

@@ -6,6 +6,8 @@ more than a chunk of queries times keys exists at any time.
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
+from jax.ad_checkpoint import checkpoint_name
 
 from nsa_jax import compression
 from nsa_jax.config import NSAConfig
@@ -43,7 +45,7 @@ def compressed_attention(
   query = _grouped(query, key.shape[2])
   key, value = _shared(key), _shared(value)
   out, lse = map_chunks(body, rows, query, positions, query_segments)
-  return _ungrouped(out), _ungrouped(lse)
+  return _tagged("compressed", out, lse)
 
 
 def block_scores(
@@ -191,7 +193,7 @@ def selected_attention(
     positions,
     query_segments,
   )
-  return _ungrouped(out), _ungrouped(lse)
+  return _tagged("selected", out, lse)
 
 
 def window_attention(
@@ -249,7 +251,7 @@ def window_attention(
     query_segments,
     per_chunk=(start, slices(key), slices(value), slices(key_segments)),
   )
-  return _ungrouped(out), _ungrouped(lse)
+  return _tagged("window", out, lse)
 
 
 def _for_block_scores(
@@ -283,7 +285,7 @@ def _for_block_scores(
     body,
     rows,
     _grouped(query, kv_heads),
-    lse.reshape(batch, length, kv_heads, -1),
+    _grouped(lse, kv_heads),
     positions,
     query_segments,
     *per_query,
@@ -323,21 +325,22 @@ def _visible_blocks(config, key_length, key_segments):
 
 
 def _grouped(query, kv_heads):
-  """[B, T, N, H] -> [B, T, K, G, H]."""
-  batch, length, heads, head_dim = query.shape
-  return query.reshape(batch, length, kv_heads, heads // kv_heads, head_dim)
+  return rearrange(query, "b t (k g) ... -> b t k g ...", k=kv_heads)
 
 
-def _ungrouped(x):
-  """[B, T, K, G, ...] -> [B, T, N, ...]."""
-  return x.reshape(*x.shape[:2], -1, *x.shape[4:])
+def _tagged(name, out, lse):
+  """Joins the groups' heads; names the residuals for remat policies."""
+  out = rearrange(out, "b t k g v -> b t (k g) v")
+  lse = rearrange(lse, "b t k g -> b t (k g)")
+  return (
+    checkpoint_name(out, f"nsa_{name}_out"),
+    checkpoint_name(lse, f"nsa_{name}_lse"),
+  )
 
 
 def _blocks(x, block):
-  """[B, S, K, H] -> [B, K, M, l', H]: what one id names lies together."""
-  x = _pad_to(x, block)
-  x = x.reshape(x.shape[0], -1, block, *x.shape[2:])
-  return jnp.moveaxis(x, 3, 1)
+  """What one block id names lies together: [B, K, M, l', H]."""
+  return rearrange(_pad_to(x, block), "b (m l) k h -> b k m l h", l=block)
 
 
 def _shared(x):
