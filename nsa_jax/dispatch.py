@@ -5,16 +5,46 @@
 asked for may.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, get_args
 
 from nsa_jax import reference, xla
-from nsa_jax.typing import Implementation, ImplementationName
+from nsa_jax.config import NSAConfig
+from nsa_jax.typing import Array, Implementation, ImplementationName
 
 # The order in which `implementation=None` tries them.
 DEFAULT_ORDER: tuple[ImplementationName, ...] = ("xla",)
 
-_OPS: Mapping[str, Mapping[str, Callable[..., Any]]] = {
+
+def _triton_selected_attention(
+  query: Array,
+  key: Array,
+  value: Array,
+  block_ids: Array,
+  *,
+  config: NSAConfig,
+  scale: float,
+  positions: Array,
+  key_segments: Array | None,
+  query_segments: Array | None,
+) -> tuple[Array, Array]:
+  # Imported at the first use, so that importing nsa_jax imports no Pallas.
+  import pallas_kernels
+
+  return pallas_kernels.selected_attention(
+    query,
+    key,
+    value,
+    block_ids,
+    selection_block=config.selection_block,
+    scale=scale,
+    query_offset=positions[:, 0],
+    key_segments=key_segments,
+    query_segments=query_segments,
+  )
+
+
+_OPS: dict[str, dict[str, Callable[..., Any]]] = {
   op: {"reference": getattr(reference, op), "xla": getattr(xla, op)}
   for op in (
     "compressed_attention",
@@ -24,6 +54,7 @@ _OPS: Mapping[str, Mapping[str, Callable[..., Any]]] = {
     "window_attention",
   )
 }
+_OPS["selected_attention"]["triton"] = _triton_selected_attention
 
 
 def names(implementation: Implementation) -> Sequence[ImplementationName]:

@@ -1,0 +1,166 @@
+"""What every benchmark shares: device time, memory, records, tables.
+
+Times are device times (CUPTI: the sum over the kernels of a call), medians over
+several calls, after a warm-up. Records go to `benchmarks/results/` as JSON,
+Markdown and PNG, with device, versions, command and date.
+"""
+
+import argparse
+import datetime
+import json
+import pathlib
+import shlex
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+RESULTS = pathlib.Path(__file__).parent / "results"
+
+
+def device_ms(
+  function: Callable[..., Any], *args: Any, repeats: int = 5
+) -> tuple[Any, float]:
+  """The result of a jitted function, and its median device time in ms.
+
+  Raises:
+    RuntimeError: on a machine without an NVIDIA GPU.
+  """
+  from jax.experimental.mosaic.gpu import profiler
+
+  result, times = profiler.measure(jax.jit(function), iterations=repeats)(*args)
+  if times is None:
+    raise RuntimeError("the profiler saw no kernel")
+  return result, statistics.median(times)
+
+
+def kernel_ms(function: Callable[..., Any], *args: Any) -> dict[str, float]:
+  """Device time of every kernel of one call, in ms, largest first."""
+  from jax.experimental.mosaic.gpu import profiler
+
+  _, times = profiler.measure(jax.jit(function), aggregate=False)(*args)
+  total: dict[str, float] = {}
+  for name, ms in times or ():
+    total[name] = total.get(name, 0.0) + ms
+  return dict(sorted(total.items(), key=lambda item: -item[1]))
+
+
+def temporary_mib(function: Callable[..., Any], *args: Any) -> float:
+  """Memory that a call takes beyond its arguments and results, in MiB."""
+  memory = jax.jit(function).lower(*args).compile().memory_analysis()
+  assert memory is not None
+  return memory.temp_size_in_bytes / 2**20
+
+
+def relative_error(actual: Any, expected: Any) -> float:
+  """Largest norm of a difference over the norm, of the leaves of two trees."""
+
+  def one(a, e):
+    a, e = a.astype(jnp.float32), e.astype(jnp.float32)
+    return float(jnp.linalg.norm(a - e) / jnp.linalg.norm(e))
+
+  return max(jax.tree.leaves(jax.tree.map(one, actual, expected)))
+
+
+def selected_ids(
+  key: jax.Array,
+  length: int,
+  kv_heads: int,
+  count: int,
+  block: int,
+  *,
+  pool: int | None = None,
+  neighbours: int = 16,
+) -> jax.Array:
+  """Block ids with the forced blocks in: int32 [1, T, K, count].
+
+  One initial block, the two ending at the query's own, the rest random among
+  the earlier ones. With `pool`, so many free blocks are drawn for every run of
+  `neighbours` queries, which then choose among these alone.
+  """
+  num_blocks = -(-length // block)
+  own = jnp.arange(length)[:, None] // block
+  index = jnp.arange(num_blocks)
+
+  def row(key):
+    first, second = jax.random.split(key)
+    score = jax.random.uniform(first, (length, num_blocks))
+    if pool is not None:
+      shared = jax.random.uniform(second, (length // neighbours, num_blocks))
+      start = own[::neighbours]
+      shared = jnp.where((index > 0) & (index < start - 1), shared, -1.0)
+      least = jax.lax.top_k(shared, min(pool, num_blocks))[0][:, -1:]
+      inside = jnp.repeat((shared >= least) & (shared >= 0), neighbours, axis=0)
+      score = jnp.where(inside, score, score - 1)
+    forced = (index == 0) | ((index <= own) & (index > own - 2))
+    score = jnp.where(forced, 2.0, score)
+    score = jnp.where(index <= own, score, -2.0)
+    best, ids = jax.lax.top_k(score, min(count, num_blocks))
+    ids = jnp.sort(jnp.where(best >= -1, ids, num_blocks), axis=-1)
+    return jnp.where(ids < num_blocks, ids, -1).astype(jnp.int32)
+
+  rows = [jax.jit(row)(k) for k in jax.random.split(key, kv_heads)]
+  return jnp.stack(rows, axis=1)[None]
+
+
+def arguments(description: str) -> argparse.ArgumentParser:
+  """The flags of every benchmark."""
+  parser = argparse.ArgumentParser(description=description)
+  parser.add_argument(
+    "--quick", action="store_true", help="fewer sizes, under two minutes"
+  )
+  parser.add_argument(
+    "--out",
+    type=pathlib.Path,
+    default=RESULTS,
+    help="folder of the records (default: benchmarks/results)",
+  )
+  return parser
+
+
+def environment() -> dict[str, str]:
+  """Device, versions, command and date."""
+  device = jax.devices()[0]
+  module = f"benchmarks.{pathlib.Path(sys.argv[0]).stem}"
+  return {
+    "device": device.device_kind,
+    "jax": jax.__version__,
+    "python": sys.version.split()[0],
+    "platform_version": device.client.platform_version.replace("\n", " "),
+    "command": shlex.join(["python", "-m", module, *sys.argv[1:]]),
+    "date": datetime.date.today().isoformat(),
+  }
+
+
+def markdown(rows: Sequence[dict[str, Any]]) -> str:
+  """Rows as a Markdown table; columns in the order of their appearance."""
+  columns = list(dict.fromkeys(name for row in rows for name in row))
+
+  def text(value: Any) -> str:
+    if value is None:
+      return "-"
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+  lines = [columns, ["---"] * len(columns)]
+  lines += [[text(row.get(name)) for name in columns] for row in rows]
+  return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def record(
+  out: pathlib.Path, name: str, title: str, tables: dict[str, list[dict]]
+) -> None:
+  """Writes name.json and name.md, and prints the tables."""
+  out.mkdir(parents=True, exist_ok=True)
+  facts = environment()
+  (out / f"{name}.json").write_text(
+    json.dumps({"title": title, **facts, "tables": tables}, indent=2) + "\n"
+  )
+  parts = [f"# {title}", "\n".join(f"- {k}: {v}" for k, v in facts.items())]
+  for heading, rows in tables.items():
+    parts.append(f"## {heading}\n\n{markdown(rows)}")
+  text = "\n\n".join(parts) + "\n"
+  (out / f"{name}.md").write_text(text)
+  print(text)

@@ -1,0 +1,312 @@
+"""Attention over selected blocks, backward.
+
+dq: the forward kernel's loop once more. dk, dv: one program per piece of the
+list of the queries that chose a block, with the heads of a group summed inside.
+No atomics: every run gives the same bits.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+
+from pallas_kernels.triton import common
+from pallas_kernels.triton.inverse_lists import chosen, invert, sum_pieces
+from pallas_kernels.triton.selected_attention import (
+  Sizes,
+  Spec,
+  chosen_blocks,
+  group_heads,
+  layout,
+  readable,
+  walk_blocks,
+)
+
+
+def backward(
+  query: jax.Array,
+  key: jax.Array,
+  value: jax.Array,
+  ids: jax.Array,
+  offset: jax.Array,
+  segments: tuple[jax.Array, ...],
+  out: jax.Array,
+  lse: jax.Array,
+  dout: jax.Array,
+  dlse: jax.Array,
+  *,
+  spec: Spec,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Gradients of query, key and value, in their dtypes.
+
+  Args:
+    query: [B, T, N, H]; as are the next five arguments those of `forward`.
+    key: [B, S, K, H].
+    value: [B, S, K, V].
+    ids: int32 [B, T, K, m].
+    offset: int32 [B].
+    segments: () or int32 [B, S] and [B, T].
+    out: [B, T, N, V], of `forward`, as is lse [B, T, N].
+    lse: [B, T, N].
+    dout: [B, T, N, V], cotangent of `out`.
+    dlse: float32 [B, T, N], cotangent of `lse`.
+    spec: block length, scale and tiles.
+  """
+  dq, delta = query_gradient(
+    query, key, value, ids, offset, segments, out, lse, dout, dlse, spec=spec
+  )
+  dk, dv = key_value_gradient(
+    query, key, value, ids, offset, segments, lse, delta, dout, spec=spec
+  )
+  return dq, dk, dv
+
+
+def _dq_kernel(
+  ids_ref,  # [m]
+  offset_ref,  # [1]
+  q_ref,  # [G, H]
+  k_ref,  # [S, H]
+  v_ref,  # [S, V]
+  out_ref,  # [G, V]
+  lse_ref,  # [G]
+  dout_ref,  # [G, V]
+  dlse_ref,  # [G]
+  *refs,  # key segments [S], query segment [1], if any; dq [G, H], delta [G]
+  spec: Spec,
+  sizes: Sizes,
+):
+  *segments, dq_ref, delta_ref = refs
+  segments_ref, segment = None, None
+  if segments:
+    segments_ref, segment = segments[0], segments[1][0]
+  rows, head_dim = q_ref.shape
+  key_length, value_dim = v_ref.shape
+  block_k = spec.tiling.dq.block_k
+  head_pieces = common.pieces(head_dim)
+  value_pieces = common.pieces(value_dim)
+  row_mask = common.padding_mask(sizes.group, rows)
+
+  def load(ref, pieces):
+    return common.load_pieces(ref, slice(None), pieces, row_mask)
+
+  t = offset_ref[0] + pl.program_id(0)
+  q, dout = load(q_ref, head_pieces), load(dout_ref, value_pieces)
+  delta = -common.load(dlse_ref, row_mask)
+  for x, y in zip(dout, load(out_ref, value_pieces), strict=True):
+    delta += jnp.sum(x.astype(jnp.float32) * y.astype(jnp.float32), axis=1)
+  common.store(delta_ref, delta, row_mask)
+  lse = common.load(lse_ref, row_mask)
+  lse = jnp.where(lse == -jnp.inf, 0, lse) * common.LOG2E
+
+  def tile(start, dq, diagonal):
+    mask = readable(start, t, block_k, diagonal, segments_ref, segment)
+    span_k = pl.ds(start, block_k)
+    k = common.load_pieces(k_ref, span_k, head_pieces, mask)
+    v = common.load_pieces(v_ref, span_k, value_pieces, mask)
+    s = common.dot_pieces(q, k) * (spec.scale * common.LOG2E)
+    if mask is not None:
+      s = jnp.where(mask[None, :], s, common.MASK)
+    p = jnp.exp2(s - lse[:, None])
+    dp = common.dot_pieces(dout, v)
+    ds = (p * (dp - delta[:, None])).astype(q_ref.dtype)
+    return tuple(d + common.dot(ds, x) for d, x in zip(dq, k, strict=True))
+
+  dq = walk_blocks(
+    tile,
+    tuple(jnp.zeros((rows, w), jnp.float32) for _, w in head_pieces),
+    ids_ref,
+    chosen_blocks(ids_ref, sizes.num_ids, t, key_length, spec.block),
+    t,
+    block=spec.block,
+    block_k=block_k,
+  )
+  for (start, width), d in zip(head_pieces, dq, strict=True):
+    d = (d * spec.scale).astype(dq_ref.dtype)
+    common.store(dq_ref.at[:, pl.ds(start, width)], d, row_mask)
+
+
+def query_gradient(
+  query, key, value, ids, offset, segments, out, lse, dout, dlse, *, spec
+) -> tuple[jax.Array, jax.Array]:
+  """dq [B, T, N, H] and delta = sum(dout * out) - dlse, float32 [B, T, N]."""
+  kv_heads = key.shape[2]
+  grouped = group_heads(query, kv_heads)
+  specs = layout(grouped, key.shape[1], ids)
+  head_dim, value_dim = query.shape[-1], value.shape[-1]
+  tile = spec.tiling.dq
+  dq, delta = common.pallas_call(
+    functools.partial(_dq_kernel, spec=spec, sizes=specs.sizes),
+    name="nsa_selected_dq",
+    num_warps=tile.num_warps,
+    num_stages=tile.num_stages,
+    grid=specs.grid,
+    in_specs=[
+      specs.ids,
+      specs.offset,
+      specs.per_query(head_dim),
+      specs.keys(head_dim),
+      specs.keys(value_dim),
+      specs.per_query(value_dim),
+      specs.per_row,
+      specs.per_query(value_dim),
+      specs.per_row,
+      *specs.segments[: len(segments)],
+    ],
+    out_specs=[specs.per_query(head_dim), specs.per_row],
+    out_shape=[
+      jax.ShapeDtypeStruct(grouped.shape, query.dtype),
+      jax.ShapeDtypeStruct(grouped.shape[:4], jnp.float32),
+    ],
+  )(
+    ids,
+    offset,
+    grouped,
+    key,
+    value,
+    *(group_heads(x, kv_heads) for x in (out, lse, dout, dlse)),
+    *segments,
+  )
+  return dq.reshape(query.shape), delta.reshape(lse.shape)
+
+
+def _dkv_kernel(
+  piece_ref,  # [3]
+  items_ref,  # [B T K m], queries
+  offset_ref,  # [B]
+  k_ref,  # [B, S, K, H]
+  v_ref,  # [B, S, K, V]
+  *refs,  # segments [B, S] and [B, T], if any, and those named below
+  spec: Spec,
+  group: int,
+):
+  # [B, T, K, G, H or V], [B, T, K, G], G padded; then partial sums [l', ...].
+  *segments, q_ref, dout_ref, lse_ref, delta_ref, dk_ref, dv_ref = refs
+  kv_heads, rows, head_dim = q_ref.shape[2:]
+  key_length, value_dim = v_ref.shape[1], v_ref.shape[-1]
+  num_blocks = -(-key_length // spec.block)
+  block_k = spec.tiling.dkv.block_k
+  head_pieces = common.pieces(head_dim)
+  value_pieces = common.pieces(value_dim)
+  row_mask = common.padding_mask(group, rows)
+  row, first, last = piece_ref[0], piece_ref[1], piece_ref[2]
+  local = pl.program_id(1) * block_k
+
+  @pl.when(last > first)
+  def _():
+    j = common.rem(row, num_blocks)
+    h = common.rem(common.div(row, num_blocks), kv_heads)
+    b = common.div(row, num_blocks * kv_heads)
+    start = j * spec.block + local
+    token = start + jnp.arange(block_k)
+    inside = token < key_length
+    span_k = pl.ds(start, block_k)
+    k = common.load_pieces(k_ref, (b, span_k, h), head_pieces, inside)
+    v = common.load_pieces(v_ref, (b, span_k, h), value_pieces, inside)
+    offset = offset_ref[b]
+    if segments:
+      key_segment = common.load(segments[0].at[b, span_k], inside)
+
+    def body(i, carry):
+      dk, dv = carry
+      t = items_ref[i]
+      index = (b, t, h, slice(None))
+      q = common.load_pieces(q_ref, index, head_pieces, row_mask)
+      dout = common.load_pieces(dout_ref, index, value_pieces, row_mask)
+      lse = common.load(lse_ref.at[index], row_mask)
+      delta = common.load(delta_ref.at[index], row_mask)
+      # Transposed: keys are the rows, so that dk and dv need no transpose.
+      s = common.dot_pieces(k, q) * (spec.scale * common.LOG2E)
+      mask = token <= offset + t
+      if segments:
+        mask &= key_segment == segments[1][b, t]
+        lse = jnp.where(lse == -jnp.inf, 0, lse)
+      s = jnp.where(mask[:, None], s, common.MASK)
+      p = jnp.exp2(s - (lse * common.LOG2E)[None, :])
+      dv = tuple(
+        d + common.dot(p.astype(x.dtype), x)
+        for d, x in zip(dv, dout, strict=True)
+      )
+      dp = common.dot_pieces(v, dout)
+      ds = (p * (dp - delta[None, :])).astype(q_ref.dtype)
+      dk = tuple(d + common.dot(ds, x) for d, x in zip(dk, q, strict=True))
+      return dk, dv
+
+    dk, dv = lax.fori_loop(
+      first,
+      last,
+      body,
+      tuple(
+        tuple(jnp.zeros((block_k, width), jnp.float32) for _, width in pieces)
+        for pieces in (head_pieces, value_pieces)
+      ),
+    )
+    span = pl.ds(local, block_k)
+    for (column, width), d in zip(head_pieces, dk, strict=True):
+      dk_ref[span, pl.ds(column, width)] = d * spec.scale
+    for (column, width), d in zip(value_pieces, dv, strict=True):
+      dv_ref[span, pl.ds(column, width)] = d
+
+
+def key_value_gradient(
+  query, key, value, ids, offset, segments, lse, delta, dout, *, spec
+) -> tuple[jax.Array, jax.Array]:
+  """dk [B, S, K, H] and dv [B, S, K, V]."""
+  kv_heads = key.shape[2]
+  group = query.shape[2] // kv_heads
+  rows = common.padded_rows(group)
+  tiling = spec.tiling
+  batch, length = query.shape[:2]
+  key_length = key.shape[1]
+  num_blocks = -(-key_length // spec.block)
+  num_rows = batch * kv_heads * num_blocks
+  item = jnp.arange(length, dtype=jnp.int32)[:, None, None]
+  position = offset[:, None, None, None] + item
+  head = (
+    jnp.arange(batch, dtype=jnp.int32)[:, None, None, None] * kv_heads
+    + jnp.arange(kv_heads, dtype=jnp.int32)[:, None]
+  )
+  valid = chosen(ids, position, key_length, spec.block)
+  lists = invert(
+    jnp.where(valid, head * num_blocks + ids, num_rows),
+    jnp.broadcast_to(item, ids.shape),
+    num_rows=num_rows,
+    num_items=length,
+    piece=tiling.piece,
+  )
+  per_row = [group_heads(x, kv_heads) for x in (query, dout, lse, delta)]
+
+  def whole(x, rows=None):
+    shape = x.shape if rows is None else (*x.shape[:3], rows, *x.shape[4:])
+    return pl.BlockSpec(shape, lambda *_: (0,) * x.ndim)
+
+  num_pieces = lists.pieces.shape[0]
+  widths = (key.shape[-1], value.shape[-1])
+  partial = common.pallas_call(
+    functools.partial(_dkv_kernel, spec=spec, group=group),
+    name="nsa_selected_dkv",
+    num_warps=tiling.dkv.num_warps,
+    num_stages=tiling.dkv.num_stages,
+    grid=(num_pieces, spec.block // tiling.dkv.block_k),
+    in_specs=[
+      pl.BlockSpec((None, 3), lambda p, _: (p, 0)),
+      *map(whole, (lists.items, offset, key, value, *segments)),
+      *(whole(x, rows) for x in per_row),
+    ],
+    out_specs=[
+      pl.BlockSpec((None, spec.block, width), lambda p, _: (p, 0, 0))
+      for width in widths
+    ],
+    out_shape=[
+      jax.ShapeDtypeStruct((num_pieces, spec.block, width), jnp.float32)
+      for width in widths
+    ],
+  )(lists.pieces, lists.items, offset, key, value, *segments, *per_row)
+
+  def finish(partial, like):
+    total = sum_pieces(partial, lists.starts, like.dtype)
+    total = total.reshape(batch, kv_heads, -1, like.shape[-1])
+    return jnp.swapaxes(total[:, :, :key_length], 1, 2)
+
+  return finish(partial[0], key), finish(partial[1], value)

@@ -1,0 +1,361 @@
+"""The Triton kernels: interpreted on a CPU, lowered for CUDA, run on a GPU.
+
+The suite of `test_ops.py` runs here too, with the kernels for what they can do
+and `xla` for the rest; configurations are those that the kernels take.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AbstractDevice, AbstractMesh
+
+import nsa_jax
+import pallas_kernels
+from nsa_jax import NSAConfig
+from pallas_kernels.triton import tiling
+from tests import helpers, test_ops
+
+KERNELS: Any = ("triton", "xla")
+GPU = jax.default_backend() == "gpu"
+
+FACTORS: dict[str, Any] = {
+  "config": (
+    NSAConfig(8, 4, 16, 3, 1, 1, 16),
+    NSAConfig(16, 8, 32, 2, 0, 1, 9),
+  ),
+  "mode": ("full", "tail", "rows", "packed"),
+  # Small groups go block by block, large ones query by query.
+  "groups": ((3, 1), (2, 2), (1, 5), (1, 12), (1, 16), (1, 24)),
+  "widths": ((16, 16), (32, 16), (16, 48)),
+  "keys": (70, 40, 1),
+  "dtype": ("float32", "bfloat16", "float16"),
+  "extra": ("none", "own_query", "block_ids"),
+}
+
+
+@pytest.mark.parametrize(
+  "case", helpers.pairwise(FACTORS)[::2], ids=test_ops._case_id
+)
+def test_matches_oracle(case: dict[str, Any]) -> None:
+  test_ops._check_case(KERNELS, case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  "case", helpers.pairwise(FACTORS)[1::2], ids=test_ops._case_id
+)
+def test_matches_oracle_more(case: dict[str, Any]) -> None:
+  test_ops._check_case(KERNELS, case)
+
+
+def _inputs(
+  *,
+  batch: int = 1,
+  length: int = 72,
+  kv_heads: int = 1,
+  group: int = 4,
+  head_dim: int = 16,
+  value_dim: int = 16,
+  num_ids: int = 4,
+  block: int = 16,
+  dtype: Any = jnp.float32,
+) -> tuple[Any, ...]:
+  """Query, key, value, ids (initial and local blocks in them), cotangents."""
+  keys = jax.random.split(jax.random.key(0), 6)
+
+  def normal(key: Any, heads: int, *last: int) -> Any:
+    shape = (batch, length, heads, *last)
+    return jax.random.normal(key, shape, jnp.float32).astype(dtype)
+
+  heads = kv_heads * group
+  ids = random_ids(keys[3], batch, length, kv_heads, num_ids, block)
+  return (
+    normal(keys[0], heads, head_dim),
+    normal(keys[1], kv_heads, head_dim),
+    normal(keys[2], kv_heads, value_dim),
+    ids,
+    normal(keys[4], heads, value_dim),
+    normal(keys[5], heads).astype(jnp.float32),
+  )
+
+
+def random_ids(
+  key: Any, batch: int, length: int, kv_heads: int, count: int, block: int
+) -> Any:
+  """One initial, two local blocks, the rest random: int32 [B, T, K, count]."""
+  num_blocks = -(-length // block)
+  own = jnp.arange(length)[:, None] // block
+  index = jnp.arange(num_blocks)
+
+  def row(key: Any) -> Any:
+    score = jax.random.uniform(key, (length, num_blocks))
+    forced = (index == 0) | ((index <= own) & (index > own - 2))
+    score = jnp.where(index <= own, jnp.where(forced, 2.0, score), -1.0)
+    best, ids = jax.lax.top_k(score, min(count, num_blocks))
+    ids = jnp.sort(jnp.where(best >= 0, ids, num_blocks), axis=-1)
+    return jnp.where(ids < num_blocks, ids, -1).astype(jnp.int32)
+
+  rows = jax.lax.map(row, jax.random.split(key, batch * kv_heads))
+  rows = rows.reshape(batch, kv_heads, length, -1)
+  return jnp.swapaxes(rows, 1, 2)
+
+
+def _pullback(implementation: Any, config: NSAConfig, **call: Any) -> Any:
+  """A jitted function: out, lse and gradients of the selected branch."""
+
+  @jax.jit
+  def run(query, key, value, ids, dout, dlse):
+    def op(query, key, value):
+      return nsa_jax.selected_attention(
+        query,
+        key,
+        value,
+        ids,
+        config=config,
+        implementation=implementation,
+        **call,
+      )
+
+    result, pullback = jax.vjp(op, query, key, value)
+    return result, pullback((dout, dlse))
+
+  return run
+
+
+@pytest.mark.parametrize("group", [4, 16])
+def test_out_and_lse_are_differentiable(group: int) -> None:
+  inputs = _inputs(group=group)
+  config = NSAConfig(16, 16, 16, 4)
+  expected = _pullback("reference", config)(*inputs)
+  actual = _pullback("triton", config)(*inputs)
+  helpers.assert_close(actual[0], expected[0], "float32")
+  # dk and dv of the initial block are sums over all queries.
+  helpers.assert_close(actual[1], expected[1], "float32", gradient=4)
+
+
+@pytest.mark.parametrize("group", [4, 16])
+def test_a_second_run_has_the_same_bits(group: int) -> None:
+  run = _pullback("triton", NSAConfig(16, 16, 16, 4))
+  inputs = _inputs(group=group, dtype=jnp.bfloat16)
+  helpers.assert_same_bits(run(*inputs), run(*inputs))
+
+
+@pytest.mark.parametrize("group", [4, 16])
+def test_pieces_and_chunks_change_nothing(
+  group: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  """Lists cut into pieces; queries of a head in several chunks."""
+  query, key, value, ids, dout, dlse = _inputs(group=group)
+  expected = _pullback("reference", NSAConfig(16, 16, 16, 4))(
+    query, key, value, ids, dout, dlse
+  )
+  tiles = tiling.selected_tiling(
+    group=group, head_dim=16, value_dim=16, dtype=query.dtype, block=16
+  )
+  tiles = dataclasses.replace(tiles, rows=16, piece=7)
+  monkeypatch.setattr(
+    "pallas_kernels.triton.selected_by_block.PARTIAL_BYTES", 32 * 4 * 4 * 64
+  )
+
+  @jax.jit
+  def run(query, key, value):
+    def op(query, key, value):
+      return pallas_kernels.selected_attention(
+        query,
+        key,
+        value,
+        ids,
+        selection_block=16,
+        scale=0.25,
+        query_offset=jnp.zeros(1, jnp.int32),
+        tiles=tiles,
+      )
+
+    result, pullback = jax.vjp(op, query, key, value)
+    return result, pullback((dout, dlse))
+
+  actual = run(query, key, value)
+  helpers.assert_close(actual[0], expected[0], "float32")
+  helpers.assert_close(actual[1], expected[1], "float32", gradient=4)
+
+
+def test_two_operand_sort() -> None:
+  """Rows and items that do not fit one 32-bit key are sorted as a pair."""
+  from pallas_kernels.triton.inverse_lists import invert
+
+  row = jnp.array([3, 0, 3, 1, 4, 0], jnp.int32)  # 4 drops
+  item = jnp.array([0, 1, 2, 3, 4, 5], jnp.int32)
+  for num_items in (6, 2**30):
+    lists = invert(row, item, num_rows=4, num_items=num_items, piece=1)
+    pieces = [p for p in np.asarray(lists.pieces).tolist() if p[2] > p[1]]
+    got = [(r, int(lists.items[first])) for r, first, _ in pieces]
+    assert got == [(0, 1), (0, 5), (1, 3), (3, 0), (3, 2)]
+    assert lists.starts.tolist() == [0, 2, 3, 3, 5]
+
+
+@pytest.mark.parametrize("group", [2, 16])
+def test_vmap(group: int) -> None:
+  query, key, value, ids, _, _ = _inputs(batch=2, length=40, group=group)
+  config = NSAConfig(16, 16, 16, 4)
+
+  def op(*arrays):
+    return nsa_jax.selected_attention(
+      *arrays, config=config, implementation="triton"
+    )
+
+  arrays = (query, key, value, ids)
+  whole = jax.jit(op)(*arrays)
+  one_by_one = jax.jit(jax.vmap(op))(*(x[:, None] for x in arrays))
+  helpers.assert_close([x[:, 0] for x in one_by_one], whole, "float32")
+
+
+def test_unsupported_calls_say_why() -> None:
+  query, key, value, ids, *_ = _inputs(length=16)
+  config = NSAConfig(16, 16, 16, 4)
+
+  def op(query, key, value, config=config, implementation: Any = "triton"):
+    return nsa_jax.selected_attention(
+      query, key, value, ids, config=config, implementation=implementation
+    )
+
+  def narrow(x):
+    return x[..., :8]
+
+  with pytest.raises(NotImplementedError, match=r"`query`.*dimension 8.*16"):
+    op(narrow(query), narrow(key), value)
+  with pytest.raises(NotImplementedError, match=r"`value`.*dimension 8.*16"):
+    op(query, key, narrow(value))
+  with pytest.raises(NotImplementedError, match=r"`selection_block`=48"):
+    op(query, key, value, NSAConfig(16, 16, 48, 4))
+  with pytest.raises(NotImplementedError, match=r"`query` has 65 heads"):
+    op(jnp.tile(query[:, :, :1], (1, 1, 65, 1)), key, value)
+  with jax.enable_x64(True):
+    wide = [x.astype(jnp.float64) for x in (query, key, value)]
+    with pytest.raises(NotImplementedError, match=r"`query` of dtype float64"):
+      op(*wide)
+  assert op(narrow(query), narrow(key), value, implementation=KERNELS)
+
+
+# ------------------------------------------------------------------- lowering
+
+
+def _lower(**sizes: Any) -> str:
+  """The selected branch, forward and backward, lowered for an H200."""
+  inputs = jax.eval_shape(functools.partial(_inputs, **sizes))
+  config = NSAConfig(16, 16, sizes.get("block", 16), 4)
+  mesh = AbstractMesh(
+    (),
+    (),
+    abstract_device=AbstractDevice(
+      device_kind="NVIDIA H200", num_cores=132, platform="gpu"
+    ),
+  )
+  with jax.sharding.use_abstract_mesh(mesh):
+    traced = _pullback("triton", config).trace(*inputs)
+    return traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+LOWERED: dict[str, Any] = {
+  "group": (1, 2, 3, 4, 6, 8, 12, 16, 32, 64),
+  "head_dim": (16, 32, 64, 96, 128, 192, 256),
+  "value_dim": (16, 32, 64, 96, 128, 192, 256),
+  "block": (16, 32, 64, 128),
+  "dtype": (jnp.float16, jnp.bfloat16, jnp.float32),
+}
+
+
+@pytest.mark.parametrize(
+  "sizes",
+  [
+    {"group": 4, "head_dim": 96, "value_dim": 64, "block": 64},
+    {"group": 16, "head_dim": 192, "value_dim": 128, "block": 64},
+  ],
+  ids=str,
+)
+def test_lowers_for_cuda(sizes: dict[str, Any]) -> None:
+  text = _lower(**sizes, length=256, dtype=jnp.bfloat16)
+  names = (
+    ("nsa_selected_by_block_fwd", "nsa_selected_merge")
+    if sizes["group"] <= 8
+    else ("nsa_selected_fwd", "nsa_selected_dq", "nsa_selected_dkv")
+  )
+  assert all(name in text for name in names)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", helpers.pairwise(LOWERED), ids=str)
+def test_every_tiling_lowers_for_cuda(sizes: dict[str, Any]) -> None:
+  assert "__gpu$xla.gpu.triton" in _lower(**sizes, length=256)
+
+
+def test_cpu_programs_hold_no_kernel() -> None:
+  inputs = jax.eval_shape(_inputs)
+  lowered = _pullback("triton", NSAConfig(16, 16, 16, 4)).lower(*inputs)
+  if not GPU:
+    assert "triton" not in lowered.as_text()
+
+
+# ------------------------------------------------------------------- on a GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+  "case", helpers.pairwise(FACTORS), ids=test_ops._case_id
+)
+def test_gpu_matches_oracle(case: dict[str, Any]) -> None:
+  test_ops._check_case(KERNELS, case)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("sizes", helpers.pairwise(LOWERED), ids=str)
+def test_gpu_matches_reference_everywhere(sizes: dict[str, Any]) -> None:
+  """Every head size, block length, dtype and many group sizes, compiled."""
+  inputs = _inputs(**sizes, length=333, kv_heads=2)
+  config = NSAConfig(16, 16, sizes["block"], 4)
+  wide = [x.astype(jnp.float32) for x in (*inputs[:3], inputs[4])]
+  with jax.default_matmul_precision("highest"):
+    expected = _pullback("reference", config)(
+      *wide[:3], inputs[3], wide[3], inputs[5]
+    )
+  actual = _pullback("triton", config)(*inputs)
+  dtype = jnp.dtype(sizes["dtype"]).name
+  helpers.assert_close(actual[0], expected[0], dtype)
+  # Sums over up to 333 queries times the group, of terms rounded to the dtype.
+  growth = 333**0.5 * sizes["group"] ** 0.5
+  helpers.assert_close(actual[1], expected[1], dtype, gradient=growth)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("group", [4, 16])
+@pytest.mark.parametrize("length", [8192, 32768])
+def test_gpu_matches_xla_at_length(group: int, length: int) -> None:
+  inputs = _inputs(
+    length=length,
+    kv_heads=2,
+    group=group,
+    head_dim=128,
+    value_dim=128,
+    num_ids=16,
+    block=64,
+    dtype=jnp.bfloat16,
+  )
+  config = NSAConfig()
+  wide = [x.astype(jnp.float32) for x in (*inputs[:3], inputs[4])]
+  expected = _pullback("xla", config)(*wide[:3], inputs[3], wide[3], inputs[5])
+  actual = _pullback("triton", config)(*inputs)
+  again = _pullback("triton", config)(*inputs)
+  helpers.assert_same_bits(actual, again)
+  helpers.assert_close(actual[0], expected[0], "bfloat16")
+  dq, dk, dv = zip(actual[1], expected[1], strict=True)
+  helpers.assert_close(*dq, "bfloat16", gradient=2)
+  for pair in (dk, dv):
+    got, want = (np.asarray(x, np.float32) for x in pair)
+    # Terms rounded to bfloat16 add up over as many queries as chose the block,
+    # all of them for the first: the error follows the size of the sum.
+    error = np.linalg.norm(got - want) / np.linalg.norm(want)
+    assert error < 2**-7, error
