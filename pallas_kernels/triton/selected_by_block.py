@@ -43,6 +43,16 @@ def chunk_length(
   return length if rows >= length else 1 << (rows.bit_length() - 1)
 
 
+def split_blocks(
+  ids: jax.Array, spec: Spec, block_k: int
+) -> tuple[jax.Array, Spec]:
+  """The same call with blocks of `block_k` tokens, and more of them."""
+  parts = spec.block // block_k
+  inner = ids[..., None] * parts + jnp.arange(parts, dtype=jnp.int32)
+  inner = jnp.where(ids[..., None] < 0, -1, inner)
+  return inner.reshape(*ids.shape[:-1], -1), spec._replace(block=block_k)
+
+
 def map_heads(
   body: Any,
   ids: jax.Array,
@@ -314,12 +324,13 @@ def forward(
   """As `selected_attention.forward`."""
   length, heads = query.shape[1:3]
   key_length, kv_heads, value_dim = value.shape[1:]
+  tile = spec.tiling.fwd
+  ids, spec = split_blocks(ids, spec, tile.block_k)
   num_ids = ids.shape[-1]
   grouped = pad_group(query, kv_heads)
   group = grouped.shape[3]
   rows = chunk_length(length, num_ids, group, value_dim, query.dtype)
   num_pairs = rows * num_ids
-  tile = spec.tiling.fwd
 
   def chunk(chunk):
     part, part_lse = common.pallas_call(

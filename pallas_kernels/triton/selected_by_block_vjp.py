@@ -24,6 +24,7 @@ from pallas_kernels.triton.selected_by_block import (
   load_step,
   map_heads,
   pad_group,
+  split_blocks,
   whole,
 )
 
@@ -45,7 +46,6 @@ def _bwd_kernel(
   *segments, dk_ref, dv_ref, dq_ref = refs
   group, head_dim = dq_ref.shape[1:]
   queries = spec.tiling.rows // group
-  block_k = spec.tiling.dkv.block_k
   head_pieces = common.pieces(head_dim)
   value_pieces = common.pieces(v_ref.shape[-1])
   block, first, last = piece_ref[0], piece_ref[1], piece_ref[2]
@@ -53,10 +53,10 @@ def _bwd_kernel(
   @pl.when(last > first)
   def _():
     start_k = block * spec.block
-    token, k, v = load_block(k_ref, v_ref, head_ref, start_k, block_k)
+    token, k, v = load_block(k_ref, v_ref, head_ref, start_k, spec.block)
     if segments:
       key_segment = common.load(
-        segments[0].at[head_ref[0], pl.ds(start_k, block_k)],
+        segments[0].at[head_ref[0], pl.ds(start_k, spec.block)],
         token < k_ref.shape[1],
       )
 
@@ -103,7 +103,9 @@ def _bwd_kernel(
       common.div(last - first + queries - 1, queries),
       body,
       tuple(
-        tuple(jnp.zeros((block_k, width), jnp.float32) for _, width in pieces)
+        tuple(
+          jnp.zeros((spec.block, width), jnp.float32) for _, width in pieces
+        )
         for pieces in (head_pieces, value_pieces)
       ),
     )
@@ -163,6 +165,8 @@ def backward(
   """As `selected_attention_vjp.backward`."""
   batch, length, heads, head_dim = query.shape
   key_length, kv_heads, value_dim = value.shape[1:]
+  tile = spec.tiling.dkv
+  ids, spec = split_blocks(ids, spec, tile.block_k)
   num_ids = ids.shape[-1]
   f32 = jnp.float32
   delta = jnp.sum(dout.astype(f32) * out.astype(f32), axis=-1) - dlse
@@ -173,7 +177,6 @@ def backward(
   group = query_.shape[3]
   rows = chunk_length(length, num_ids, group, head_dim, query.dtype)
   num_pairs = rows * num_ids
-  tile = spec.tiling.dkv
   widths = (head_dim, value_dim)
 
   def chunk(chunk):
