@@ -2,30 +2,30 @@
 
 import math
 import operator
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nsa_jax.config import NSAConfig
 from nsa_jax.typing import Array
 
-
-def config(value: Any) -> None:
-  if not isinstance(value, NSAConfig):
-    raise ValueError(f"`config`={value!r} must be an NSAConfig.")
+INT32 = np.iinfo(np.int32)
+_FLOATS = ("float16", "bfloat16", "float32", "float64")
 
 
-def static_int(name: str, value: Any, minimum: int | None = None) -> int:
-  """A static Python integer, not a traced one."""
+def static_int(name: str, value: Any, minimum: int = int(INT32.min)) -> int:
+  """A static Python integer that fits int32, not a traced one."""
   if isinstance(value, (bool, jax.core.Tracer)) or not hasattr(
     value, "__index__"
   ):
     raise ValueError(f"`{name}`={value!r} must be a static integer.")
   value = operator.index(value)
-  if minimum is not None and value < minimum:
+  if value < minimum:
     raise ValueError(f"`{name}`={value} must be at least {minimum}.")
+  if value > INT32.max:
+    raise ValueError(f"`{name}`={value} must be at most {INT32.max} (int32).")
   return value
 
 
@@ -39,7 +39,7 @@ def scale(value: Any, head_dim: int) -> float:
       "by a traced one."
     )
   try:
-    number = float(value)
+    number = math.nan if isinstance(value, bool) else float(value)
   except (TypeError, ValueError):
     number = math.nan
   if not math.isfinite(number):
@@ -51,7 +51,7 @@ def array(name: str, value: Any, rank: int, letters: str) -> Array:
   """An array of a given rank."""
   try:
     value = jnp.asarray(value)
-  except TypeError as error:
+  except (TypeError, ValueError) as error:
     raise ValueError(
       f"`{name}`={value!r} must be an array of shape {letters}."
     ) from error
@@ -63,9 +63,11 @@ def array(name: str, value: Any, rank: int, letters: str) -> Array:
 
 
 def floating(name: str, value: Array) -> None:
-  if not jnp.issubdtype(value.dtype, jnp.floating):
+  """One of the floating-point dtypes that all of the package takes."""
+  if value.dtype.name not in _FLOATS:
     raise ValueError(
-      f"`{name}` of dtype {value.dtype} must have a floating-point dtype."
+      f"`{name}` of dtype {value.dtype} must have a floating-point dtype: "
+      f"{', '.join(_FLOATS)}."
     )
 
 
@@ -81,6 +83,18 @@ def shape(name: str, value: Array, want: tuple, rule: str) -> None:
     )
 
 
+def not_empty(
+  name: str, value: Array, axes: Sequence[int] | None = None
+) -> None:
+  """Every axis, or each of `axes`, has an entry."""
+  for axis in range(value.ndim) if axes is None else axes:
+    if not value.shape[axis]:
+      raise ValueError(
+        f"`{name}` of shape {value.shape} must have at least one entry on axis "
+        f"{axis}."
+      )
+
+
 def parameter(name: str, value: Any, want: tuple, letters: str) -> Array:
   """A floating-point parameter of phi."""
   value = array(name, value, len(want), letters)
@@ -91,34 +105,58 @@ def parameter(name: str, value: Any, want: tuple, letters: str) -> Array:
 
 def integers(name: str, value: Any, want: tuple) -> Array:
   """An integer array of a given shape, as int32."""
+  known = concrete(value)
   value = array(name, value, len(want), f"{want}")
   if not jnp.issubdtype(value.dtype, jnp.integer):
     raise ValueError(
       f"`{name}` of dtype {value.dtype} must have an integer dtype."
     )
   shape(name, value, want, "one entry per row and token")
+  fits_int32(name, known)
   return value.astype(jnp.int32)
 
 
+def fits_int32(name: str, known: np.ndarray | None) -> None:
+  """Concrete values are not wrapped around."""
+  if known is None or not known.size:
+    return
+  for worst in (known.min(), known.max()):
+    if not INT32.min <= worst <= INT32.max:
+      raise ValueError(f"`{name}` has the value {worst}, which must fit int32.")
+
+
 def concrete(value: Any) -> np.ndarray | None:
-  """The values of an array, or None where they are not known here."""
+  """The values of an array, or None where they are not known here.
+
+  To be asked of an argument as it was given: under `jit` a NumPy array is a
+  tracer once jax.numpy has touched it.
+  """
   if isinstance(value, jax.core.Tracer):
     return None
   if not getattr(value, "is_fully_addressable", True):
     return None
-  return np.asarray(value)
+  try:
+    return np.asarray(value)
+  except (TypeError, ValueError):
+    return None
 
 
-def segments(segment_ids: Array, alignment: int) -> None:
-  """Concrete ids: not negative, one run per segment, aligned starts."""
+def not_negative(name: str, ids: Any) -> None:
+  """Concrete segment ids are at least 0."""
+  known = concrete(ids)
+  if known is not None and known.size and known.min() < 0:
+    raise ValueError(
+      f"`{name}` has the value {known.min()}; ids must be at least 0, and 0 "
+      "means padding."
+    )
+
+
+def segments(segment_ids: Any, alignment: int) -> None:
+  """Concrete ids [B, S]: not negative, one run a segment, aligned starts."""
+  not_negative("segment_ids", segment_ids)
   ids = concrete(segment_ids)
   if ids is None or not ids.size:
     return
-  if ids.min() < 0:
-    raise ValueError(
-      f"`segment_ids` has the value {ids.min()}; ids must be at least 0, and "
-      "0 means padding."
-    )
   starts = np.ones(ids.shape, bool)
   starts[:, 1:] = ids[:, 1:] != ids[:, :-1]
   for row, position in np.argwhere(starts & (ids > 0)):
@@ -136,7 +174,7 @@ def segments(segment_ids: Array, alignment: int) -> None:
       )
 
 
-def block_ids(ids: Array, num_blocks: int) -> None:
+def block_ids(ids: Any, num_blocks: int) -> None:
   """Concrete ids: strictly ascending in [0, M), then -1."""
   values = concrete(ids)
   if values is None or not values.size:
@@ -153,3 +191,26 @@ def block_ids(ids: Array, num_blocks: int) -> None:
   if wrong.any():
     row = tuple(np.argwhere(wrong)[0][:-1].tolist())
     raise ValueError(f"`block_ids`[{row}]={values[row].tolist()}; {rule}.")
+
+
+def choice(name: str, value: Any, choices: Sequence[str]) -> None:
+  if value not in choices:
+    raise ValueError(
+      f"`{name}`={value!r} must be one of {', '.join(map(repr, choices))}."
+    )
+
+
+def flag(name: str, value: Any) -> None:
+  if not isinstance(value, bool):
+    raise ValueError(f"`{name}`={value!r} must be True or False.")
+
+
+def dtype(name: str, value: Any) -> jnp.dtype:
+  """A floating-point dtype."""
+  try:
+    result = jnp.dtype(value) if value is not None else None
+  except TypeError:
+    result = None
+  if result is None or not jnp.issubdtype(result, jnp.floating):
+    raise ValueError(f"`{name}`={value!r} must be a floating-point dtype.")
+  return result

@@ -10,10 +10,11 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from nsa_jax import _checks, compression, dispatch
-from nsa_jax.config import NSAConfig
+from nsa_jax.config import NSAConfig, check_config
 from nsa_jax.typing import KV, Array, Implementation
 
 
@@ -66,7 +67,7 @@ def native_sparse_attention(
 
   Returns:
     out [B, T, N, V] in the dtype of `query`, or (out, block_ids) with block_ids
-    int32 [B, T, K, n]. Rows with nothing to attend are 0.
+    int32 [B, T, K, n], or as given. Rows with nothing to attend are 0.
 
   Raises:
     ValueError: if an argument does not fit, with its name, value and the rule.
@@ -89,7 +90,7 @@ def native_sparse_attention(
     ... ).shape
     (1, 128, 4, 16)
   """
-  _checks.config(config)
+  check_config(config)
   query, selected = _pair("selected", query, selected)
   _, window = _pair("window", query, window)
   _, compressed = _pair("compressed", query, compressed, min_length=0)
@@ -228,7 +229,7 @@ def compressed_attention(
     >>> out.shape, lse.shape
     ((1, 64, 2, 8), (1, 64, 2))
   """
-  _checks.config(config)
+  check_config(config)
   query, key, value = _attention_inputs(query, key, value, min_length=0)
   rows = _compressed_rows(
     query, key, "key", config, key_length, query_offset, segment_ids,
@@ -430,7 +431,7 @@ def selected_attention(
     >>> out.shape, lse.shape
     ((1, 128, 2, 8), (1, 128, 2))
   """
-  _checks.config(config)
+  check_config(config)
   query, key, value = _attention_inputs(query, key, value)
   rows = _query_rows(
     query, key.shape[1], query_offset, segment_ids, query_segment_ids, config
@@ -454,7 +455,7 @@ def window_attention(
   *,
   config: NSAConfig,
   scale: float | None = None,
-  key_offset: int = 0,
+  key_offset: int | Array = 0,
   query_offset: int | Array | None = None,
   segment_ids: Array | None = None,
   query_segment_ids: Array | None = None,
@@ -469,7 +470,7 @@ def window_attention(
     value: [B, S, K, V].
     config: only `window` is read.
     scale: static softmax scale, 1/sqrt(H) by default.
-    key_offset: static position of the first key, 0 by default.
+    key_offset: position of the first key, int or int32 of shape ().
     query_offset: position of the first query, int or int32 () or [B];
       key_offset + S - T by default.
     segment_ids: int32 [B, S], contiguous runs, of any alignment here; 0 is
@@ -495,9 +496,9 @@ def window_attention(
     >>> round(float(jnp.exp(lse[0, 50, 0]) / jnp.exp(8**0.5)))  # keys it saw
     8
   """
-  _checks.config(config)
+  check_config(config)
   query, key, value = _attention_inputs(query, key, value)
-  key_offset = _checks.static_int("key_offset", key_offset)
+  key_offset = _offset("key_offset", key_offset, ((),))
   rows = _query_rows(
     query,
     key.shape[1],
@@ -521,7 +522,7 @@ class _Rows(NamedTuple):
   """Where the queries of a call lie; None for what needs no mask."""
 
   key_length: int
-  key_offset: int
+  key_offset: int | Array
   positions: Array  # int32 [B, T]
   real: Array | None  # bool [B, T]: not padding, not out of range
   read: Array | None  # bool [B or 1, S]: keys that some query may read
@@ -541,42 +542,37 @@ def _query_rows(
 ):
   """Positions and segments of the queries, and what they can read at all."""
   batch, length = query.shape[:2]
+  first: int | Array = jnp.maximum(key_offset, 0)
   stop = key_offset + key_length
   if query_offset is None:
     query_offset = stop - length
-  if isinstance(query_offset, bool):
-    raise ValueError(f"`query_offset`={query_offset} must be an integer.")
-  static = isinstance(query_offset, int)
-  if not static:
-    offset = jnp.asarray(query_offset)
-    if offset.shape not in ((), (batch,)) or not jnp.issubdtype(
-      offset.dtype, jnp.integer
-    ):
-      raise ValueError(
-        f"`query_offset`={query_offset!r} of shape {offset.shape} must be an "
-        f"integer, or an integer array of shape () or ({batch},)."
-      )
-    query_offset = offset
+  query_offset = _offset("query_offset", query_offset, ((), (batch,)))
+  if isinstance(query_offset, int) and isinstance(key_offset, int):
+    # What is known here needs no mask.
+    first = max(key_offset, 0)
+    inside = first <= query_offset <= stop - length
+    all_read = key_offset >= 0 and stop - length <= query_offset < stop
+  else:
+    inside = all_read = False
+  # Rows far outside are padding as much as those just outside, and their
+  # positions fit int32.
+  query_offset = jnp.clip(query_offset, first - length, stop)
   positions = compression.query_positions(query_offset, batch, length)
-
-  first = max(key_offset, 0)
-  inside = static and first <= query_offset <= stop - length
-  real = None
+  real = last = read = None
   if not inside:
     real = (positions >= first) & (positions < stop)
-  token = key_offset + jnp.arange(key_length)[None]
-  last = read = None
-  if key_offset < 0:
-    read = token >= 0
-  if not (static and query_offset + length >= stop):
-    last = positions[:, -1:]
-    read = token <= last if read is None else read & (token <= last)
+  if not all_read:
+    token = key_offset + jnp.arange(key_length)
+    none = positions[:, :1] >= stop
+    last = jnp.where(none, -1, positions[:, -1:])
+    read = (token >= 0) & (token <= last)
 
   key_segments = query_segments = None
   if segment_ids is not None:
     key_segments = _checks.integers(
       "segment_ids", segment_ids, (batch, key_length)
     )
+    # A halo of the window need not start where a block does.
     alignment = config.selection_block if config is not None else 1
     _checks.segments(segment_ids, alignment)
     if query_segment_ids is None:
@@ -586,6 +582,7 @@ def _query_rows(
       query_segments = _checks.integers(
         "query_segment_ids", query_segment_ids, (batch, length)
       )
+      _checks.not_negative("query_segment_ids", query_segment_ids)
     padding = query_segments <= 0
     real = ~padding if real is None else real & ~padding
     query_segments = jnp.where(real, query_segments, 0)
@@ -604,6 +601,24 @@ def _query_rows(
     key_segments,
     query_segments,
   )
+
+
+def _offset(name, value, shapes):
+  """A Python integer, or an integer array of one of the shapes."""
+  if isinstance(value, int | np.integer):
+    return _checks.static_int(name, value)
+  try:
+    offset = jnp.asarray(value)
+  except (TypeError, ValueError):
+    offset = jnp.zeros(0, bool)
+  if offset.shape not in shapes or not jnp.issubdtype(
+    offset.dtype, jnp.integer
+  ):
+    raise ValueError(
+      f"`{name}`={value!r} of shape {offset.shape} must be an integer, or an "
+      f"integer array of shape {' or '.join(map(str, shapes))}."
+    )
+  return offset
 
 
 def _read_blocks(rows: _Rows, config: NSAConfig) -> Array | None:
@@ -639,7 +654,7 @@ def _dispatch(op, implementation, rows, query, *args, **kwargs):
 
 
 def _branch(op, implementation, rows, read, query, key, value, *args, **kwargs):
-  """One softmax branch, with what nobody reads masked."""
+  """One softmax branch: masks what nobody reads, names what remat may keep."""
   out, lse = _dispatch(
     op,
     implementation,
@@ -650,11 +665,16 @@ def _branch(op, implementation, rows, read, query, key, value, *args, **kwargs):
     *args,
     **kwargs,
   )
-  return _keep(out, rows.real), _keep(lse, rows.real, -jnp.inf)
+  name = op.removesuffix("_attention")
+  return (
+    checkpoint_name(_keep(out, rows.real), f"nsa_{name}_out"),
+    checkpoint_name(_keep(lse, rows.real, -jnp.inf), f"nsa_{name}_lse"),
+  )
 
 
 def _compressed(query, key, value, rows, *, config, scale, implementation):
   if not key.shape[1]:  # No complete block: no kernel to run.
+    dispatch.names(implementation)
     shape = query.shape[:3]
     acc = jnp.promote_types(jnp.float32, query.dtype)
     out = jnp.zeros((*shape, value.shape[-1]), query.dtype)
@@ -735,10 +755,7 @@ def _pair(name, query, pair, min_length=1):
 def _attention_inputs(query, key, value, names=("key", "value"), min_length=1):
   """Query, key and value of one branch, with shapes and dtypes that fit."""
   key_name, value_name = names
-  query = _checks.array("query", query, 4, "[B, T, N, H]")
-  _checks.floating("query", query)
-  if not query.shape[1]:
-    raise ValueError(f"`query` of shape {query.shape} must have a token.")
+  query = _query(query)
   key = _key(key_name, key, query, min_length)
   value = _checks.array(value_name, value, 4, "[B, S, K, V]")
   _checks.shape(
@@ -748,7 +765,15 @@ def _attention_inputs(query, key, value, names=("key", "value"), min_length=1):
     f"all but the head dimension of `{key_name}`",
   )
   _same_dtype(value_name, value, query)
+  _checks.not_empty(value_name, value, axes=(3,))
   return query, key, value
+
+
+def _query(query):
+  query = _checks.array("query", query, 4, "[B, T, N, H]")
+  _checks.floating("query", query)
+  _checks.not_empty("query", query)
+  return query
 
 
 def _key(name, key, query, min_length):
@@ -760,10 +785,8 @@ def _key(name, key, query, min_length):
     f"the batch and head dimension of `query` of shape {query.shape}",
   )
   _same_dtype(name, key, query)
-  if key.shape[1] < min_length:
-    raise ValueError(
-      f"`{name}` of shape {key.shape} must have at least {min_length} token."
-    )
+  if min_length:
+    _checks.not_empty(name, key)
   if not key.shape[2] or query.shape[2] % key.shape[2]:
     raise ValueError(
       f"`query` has {query.shape[2]} heads, which must be a multiple of the "
@@ -788,6 +811,7 @@ def _same_as(name, value, other_name, other):
 
 
 def _block_ids(ids, query, key, config):
+  given = ids
   ids = _checks.array("block_ids", ids, 4, "[B, T, K, m]")
   if not jnp.issubdtype(ids.dtype, jnp.integer):
     raise ValueError(
@@ -804,7 +828,7 @@ def _block_ids(ids, query, key, config):
       f"`block_ids` of shape {ids.shape} must have at least one block (m >= 1)."
     )
   num_blocks = compression.num_selection_blocks(key.shape[1], config)
-  _checks.block_ids(ids, num_blocks)
+  _checks.block_ids(given, num_blocks)
   return ids.astype(jnp.int32)
 
 
@@ -828,9 +852,8 @@ def _selection_inputs(
   query, compressed_key, lse, config, key_length, query_offset, segment_ids,
   query_segment_ids,
 ):  # fmt: skip
-  _checks.config(config)
-  query = _checks.array("query", query, 4, "[B, T, N, H]")
-  _checks.floating("query", query)
+  check_config(config)
+  query = _query(query)
   compressed_key = _key("compressed_key", compressed_key, query, 0)
   lse = _checks.array("lse", lse, 3, "[B, T, N]")
   _checks.floating("lse", lse)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from nsa_jax import _checks
-from nsa_jax.config import NSAConfig
+from nsa_jax.config import NSAConfig, check_config
 from nsa_jax.typing import Array
 
 
@@ -33,7 +33,7 @@ def num_compressed_blocks(length: int, config: NSAConfig) -> int:
     3
   """
   length = _checks.static_int("length", length, minimum=0)
-  _checks.config(config)
+  check_config(config)
   if length < config.compression_block:
     return 0
   return (length - config.compression_block) // config.compression_stride + 1
@@ -58,24 +58,36 @@ def num_selection_blocks(length: int, config: NSAConfig) -> int:
     2
   """
   length = _checks.static_int("length", length, minimum=0)
-  _checks.config(config)
+  check_config(config)
   return -(-length // config.selection_block)
 
 
 def compressed_block_ends(length: int, config: NSAConfig) -> Array:
-  """Position of the last token of every compressed block, int32 [C].
+  """Position of the last token of every compressed block.
 
   Block i covers tokens i*d .. i*d + l - 1 and is visible to a query at t iff
   its last token is at or before t.
+
+  Args:
+    length: S, tokens.
+    config: the block length and the stride are read.
+
+  Returns:
+    int32 [C].
   """
   blocks = jnp.arange(num_compressed_blocks(length, config), dtype=jnp.int32)
   return blocks * config.compression_stride + config.compression_block - 1
 
 
 def compressed_block_segments(segment_ids: Array, config: NSAConfig) -> Array:
-  """Segment of every compressed block, int32 [B, C]; 0 where it has none.
+  """Segment of every compressed block; only if all its l tokens are in it.
 
-  A block belongs to a segment only if all its l tokens do.
+  Args:
+    segment_ids: int32 [B, S].
+    config: the block length and the stride are read.
+
+  Returns:
+    int32 [B, C]; 0 where a block has no segment.
   """
   windows = _windows(segment_ids, config)  # [B, C, l]
   first = windows[..., 0]
@@ -86,15 +98,31 @@ def compressed_block_segments(segment_ids: Array, config: NSAConfig) -> Array:
 def query_positions(
   query_offset: int | Array, batch: int, length: int
 ) -> Array:
-  """Position of every query row in the row of keys, int32 [B, T]."""
+  """Position of every query row in the row of keys.
+
+  Args:
+    query_offset: of the first row, int or int32 of shape () or [B].
+    batch: B.
+    length: T.
+
+  Returns:
+    int32 [B, T].
+  """
   offset = jnp.broadcast_to(jnp.asarray(query_offset, jnp.int32), (batch,))
   return offset[:, None] + jnp.arange(length, dtype=jnp.int32)
 
 
 def segment_starts(segment_ids: Array, query_segment_ids: Array) -> Array:
-  """First position of each query's segment, int32 [B, T]; 0 if it has none.
+  """First position of each query's segment.
 
   Sorts instead of comparing all pairs: O(S log S) and no [T, S] array.
+
+  Args:
+    segment_ids: int32 [B, S], of the keys.
+    query_segment_ids: int32 [B, T].
+
+  Returns:
+    int32 [B, T]; 0 for a query whose segment no key has.
   """
 
   def row(keys, queries):
@@ -129,9 +157,11 @@ def _token_windows(x, config, segment_ids):
   """Blocks of [B, S, K, H] with padding zeroed: [B, C, l, K, H]."""
   x = _checks.array("x", x, 4, "[B, S, K, H]")
   _checks.floating("x", x)
-  _checks.config(config)
+  check_config(config)
   if segment_ids is not None:
+    given = segment_ids
     segment_ids = _checks.integers("segment_ids", segment_ids, x.shape[:2])
+    _checks.segments(given, config.selection_block)
     x = jnp.where((segment_ids > 0)[:, :, None, None], x, 0)
   return _windows(x, config)
 
@@ -151,7 +181,7 @@ def _product(equation: str, x: Array, weight: Array) -> Array:
 def compress_mean(
   x: Array, *, config: NSAConfig, segment_ids: Array | None = None
 ) -> Array:
-  """The mean of the l tokens of each block: phi without parameters.
+  """The mean of the l tokens of each block: phi without parameters (Eq. 7).
 
   Args:
     x: [B, S, K, H] keys or values.
@@ -182,7 +212,7 @@ def compress_weighted(
   config: NSAConfig,
   segment_ids: Array | None = None,
 ) -> Array:
-  """A weighted sum of the l tokens of each block.
+  """A weighted sum of the l tokens of each block, as phi (Eq. 7).
 
   Args:
     x: [B, S, K, H] keys or values.
@@ -220,7 +250,7 @@ def compress_linear(
   config: NSAConfig,
   segment_ids: Array | None = None,
 ) -> Array:
-  """A linear map of the flattened block plus its position embedding.
+  """A linear map of the block plus its position embedding, as phi (Eq. 7).
 
   Args:
     x: [B, S, K, H] keys or values.
@@ -259,7 +289,7 @@ def compress_mlp(
   config: NSAConfig,
   segment_ids: Array | None = None,
 ) -> Array:
-  """The paper's phi: gelu((block + position) w1 + b1) w2 + b2.
+  """The paper's phi (Eq. 7): gelu((block + position) w1 + b1) w2 + b2.
 
   Args:
     x: [B, S, K, H] keys or values.
@@ -293,7 +323,9 @@ def compress_mlp(
   b1 = _checks.parameter("b1", b1, (heads, width), "[K, F]")
   w2 = _checks.parameter("w2", w2, (heads, width, None), "[K, F, H']")
   b2 = _checks.parameter("b2", b2, (heads, w2.shape[-1]), "[K, H']")
-  hidden = jax.nn.gelu(hidden + b1.astype(hidden.dtype)).astype(blocks.dtype)
+  hidden = jax.nn.gelu(hidden + b1.astype(hidden.dtype))
+  if blocks.dtype != jnp.float16:  # whose range it may leave
+    hidden = hidden.astype(blocks.dtype)
   # XLA's CPU runtime has no bfloat16 product that ends in "bcko".
   out = jnp.moveaxis(_product("bckf,kfo->kbco", hidden, w2), 0, 2)
   return (out + b2.astype(out.dtype)).astype(blocks.dtype)

@@ -1,7 +1,9 @@
 """Hyper-parameters of the algorithm; tile sizes of kernels are not here."""
 
 import dataclasses
-import operator
+from typing import Any
+
+from nsa_jax import _checks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,16 +42,10 @@ class NSAConfig:
   window: int = 512
 
   def __post_init__(self):
-    minimum = {"num_initial": 0}
     for field in dataclasses.fields(self):
-      value = getattr(self, field.name)
-      low = minimum.get(field.name, 1)
-      if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise ValueError(f"`{field.name}`={value!r} must be an integer.")
-      value = operator.index(value)
+      low = 0 if field.name == "num_initial" else 1
+      value = _checks.static_int(field.name, getattr(self, field.name), low)
       object.__setattr__(self, field.name, value)
-      if value < low:
-        raise ValueError(f"`{field.name}`={value} must be at least {low}.")
     for name in ("compression_block", "selection_block"):
       if getattr(self, name) % self.compression_stride:
         raise ValueError(
@@ -66,3 +62,9 @@ class NSAConfig:
         f"`num_selected`={self.num_selected} must be at least `num_initial` + "
         f"`num_local`={self.num_initial + self.num_local}, the forced blocks."
       )
+
+
+def check_config(value: Any) -> None:
+  """Raises ValueError unless the value of `config` is an NSAConfig."""
+  if not isinstance(value, NSAConfig):
+    raise ValueError(f"`config`={value!r} must be an NSAConfig.")

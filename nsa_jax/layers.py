@@ -5,7 +5,6 @@ What the parameters are is decided here; what is computed from them is in
 """
 
 import functools
-from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -15,7 +14,7 @@ from flax.typing import Dtype, Initializer, PrecisionLike
 
 from nsa_jax import _checks, compression, dispatch
 from nsa_jax.attention import native_sparse_attention
-from nsa_jax.config import NSAConfig
+from nsa_jax.config import NSAConfig, check_config
 from nsa_jax.rope import RopeConfig, apply_rope, check_head_dim
 from nsa_jax.typing import KV, Array, Implementation
 
@@ -57,7 +56,8 @@ class NativeSparseAttention(nn.Module):
       promoted. The gates and the softmax are in float32 at least.
     param_dtype: of the parameters.
     precision: of the projections, as in `nn.DenseGeneral`.
-    kernel_init: initialiser of the projections; `nn.with_partitioning` works.
+    kernel_init: initialiser of all projections; `nn.with_partitioning` works.
+      The parameters of phi have initialisers of their own, not partitioned.
     use_bias: biases in the projections.
     implementation: as in `native_sparse_attention`.
     decode: must be False; the decode cache is not in this version.
@@ -100,11 +100,11 @@ class NativeSparseAttention(nn.Module):
 
   def __post_init__(self):
     check_attributes(self)
-    _checks.config(self.config)
-    check_flag("use_bias", self.use_bias)
-    check_flag("decode", self.decode)
+    check_config(self.config)
+    _checks.flag("use_bias", self.use_bias)
+    _checks.flag("decode", self.decode)
     if self.dtype is not None:
-      check_dtype("dtype", self.dtype)
+      _checks.dtype("dtype", self.dtype)
     if not callable(self.kernel_init):
       raise ValueError(
         f"`kernel_init`={self.kernel_init!r} must be an initialiser function."
@@ -126,6 +126,8 @@ class NativeSparseAttention(nn.Module):
     positions: Array | None = None,
     segment_ids: Array | None = None,
     deterministic: bool | None = None,
+    dropout_rng: Array | None = None,
+    sow_weights: bool = False,
   ) -> Array:
     """Attends from every token to the tokens before it.
 
@@ -138,6 +140,8 @@ class NativeSparseAttention(nn.Module):
       segment_ids: int32 [B, T] for packed or padded sequences: contiguous runs
         that start at multiples of `config.selection_block`; 0 is padding.
       deterministic: accepted for drop-in use, without effect: no dropout.
+      dropout_rng: likewise.
+      sow_weights: must be False; `gates` and `block_ids` are sown instead.
 
     Returns:
       [B, T, D]. At padding: 0, or the bias.
@@ -156,10 +160,17 @@ class NativeSparseAttention(nn.Module):
         "`mask` must be None: the attention is causal. For padded or packed "
         "sequences pass `segment_ids`."
       )
-    del deterministic
+    if sow_weights:
+      raise ValueError(
+        f"`sow_weights`={sow_weights} must be False: the weights are never "
+        "materialised. `gates` and `block_ids` are sown."
+      )
+    del deterministic, dropout_rng
     x = _checks.array("x", x, 3, "[B, T, D]")
     _checks.floating("x", x)
-    positions, segment_ids = complete_positions(x, positions, segment_ids)
+    positions, segment_ids = complete_positions(
+      x, positions, segment_ids, self.config.selection_block
+    )
     if segment_ids is not None:
       # A NaN in the padding would reach the gradients of the projections.
       x = jnp.where((segment_ids > 0)[..., None], x, 0)
@@ -315,14 +326,20 @@ class CompressBlocks(nn.Module):
 
 
 def complete_positions(
-  x: Array, positions: Array | None, segment_ids: Array | None
+  x: Array,
+  positions: Array | None,
+  segment_ids: Array | None,
+  alignment: int,
 ) -> tuple[Array, Array | None]:
   """Validated int32 positions and segments of tokens `x` [B, T, ...].
 
-  Positions restart at 0 at each segment start by default.
+  Positions restart at 0 at each segment start by default. Segments start at
+  multiples of `alignment`.
   """
   if segment_ids is not None:
+    given = segment_ids
     segment_ids = _checks.integers("segment_ids", segment_ids, x.shape[:2])
+    _checks.segments(given, alignment)
   if positions is not None:
     return _checks.integers("positions", positions, x.shape[:2]), segment_ids
   index = jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32), x.shape[:2])
@@ -344,38 +361,13 @@ def check_attributes(spec: Any) -> None:
       f"`num_heads`={spec.num_heads} must be a multiple of `num_kv_heads`="
       f"{spec.num_kv_heads}."
     )
-  check_choice("compression", spec.compression, COMPRESSIONS)
-  check_choice("rope_compressed", spec.rope_compressed, ROPE_COMPRESSED)
+  _checks.choice("compression", spec.compression, COMPRESSIONS)
+  _checks.choice("rope_compressed", spec.rope_compressed, ROPE_COMPRESSED)
   if spec.rope is not None:
     if not isinstance(spec.rope, RopeConfig):
       raise ValueError(f"`rope`={spec.rope!r} must be a RopeConfig or None.")
     check_head_dim(spec.head_dim)
   for name in ("share_kv", "normalize_qk"):
-    check_flag(name, getattr(spec, name))
-  check_dtype("param_dtype", spec.param_dtype)
+    _checks.flag(name, getattr(spec, name))
+  _checks.dtype("param_dtype", spec.param_dtype)
   dispatch.names(spec.implementation)
-
-
-def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
-  """Raises ValueError unless `value` is one of `choices`."""
-  if value not in choices:
-    raise ValueError(
-      f"`{name}`={value!r} must be one of {', '.join(map(repr, choices))}."
-    )
-
-
-def check_flag(name: str, value: Any) -> None:
-  """Raises ValueError unless `value` is a bool."""
-  if not isinstance(value, bool):
-    raise ValueError(f"`{name}`={value!r} must be True or False.")
-
-
-def check_dtype(name: str, value: Any) -> jnp.dtype:
-  """The dtype, or a ValueError unless it is a floating-point one."""
-  try:
-    dtype = None if value is None else jnp.dtype(value)  # None is float64.
-  except TypeError:
-    dtype = None
-  if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
-    raise ValueError(f"`{name}`={value!r} must be a floating-point dtype.")
-  return dtype

@@ -147,7 +147,7 @@ def window_attention(
   *,
   config: NSAConfig,
   scale: float,
-  key_offset: int,
+  key_offset: int | Array,
   positions: Array,
   key_segments: Array | None,
   query_segments: Array | None,
@@ -208,6 +208,8 @@ def _attend(query, key, value, mask, scale):
   total = weights.sum(axis=-1, keepdims=True)
   safe_total = jnp.where(some, total, 1)
   lse = jnp.where(some, high + jnp.log(safe_total), -jnp.inf)
+  # As flash attention does: weights not yet divided by their sum, in the dtype
+  # of the values.
   out = jnp.einsum(
     "btkgs,bskv->btkgv",
     weights.astype(value.dtype).astype(acc),

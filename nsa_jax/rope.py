@@ -131,6 +131,8 @@ def apply_rope(x: Array, positions: Array, config: RopeConfig) -> Array:
     >>> apply_rope(x, jnp.array([[1]]), RopeConfig()).round(3).tolist()
     [[[[0.5400000214576721, 0.8410000205039978]]]]
   """
+  if not isinstance(config, RopeConfig):
+    raise ValueError(f"`config`={config!r} must be a RopeConfig.")
   x = _checks.array("x", x, 4, "[B, S, N, H]")
   _checks.floating("x", x)
   positions = _checks.integers("positions", positions, x.shape[:2])

@@ -21,9 +21,6 @@ from nsa_jax.config import NSAConfig
 from nsa_jax.layers import (
   NativeSparseAttention,
   check_attributes,
-  check_choice,
-  check_dtype,
-  check_flag,
   complete_positions,
 )
 from nsa_jax.rope import RopeConfig, apply_rope
@@ -58,8 +55,8 @@ class TransformerConfig:
     head_dim: H, of queries and keys.
     value_head_dim: V, of values; `head_dim` by default.
     mlp_dim: hidden width of SwiGLU.
-    attention: "nsa", "full" or "window" (`nsa.window` tokens) for all layers,
-      or one of them per layer.
+    attention: "nsa", "full" (memory quadratic in the length) or "window"
+      (`nsa.window` tokens) for all layers, or one of them per layer.
     nsa: hyper-parameters of the attention.
     compression: as in `NativeSparseAttention`; as are the next three.
     share_kv: one key/value projection for the three branches.
@@ -113,22 +110,22 @@ class TransformerConfig:
       _checks.static_int(name, getattr(self, name), 1)
     if not isinstance(self.nsa, NSAConfig):
       raise ValueError(f"`nsa`={self.nsa!r} must be an NSAConfig.")
-    check_choice("remat", self.remat, REMATS)
-    check_flag("tie_embeddings", self.tie_embeddings)
-    check_flag("scan_layers", self.scan_layers)
+    _checks.choice("remat", self.remat, REMATS)
+    _checks.flag("tie_embeddings", self.tie_embeddings)
+    _checks.flag("scan_layers", self.scan_layers)
     # Two spellings of one configuration must be equal and have one hash.
     for name in ("dtype", "param_dtype"):
-      dtype = check_dtype(name, getattr(self, name))
+      dtype = _checks.dtype(name, getattr(self, name))
       object.__setattr__(self, name, dtype)
     for name in ("attention", "implementation"):
       value = getattr(self, name)
       if isinstance(value, Sequence) and not isinstance(value, str):
         object.__setattr__(self, name, tuple(value))
     if not isinstance(self.attention, tuple):
-      check_choice("attention", self.attention, ATTENTIONS)
+      _checks.choice("attention", self.attention, ATTENTIONS)
       return
     for kind in self.attention:
-      check_choice("attention", kind, ATTENTIONS)
+      _checks.choice("attention", kind, ATTENTIONS)
     if len(self.attention) != self.num_layers:
       raise ValueError(
         f"`attention`={self.attention} must have `num_layers`="
@@ -164,7 +161,14 @@ class TransformerConfig:
       >>> TransformerConfig.preset("small", attention="full").model_dim
       384
     """
-    check_choice("name", name, tuple(_PRESETS))
+    _checks.choice("name", name, tuple(_PRESETS))
+    fields = {field.name for field in dataclasses.fields(cls)}
+    for override in overrides:
+      if override not in fields:
+        raise ValueError(
+          f"`{override}` must be a field of TransformerConfig: "
+          f"{', '.join(sorted(fields))}."
+        )
     return cls(**{**_PRESETS[name], **overrides})
 
 
@@ -261,7 +265,9 @@ class TransformerLM(nn.Module):
     config = self.config
     tokens = _checks.array("tokens", tokens, 2, "[B, T]")
     tokens = _checks.integers("tokens", tokens, tokens.shape)
-    positions, segment_ids = complete_positions(tokens, positions, segment_ids)
+    positions, segment_ids = complete_positions(
+      tokens, positions, segment_ids, config.nsa.selection_block
+    )
 
     shape = (config.vocab_size, config.model_dim)
     embedding = self.param(

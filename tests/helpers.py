@@ -131,11 +131,13 @@ class Dims:
     """How much larger than 2 * atol rounding makes errors of gradients.
 
     The gradient of a probability, u = dout . v, is a sum of V products and so
-    N(0, V). In half precision u, or p * u, is rounded to the value dtype on
-    its way into dq and dk (by flash attention as well as by autodiff): an
-    error of sqrt(V) ulp where 2 * atol allows for about two. dk and dv also
-    sum the independent errors of the G heads of a group. In float32 both stay
-    far below the tolerance.
+    N(0, V). In half precision something of its size is rounded to the value
+    dtype on its way into dq and dk. Autodiff of `xla` rounds u itself, the
+    cotangent of the weights that were cast for the product with the values,
+    before delta = sum p u is subtracted; flash kernels round p * (u - delta)
+    for the products with keys and queries. Both are errors of sqrt(V) ulp where
+    2 * atol allows for about two. dk and dv also sum the independent errors of
+    the G heads of a group. In float32 both stay far below the tolerance.
     """
     if dtype not in ("float16", "bfloat16"):
       return 1.0
@@ -321,9 +323,9 @@ class Oracle:
       return [], set()
     c, block = self.config, self.config.selection_block
     last = self.position(b, i) // block
-    start = next(
-      s for s in range(self.length) if self.token_segment(b, s) == segment
-    )
+    # A segment that the keys do not have counts from the start of the row.
+    tokens = range(self.length)
+    start = next((s for s in tokens if self.token_segment(b, s) == segment), 0)
     candidates = list(range(start // block, last + 1))
     forced = set(candidates[: c.num_initial] + candidates[-c.num_local :])
     return candidates, forced
@@ -418,14 +420,18 @@ class Oracle:
     return ids
 
   def margin(self, scores: np.ndarray) -> float:
-    """The smallest distance between a chosen and a rejected free block."""
+    """The smallest distance of a chosen and a rejected free block.
+
+    Relative, as probabilities have relative errors. Zeros come from masks, and
+    tie exactly.
+    """
     gap = np.inf
     for b, i, k in np.ndindex(*scores.shape[:3]):
       candidates, forced = self.candidates(b, i)
       free = sorted(scores[b, i, k, j] for j in candidates if j not in forced)
       places = self.config.num_selected - len(forced)
-      if 0 < places < len(free):
-        gap = min(gap, free[-places] - free[-places - 1])
+      if 0 < places < len(free) and free[-places] > 0:
+        gap = min(gap, 1 - free[-places - 1] / free[-places])
     return gap
 
   def assert_ids(self, ids: Any, scores: np.ndarray, dtype: str) -> None:

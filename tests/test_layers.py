@@ -487,7 +487,7 @@ def test_odd_head_dim_without_rope():
     ({"x": jnp.ones((T, D))}, "`x` of shape (40, 12) must have rank 3"),
     (
       {"x": jnp.ones((B, T, D), jnp.int32)},
-      "`x` of dtype int32 must have a floating-point dtype.",
+      "`x` of dtype int32 must have a floating-point dtype",
     ),
     (
       {"positions": jnp.zeros((T,), jnp.int32)},

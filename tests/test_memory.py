@@ -4,6 +4,7 @@ Programs are compiled and not run. The reference passes through the same
 measurement and grows fourfold: the tests can fail.
 """
 
+import dataclasses
 import functools
 import math
 import re
@@ -24,21 +25,27 @@ HEADS, KV_HEADS, HEAD_DIM = 4, 1, 8
 LENGTH = 8192
 
 
-def _program(op: str, implementation: Any, length: int) -> tuple[Callable, Any]:
+def _program(
+  op: str,
+  implementation: Any,
+  length: int,
+  batch: int = 1,
+  window: int = CONFIG.window,
+) -> tuple[Callable, Any]:
   """The op as a function of its arrays, and the shapes of these."""
   count = nsa_jax.num_compressed_blocks(length, CONFIG)
 
   def array(rows: int, heads: int, *last: int) -> Any:
-    return jax.ShapeDtypeStruct((1, rows, heads, *last), jnp.float32)
+    return jax.ShapeDtypeStruct((batch, rows, heads, *last), jnp.float32)
 
   query = array(length, HEADS, HEAD_DIM)
   tokens = KV(*2 * [array(length, KV_HEADS, HEAD_DIM)])
   blocks = KV(*2 * [array(count, KV_HEADS, HEAD_DIM)])
   ids = jax.ShapeDtypeStruct(
-    (1, length, KV_HEADS, CONFIG.num_selected), jnp.int32
+    (batch, length, KV_HEADS, CONFIG.num_selected), jnp.int32
   )
   common: dict[str, Any] = {
-    "config": CONFIG,
+    "config": dataclasses.replace(CONFIG, window=window),
     "implementation": implementation,
   }
   programs: dict[str, tuple[Callable, Any]] = {
@@ -68,8 +75,10 @@ def _program(op: str, implementation: Any, length: int) -> tuple[Callable, Any]:
   return programs[op]
 
 
-def _compile(op: str, implementation: Any, length: int, backward: bool) -> Any:
-  function, shapes = _program(op, implementation, length)
+def _compile(
+  op: str, implementation: Any, length: int, backward: bool, **sizes: int
+) -> Any:
+  function, shapes = _program(op, implementation, length, **sizes)
 
   def forward_and_backward(*args: Any) -> Any:
     floats = args[:3] if op == "selected_attention" else args
@@ -113,6 +122,30 @@ def test_xla_is_linear_in_the_length(op: str, backward: bool) -> None:
   # No [T, S] array, and no [T, C, N] one.
   count = nsa_jax.num_compressed_blocks(2 * LENGTH, CONFIG)
   assert _largest(twice) < 2 * LENGTH * count
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+@pytest.mark.parametrize(
+  "batch, window", [(1, LENGTH), (8, LENGTH), (8, CONFIG.window)]
+)
+def test_wide_windows_and_batches(
+  batch: int, window: int, backward: bool
+) -> None:
+  """So is the window branch's, with w = T and with w fixed; and for a batch."""
+  once, twice = (
+    _compile(
+      "window_attention", "xla", length, backward, batch=batch, window=window
+    )
+    for length in (LENGTH, 2 * LENGTH)
+  )
+  ratio = (
+    twice.memory_analysis().temp_size_in_bytes
+    / once.memory_analysis().temp_size_in_bytes
+  )
+  assert ratio <= 2.2, ratio
+  # No [T, S] array, not even for all rows of the batch together.
+  assert _largest(once) < LENGTH**2
+  assert _largest(twice) < LENGTH**2
 
 
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])

@@ -7,9 +7,10 @@ say `compressed` or `compressed.key`; values and rules by a key word.
 import functools
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -432,7 +433,6 @@ def test_static_arguments_are_not_traced() -> None:
   for op, name in (
     ("window_attention", "scale"),
     ("compressed_attention", "key_length"),
-    ("window_attention", "key_offset"),
   ):
 
     def call(x: Any, op: str = op, name: str = name) -> Any:
@@ -557,3 +557,98 @@ def test_block_counts(function: str) -> None:
   _says(lambda: count(1.5, CONFIG), "length", "1.5", "integer")
   _says(lambda: count(8, None), "config", "None", "NSAConfig")
   assert count(np.int32(8), CONFIG) > 0
+
+
+def test_values_outside_int32_are_not_wrapped() -> None:
+  """Two documents whose ids differ by 2^32 would become one."""
+  wide: Any = np.array([[5] * 4 + [5 + 2**32] * 8])
+  x: Any = np.ones((1, 12, 2, 8), np.float32)
+  call: Any = functools.partial(
+    nsa_jax.window_attention, x, x, x, config=NSAConfig(4, 2, 4, 3, 1, 1, 4)
+  )
+  _says(lambda: call(segment_ids=wide), "segment_ids", str(2**32 + 5), "int32")
+  _says(lambda: call(query_offset=2**40), "query_offset", str(2**40), "int32")
+  _says(lambda: call(key_offset=2**31), "key_offset", str(2**31), "int32")
+  _says(lambda: NSAConfig(window=2**31), "window", str(2**31), "int32")
+
+
+def test_constants_are_checked_inside_jit() -> None:
+  """A NumPy array that a jitted function closes over is known."""
+  x: Any = np.ones((1, 12, 2, 8), np.float32)
+  config = NSAConfig(4, 2, 4, 3, 1, 1, 4)
+  ids: Any = np.broadcast_to(np.array([1, 0], np.int32), (1, 12, 2, 2))
+  misaligned: Any = np.array([[1] * 3 + [2] * 9], np.int32)
+
+  def selected(query: Any) -> Any:
+    return nsa_jax.selected_attention(query, x, x, ids, config=config)
+
+  _says(lambda: jax.jit(selected)(x), "block_ids", "[1, 0]", "ascending")
+  layer = nsa_jax.NativeSparseAttention(2, 1, 8, config=config)
+  model = nsa_jax.TransformerLM(
+    nsa_jax.TransformerConfig.preset("tiny", attention="full", nsa=config)
+  )
+  tokens: Any = np.zeros((1, 12), np.int32)
+  for module, inputs in ((layer, x[..., 0]), (model, tokens)):
+
+    def init(inputs: Any, module: Any = module) -> Any:
+      return module.init(jax.random.key(0), inputs, segment_ids=misaligned)
+
+    _says(
+      functools.partial(jax.jit(init), inputs), "segment_ids", "3", "multiples"
+    )
+
+
+def test_what_else_is_refused() -> None:
+  config = NSAConfig(4, 2, 4, 3, 1, 1, 4)
+  x: Any = np.ones((1, 12, 2, 8), np.float32)
+  ids: Any = np.ones((1, 12), np.int32)
+  kwargs: dict[str, Any] = {"config": config, "key_length": 3}
+  none = x[:, :0]
+  _says(
+    lambda: nsa_jax.compressed_attention(
+      x[:, :3], none, none, implementation=cast(Any, "foo"), **kwargs
+    ),
+    "implementation",
+    "foo",
+    "one of",
+  )
+  window: Any = functools.partial(nsa_jax.window_attention, config=config)
+  _says(
+    lambda: window(x, x, x, segment_ids=ids, query_segment_ids=-ids),
+    "query_segment_ids",
+    "-1",
+    "at least 0",
+  )
+  for shape in ((0, 12, 2, 8), (1, 0, 2, 8), (1, 12, 0, 8), (1, 12, 2, 0)):
+    empty: Any = np.ones(shape, np.float32)
+    call = functools.partial(window, empty, empty, empty)
+    _says(call, "query", str(shape), "at least one")
+  _says(lambda: window(x, x, x, scale=True), "scale", "True", "number")
+  small = jnp.ones((1, 12, 2, 8), jnp.float8_e4m3fn)
+  _says(lambda: window(small, small, small), "query", "float8", "float16")
+  _says(lambda: window(cast(Any, None), x, x), "query", "None", "array")
+  _says(
+    lambda: nsa_jax.compress_mean(x, config=config, segment_ids=-ids),
+    "segment_ids",
+    "-1",
+    "at least 0",
+  )
+  _says(
+    lambda: nsa_jax.apply_rope(x, ids, cast(Any, None)),
+    "config",
+    "None",
+    "RopeConfig",
+  )
+  _says(
+    lambda: nsa_jax.TransformerConfig.preset("tiny", foo=1),
+    "foo",
+    "",
+    "field of TransformerConfig",
+  )
+  layer = nsa_jax.NativeSparseAttention(2, 1, 8, config=config)
+  _says(
+    lambda: layer.init(jax.random.key(0), x[..., 0], sow_weights=True),
+    "sow_weights",
+    "True",
+    "False",
+  )

@@ -5,6 +5,7 @@ eight exact properties of semantics are tested on top of it, most of them bit
 for bit.
 """
 
+import dataclasses
 import functools
 import itertools
 from collections.abc import Callable
@@ -133,9 +134,11 @@ def test_matches_oracle(implementation: Any, case: dict[str, Any]) -> None:
 def test_matches_oracle_everywhere(
   implementation: Any, mode: str, config: NSAConfig
 ) -> None:
-  """The full product of config, mode, groups and dtype.
+  """Every combination of config, mode, groups and dtype, once each.
 
-  The other factors run through all of their combinations along the way.
+  These four are crossed. keys, widths and extra are not: their combinations
+  take turns from one case to the next, so that each of them meets some of the
+  product and none meets all of it.
   """
   first = (CONFIGS + MORE_CONFIGS).index(config) + FACTORS["mode"].index(mode)
   combinations = list(
@@ -357,28 +360,132 @@ def test_key_offset_of_the_window(implementation: Any) -> None:
   helpers.assert_close(halo, whole, "float32", what="negative offset")
 
 
+@pytest.mark.parametrize("key_offset", [4, -3])
+def test_key_offset_with_segments(implementation: Any, key_offset: int) -> None:
+  """Segments belong to key rows, and each batch row has its own offset."""
+  config = CONFIGS[0]
+  dims = Dims(config, queries=9, keys=21)
+  inputs = helpers.make_inputs(dims, "float32")
+  segments = np.zeros((2, 21), np.int32)
+  # Without compressed blocks nothing has to be aligned.
+  segments[0, :7], segments[0, 7:18] = 2, 1
+  segments[1, 2:] = 3
+  # Row 0 begins before the keys, row 1 ends behind them.
+  offset = helpers.int32([key_offset - 2, key_offset + 15])
+  oracle = Oracle(
+    config, 21, 9, 2, offset, segment_ids=segments, key_offset=key_offset
+  )
+  dout = helpers.make_cotangent(dims, "float32")
+  dlse = np.random.default_rng(5).standard_normal(dout.shape[:3])
+  dlse = helpers.float32(dlse)
+
+  @jax.jit
+  def run(query: Any, key: Any, value: Any, offset: Any, ids: Any) -> Any:
+    both, pullback = jax.vjp(
+      lambda *qkv: nsa_jax.window_attention(
+        *qkv,
+        config=config,
+        key_offset=key_offset,
+        query_offset=offset,
+        segment_ids=ids,
+        implementation=implementation,
+      ),
+      query,
+      key,
+      value,
+    )
+    return both, pullback((dout, dlse))
+
+  qkv = (inputs["query"], *inputs["window"])
+  both, grads = run(*qkv, offset, segments)
+  rest = (lambda b, i, k: oracle.window_rows(b, i), dims.head_dim**-0.5)
+  helpers.assert_close(both, oracle.attend(*qkv, *rest), "float32")
+  helpers.assert_close(
+    grads, oracle.attend_vjp(*qkv, *rest, dout, dlse), "float32", gradient=1
+  )
+
+
 # -------------------------------------------------------- the exact properties
 
 
-def test_degenerate_branches_are_full_attention(implementation: Any) -> None:
-  """Property 1: all blocks, or a window as long as the row."""
-  config = NSAConfig(4, 2, 8, 4, 1, 1, 29)
-  dims = Dims(config)
-  query, (key, value) = (
-    helpers.make_inputs(dims, "float32")[n] for n in ("query", "selected")
+PROPERTY_FACTORS: dict[str, Any] = {
+  "config": CONFIGS + MORE_CONFIGS,
+  "groups": ((2, 1), (2, 2), (1, 4), (1, 16)),  # K, G
+  "widths": ((16, 8), (8, 16)),  # H, V
+  "dtype": ("float32", "bfloat16", "float16"),
+  "keys": (29, 37, 43),  # room for two documents of a block and more
+}
+
+
+def _property_id(case: dict[str, Any]) -> str:
+  return _case_id(case | {"mode": "full", "extra": "none"})
+
+
+def _property_cases() -> list[Any]:
+  """Four cases that hold every value but one config or two; slow: all pairs."""
+  columns = [
+    itertools.islice(itertools.cycle(values), 4)
+    for values in PROPERTY_FACTORS.values()
+  ]
+  rows = zip(*columns, strict=True)
+  fast = [dict(zip(PROPERTY_FACTORS, row, strict=True)) for row in rows]
+  return [pytest.param(case, id=_property_id(case)) for case in fast] + [
+    pytest.param(case, id=_property_id(case), marks=pytest.mark.slow)
+    for case in helpers.pairwise(PROPERTY_FACTORS)
+    if case not in fast
+  ]
+
+
+for_property_cases = pytest.mark.parametrize("case", _property_cases())
+
+
+def _property_dims(case: dict[str, Any]) -> Dims:
+  keys = case["keys"]
+  return Dims(case["config"], 2, keys, keys, *case["groups"], *case["widths"])
+
+
+def _clear_tokens(dims: Dims, dtype: str, segment_ids: Any = None) -> Any:
+  """Tokens without near ties, so that ids can be compared exactly."""
+  oracle = Oracle(
+    dims.config,
+    dims.keys,
+    dims.queries,
+    dims.batch,
+    segment_ids=segment_ids,
   )
-  expected, expected_lse = Oracle(config, 29, 29, 2).attend(
+  for seed in range(20):
+    tokens = helpers.make_tokens(dims, dtype, seed)
+    inputs = helpers.compress(tokens, dims.config, segment_ids)
+    if oracle.margin(oracle.scores(inputs)) > 1e-4:
+      return tokens
+  raise AssertionError("every seed has near ties")
+
+
+@for_property_cases
+def test_degenerate_branches_are_full_attention(
+  implementation: Any, case: dict[str, Any]
+) -> None:
+  """Property 1: all blocks, or a window as long as the row."""
+  dims, dtype = _property_dims(case), case["dtype"]
+  length = dims.keys
+  config = dataclasses.replace(dims.config, window=length)
+  query, (key, value) = (
+    helpers.make_inputs(dims, dtype)[n] for n in ("query", "selected")
+  )
+  expected, expected_lse = Oracle(config, length, length, 2).attend(
     query, key, value, lambda b, i, k: range(i + 1), dims.head_dim**-0.5
   )
-  ids: Any = np.broadcast_to(helpers.int32([0, 1, 2, 3]), (2, 29, 2, 4))
+  blocks = np.arange(helpers.count_selection(length, config), dtype=np.int32)
+  ids = np.broadcast_to(blocks, (2, length, dims.kv_heads, blocks.size))
 
   @jax.jit
   def run(*qkv: Any) -> Any:
-    calls = _branch_calls(implementation, config, 29, {"block_ids": ids})
+    calls = _branch_calls(implementation, config, length, {"block_ids": ids})
     return {name: calls[name](*qkv) for name in ("selected", "window")}
 
-  for name, result in run(query, key, value).items():
-    helpers.assert_close(result, (expected, expected_lse), "float32", what=name)
+  for name, (out, lse) in run(query, key, value).items():
+    helpers.assert_close(out, expected, dtype, what=name)
+    helpers.assert_close(lse, expected_lse, "float32", what=name)
 
 
 def test_equal_blocks_score_their_probability(implementation: Any) -> None:
@@ -421,21 +528,25 @@ def _segments(dims: Dims = BASE) -> dict[str, Any]:
   return {"segment_ids": np.ones((dims.batch, dims.keys), np.int32)}
 
 
-def test_causality_is_bitwise(implementation: Any) -> None:
+@for_property_cases
+def test_causality_is_bitwise(
+  implementation: Any, case: dict[str, Any]
+) -> None:
   """Property 3, through phi: values and gradients know no future."""
-  run = helpers.pipeline_vjp(implementation, BASE.config)
-  tokens = helpers.make_tokens(BASE, "float32")
-  other = helpers.make_tokens(BASE, "float32", seed=9)
-  for last in (0, 7, 14, 27):
+  dims, dtype = _property_dims(case), case["dtype"]
+  run = helpers.pipeline_vjp(implementation, dims.config)
+  tokens = helpers.make_tokens(dims, dtype)
+  other = helpers.make_tokens(dims, dtype, seed=9)
+  for last in (0, 7, 14, dims.keys - 2):
     cut = last + 1
 
     def change(x: Any, y: Any, cut: int = cut) -> Any:
       return np.concatenate([x[:, :cut], y[:, cut:]], axis=1)
 
-    dout = helpers.make_cotangent(BASE, "float32")
+    dout = helpers.make_cotangent(dims, dtype)
     dout[:, cut:] = 0
     results = [
-      run(t, _segments(), dout)
+      run(t, _segments(dims), dout)
       for t in (tokens, jax.tree.map(change, tokens, other))
     ]
     past = [jax.tree.map(lambda x, cut=cut: x[:, :cut], r) for r in results]
@@ -444,18 +555,19 @@ def test_causality_is_bitwise(implementation: Any) -> None:
       assert not np.asarray(grad)[:, cut:].any()
 
 
-def test_chunks_and_decode_steps_equal_one_pass(implementation: Any) -> None:
+@for_property_cases
+def test_chunks_and_decode_steps_equal_one_pass(
+  implementation: Any, case: dict[str, Any]
+) -> None:
   """Property 4, and what lies behind a call's last query may hold NaN."""
-  dims, config = BASE, BASE.config
-  tokens = helpers.make_tokens(dims, "float32")
+  dims, dtype = _property_dims(case), case["dtype"]
+  config, length = dims.config, dims.keys
+  tokens = _clear_tokens(dims, dtype)
   inputs = jax.tree.map(np.asarray, helpers.compress(tokens, config))
-  oracle = Oracle(config, dims.keys, dims.queries, dims.batch)
-  scores = oracle.scores(inputs)
-  # No near ties in this data: ids must be equal, not only their scores.
-  assert oracle.margin(scores) > 1e-4
+  oracle = Oracle(config, length, length, dims.batch)
   run = helpers.native(implementation, config)
   whole, whole_ids = run(inputs, {})
-  np.testing.assert_array_equal(whole_ids, oracle.select(scores))
+  np.testing.assert_array_equal(whole_ids, oracle.select(oracle.scores(inputs)))
 
   def step(start: np.ndarray, size: int, offset: Any) -> None:
     """Runs `size` queries from `start` [B] on, the rest poisoned."""
@@ -467,13 +579,14 @@ def test_chunks_and_decode_steps_equal_one_pass(implementation: Any) -> None:
       part[name] = np.take_along_axis(
         inputs[name], rows[:, :, None, None], axis=1
       )
-    for name, reach in {"compressed": 2, "selected": 1, "window": 1}.items():
+    for name in helpers.BRANCHES:
       kv = []
       for x in inputs[name]:
         x = x.copy()
-        index = np.arange(x.shape[1])
-        # Position of the last token that row s of the keys depends on.
-        last = 2 * index + 3 if reach == 2 else index
+        # Position of the last token that a row of the keys depends on.
+        last = np.arange(x.shape[1])
+        if name == "compressed":
+          last = config.compression_stride * last + config.compression_block - 1
         x[last > start[:, None] + size - 1] = np.nan
         kv.append(x)
       part[name] = helpers.pair(*kv)
@@ -482,7 +595,7 @@ def test_chunks_and_decode_steps_equal_one_pass(implementation: Any) -> None:
       np.asarray(whole), rows[:, :, None, None], axis=1
     )
     helpers.assert_close(
-      out, np.where(inside[..., None, None], expected, 0), "float32"
+      out, np.where(inside[..., None, None], expected, 0), dtype
     )
     expected_ids = np.take_along_axis(
       np.asarray(whole_ids), rows[:, :, None, None], axis=1
@@ -491,10 +604,11 @@ def test_chunks_and_decode_steps_equal_one_pass(implementation: Any) -> None:
       ids, np.where(inside[..., None, None], expected_ids, -1)
     )
 
-  for start in range(0, 32, 8):  # the last chunk is longer than what is left
+  # The last chunk is longer than what is left.
+  for start in range(0, length, 8):
     step(np.full(2, start), 8, jnp.int32(start))
-  for start in range(29):  # both rows decode, from different lengths
-    rows = np.array([start, (start + 11) % 29])
+  for start in range(length):  # both rows decode, from different lengths
+    rows = np.array([start, (start + 11) % length])
     step(rows, 1, jnp.asarray(rows, jnp.int32))
 
 
@@ -520,26 +634,28 @@ def test_static_and_default_offsets(implementation: Any) -> None:
     helpers.assert_close(out, expected[0], "float32", what=name)
 
 
-def test_permutations(implementation: Any) -> None:
+@for_property_cases
+def test_permutations(implementation: Any, case: dict[str, Any]) -> None:
   """Property 5: batch rows and key/value heads are independent."""
-  run = helpers.pipeline_vjp(implementation, BASE.config)
-  tokens = helpers.make_tokens(BASE, "float32")
-  dout = helpers.make_cotangent(BASE, "float32")
-  expected = run(tokens, _segments(), dout)
+  dims, dtype = _property_dims(case), case["dtype"]
+  run = helpers.pipeline_vjp(implementation, dims.config)
+  tokens = _clear_tokens(dims, dtype)
+  dout = helpers.make_cotangent(dims, dtype)
+  expected = run(tokens, _segments(dims), dout)
 
   def swap(x: Any) -> np.ndarray:
     """Swaps the rows, and the heads group by group."""
     x = np.asarray(x)[::-1]
-    groups = x.reshape(*x.shape[:2], BASE.kv_heads, -1, *x.shape[3:])
+    groups = x.reshape(*x.shape[:2], dims.kv_heads, -1, *x.shape[3:])
     return np.ascontiguousarray(groups[:, :, ::-1]).reshape(x.shape)
 
-  actual = run(jax.tree.map(swap, tokens), _segments(), swap(dout))
+  actual = run(jax.tree.map(swap, tokens), _segments(dims), swap(dout))
   np.testing.assert_array_equal(actual[1], swap(expected[1]))
   helpers.assert_close(
     (actual[0], actual[2]),
     jax.tree.map(swap, (expected[0], expected[2])),
-    "float32",
-    gradient=1,
+    dtype,
+    gradient=dims.gradient_growth(dtype),
   )
 
 
@@ -553,18 +669,24 @@ def _poison(tree: Any, where: np.ndarray) -> Any:
   return jax.tree.map(one, tree)
 
 
-def test_packed_equals_alone_and_poison_stays_out(implementation: Any) -> None:
+@for_property_cases
+def test_packed_equals_alone_and_poison_stays_out(
+  implementation: Any, case: dict[str, Any]
+) -> None:
   """Property 6, through phi: outputs, ids and gradients."""
-  config = BASE.config  # l' = 8
+  dims, dtype = _property_dims(case), case["dtype"]
+  config, block = dims.config, dims.config.selection_block
   run = helpers.pipeline_vjp(implementation, config)
-  # Row 0 holds documents of 13 tokens at 0 and 16, row 1 one at 8.
-  places = [(0, 0, 3), (0, 16, 1), (1, 8, 1)]
-  segments = np.zeros((2, 29), np.int32)
+  # Row 0 holds two documents as long as fit, row 1 one behind a padding block.
+  size = max(n for n in range(dims.keys) if -n % block + 2 * n <= dims.keys)
+  second = size + -size % block
+  places = [(0, 0, 3), (0, second, 1), (1, block, 1)]
+  segments = np.zeros((2, dims.keys), np.int32)
   for b, start, segment in places:
-    segments[b, start : start + 13] = segment
+    segments[b, start : start + size] = segment
   padding = segments == 0
-  tokens = helpers.make_tokens(BASE, "float32", seed=3)
-  dout = helpers.make_cotangent(BASE, "float32")
+  tokens = _clear_tokens(dims, dtype, segments)
+  dout = helpers.make_cotangent(dims, dtype)
   integers = {"segment_ids": segments}
   packed = run(tokens, integers, dout)
   out, ids, grads = packed
@@ -577,10 +699,10 @@ def test_packed_equals_alone_and_poison_stays_out(implementation: Any) -> None:
   helpers.assert_same_bits(poisoned, packed, what="poisoned padding: ")
 
   def alone(x: Any) -> np.ndarray:
-    return np.stack([np.asarray(x)[b, s : s + 13] for b, s, _ in places])
+    return np.stack([np.asarray(x)[b, s : s + size] for b, s, _ in places])
 
   lone = run(jax.tree.map(alone, tokens), {}, alone(dout))
-  shift = np.array([s // 8 for _, s, _ in places])[:, None, None, None]
+  shift = np.array([s // block for _, s, _ in places])[:, None, None, None]
   packed_ids = alone(ids)
   np.testing.assert_array_equal(
     np.where(packed_ids < 0, -1, packed_ids - shift), lone[1]
@@ -588,16 +710,79 @@ def test_packed_equals_alone_and_poison_stays_out(implementation: Any) -> None:
   helpers.assert_close(
     jax.tree.map(alone, (out, grads)),
     (lone[0], lone[2]),
-    "float32",
-    gradient=1,
+    dtype,
+    gradient=dims.gradient_growth(dtype),
     what="packed against alone",
   )
-  # The concrete ids of one segment change nothing either.
+
+
+def test_one_segment_changes_nothing(implementation: Any) -> None:
+  """Rows that are one segment equal rows without segments."""
+  run = helpers.pipeline_vjp(implementation, BASE.config)
+  tokens = helpers.make_tokens(BASE, "float32", seed=3)
+  dout = helpers.make_cotangent(BASE, "float32")
   ones = run(tokens, _segments(), dout)
   none = run(tokens, {}, dout)
   np.testing.assert_array_equal(ones[1], none[1])
   helpers.assert_close(
     (ones[0], ones[2]), (none[0], none[2]), "float32", gradient=1
+  )
+
+
+def test_traced_misaligned_segments_leak_nothing(implementation: Any) -> None:
+  """Starts inside a block: no token of another segment is felt, bit for bit."""
+  run = helpers.pipeline_vjp(implementation, BASE.config)
+  segments = np.zeros((2, 29), np.int32)
+  segments[0, :5], segments[0, 5:18], segments[0, 19:] = 3, 1, 2
+  segments[1, 3:12], segments[1, 12:27] = 5, 4
+  tokens = helpers.make_tokens(BASE, "float32")
+  other = helpers.make_tokens(BASE, "float32", seed=9)
+  for b, segment in ((0, 3), (0, 1), (0, 2), (1, 5), (1, 4)):
+    inside = np.zeros((2, 29), bool)
+    inside[b] = segments[b] == segment
+
+    def keep(x: Any, y: Any, inside: np.ndarray = inside) -> np.ndarray:
+      return np.where(inside[..., None, None], x, y)
+
+    dout = helpers.make_cotangent(BASE, "float32")
+    dout = keep(dout, np.zeros_like(dout))
+    results = [
+      run(x, {"segment_ids": segments}, dout)
+      for x in (tokens, jax.tree.map(keep, tokens, other))
+    ]
+    own = [
+      jax.tree.map(lambda x, inside=inside: np.asarray(x)[inside], r)
+      for r in results
+    ]
+    assert np.abs(own[0][0]).max() > 0
+    helpers.assert_same_bits(own[0], own[1], what=f"segment {segment}: ")
+    for grad in jax.tree.leaves([r[2] for r in results]):
+      assert not np.asarray(grad)[~inside].any()
+
+
+def test_queries_of_other_segments(implementation: Any) -> None:
+  """query_segment_ids decides: another segment of the keys, or none of them."""
+  dims = BASE
+  inputs = helpers.make_inputs(dims, "float32")
+  dout = helpers.make_cotangent(dims, "float32")
+  segments = helpers.packed_segments(dims)
+  own = segments.copy()
+  own[0, 13:20] = 7  # reads the first document from the second
+  own[0, 3] = 9  # a document that begins later
+  own[0, 21:24] = own[1, :12] = 99  # one that the keys do not have
+  own[1, 12:] = 4
+  integers = {"segment_ids": segments, "query_segment_ids": own}
+  oracle = Oracle(
+    dims.config, 29, 29, 2, segment_ids=segments, query_segment_ids=own
+  )
+  out, ids, grads = helpers.native_vjp(implementation, dims.config)(
+    inputs, integers, dout
+  )
+  assert not np.asarray(out)[own == 99].any()
+  oracle.assert_ids(ids, oracle.scores(inputs), "float32")
+  helpers.assert_close(out, oracle.native(inputs, ids), "float32")
+  helpers.assert_close(
+    grads, oracle.native_vjp(inputs, ids, dout), "float32", gradient=1
   )
 
 
@@ -708,6 +893,24 @@ def test_gradients_accumulate_in_float32(implementation: Any) -> None:
 
 
 # ------------------------------------------------------------------- gradients
+
+
+def test_gradients_match_float64_autodiff(implementation: Any) -> None:
+  """Property 7: float32 against autodiff of the reference in float64."""
+  dims = Dims(CONFIGS[0], queries=13, keys=21)
+  inputs = helpers.make_inputs(dims, "float32", compressed_query=True)
+  dout = helpers.make_cotangent(dims, "float32")
+  out, ids, grads = helpers.native_vjp(implementation, dims.config)(
+    inputs, {}, dout
+  )
+  wide = jax.tree.map(helpers.float64, (inputs, dout))
+  with jax.enable_x64(True):
+    expected = helpers.native_vjp("reference", dims.config)(
+      wide[0], {"block_ids": np.asarray(ids)}, wide[1]
+    )
+  assert expected[0].dtype == np.float64
+  helpers.assert_close(out, expected[0], "float32")
+  helpers.assert_close(grads, expected[2], "float32", gradient=1)
 
 
 def test_finite_differences(implementation: Any) -> None:

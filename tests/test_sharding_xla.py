@@ -115,6 +115,21 @@ def test_shard_map_over_queries(data: Any) -> None:
   _check((out, ids, grads), expected)
 
 
+def test_shard_map_without_compressed_blocks() -> None:
+  """C = 0: the constants that stand for the branch fit the vma types."""
+  dims = Dims(CONFIG, batch=8, queries=3, keys=3, head_dim=8)
+  assert not dims.num_compressed
+  inputs = helpers.make_inputs(dims, DTYPE)
+  dout = helpers.make_cotangent(dims, DTYPE)
+  mesh = Mesh(np.array(jax.devices()[:8]).reshape(4, 2), ("batch", "heads"))
+  spec = P("batch", None, "heads")
+  sharded = jax.shard_map(
+    _vjp, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=True
+  )
+  expected = jax.jit(_vjp)(inputs, dout)
+  _check(jax.jit(sharded)(inputs, dout), expected)
+
+
 def test_pmap(data: Any) -> None:
   """One batch row per device."""
   inputs, dout, segments, expected = data

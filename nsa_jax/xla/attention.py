@@ -7,7 +7,6 @@ more than a chunk of queries times keys exists at any time.
 import jax
 import jax.numpy as jnp
 from einops import rearrange
-from jax.ad_checkpoint import checkpoint_name
 
 from nsa_jax import compression
 from nsa_jax.config import NSAConfig
@@ -45,7 +44,7 @@ def compressed_attention(
   query = _grouped(query, key.shape[2])
   key, value = _shared(key), _shared(value)
   out, lse = map_chunks(body, rows, query, positions, query_segments)
-  return _tagged("compressed", out, lse)
+  return _ungrouped(out, lse)
 
 
 def block_scores(
@@ -193,7 +192,7 @@ def selected_attention(
     positions,
     query_segments,
   )
-  return _tagged("selected", out, lse)
+  return _ungrouped(out, lse)
 
 
 def window_attention(
@@ -203,13 +202,13 @@ def window_attention(
   *,
   config: NSAConfig,
   scale: float,
-  key_offset: int,
+  key_offset: int | Array,
   positions: Array,
   key_segments: Array | None,
   query_segments: Array | None,
 ) -> tuple[Array, Array]:
   """Softmax attention over the last w tokens, the query's own included."""
-  length = query.shape[1]
+  batch, length, heads, _ = query.shape
   key_length, kv_heads = key.shape[1:3]
   # A chunk of R queries reads one slice of R + w - 1 keys. With R >= w all
   # slices together are at most twice the keys, so they can be cut beforehand:
@@ -230,18 +229,25 @@ def window_attention(
 
   def body(query, positions, query_segments, start, key, value, segments):
     token = (key_offset + start)[:, None, None] + jnp.arange(span)
-    readable = token <= positions[..., None]
-    readable &= token > positions[..., None] - config.window
-    readable &= token >= 0
-    if segments is not None:
-      readable &= segments[:, None] == query_segments[..., None]
-      readable &= (query_segments > 0)[..., None]
-    return _attend(
-      _scores("brkgh,bskh->brkgs", query, key, scale),
-      readable[:, :, None, None],
-      value,
-      "brkgs,bskv->brkgv",
-    )
+    dtype = query.dtype
+    key, value = _shared(key), _shared(value)
+
+    def attend(query, positions, query_segments):
+      readable = (token <= positions[..., None]) & (token >= 0)
+      readable &= token > positions[..., None] - config.window
+      if segments is not None:
+        readable &= segments[:, None] == query_segments[..., None]
+        readable &= (query_segments > 0)[..., None]
+      return _attend(
+        _scores("brkgh,bskh->brkgs", query, key.astype(dtype), scale),
+        readable[:, :, None, None],
+        value.astype(dtype),
+        "brkgs,bskv->brkgv",
+      )
+
+    # A wide window or a large batch would make [rows, span] scores too large.
+    inner = chunk_rows(query.shape[1], batch * heads * span)
+    return map_chunks(attend, inner, query, positions, query_segments)
 
   out, lse = map_chunks(
     body,
@@ -251,7 +257,7 @@ def window_attention(
     query_segments,
     per_chunk=(start, slices(key), slices(value), slices(key_segments)),
   )
-  return _tagged("window", out, lse)
+  return _ungrouped(out, lse)
 
 
 def _for_block_scores(
@@ -328,13 +334,10 @@ def _grouped(query, kv_heads):
   return rearrange(query, "b t (k g) ... -> b t k g ...", k=kv_heads)
 
 
-def _tagged(name, out, lse):
-  """Joins the groups' heads; names the residuals for remat policies."""
-  out = rearrange(out, "b t k g v -> b t (k g) v")
-  lse = rearrange(lse, "b t k g -> b t (k g)")
+def _ungrouped(out, lse):
   return (
-    checkpoint_name(out, f"nsa_{name}_out"),
-    checkpoint_name(lse, f"nsa_{name}_lse"),
+    rearrange(out, "b t k g v -> b t (k g) v"),
+    rearrange(lse, "b t k g -> b t (k g)"),
   )
 
 
@@ -382,7 +385,7 @@ def _attend(scores, mask, value, equation):
   high = jax.lax.stop_gradient(
     scores.max(axis=-1, keepdims=True, initial=-jnp.inf)
   )
-  some = high > -jnp.inf
+  some = mask.any(axis=-1, keepdims=True)
   high = jnp.where(some, high, 0)
   weights = jnp.exp(scores - high)
   total = jnp.where(some, weights.sum(axis=-1, keepdims=True), 1)
