@@ -325,12 +325,14 @@ class Run:
   is killed at any time can be resumed from the last one.
   """
 
-  def __init__(self, out: str, config: dict[str, Any]):
+  def __init__(self, out: str, config: dict[str, Any], resume: bool):
     self.folder = pathlib.Path(out).absolute()
     self.metrics_path = self.folder / "metrics.jsonl"
     self.config = json.loads(json.dumps(config))
     self.metrics: list[dict[str, float]] = []
     checkpoints = self.folder / "checkpoints"
+    if resume and not checkpoints.is_dir():
+      raise UsageError(f"--resume: no checkpoint in {self.folder}.")
     try:
       checkpoints.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -525,14 +527,6 @@ def train(args: argparse.Namespace) -> int:
       f"must read less than half."
     )
   corpus = load_corpus(args.corpus, args.max_bytes, args.seq_len)
-  run = Run(args.out, run_config(args, config, corpus))
-  if run.last_step is not None and not args.resume:
-    raise UsageError(
-      f"--out {args.out}: holds a run of {run.last_step} steps already; "
-      "continue it with --resume, or choose another folder."
-    )
-
-  # Validation before anything that takes time.
   windows = validation_windows(
     corpus.validation,
     count=args.eval_batches * args.batch_size,
@@ -549,7 +543,14 @@ def train(args: argparse.Namespace) -> int:
     params = model.init(jax.random.key(args.seed), tokens)["params"]
     return {"params": params, "opt_state": optimizer.init(params)}
 
+  # What the implementation cannot do shows here, before a folder is made.
   shapes = jax.eval_shape(init)
+  run = Run(args.out, run_config(args, config, corpus), args.resume)
+  if run.last_step is not None and not args.resume:
+    raise UsageError(
+      f"--out {args.out}: holds a run of {run.last_step} steps already; "
+      "continue it with --resume, or choose another folder."
+    )
   if args.resume:
     step, state = run.restore(shapes)
   else:
@@ -855,8 +856,8 @@ def main(argv: Sequence[str] | None = None) -> int:
   for name, value in RECIPES[args.preset]._asdict().items():
     if getattr(args, name) is None:
       setattr(args, name, value)
-  if args.seed < 0:
-    parser.error(f"argument --seed: {args.seed} is negative")
+  if not 0 <= args.seed < 2**32:
+    parser.error(f"argument --seed: {args.seed} is not in [0, 2**32)")
   prompt_len = 1 if args.prompt is None else len(os.fsencode(args.prompt))
   if not 0 < prompt_len < args.seq_len:
     parser.error(
@@ -865,8 +866,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
   try:
     return train(args)
-  # What the library cannot do on this device, or will not accept, it says in
-  # one sentence.
+  # What the library cannot do, it says in one sentence.
   except (UsageError, NotImplementedError) as error:
     parser.error(str(error))
 

@@ -152,8 +152,17 @@ def test_out_holds_a_run_already(finished, capsys):
 
 
 def test_nothing_to_resume(tmp_path, capsys):
-  line = error_line(capsys, *SMALL, f"--out={tmp_path}", "--resume")
-  assert f"--resume: no checkpoint in {tmp_path}." in line
+  out = tmp_path / "typo"
+  line = error_line(capsys, *SMALL, f"--out={out}", "--resume")
+  assert f"--resume: no checkpoint in {out}." in line
+  assert not out.exists()
+
+
+def test_an_implementation_that_cannot_leaves_no_folder(tmp_path, capsys):
+  out = tmp_path / "run"
+  args = (*SMALL, f"--out={out}", "--implementation=triton")
+  assert "'triton' has no `compressed_attention`" in error_line(capsys, *args)
+  assert not out.exists()
 
 
 @pytest.mark.parametrize(
@@ -162,7 +171,8 @@ def test_nothing_to_resume(tmp_path, capsys):
     (["--steps=0"], "argument --steps: '0' is not a positive integer"),
     (["--steps=2.5"], "argument --steps: '2.5' is not a positive integer"),
     (["--learning-rate=inf"], "--learning-rate: 'inf' is not a positive num"),
-    (["--seed=-1"], "argument --seed: -1 is negative"),
+    (["--seed=-1"], "argument --seed: -1 is not in [0, 2**32)"),
+    ([f"--seed={2**64}"], f"argument --seed: {2**64} is not in [0, 2**32)"),
     (["--attention=dense"], "argument --attention: invalid choice: 'dense'"),
     (["--preset=huge"], "argument --preset: invalid choice: 'huge'"),
     (["--implementation=tpu"], "--implementation: invalid choice: 'tpu'"),
