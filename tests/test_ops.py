@@ -825,6 +825,30 @@ def test_rows_outside_the_keys_are_padding(implementation: Any) -> None:
   helpers.assert_same_bits(dirty, clean)
 
 
+@pytest.mark.parametrize("offset", [12, 2**31 - 1, -40])
+def test_queries_beyond_the_keys_read_nothing(
+  implementation: Any, offset: int
+) -> None:
+  """A finished row of a decode batch: no key reaches a gradient."""
+  query: Any = np.ones((1, 4, 2, 8), np.float32)
+  key: Any = np.full((1, 12, 1, 8), np.nan, np.float32)
+
+  def loss(query: Any, key: Any) -> Any:
+    out, lse = nsa_jax.window_attention(
+      query,
+      key,
+      key,
+      config=CONFIGS[0],
+      query_offset=offset,
+      implementation=implementation,
+    )
+    return out.sum() + jnp.where(jnp.isfinite(lse), lse, 0).sum()
+
+  value, grads = jax.value_and_grad(loss, argnums=(0, 1))(query, key)
+  assert value == 0
+  assert all((np.asarray(x) == 0).all() for x in grads)
+
+
 def test_a_second_run_has_the_same_bits(implementation: Any) -> None:
   run = helpers.pipeline_vjp(implementation, BASE.config)
   tokens = helpers.make_tokens(BASE, "float32")

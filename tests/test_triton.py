@@ -149,15 +149,18 @@ def test_a_second_run_has_the_same_bits(group: int) -> None:
 def test_pieces_and_chunks_change_nothing(
   group: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-  """Lists cut into pieces; queries of a head in several chunks."""
-  query, key, value, ids, dout, dlse = _inputs(group=group)
-  expected = _pullback("reference", NSAConfig(16, 16, 16, 4))(
+  """Lists in pieces, queries in chunks, a block in more than one step."""
+  query, key, value, ids, dout, dlse = _inputs(group=group, block=32)
+  expected = _pullback("reference", NSAConfig(16, 16, 32, 4))(
     query, key, value, ids, dout, dlse
   )
   tiles = tiling.selected_tiling(
-    group=group, head_dim=16, value_dim=16, dtype=query.dtype, block=16
+    group=group, head_dim=16, value_dim=16, dtype=query.dtype, block=32
   )
-  tiles = dataclasses.replace(tiles, rows=16, piece=7)
+  half = dataclasses.replace(tiles.fwd, block_k=16)
+  tiles = dataclasses.replace(
+    tiles, rows=16, piece=7, fwd=half, dq=half, dkv=half
+  )
   monkeypatch.setattr(
     "pallas_kernels.triton.selected_by_block.PARTIAL_BYTES", 32 * 4 * 4 * 64
   )
@@ -170,7 +173,7 @@ def test_pieces_and_chunks_change_nothing(
         key,
         value,
         ids,
-        selection_block=16,
+        selection_block=32,
         scale=0.25,
         query_offset=jnp.zeros(1, jnp.int32),
         tiles=tiles,
