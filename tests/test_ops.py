@@ -305,16 +305,16 @@ def test_primitives(
   # Where some tokens are padding, phi gives a finite row.
   hidden_blocks = key_padding[:, tokens].all(-1) | (tokens[:, -1] > last)
   poisoned = {
-    "query": _poison(query, padding),
-    "compressed": _poison(inputs["compressed"], hidden_blocks),
-    "selected": _poison(inputs["selected"], hidden),
-    "window": _poison(inputs["window"], hidden),
+    "query": helpers.poison(query, padding),
+    "compressed": helpers.poison(inputs["compressed"], hidden_blocks),
+    "selected": helpers.poison(inputs["selected"], hidden),
+    "window": helpers.poison(inputs["window"], hidden),
   }
   with jax.enable_x64(dtype == "float64"):
     again = run(
       poisoned,
-      _poison(douts, padding),
-      _poison(dlses, padding),
+      helpers.poison(douts, padding),
+      helpers.poison(dlses, padding),
       integers,
       ids_given,
     )
@@ -666,16 +666,6 @@ def test_permutations(implementation: Any, case: dict[str, Any]) -> None:
   )
 
 
-def _poison(tree: Any, where: np.ndarray) -> Any:
-  """NaN, inf and -inf in turn in the rows [B, rows] that are marked."""
-
-  def one(x: Any) -> np.ndarray:
-    values = np.resize([np.nan, np.inf, -np.inf], x.shape).astype(x.dtype)
-    return np.where(where.reshape(*where.shape, *(x.ndim - 2) * [1]), values, x)
-
-  return jax.tree.map(one, tree)
-
-
 @for_property_cases
 def test_packed_equals_alone_and_poison_stays_out(
   implementation: Any, case: dict[str, Any]
@@ -702,7 +692,9 @@ def test_packed_equals_alone_and_poison_stays_out(
   for grad in jax.tree.leaves(grads):
     assert not np.asarray(grad)[padding].any()
 
-  poisoned = run(_poison(tokens, padding), integers, _poison(dout, padding))
+  poisoned = run(
+    helpers.poison(tokens, padding), integers, helpers.poison(dout, padding)
+  )
   helpers.assert_same_bits(poisoned, packed, what="poisoned padding: ")
 
   def alone(x: Any) -> np.ndarray:
@@ -815,13 +807,13 @@ def test_rows_outside_the_keys_are_padding(implementation: Any) -> None:
 
   bad = dict(inputs)
   for name in ("query", "gates"):
-    bad[name] = _poison(inputs[name], outside)
+    bad[name] = helpers.poison(inputs[name], outside)
   last = positions[:, -1:]
   for name in helpers.BRANCHES:
     index = np.arange(inputs[name].key.shape[1])
     needs = 2 * index + 3 if name == "compressed" else index
-    bad[name] = _poison(inputs[name], needs > last)
-  dirty = run(bad, integers, _poison(dout, outside))
+    bad[name] = helpers.poison(inputs[name], needs > last)
+  dirty = run(bad, integers, helpers.poison(dout, outside))
   helpers.assert_same_bits(dirty, clean)
 
 
@@ -993,87 +985,3 @@ def test_finite_differences(implementation: Any) -> None:
         lambda x, v, rest: jax.jvp(lambda y: loss(y, *rest), (x,), (v,))
       )(inputs, tangent, rest)
       np.testing.assert_allclose(forward, slope, rtol=1e-12)
-
-
-# ------------------------------------------------------------------------- phi
-
-
-def test_compress(implementation: Any) -> None:
-  """The four kinds of phi against one block at a time, with padding in NaN."""
-  if implementation != helpers.IMPLEMENTATIONS[0]:
-    pytest.skip("phi does not depend on the implementation")
-  config = NSAConfig(4, 2, 4, 1, 0, 1, 1)
-  rng = np.random.default_rng(7)
-  kv_heads, width, hidden, width_out = 2, 3, 5, 6
-  x = rng.standard_normal((2, 11, kv_heads, width))
-  segments = helpers.int32([[1] * 6 + [0] * 2 + [2] * 3, [0] * 4 + [3] * 7])
-  padding = segments == 0
-  weight = rng.standard_normal((kv_heads, 4))
-  position = rng.standard_normal((kv_heads, 4, width))
-  linear = rng.standard_normal((kv_heads, 4 * width, width_out))
-  w1 = rng.standard_normal((kv_heads, 4 * width, hidden))
-  b1 = rng.standard_normal((kv_heads, hidden))
-  w2 = rng.standard_normal((kv_heads, hidden, width_out))
-  b2 = rng.standard_normal((kv_heads, width_out))
-
-  def gelu(z: np.ndarray) -> np.ndarray:
-    inner = np.sqrt(2 / np.pi) * (z + 0.044715 * z**3)
-    return z / 2 * (1 + np.tanh(inner))
-
-  def mlp(block: np.ndarray, k: int) -> np.ndarray:
-    return gelu((block + position[k]).ravel() @ w1[k] + b1[k]) @ w2[k] + b2[k]
-
-  kinds: dict[str, tuple[Callable, tuple, Callable]] = {
-    "mean": (nsa_jax.compress_mean, (), lambda block, k: block.mean(0)),
-    "weighted": (
-      nsa_jax.compress_weighted,
-      (weight,),
-      lambda block, k: weight[k] @ block,
-    ),
-    "linear": (
-      nsa_jax.compress_linear,
-      (position, linear),
-      lambda block, k: (block + position[k]).ravel() @ linear[k],
-    ),
-    "mlp": (nsa_jax.compress_mlp, (position, w1, b1, w2, b2), mlp),
-  }
-  with jax.enable_x64(True):
-    for name, (function, parameters, phi) in kinds.items():
-      # Padding counts as zeros, whatever it holds.
-      clean = np.where(padding[:, :, None, None], 0, x)
-      expected = np.array(
-        [
-          [
-            [phi(row[s : s + 4, k], k) for k in range(kv_heads)]
-            for s in (0, 2, 4, 6)
-          ]
-          for row in clean
-        ]
-      )
-      bound = functools.partial(function, config=config)
-
-      @jax.jit
-      def run(x: Any, *parameters: Any, bound: Callable = bound) -> Any:
-        call = functools.partial(bound, segment_ids=segments)
-        out, pullback = jax.vjp(call, x, *parameters)
-        return out, pullback(jnp.ones_like(out)), bound(x, *parameters)
-
-      actual, grads, _ = run(_poison(x, padding), *parameters)
-      helpers.assert_close(actual, expected, "float64", what=name)
-      assert not np.asarray(grads[0])[padding].any(), name
-      assert all(np.isfinite(g).all() for g in grads), name
-      # Without segments nothing is padding; shorter than a block, no rows.
-      _, _, plain = run(clean, *parameters)
-      helpers.assert_close(plain, expected, "float64", what=name)
-      short = jax.eval_shape(bound, clean[:, :3], *parameters)
-      assert short.shape == (2, 0, kv_heads, expected.shape[-1]), name
-
-
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_compress_mean_dtype(implementation: Any, dtype: str) -> None:
-  if implementation != helpers.IMPLEMENTATIONS[0]:
-    pytest.skip("phi does not depend on the implementation")
-  x = helpers.normal(np.random.default_rng(8), (2, 29, 2, 4), dtype)
-  actual = nsa_jax.compress_mean(x, config=BASE.config)
-  assert actual.dtype == x.dtype
-  helpers.assert_close(actual, helpers.mean_blocks(x, BASE.config), dtype)
