@@ -15,7 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from nsa_jax import _checks, compression, dispatch
 from nsa_jax.config import NSAConfig, check_config
-from nsa_jax.typing import KV, Array, Implementation
+from nsa_jax.typing import KV, Array, Implementation, Queries
 
 
 def native_sparse_attention(
@@ -646,9 +646,7 @@ def _dispatch(op, implementation, rows, query, *args, **kwargs):
     implementation,
     _keep(query, rows.real),
     *args,
-    positions=rows.positions,
-    key_segments=rows.key_segments,
-    query_segments=rows.query_segments,
+    queries=Queries(rows.positions, rows.key_segments, rows.query_segments),
     **kwargs,
   )
 

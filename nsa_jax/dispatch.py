@@ -10,7 +10,7 @@ from typing import Any, get_args
 
 from nsa_jax import reference, xla
 from nsa_jax.config import NSAConfig
-from nsa_jax.typing import Array, Implementation, ImplementationName
+from nsa_jax.typing import Array, Implementation, ImplementationName, Queries
 
 # The order in which `implementation=None` tries them.
 DEFAULT_ORDER: tuple[ImplementationName, ...] = ("xla",)
@@ -24,9 +24,7 @@ def _triton_selected_attention(
   *,
   config: NSAConfig,
   scale: float,
-  positions: Array,
-  key_segments: Array | None,
-  query_segments: Array | None,
+  queries: Queries,
 ) -> tuple[Array, Array]:
   # Imported at the first use, so that importing nsa_jax imports no Pallas.
   import pallas_kernels
@@ -38,9 +36,9 @@ def _triton_selected_attention(
     block_ids,
     selection_block=config.selection_block,
     scale=scale,
-    query_offset=positions[:, 0],
-    key_segments=key_segments,
-    query_segments=query_segments,
+    query_offset=queries.positions[:, 0],
+    key_segments=queries.key_segments,
+    query_segments=queries.query_segments,
   )
 
 

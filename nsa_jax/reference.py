@@ -11,7 +11,7 @@ from einops import rearrange
 
 from nsa_jax import compression
 from nsa_jax.config import NSAConfig
-from nsa_jax.typing import Array
+from nsa_jax.typing import Array, Queries
 
 
 def compressed_attention(
@@ -22,14 +22,10 @@ def compressed_attention(
   config: NSAConfig,
   key_length: int,
   scale: float,
-  positions: Array,
-  key_segments: Array | None,
-  query_segments: Array | None,
+  queries: Queries,
 ) -> tuple[Array, Array]:
   """Softmax attention over the visible compressed blocks."""
-  visible = _visible_blocks(
-    config, key_length, positions, key_segments, query_segments
-  )
+  visible = _visible_blocks(config, key_length, queries)
   return _attend(query, key, value, visible[:, :, None], scale)
 
 
@@ -41,14 +37,10 @@ def block_scores(
   config: NSAConfig,
   key_length: int,
   scale: float,
-  positions: Array,
-  key_segments: Array | None,
-  query_segments: Array | None,
+  queries: Queries,
 ) -> Array:
   """Eq. 8-10: importance of every selection block, [B, T, K, M]."""
-  visible = _visible_blocks(
-    config, key_length, positions, key_segments, query_segments
-  )
+  visible = _visible_blocks(config, key_length, queries)
   scores = _scores(query, compressed_key, scale)  # [B, T, K, G, C]
   seen = visible[:, :, None, None]
   lse = rearrange(lse, "b t (k g) -> b t k g 1", k=scores.shape[2])
@@ -78,9 +70,7 @@ def select_blocks(
   config: NSAConfig,
   key_length: int,
   scale: float,
-  positions: Array,
-  key_segments: Array | None,
-  query_segments: Array | None,
+  queries: Queries,
 ) -> Array:
   """Eq. 11: the forced blocks and the best of the others, [B, T, K, n]."""
   scores = block_scores(
@@ -90,11 +80,10 @@ def select_blocks(
     config=config,
     key_length=key_length,
     scale=scale,
-    positions=positions,
-    key_segments=key_segments,
-    query_segments=query_segments,
+    queries=queries,
   )
   num_blocks = scores.shape[-1]
+  positions, key_segments, query_segments = queries
   first = jnp.zeros_like(positions)
   real = (positions >= 0) & (positions < key_length)
   if key_segments is not None and query_segments is not None:
@@ -128,15 +117,13 @@ def selected_attention(
   *,
   config: NSAConfig,
   scale: float,
-  positions: Array,
-  key_segments: Array | None,
-  query_segments: Array | None,
+  queries: Queries,
 ) -> tuple[Array, Array]:
   """Eq. 12: softmax attention over the causal tokens of the given blocks."""
   token = jnp.arange(key.shape[1])
   block = token // config.selection_block
   chosen = (block_ids[..., None] == block).any(axis=-2)  # [B, T, K, S]
-  readable = _readable(token, positions, key_segments, query_segments)
+  readable = _readable(token, *queries)
   return _attend(query, key, value, chosen & readable[:, :, None], scale)
 
 
@@ -148,26 +135,26 @@ def window_attention(
   config: NSAConfig,
   scale: float,
   key_offset: int | Array,
-  positions: Array,
-  key_segments: Array | None,
-  query_segments: Array | None,
+  queries: Queries,
 ) -> tuple[Array, Array]:
   """Softmax attention over the last w tokens, the query's own included."""
   token = key_offset + jnp.arange(key.shape[1])
-  readable = _readable(token, positions, key_segments, query_segments)
-  readable &= (token > positions[..., None] - config.window) & (token >= 0)
+  readable = _readable(token, *queries)
+  readable &= (token > queries.positions[..., None] - config.window) & (
+    token >= 0
+  )
   return _attend(query, key, value, readable[:, :, None], scale)
 
 
-def _visible_blocks(
-  config, key_length, positions, key_segments, query_segments
-):
+def _visible_blocks(config, key_length, queries):
   """Which compressed blocks a query sees, bool [B, T, C]."""
   ends = compression.compressed_block_ends(key_length, config)
   segments = None
-  if key_segments is not None:
-    segments = compression.compressed_block_segments(key_segments, config)
-  return _readable(ends, positions, segments, query_segments)
+  if queries.key_segments is not None:
+    segments = compression.compressed_block_segments(
+      queries.key_segments, config
+    )
+  return _readable(ends, queries.positions, segments, queries.query_segments)
 
 
 def _readable(token, positions, key_segments, query_segments):

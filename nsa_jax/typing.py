@@ -39,3 +39,18 @@ class KV(NamedTuple):
 
   key: Array
   value: Array
+
+
+class Queries(NamedTuple):
+  """Where the queries of a call lie; what every implementation is told.
+
+  Attributes:
+    positions: int32 [B, T], of the queries in the row of keys.
+    key_segments: int32 [B, S], or None if all tokens are of one segment.
+    query_segments: int32 [B, T], 0 for queries that read nothing; None iff
+      `key_segments` is.
+  """
+
+  positions: Array
+  key_segments: Array | None
+  query_segments: Array | None

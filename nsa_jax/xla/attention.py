@@ -10,7 +10,7 @@ from einops import rearrange
 
 from nsa_jax import compression
 from nsa_jax.config import NSAConfig
-from nsa_jax.typing import Array
+from nsa_jax.typing import Array, Queries
 from nsa_jax.xla.chunks import chunk_rows, map_chunks
 
 
@@ -22,14 +22,12 @@ def compressed_attention(
   config: NSAConfig,
   key_length: int,
   scale: float,
-  positions: Array,
-  key_segments: Array | None,
-  query_segments: Array | None,
+  queries: Queries,
 ) -> tuple[Array, Array]:
   """Softmax attention over the visible compressed blocks."""
   batch, length, heads, _ = query.shape
   dtype = query.dtype
-  mask = _visible_blocks(config, key_length, key_segments)
+  mask = _visible_blocks(config, key_length, queries.key_segments)
 
   def body(query, positions, query_segments):
     visible = mask(positions, query_segments)  # [B, R, C]
@@ -43,7 +41,9 @@ def compressed_attention(
   rows = chunk_rows(length, batch * heads * key.shape[1])
   query = _grouped(query, key.shape[2])
   key, value = _shared(key), _shared(value)
-  out, lse = map_chunks(body, rows, query, positions, query_segments)
+  out, lse = map_chunks(
+    body, rows, query, queries.positions, queries.query_segments
+  )
   return _ungrouped(out, lse)
 
 
@@ -55,9 +55,7 @@ def block_scores(
   config: NSAConfig,
   key_length: int,
   scale: float,
-  positions: Array,
-  key_segments: Array | None,
-  query_segments: Array | None,
+  queries: Queries,
 ) -> Array:
   """Eq. 8-10: importance of every selection block, [B, T, K, M]."""
   return _for_block_scores(
@@ -68,9 +66,7 @@ def block_scores(
     config=config,
     key_length=key_length,
     scale=scale,
-    positions=positions,
-    key_segments=key_segments,
-    query_segments=query_segments,
+    queries=queries,
   )
 
 
@@ -82,12 +78,11 @@ def select_blocks(
   config: NSAConfig,
   key_length: int,
   scale: float,
-  positions: Array,
-  key_segments: Array | None,
-  query_segments: Array | None,
+  queries: Queries,
 ) -> Array:
   """Eq. 11: the forced blocks and the best of the others, [B, T, K, n]."""
   num_blocks = compression.num_selection_blocks(key_length, config)
+  positions, key_segments, query_segments = queries
   if key_segments is None or query_segments is None:
     first = jnp.zeros_like(positions)
   else:
@@ -123,9 +118,7 @@ def select_blocks(
     config=config,
     key_length=key_length,
     scale=scale,
-    positions=positions,
-    key_segments=key_segments,
-    query_segments=query_segments,
+    queries=queries,
   )
 
 
@@ -137,9 +130,7 @@ def selected_attention(
   *,
   config: NSAConfig,
   scale: float,
-  positions: Array,
-  key_segments: Array | None,
-  query_segments: Array | None,
+  queries: Queries,
 ) -> tuple[Array, Array]:
   """Eq. 12: softmax attention over the causal tokens of the given blocks."""
   batch, length, _, head_dim = query.shape
@@ -150,6 +141,7 @@ def selected_attention(
   values = _shared(_blocks(value, block))
   row = jnp.arange(batch)[:, None, None, None]
   head = jnp.arange(kv_heads)[:, None]
+  positions, key_segments, query_segments = queries
   segments = None
   if key_segments is not None:
     segments = _pad_to(key_segments, block).reshape(batch, -1, block)
@@ -203,13 +195,12 @@ def window_attention(
   config: NSAConfig,
   scale: float,
   key_offset: int | Array,
-  positions: Array,
-  key_segments: Array | None,
-  query_segments: Array | None,
+  queries: Queries,
 ) -> tuple[Array, Array]:
   """Softmax attention over the last w tokens, the query's own included."""
   batch, length, heads, _ = query.shape
   key_length, kv_heads = key.shape[1:3]
+  positions, key_segments, query_segments = queries
   # A chunk of R queries reads one slice of R + w - 1 keys. With R >= w all
   # slices together are at most twice the keys, so they can be cut beforehand:
   # their gradients are then added once, not once per chunk.
@@ -269,14 +260,12 @@ def _for_block_scores(
   config,
   key_length,
   scale,
-  positions,
-  key_segments,
-  query_segments,
+  queries,
 ):
   """Maps consume(p_slc, positions, query_segments, *per_query) over chunks."""
   batch, length, heads, _ = query.shape
   num_compressed, kv_heads = compressed_key.shape[1:3]
-  mask = _visible_blocks(config, key_length, key_segments)
+  mask = _visible_blocks(config, key_length, queries.key_segments)
 
   def body(query, lse, positions, query_segments, *per_query):
     visible = mask(positions, query_segments)[:, :, None, None]
@@ -292,8 +281,8 @@ def _for_block_scores(
     rows,
     _grouped(query, kv_heads),
     _grouped(lse, kv_heads),
-    positions,
-    query_segments,
+    queries.positions,
+    queries.query_segments,
     *per_query,
   )
 
