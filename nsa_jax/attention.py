@@ -523,12 +523,10 @@ class _Rows(NamedTuple):
 
   key_length: int
   key_offset: int | Array
-  positions: Array  # int32 [B, T]
+  queries: Queries
   real: Array | None  # bool [B, T]: not padding, not out of range
   read: Array | None  # bool [B or 1, S]: keys that some query may read
   last: Array | None  # int32 [B, 1]: position of the last query
-  key_segments: Array | None  # int32 [B, S]
-  query_segments: Array | None  # int32 [B, T]
 
 
 def _query_rows(
@@ -594,12 +592,10 @@ def _query_rows(
   return _Rows(
     key_length,
     key_offset,
-    positions,
+    Queries(positions, key_segments, query_segments),
     real,
     read,
     last,
-    key_segments,
-    query_segments,
   )
 
 
@@ -627,8 +623,9 @@ def _read_blocks(rows: _Rows, config: NSAConfig) -> Array | None:
   if rows.last is not None:
     read = compression.compressed_block_ends(rows.key_length, config)
     read = read <= rows.last
-  if rows.key_segments is not None:
-    segments = compression.compressed_block_segments(rows.key_segments, config)
+  tokens = rows.queries.key_segments
+  if tokens is not None:
+    segments = compression.compressed_block_segments(tokens, config)
     read = segments > 0 if read is None else read & (segments > 0)
   return read
 
@@ -646,7 +643,7 @@ def _dispatch(op, implementation, rows, query, *args, **kwargs):
     implementation,
     _keep(query, rows.real),
     *args,
-    queries=Queries(rows.positions, rows.key_segments, rows.query_segments),
+    queries=rows.queries,
     **kwargs,
   )
 

@@ -10,18 +10,10 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from pallas_kernels.triton import (
-  selected_attention as _by_query,
-)
-from pallas_kernels.triton import (
-  selected_attention_vjp as _by_query_vjp,
-)
-from pallas_kernels.triton import (
-  selected_by_block as _by_block,
-)
-from pallas_kernels.triton import (
-  selected_by_block_vjp as _by_block_vjp,
-)
+from pallas_kernels.triton import selected_attention as _by_query
+from pallas_kernels.triton import selected_attention_vjp as _by_query_vjp
+from pallas_kernels.triton import selected_by_block as _by_block
+from pallas_kernels.triton import selected_by_block_vjp as _by_block_vjp
 from pallas_kernels.triton import support, tiling
 from pallas_kernels.triton.tiling import SelectedTiling, Tile
 

@@ -23,9 +23,8 @@ from nsa_jax import KV, NSAConfig
 
 # The one place to add an implementation to every behavioural test.
 IMPLEMENTATIONS = ("reference", "xla")
-# Those that support jax.jvp, and those that implement block_scores.
+# Those that support jax.jvp.
 FORWARD_MODE = ("reference", "xla")
-BLOCK_SCORES = ("reference", "xla")
 
 BRANCHES = ("compressed", "selected", "window")
 

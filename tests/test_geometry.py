@@ -95,7 +95,7 @@ def _weights(implementation: Any, config: NSAConfig, length: int) -> np.ndarray:
   return np.asarray(scores)[:, 0, 0]
 
 
-@pytest.mark.parametrize("implementation", helpers.BLOCK_SCORES)
+@pytest.mark.parametrize("implementation", helpers.IMPLEMENTATIONS)
 def test_weights_of_the_paper(implementation: Any) -> None:
   """l, d, l' = 32, 16, 64: indices 4j-1 .. 4j+3 with weights 1, 2, 2, 2, 1."""
   weights = _weights(implementation, NSAConfig(), 200)
@@ -108,7 +108,7 @@ def test_weights_of_the_paper(implementation: Any) -> None:
   np.testing.assert_array_equal(weights, expected)
 
 
-@pytest.mark.parametrize("implementation", helpers.BLOCK_SCORES)
+@pytest.mark.parametrize("implementation", helpers.IMPLEMENTATIONS)
 @pytest.mark.parametrize(
   "config, length",
   [

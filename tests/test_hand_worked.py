@@ -180,8 +180,7 @@ def _run(implementation: Any, **kwargs: Any) -> dict[str, Any]:
       query, key, value, key_length=T, **call
     )
     arguments = (query, key, results["compressed"][1])
-    if implementation in helpers.BLOCK_SCORES:
-      results["scores"] = nsa_jax.block_scores(*arguments, key_length=T, **call)
+    results["scores"] = nsa_jax.block_scores(*arguments, key_length=T, **call)
     ids = nsa_jax.select_blocks(*arguments, key_length=T, **call)
     results["ids"] = ids
     key, value = tokens

@@ -206,8 +206,7 @@ def _primitives(implementation: Any, config: NSAConfig, keys: int) -> Callable:
       "implementation": implementation,
     }
     arguments = (inputs["query"], inputs["compressed"].key, lse)
-    if implementation in helpers.BLOCK_SCORES:
-      results["scores"] = nsa_jax.block_scores(*arguments, **common)
+    results["scores"] = nsa_jax.block_scores(*arguments, **common)
     results["ids"] = nsa_jax.select_blocks(*arguments, **common)
     return results
 
@@ -497,8 +496,6 @@ def test_degenerate_branches_are_full_attention(
 
 def test_equal_blocks_score_their_probability(implementation: Any) -> None:
   """Property 2: with l = d = l', p_slc = p_cmp, summed over the group."""
-  if implementation not in helpers.BLOCK_SCORES:
-    pytest.skip("has no block_scores")
   config = CONFIGS[2]
   dims = Dims(config)
   inputs = helpers.make_inputs(dims, "float32")

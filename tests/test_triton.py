@@ -12,7 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AbstractDevice, AbstractMesh
+from jax.sharding import (
+  AbstractDevice,
+  AbstractMesh,
+  AxisType,
+  PartitionSpec,
+)
 
 import nsa_jax
 import pallas_kernels
@@ -215,6 +220,26 @@ def test_vmap(group: int) -> None:
   whole = jax.jit(op)(*arrays)
   one_by_one = jax.jit(jax.vmap(op))(*(x[:, None] for x in arrays))
   helpers.assert_close([x[:, 0] for x in one_by_one], whole, "float32")
+
+
+def test_shard_map_without_vma_checks() -> None:
+  query, key, value, ids, *_ = _inputs(batch=2, length=40)
+  config = NSAConfig(16, 16, 16, 4)
+  mesh = jax.make_mesh(
+    (2,), ("batch",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2]
+  )
+
+  def op(*arrays):
+    return nsa_jax.selected_attention(
+      *arrays, config=config, implementation="triton"
+    )
+
+  spec = PartitionSpec("batch")
+  sharded = jax.shard_map(
+    op, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False
+  )
+  arrays = (query, key, value, ids)
+  helpers.assert_same_bits(jax.jit(sharded)(*arrays), jax.jit(op)(*arrays))
 
 
 def test_unsupported_calls_say_why() -> None:
