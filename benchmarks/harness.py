@@ -31,7 +31,7 @@ def device_ms(
   """
   from jax.experimental.mosaic.gpu import profiler
 
-  result, times = profiler.measure(jax.jit(function), iterations=repeats)(*args)
+  result, times = profiler.measure(function, iterations=repeats)(*args)
   if times is None:
     raise RuntimeError("the profiler saw no kernel")
   return result, statistics.median(times)
@@ -41,7 +41,7 @@ def kernel_ms(function: Callable[..., Any], *args: Any) -> dict[str, float]:
   """Device time of every kernel of one call, in ms, largest first."""
   from jax.experimental.mosaic.gpu import profiler
 
-  _, times = profiler.measure(jax.jit(function), aggregate=False)(*args)
+  _, times = profiler.measure(function, aggregate=False)(*args)
   total: dict[str, float] = {}
   for name, ms in times or ():
     total[name] = total.get(name, 0.0) + ms

@@ -1,11 +1,17 @@
 """Times the tilings of the selected branch; `tiling.py` is chosen from this.
 
-python -m benchmarks.sweep_selected
+    python -m benchmarks.sweep_selected
+    python -m benchmarks.sweep_selected --quick
+
+Every program holds one tiling of each kernel, and the kernels are timed one by
+one: the best tile of a kernel does not depend on the others.
 """
 
+import concurrent.futures
 import dataclasses
 import itertools
-from typing import Any
+import os
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,120 +19,221 @@ import jax.numpy as jnp
 import pallas_kernels
 from benchmarks import harness
 from pallas_kernels.triton import tiling
+from pallas_kernels.triton.tiling import Tile
 
-LENGTH = 32768
+LENGTH = 16384
 KV_HEADS = 4
-# Group, H, V, dtype: what models use.
+
+
+class Shape(NamedTuple):
+  group: int
+  head_dim: int
+  value_dim: int
+  dtype: Any = jnp.bfloat16
+  block: int = 64
+
+
 SHAPES = (
-  (16, 128, 128, jnp.bfloat16),
-  (16, 192, 128, jnp.bfloat16),
-  (16, 64, 64, jnp.bfloat16),
-  (16, 128, 128, jnp.float32),
-  (4, 128, 128, jnp.bfloat16),
-  (8, 128, 128, jnp.bfloat16),
-  (1, 128, 128, jnp.bfloat16),
-  (4, 64, 64, jnp.bfloat16),
+  Shape(16, 128, 128),
+  Shape(4, 128, 128),
+  Shape(16, 64, 64),
+  Shape(16, 192, 128),
+  Shape(16, 256, 256),
+  Shape(16, 128, 128, jnp.float32),
+  Shape(16, 128, 128, block=32),
+  Shape(32, 128, 128),
+  Shape(64, 128, 128),
+  Shape(1, 128, 128),
+  Shape(8, 128, 128),
+  Shape(4, 64, 64),
+  Shape(4, 192, 128),
+  Shape(4, 128, 128, jnp.float32),
+)
+
+# (keys, warps, stages[, queries]) of the query-outer kernels.
+FWD = (
+  (16, 1, 2, 2),
+  (16, 1, 3, 2),
+  (32, 1, 2, 2),
+  (16, 1, 2),
+  (16, 1, 3),
+  (32, 1, 2),
+  (64, 1, 2),
+  (32, 2, 2),
+  (64, 2, 2),
+  (32, 4, 2),
+)
+DQ = ((32, 1, 2), (16, 1, 3), (64, 1, 2), (16, 2, 2), (32, 2, 2), (64, 2, 2))
+DKV = (
+  (64, 4, 3),
+  (64, 4, 2),
+  (32, 4, 2),
+  (32, 2, 2),
+  (32, 2, 3),
+  (32, 1, 2),
+  (16, 1, 2),
+  (16, 1, 3),
+  (16, 2, 2),
+  (64, 8, 3),
+)
+# (keys, warps, stages, rows) of the block-outer kernels.
+BY_BLOCK_FWD = tuple(
+  (keys, warps, stages, rows)
+  for keys, rows in ((64, 64), (64, 32), (32, 64), (32, 32), (16, 32))
+  for warps, stages in ((4, 1), (4, 2), (2, 2))
+)
+BY_BLOCK_BWD = tuple(
+  (keys, 4, stages, rows)
+  for keys, rows in ((64, 64), (64, 32), (32, 64), (32, 32), (16, 32))
+  for stages in (1, 2, 3)
 )
 
 
-def candidates(base: tiling.SelectedTiling) -> list[tiling.SelectedTiling]:
-  """Variations of the heuristic's choice, that choice first."""
-  tile, replace = tiling.Tile, dataclasses.replace
-  result = [base]
+def candidates(base: tiling.SelectedTiling, block: int) -> list[Any]:
+  """Tilings that between them hold every candidate of every kernel."""
   if base.by_block:
-    for rows, warps, stages in itertools.product((32, 64), (4,), (1, 2, 3)):
-      one = tile(64, warps, stages)
-      result.append(replace(base, fwd=one, dkv=one, rows=rows))
-    return result
-  for keys, warps, stages in (
-    (16, 1, 3),
-    (32, 1, 2),
-    (32, 2, 2),
-    (64, 1, 2),
-    (64, 2, 2),
-  ):
-    one = tile(keys, warps, stages)
-    result.append(replace(base, fwd=one, dq=one))
-  for keys, warps, stages in ((32, 4, 2), (64, 4, 2), (64, 4, 3)):
-    result.append(replace(base, dkv=tile(keys, warps, stages)))
-  return result
+    pairs = itertools.zip_longest(BY_BLOCK_FWD, BY_BLOCK_BWD)
+    found = []
+    for fwd, bwd in pairs:
+      for (*tile, rows), name in ((fwd, "fwd"), (bwd, "dkv")):
+        if tile[0] > block:
+          continue
+        new: dict[str, Any] = {name: Tile(*tile), "rows": rows}
+        found.append(dataclasses.replace(base, **new))
+    return found
+  columns: list[list[Any]] = []
+  for name, tiles in (("fwd", FWD), ("dq", DQ), ("dkv", DKV)):
+    fitting = [tile for tile in tiles if tile[0] <= block]
+    columns.append([(name, Tile(*tile)) for tile in fitting])
+  return [
+    dataclasses.replace(base, **dict(cell for cell in row if cell))
+    for row in itertools.zip_longest(*columns)
+  ]
 
 
-def measure(
-  group: int, head_dim: int, value_dim: int, dtype: Any, length: int
-) -> list[dict[str, Any]]:
+KERNELS = {
+  "fwd": ("nsa_selected_fwd", "nsa_selected_by_block_fwd"),
+  "dq": ("nsa_selected_dq",),
+  "dkv": ("nsa_selected_dkv", "nsa_selected_by_block_bwd"),
+}
+
+
+def both(shape: Shape, tiles: tiling.SelectedTiling) -> Any:
+  """Forward and backward with these tiles."""
+
+  def op(query, key, value, ids):
+    return pallas_kernels.selected_attention(
+      query,
+      key,
+      value,
+      ids,
+      selection_block=shape.block,
+      scale=shape.head_dim**-0.5,
+      query_offset=jnp.zeros(1, jnp.int32),
+      tiles=tiles,
+    )
+
+  # The ids are an argument: XLA would fold a constant's sort at compile time.
+  def run(query, key, value, ids, dout, dlse):
+    _, pullback = jax.vjp(lambda q, k, v: op(q, k, v, ids), query, key, value)
+    return pullback((dout, dlse))
+
+  return jax.jit(run)
+
+
+def measure(shape: Shape) -> dict[str, list[dict[str, Any]]]:
   keys = jax.random.split(jax.random.key(0), 6)
+  heads = KV_HEADS * shape.group
 
   def normal(key, heads, width):
-    shape = (1, length, heads, width)
-    return jax.random.normal(key, shape, jnp.float32).astype(dtype)
+    x = jax.random.normal(key, (1, LENGTH, heads, width), jnp.float32)
+    return x.astype(shape.dtype)
 
-  heads = KV_HEADS * group
-  query = normal(keys[0], heads, head_dim)
-  key = normal(keys[1], KV_HEADS, head_dim)
-  value = normal(keys[2], KV_HEADS, value_dim)
-  dout = normal(keys[3], heads, value_dim)
-  dlse = jnp.zeros((1, length, heads))
-  ids = harness.selected_ids(keys[4], length, KV_HEADS, 16, 64)
-  base = tiling.selected_tiling(
-    group=group, head_dim=head_dim, value_dim=value_dim, dtype=dtype, block=64
+  inputs = (
+    normal(keys[0], heads, shape.head_dim),
+    normal(keys[1], KV_HEADS, shape.head_dim),
+    normal(keys[2], KV_HEADS, shape.value_dim),
+    harness.selected_ids(
+      keys[4], LENGTH, KV_HEADS, 1024 // shape.block, shape.block
+    ),
+    normal(keys[3], heads, shape.value_dim),
+    jnp.zeros((1, LENGTH, heads)),
   )
-  rows = []
-  for tiles in candidates(base):
-    # The ids are an argument: XLA would fold a constant's sort at compile time.
-    def op(query, key, value, ids, tiles=tiles):
-      return pallas_kernels.selected_attention(
-        query,
-        key,
-        value,
-        ids,
-        selection_block=64,
-        scale=head_dim**-0.5,
-        query_offset=jnp.zeros(1, jnp.int32),
-        tiles=tiles,
-      )
+  base = tiling.selected_tiling(
+    group=shape.group,
+    head_dim=shape.head_dim,
+    value_dim=shape.value_dim,
+    dtype=shape.dtype,
+    block=shape.block,
+    num_ids=1024 // shape.block,
+  )
+  choices = [base, *candidates(base, shape.block)]
 
-    def both(query, key, value, ids, op=op):
-      _, pullback = jax.vjp(lambda q, k, v: op(q, k, v, ids), query, key, value)
-      return pullback((dout, dlse))
-
-    row: dict[str, Any] = {
-      "G": group,
-      "H": head_dim,
-      "V": value_dim,
-      "dtype": jnp.dtype(dtype).name,
-      "fwd": dataclasses.astuple(tiles.fwd),
-      "dq": dataclasses.astuple(tiles.dq),
-      "dkv": dataclasses.astuple(tiles.dkv),
-      "rows": tiles.rows if tiles.by_block else None,
-    }
+  def compile_one(tiles):
     try:
-      _, row["fwd ms"] = harness.device_ms(
-        op, query, key, value, ids, repeats=3
-      )
-      _, total = harness.device_ms(both, query, key, value, ids, repeats=3)
-      row["bwd ms"] = total - row["fwd ms"]
+      return both(shape, tiles).lower(*inputs).compile()
     except Exception as error:
       # A tiling that does not fit the card is a result, not a failure.
-      row["does not run"] = str(error).splitlines()[0][:60]
-    rows.append(row)
-    print(row, flush=True)
-  return rows
+      return str(error).splitlines()[0][:60]
+
+  with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+    programs = list(pool.map(compile_one, choices))
+  found: dict[str, dict[Any, Any]] = {name: {} for name in KERNELS}
+  for tiles, program in zip(choices, programs, strict=True):
+    times: Any = program
+    if not isinstance(program, str):
+      times = harness.kernel_ms(program, *inputs)
+    for name, kernels in KERNELS.items():
+      tile = dataclasses.astuple(getattr(tiles, name))
+      if tiles.by_block:
+        tile = (*tile[:3], tiles.rows)
+      if isinstance(times, str):
+        found[name].setdefault(tile, times)
+        continue
+      ms = [x for kernel, x in times.items() if kernel in kernels]
+      if ms:
+        before = found[name].get(tile)
+        best = ms[0] if not isinstance(before, float) else min(ms[0], before)
+        found[name][tile] = best
+  label = (
+    f"G={shape.group} H={shape.head_dim} V={shape.value_dim} "
+    f"{jnp.dtype(shape.dtype).name} l'={shape.block}"
+  )
+  last = "rows" if base.by_block else "queries"
+  chosen = {
+    name: dataclasses.astuple(getattr(base, name))[:3]
+    + ((base.rows,) if base.by_block else (getattr(base, name).queries,))
+    for name in KERNELS
+  }
+
+  def rank(entry):
+    return entry[1] if isinstance(entry[1], float) else float("inf")
+
+  return {
+    f"{label}, {name}: (keys, warps, stages, {last})": [
+      {
+        "tile": f"{tile}{' chosen' if tile == chosen[name] else ''}",
+        "ms": ms,
+      }
+      for tile, ms in sorted(times.items(), key=rank)
+    ]
+    for name, times in found.items()
+    if times
+  }
 
 
 def main():
   args = harness.arguments(__doc__.splitlines()[0]).parse_args()
-  shapes = SHAPES[:1] + SHAPES[4:5] if args.quick else SHAPES
-  rows: list[dict[str, Any]] = []
-  for shape in shapes:
-    rows += measure(*shape, LENGTH)
+  tables: dict[str, list[dict[str, Any]]] = {}
+  for shape in SHAPES[: 2 if args.quick else None]:
+    tables |= measure(shape)
     # After every shape: a sweep that is cut short keeps what it has.
     harness.record(
       args.out,
       "sweep_selected",
       f"Tilings of the selected branch, {LENGTH} tokens, {KV_HEADS} key/value "
-      "heads",
-      {"Tiles are (keys, warps, stages)": rows},
+      "heads, 1024 keys per query",
+      tables,
     )
 
 

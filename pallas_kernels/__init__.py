@@ -67,6 +67,7 @@ def selected_attention(
       value_dim=value.shape[-1],
       dtype=query.dtype,
       block=selection_block,
+      num_ids=block_ids.shape[-1],
     )
   segments: tuple[jax.Array, ...] = ()
   if key_segments is not None and query_segments is not None:

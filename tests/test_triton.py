@@ -160,7 +160,12 @@ def test_pieces_and_chunks_change_nothing(
     query, key, value, ids, dout, dlse
   )
   tiles = tiling.selected_tiling(
-    group=group, head_dim=16, value_dim=16, dtype=query.dtype, block=32
+    group=group,
+    head_dim=16,
+    value_dim=16,
+    dtype=query.dtype,
+    block=32,
+    num_ids=4,
   )
   half = dataclasses.replace(tiles.fwd, block_k=16)
   tiles = dataclasses.replace(
@@ -181,6 +186,50 @@ def test_pieces_and_chunks_change_nothing(
         selection_block=32,
         scale=0.25,
         query_offset=jnp.zeros(1, jnp.int32),
+        tiles=tiles,
+      )
+
+    result, pullback = jax.vjp(op, query, key, value)
+    return result, pullback((dout, dlse))
+
+  actual = run(query, key, value)
+  helpers.assert_close(actual[0], expected[0], "float32")
+  helpers.assert_close(actual[1], expected[1], "float32", gradient=4)
+
+
+@pytest.mark.parametrize("segments", [False, True])
+@pytest.mark.parametrize("length,offset", [(37, 0), (36, 5)])
+def test_pairs_of_queries(length: int, offset: int, segments: bool) -> None:
+  """Two queries per program: odd lengths, pairs that lie in two blocks."""
+  total = length + offset
+  query, key, value, ids, dout, dlse = _inputs(
+    length=total, batch=2, kv_heads=2, group=12, num_ids=3
+  )
+  query, ids, dout, dlse = (x[:, offset:] for x in (query, ids, dout, dlse))
+  tile = tiling.Tile(16, 1, 2, queries=2)
+  tiles = tiling.SelectedTiling(False, tile, tile, tiling.Tile(16, 4, 2))
+  call: dict[str, Any] = {}
+  if segments:
+    token = jnp.arange(total)
+    row = jnp.where(token < 16, 1, jnp.where(token < 32, 2, 0))
+    call["segment_ids"] = jnp.stack([row, jnp.ones_like(row)])
+  expected = _pullback(
+    "reference", NSAConfig(16, 16, 16, 3), query_offset=offset, **call
+  )(query, key, value, ids, dout, dlse)
+
+  @jax.jit
+  def run(query, key, value):
+    def op(query, key, value):
+      return pallas_kernels.selected_attention(
+        query,
+        key,
+        value,
+        ids,
+        selection_block=16,
+        scale=0.25,
+        query_offset=jnp.full(2, offset, jnp.int32),
+        key_segments=call.get("segment_ids"),
+        query_segments=call["segment_ids"][:, offset:] if call else None,
         tiles=tiles,
       )
 

@@ -1,11 +1,14 @@
-"""Attention over selected blocks, forward: one program per query and group.
+"""Attention over selected blocks, forward: the query loop on the grid.
 
 All heads of a group choose the same blocks, so a program takes the queries of
 one position, all heads of one group, as the rows of its matrix products, and
-streams each chosen block once for all of them. The grid walks the positions.
+streams each chosen block once for all of them. Where registers allow it takes
+two neighbouring positions and streams what both chose once for both: what
+bounds the time is the bytes that come from the second-level cache.
 """
 
 import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +17,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels.triton import common
-from pallas_kernels.triton.tiling import SelectedTiling
+from pallas_kernels.triton.tiling import SelectedTiling, Tile
 
 
 class Spec(NamedTuple):
@@ -26,194 +29,412 @@ class Spec(NamedTuple):
 
 
 class Sizes(NamedTuple):
-  """Sizes of what is padded to a power of two."""
+  """Sizes of what is padded."""
 
+  length: int  # T
   group: int  # G
   num_ids: int  # m
 
 
-class Blocks(NamedTuple):
-  """How many of a query's ids to walk, and the block of its own position."""
+class Run(NamedTuple):
+  """Consecutive entries of a list of block ids, for the same queries."""
 
-  full: Any  # ids of blocks that lie wholly before the query's own
-  diagonal: Any  # 1 if the query's own block is among the ids
-  start: Any  # position of the first token of the query's own block
+  first: Any  # place of the first entry
+  full: Any  # blocks that lie wholly before the queries' own
+  diagonal: Any  # 1 if the block of the queries' own positions follows
 
 
-def chosen_blocks(
-  ids_ref: Any, count: int, t: Any, key_length: int, block: int
-) -> Blocks:
-  """Splits `count` ids (ascending, then -1) by causality.
+def attended(ids: jax.Array, t: Any, key_length: int, block: int) -> Any:
+  """Which ids name blocks before that of position t, and which that one.
 
   Blocks before the query's own need no mask, its own does, later ones
   contribute nothing. A position outside the keys reads nothing.
   """
-  width = ids_ref.shape[0]
-  ids = common.load(ids_ref, common.padding_mask(count, width), other=-1)
   inside = (t >= 0) & (t < key_length)
   own = common.div(jnp.maximum(t, 0), block)
-  full = jnp.sum(((ids >= 0) & (ids < own)).astype(jnp.int32))
-  diagonal = jnp.max((ids == own).astype(jnp.int32))
-  return Blocks(
-    jnp.where(inside, full, 0), jnp.where(inside, diagonal, 0), own * block
+  return inside & (ids >= 0) & (ids < own), inside & (ids == own)
+
+
+def count(mask: jax.Array) -> Any:
+  """How many entries are true."""
+  return jnp.sum(mask.astype(jnp.int32))
+
+
+def _pair_kernel(
+  ids_ref,  # [2, m], m padded to a power of two
+  offset_ref,  # [1]
+  lists_ref,  # [3 m + 1]: common, first's own, second's own, unused
+  counts_ref,  # [8]: full blocks and diagonal of each list, two unused
+  *,
+  sizes: Sizes,
+  key_length: int,
+  block: int,
+):
+  m = sizes.num_ids
+  width = ids_ref.shape[1]
+  first = 2 * pl.program_id(0)
+  ids, masks = [], []
+  for i in range(2):
+    inside = (jnp.arange(width) < m) & (first + i < sizes.length)
+    ids.append(common.load(ids_ref.at[jnp.int32(i)], inside, other=-1))
+    t = offset_ref[0] + first + i
+    masks.append(attended(ids[i], t, key_length, block))
+  full, diagonal = zip(*masks, strict=True)
+  same = (ids[0][:, None] == ids[1][None, :]).astype(jnp.int32)
+
+  def shared(masks):
+    both = same * (masks[0][:, None] & masks[1][None, :]).astype(jnp.int32)
+    return jnp.max(both, axis=1) > 0, jnp.max(both, axis=0) > 0
+
+  counts: list[Any] = []
+  place = [jnp.full((width,), 3 * m, jnp.int32) for _ in range(2)]
+  shared_full, shared_diagonal = shared(full), shared(diagonal)
+
+  def append(i, start, blocks, last):
+    rank = jnp.cumsum(blocks.astype(jnp.int32)) - 1
+    place[i] = jnp.where(blocks, start + rank, place[i])
+    place[i] = jnp.where(last, start + count(blocks), place[i])
+    counts.extend((count(blocks), count(last)))
+
+  append(0, 0, shared_full[0], shared_diagonal[0])
+  for i in range(2):
+    own = full[i] & ~shared_full[i]
+    append(i, (i + 1) * m, own, diagonal[i] & ~shared_diagonal[i])
+    lists_ref[place[i]] = ids[i]
+  index = jnp.arange(counts_ref.shape[0])
+  values = [jnp.where(index == i, x, 0) for i, x in enumerate(counts)]
+  counts_ref[...] = sum(values[1:], values[0])
+
+
+def pair_lists(
+  ids: jax.Array, offset: jax.Array, key_length: int, block: int
+) -> tuple[jax.Array, jax.Array]:
+  """What queries 2 i and 2 i + 1 have in common, and what each has alone.
+
+  Args:
+    ids: int32 [B, T, K, m], strictly ascending, then -1.
+    offset: int32 [B].
+    key_length: S.
+    block: l'.
+
+  Returns:
+    lists int32 [B, ceil(T / 2), K, 3 m + 1] and their counts [B, ., K, 8].
+  """
+  batch, length, kv_heads, num_ids = ids.shape
+  pairs = -(-length // 2)
+  widths = (3 * num_ids + 1, 8)
+
+  def spec(rows, width):
+    return pl.BlockSpec((None, rows, None, width), lambda p, h, b: (b, p, h, 0))
+
+  lists, counts = common.pallas_call(
+    functools.partial(
+      _pair_kernel,
+      sizes=Sizes(length, 0, num_ids),
+      key_length=key_length,
+      block=block,
+    ),
+    name="nsa_selected_pairs",
+    num_warps=1,
+    num_stages=1,
+    grid=(pairs, kv_heads, batch),
+    in_specs=[
+      spec(2, pl.next_power_of_2(num_ids)),
+      pl.BlockSpec((1,), lambda p, h, b: (b,)),
+    ],
+    out_specs=[spec(None, width) for width in widths],
+    out_shape=[
+      jax.ShapeDtypeStruct((batch, pairs, kv_heads, width), jnp.int32)
+      for width in widths
+    ],
+  )(ids, offset)
+  return lists, counts
+
+
+class Program(NamedTuple):
+  """Which queries a program has, and what they read."""
+
+  positions: tuple[Any, ...]
+  rows: tuple[Any, ...]  # masks of the rows that exist, or None
+  ids_ref: Any
+  common: Run | None  # what all queries chose
+  own: tuple[Run, ...]  # what each chose beside that
+  segments_ref: Any  # of the keys, or None
+  segments: tuple[Any, ...]  # of the queries
+
+
+def program(
+  offset_ref: Any,
+  refs: Sequence[Any],
+  *,
+  queries: int,
+  rows: int,
+  sizes: Sizes,
+  key_length: int,
+  block: int,
+) -> Program:
+  """Reads what a program needs to know before it walks its blocks.
+
+  Args:
+    offset_ref: [1].
+    refs: ids [m], or the lists and counts of a pair; then the segments of
+      the keys [S] and of the queries [queries], if any.
+    queries: 1 or 2.
+    rows: G, padded.
+    sizes: what is padded.
+    key_length: S.
+    block: l'.
+  """
+  shared: Run | None = None
+  own: tuple[Run, ...]
+  first = queries * pl.program_id(0)
+  positions = tuple(offset_ref[0] + first + i for i in range(queries))
+  row_masks = []
+  for i in range(queries):
+    mask = common.padding_mask(sizes.group, rows)
+    if sizes.length % queries:
+      mask = (jnp.arange(rows) < sizes.group) & (first + i < sizes.length)
+    row_masks.append(mask)
+  if queries == 1:
+    ids_ref, *segments = refs
+    width = ids_ref.shape[0]
+    ids = common.load(
+      ids_ref, common.padding_mask(sizes.num_ids, width), other=-1
+    )
+    full, diagonal = attended(ids, positions[0], key_length, block)
+    own = (Run(0, count(full), count(diagonal)),)
+  else:
+    ids_ref, counts_ref, *segments = refs
+    shared, *both = (
+      Run(i * sizes.num_ids, counts_ref[2 * i], counts_ref[2 * i + 1])
+      for i in range(3)
+    )
+    own = tuple(both)
+  return Program(
+    positions,
+    tuple(row_masks),
+    ids_ref,
+    shared,
+    own,
+    segments[0] if segments else None,
+    tuple(segments[1][i] for i in range(queries)) if segments else (),
   )
 
 
 def walk_blocks(
   tile: Any,
-  carry: Any,
-  ids_ref: Any,
-  blocks: Blocks,
-  t: Any,
+  states: tuple[Any, ...],
+  program: Program,
+  k_ref: Any,
+  v_ref: Any,
   *,
   block: int,
   block_k: int,
-) -> Any:
-  """Folds `tile(start, carry, diagonal)` over the keys of the chosen blocks.
+) -> tuple[Any, ...]:
+  """Folds `tile` over the keys that the queries of a program read.
 
-  `block_k` keys at a time; `diagonal` (static) says that tokens after t occur.
+  Args:
+    tile: (i, state, k, v, mask) to the next state of query i; k and v are
+      pieces of `block_k` rows, the mask [block_k] is None if all are read.
+    states: one for each query.
+    program: the queries and their blocks.
+    k_ref: [S, H].
+    v_ref: [S, V].
+    block: l'.
+    block_k: keys of a step.
   """
   steps = block // block_k
 
-  def full(i, carry):
+  def span(run, i):
     if steps == 1:
-      start = ids_ref[i] * block
+      start = program.ids_ref[run.first + i] * block
     else:
-      first = ids_ref[common.div(i, steps)] * block
-      start = first + common.rem(i, steps) * block_k
-    return tile(start, carry, False)
+      start = program.ids_ref[run.first + common.div(i, steps)] * block
+      start += common.rem(i, steps) * block_k
+    return pl.ds(start, block_k), start + jnp.arange(block_k)
 
-  def own(i, carry):
-    return tile(blocks.start + i * block_k, carry, True)
+  def readable(i, span_k, token, masked):
+    mask = token <= program.positions[i] if masked else None
+    if program.segments_ref is not None:
+      # Blocks before the query's own are complete; its own may end too early.
+      keys = common.load(program.segments_ref.at[span_k], mask)
+      same = keys == program.segments[i]
+      mask = same if mask is None else mask & same
+    return mask
 
-  carry = lax.fori_loop(0, blocks.full * steps, full, carry)
-  visible = common.div(jnp.maximum(t - blocks.start, 0), block_k) + 1
-  return lax.fori_loop(0, blocks.diagonal * visible, own, carry)
+  def load(run, queries, i, masked):
+    span_k, token = span(run, i)
+    masks = [readable(q, span_k, token, masked) for q in queries]
+    either = (
+      functools.reduce(lambda x, y: x | y, masks)
+      if masks[0] is not None
+      else None
+    )
+    k, v = (
+      common.load_pieces(ref, span_k, common.pieces(ref.shape[1]), either)
+      for ref in (k_ref, v_ref)
+    )
+    return [(q, k, v, mask) for q, mask in zip(queries, masks, strict=True)]
 
+  def walk(runs, first, last, masked, states):
+    """Entries first .. last - 1 of several runs, side by side."""
 
-def readable(
-  start: Any,
-  t: Any,
-  block_k: int,
-  diagonal: bool,
-  segments_ref: Any,
-  segment: Any,
-) -> jax.Array | None:
-  """Mask of the keys start .. start + block_k - 1, or None if all are read."""
-  mask = None
-  if diagonal:
-    mask = start + jnp.arange(block_k) <= t
-  if segments_ref is not None:
-    # Blocks before the query's own are complete; its own may end too early.
-    keys = common.load(segments_ref.at[pl.ds(start, block_k)], mask)
-    same = keys == segment
-    mask = same if mask is None else mask & same
-  return mask
+    def body(i, states):
+      states = list(states)
+      for q, *keys in [x for run, qs in runs for x in load(run, qs, i, masked)]:
+        states[q] = tile(q, states[q], *keys)
+      return tuple(states)
+
+    return lax.fori_loop(first, last, body, states)
+
+  def end(run, t):
+    visible = common.div(common.rem(jnp.maximum(t, 0), block), block_k) + 1
+    return run.full * steps + run.diagonal * visible
+
+  every = tuple(range(len(states)))
+  if program.common is not None:
+    run = program.common
+    states = walk([(run, every)], 0, run.full * steps, False, states)
+    last = end(run, program.positions[-1])
+    states = walk([(run, every)], run.full * steps, last, True, states)
+  alone = [(run, (q,)) for q, run in enumerate(program.own)]
+  together = functools.reduce(jnp.minimum, [run.full for run in program.own])
+  together *= steps
+  states = walk(alone, 0, together, False, states)
+  for (run, queries), t in zip(alone, program.positions, strict=True):
+    states = walk([(run, queries)], together, end(run, t), True, states)
+  return states
 
 
 def _fwd_kernel(
-  ids_ref,  # [m]
   offset_ref,  # [1]
-  q_ref,  # [G, H], G and m padded to powers of two
+  q_ref,  # [queries, G, H], G padded to a power of two
   k_ref,  # [S, H]
   v_ref,  # [S, V]
-  *refs,  # key segments [S] and query segment [1], if any; out [G, V], lse [G]
+  *refs,  # those of `program`; out [queries, G, V], lse [queries, G]
   spec: Spec,
   sizes: Sizes,
 ):
-  *segments, out_ref, lse_ref = refs
-  segments_ref, segment = None, None
-  if segments:
-    segments_ref, segment = segments[0], segments[1][0]
-  rows, head_dim = q_ref.shape
+  *reads, out_ref, lse_ref = refs
+  queries, rows, head_dim = q_ref.shape
   key_length, value_dim = v_ref.shape
-  block_k = spec.tiling.fwd.block_k
   head_pieces = common.pieces(head_dim)
   value_pieces = common.pieces(value_dim)
-  row_mask = common.padding_mask(sizes.group, rows)
+  mine = program(
+    offset_ref,
+    reads,
+    queries=queries,
+    rows=rows,
+    sizes=sizes,
+    key_length=key_length,
+    block=spec.block,
+  )
+  q = [
+    common.load_pieces(q_ref, (jnp.int32(i), slice(None)), head_pieces, mask)
+    for i, mask in enumerate(mine.rows)
+  ]
 
-  t = offset_ref[0] + pl.program_id(0)
-  q = common.load_pieces(q_ref, slice(None), head_pieces, row_mask)
-
-  def tile(start, carry, diagonal):
-    acc, m_i, l_i = carry
-    mask = readable(start, t, block_k, diagonal, segments_ref, segment)
-    span_k = pl.ds(start, block_k)
-    k = common.load_pieces(k_ref, span_k, head_pieces, mask)
-    s = common.dot_pieces(q, k) * (spec.scale * common.LOG2E)
+  def tile(i, state, k, v, mask):
+    acc, m_i, l_i = state
+    s = common.dot_pieces(q[i], k) * (spec.scale * common.LOG2E)
     if mask is not None:
       s = jnp.where(mask[None, :], s, common.MASK)
     m_next = jnp.maximum(m_i, s.max(axis=1))
     p = jnp.exp2(s - m_next[:, None])
     correction = jnp.exp2(m_i - m_next)
     l_next = l_i * correction + p.sum(axis=1)
-    v = common.load_pieces(v_ref, span_k, value_pieces, mask)
     acc = tuple(
       a * correction[:, None] + common.dot(p.astype(x.dtype), x)
       for a, x in zip(acc, v, strict=True)
     )
     return acc, m_next, l_next
 
-  acc = tuple(jnp.zeros((rows, w), jnp.float32) for _, w in value_pieces)
-  m_i = jnp.full((rows,), common.MAX_INIT, jnp.float32)
-  l_i = jnp.zeros((rows,), jnp.float32)
-  acc, m_i, l_i = walk_blocks(
-    tile,
-    (acc, m_i, l_i),
-    ids_ref,
-    chosen_blocks(ids_ref, sizes.num_ids, t, key_length, spec.block),
-    t,
-    block=spec.block,
-    block_k=block_k,
+  start = (
+    tuple(jnp.zeros((rows, w), jnp.float32) for _, w in value_pieces),
+    jnp.full((rows,), common.MAX_INIT, jnp.float32),
+    jnp.zeros((rows,), jnp.float32),
   )
-  some = l_i > 0
-  total = jnp.where(some, l_i, 1)
-  lse = jnp.where(some, m_i / common.LOG2E + jnp.log(total), -jnp.inf)
-  for (start, width), a in zip(value_pieces, acc, strict=True):
-    out = (a / total[:, None]).astype(out_ref.dtype)
-    common.store(out_ref.at[:, pl.ds(start, width)], out, row_mask)
-  common.store(lse_ref, lse, row_mask)
+  states = walk_blocks(
+    tile,
+    (start,) * queries,
+    mine,
+    k_ref,
+    v_ref,
+    block=spec.block,
+    block_k=spec.tiling.fwd.block_k,
+  )
+  for i, (acc, m_i, l_i) in enumerate(states):
+    some = l_i > 0
+    total = jnp.where(some, l_i, 1)
+    lse = jnp.where(some, m_i / common.LOG2E + jnp.log(total), -jnp.inf)
+    for (column, width), a in zip(value_pieces, acc, strict=True):
+      out = (a / total[:, None]).astype(out_ref.dtype)
+      common.store(
+        out_ref.at[jnp.int32(i), :, pl.ds(column, width)], out, mine.rows[i]
+      )
+    common.store(lse_ref.at[jnp.int32(i)], lse, mine.rows[i])
 
 
 class Layout(NamedTuple):
   """Arrays and block specs that the query-outer kernels have in common."""
 
-  grid: tuple[int, int, int]  # queries, key/value heads, batch
+  grid: tuple[int, int, int]  # programs of a head, key/value heads, batch
   sizes: Sizes
+  offset: pl.BlockSpec  # of [B]
   per_query: Any  # width -> spec of [B, T, K, G, width]
   per_row: pl.BlockSpec  # of [B, T, K, G]
   keys: Any  # width -> spec of [B, S, K, width]
-  ids: pl.BlockSpec  # of [B, T, K, m]
-  offset: pl.BlockSpec  # of [B]
-  segments: tuple[pl.BlockSpec, ...]  # of [B, S] and [B, T]
+  reads: tuple[jax.Array, ...]  # what `program` reads
+  read_specs: tuple[pl.BlockSpec, ...]
 
 
-def layout(grouped: jax.Array, key_length: int, ids: jax.Array) -> Layout:
-  """Specs for queries [B, T, K, G, H]; consecutive programs share a head."""
+def layout(
+  grouped: jax.Array,
+  key_length: int,
+  ids: jax.Array,
+  offset: jax.Array,
+  segments: tuple[jax.Array, ...],
+  *,
+  tile: Tile,
+  block: int,
+) -> Layout:
+  """For queries [B, T, K, G, H]; consecutive programs share a head."""
   batch, length, kv_heads, group, _ = grouped.shape
   rows = common.padded_rows(group)
-  num_ids = ids.shape[-1]
+  queries = tile.queries
+
+  def per_query(*last):
+    return pl.BlockSpec(
+      (None, queries, None, *last),
+      lambda p, h, b: (b, p, h, *(0,) * len(last)),
+    )
+
+  reads: tuple[jax.Array, ...] = (ids,)
+  if queries == 1:
+    widths = [pl.next_power_of_2(ids.shape[-1])]
+  else:
+    reads = pair_lists(ids, offset, key_length, block)
+    widths = [x.shape[-1] for x in reads]
+  specs = [
+    pl.BlockSpec((None, None, None, width), lambda p, h, b: (b, p, h, 0))
+    for width in widths
+  ]
+  if segments:
+    specs += [
+      pl.BlockSpec((None, key_length), lambda p, h, b: (b, 0)),
+      pl.BlockSpec((None, queries), lambda p, h, b: (b, p)),
+    ]
   return Layout(
-    grid=(length, kv_heads, batch),
-    sizes=Sizes(group, num_ids),
-    per_query=lambda width: pl.BlockSpec(
-      (None, None, None, rows, width), lambda t, h, b: (b, t, h, 0, 0)
-    ),
-    per_row=pl.BlockSpec(
-      (None, None, None, rows), lambda t, h, b: (b, t, h, 0)
-    ),
+    grid=(-(-length // queries), kv_heads, batch),
+    sizes=Sizes(length, group, ids.shape[-1]),
+    offset=pl.BlockSpec((1,), lambda p, h, b: (b,)),
+    per_query=lambda width: per_query(rows, width),
+    per_row=per_query(rows),
     keys=lambda width: pl.BlockSpec(
-      (None, key_length, None, width), lambda t, h, b: (b, 0, h, 0)
+      (None, key_length, None, width), lambda p, h, b: (b, 0, h, 0)
     ),
-    ids=pl.BlockSpec(
-      (None, None, None, pl.next_power_of_2(num_ids)),
-      lambda t, h, b: (b, t, h, 0),
-    ),
-    offset=pl.BlockSpec((1,), lambda t, h, b: (b,)),
-    segments=(
-      pl.BlockSpec((None, key_length), lambda t, h, b: (b, 0)),
-      pl.BlockSpec((None, 1), lambda t, h, b: (b, t)),
-    ),
+    reads=(*reads, *segments),
+    read_specs=tuple(specs),
   )
 
 
@@ -244,12 +465,13 @@ def forward(
       query segment that no key has reads nothing.
     spec: block length, scale and tiles.
   """
-  batch, length, heads, _ = query.shape
+  batch, length, heads, head_dim = query.shape
   key_length, kv_heads, value_dim = value.shape[1:]
   grouped = group_heads(query, kv_heads)
-  specs = layout(grouped, key_length, ids)
-  head_dim = query.shape[-1]
   tile = spec.tiling.fwd
+  specs = layout(
+    grouped, key_length, ids, offset, segments, tile=tile, block=spec.block
+  )
   out, lse = common.pallas_call(
     functools.partial(_fwd_kernel, spec=spec, sizes=specs.sizes),
     name="nsa_selected_fwd",
@@ -257,19 +479,18 @@ def forward(
     num_stages=tile.num_stages,
     grid=specs.grid,
     in_specs=[
-      specs.ids,
       specs.offset,
       specs.per_query(head_dim),
       specs.keys(head_dim),
       specs.keys(value_dim),
-      *specs.segments[: len(segments)],
+      *specs.read_specs,
     ],
     out_specs=[specs.per_query(value_dim), specs.per_row],
     out_shape=[
       jax.ShapeDtypeStruct((*grouped.shape[:4], value_dim), query.dtype),
       jax.ShapeDtypeStruct(grouped.shape[:4], jnp.float32),
     ],
-  )(ids, offset, grouped, key, value, *segments)
+  )(offset, grouped, key, value, *specs.reads)
   return (
     out.reshape(batch, length, heads, value_dim),
     lse.reshape(batch, length, heads),

@@ -17,10 +17,9 @@ from pallas_kernels.triton.inverse_lists import chosen, invert, sum_pieces
 from pallas_kernels.triton.selected_attention import (
   Sizes,
   Spec,
-  chosen_blocks,
   group_heads,
   layout,
-  readable,
+  program,
   walk_blocks,
 )
 
@@ -64,78 +63,88 @@ def backward(
 
 
 def _dq_kernel(
-  ids_ref,  # [m]
   offset_ref,  # [1]
-  q_ref,  # [G, H]
+  q_ref,  # [queries, G, H]
   k_ref,  # [S, H]
   v_ref,  # [S, V]
-  out_ref,  # [G, V]
-  lse_ref,  # [G]
-  dout_ref,  # [G, V]
-  dlse_ref,  # [G]
-  *refs,  # key segments [S], query segment [1], if any; dq [G, H], delta [G]
+  out_ref,  # [queries, G, V]
+  lse_ref,  # [queries, G]
+  dout_ref,  # [queries, G, V]
+  dlse_ref,  # [queries, G]
+  *refs,  # those of `program`; dq [queries, G, H], delta [queries, G]
   spec: Spec,
   sizes: Sizes,
 ):
-  *segments, dq_ref, delta_ref = refs
-  segments_ref, segment = None, None
-  if segments:
-    segments_ref, segment = segments[0], segments[1][0]
-  rows, head_dim = q_ref.shape
+  *reads, dq_ref, delta_ref = refs
+  queries, rows, head_dim = q_ref.shape
   key_length, value_dim = v_ref.shape
-  block_k = spec.tiling.dq.block_k
   head_pieces = common.pieces(head_dim)
   value_pieces = common.pieces(value_dim)
-  row_mask = common.padding_mask(sizes.group, rows)
+  mine = program(
+    offset_ref,
+    reads,
+    queries=queries,
+    rows=rows,
+    sizes=sizes,
+    key_length=key_length,
+    block=spec.block,
+  )
 
-  def load(ref, pieces):
-    return common.load_pieces(ref, slice(None), pieces, row_mask)
+  def load(ref, pieces, i):
+    return common.load_pieces(
+      ref, (jnp.int32(i), slice(None)), pieces, mine.rows[i]
+    )
 
-  t = offset_ref[0] + pl.program_id(0)
-  q, dout = load(q_ref, head_pieces), load(dout_ref, value_pieces)
-  delta = -common.load(dlse_ref, row_mask)
-  for x, y in zip(dout, load(out_ref, value_pieces), strict=True):
-    delta += jnp.sum(x.astype(jnp.float32) * y.astype(jnp.float32), axis=1)
-  common.store(delta_ref, delta, row_mask)
-  lse = common.load(lse_ref, row_mask)
-  lse = jnp.where(lse == -jnp.inf, 0, lse) * common.LOG2E
+  q = [load(q_ref, head_pieces, i) for i in range(queries)]
+  dout = [load(dout_ref, value_pieces, i) for i in range(queries)]
+  deltas, lses = [], []
+  for i, mask in enumerate(mine.rows):
+    delta = -common.load(dlse_ref.at[jnp.int32(i)], mask)
+    for x, y in zip(dout[i], load(out_ref, value_pieces, i), strict=True):
+      delta += jnp.sum(x.astype(jnp.float32) * y.astype(jnp.float32), axis=1)
+    common.store(delta_ref.at[jnp.int32(i)], delta, mask)
+    lse = common.load(lse_ref.at[jnp.int32(i)], mask)
+    deltas.append(delta)
+    lses.append(jnp.where(lse == -jnp.inf, 0, lse) * common.LOG2E)
 
-  def tile(start, dq, diagonal):
-    mask = readable(start, t, block_k, diagonal, segments_ref, segment)
-    span_k = pl.ds(start, block_k)
-    k = common.load_pieces(k_ref, span_k, head_pieces, mask)
-    v = common.load_pieces(v_ref, span_k, value_pieces, mask)
-    s = common.dot_pieces(q, k) * (spec.scale * common.LOG2E)
+  def tile(i, dq, k, v, mask):
+    s = common.dot_pieces(q[i], k) * (spec.scale * common.LOG2E)
     if mask is not None:
       s = jnp.where(mask[None, :], s, common.MASK)
-    p = jnp.exp2(s - lse[:, None])
-    dp = common.dot_pieces(dout, v)
-    ds = (p * (dp - delta[:, None])).astype(q_ref.dtype)
+    p = jnp.exp2(s - lses[i][:, None])
+    dp = common.dot_pieces(dout[i], v)
+    ds = (p * (dp - deltas[i][:, None])).astype(q_ref.dtype)
     return tuple(d + common.dot(ds, x) for d, x in zip(dq, k, strict=True))
 
-  dq = walk_blocks(
+  start = tuple(jnp.zeros((rows, w), jnp.float32) for _, w in head_pieces)
+  states = walk_blocks(
     tile,
-    tuple(jnp.zeros((rows, w), jnp.float32) for _, w in head_pieces),
-    ids_ref,
-    chosen_blocks(ids_ref, sizes.num_ids, t, key_length, spec.block),
-    t,
+    (start,) * queries,
+    mine,
+    k_ref,
+    v_ref,
     block=spec.block,
-    block_k=block_k,
+    block_k=spec.tiling.dq.block_k,
   )
-  for (start, width), d in zip(head_pieces, dq, strict=True):
-    d = (d * spec.scale).astype(dq_ref.dtype)
-    common.store(dq_ref.at[:, pl.ds(start, width)], d, row_mask)
+  for i, dq in enumerate(states):
+    for (column, width), d in zip(head_pieces, dq, strict=True):
+      d = (d * spec.scale).astype(dq_ref.dtype)
+      common.store(
+        dq_ref.at[jnp.int32(i), :, pl.ds(column, width)], d, mine.rows[i]
+      )
 
 
 def query_gradient(
   query, key, value, ids, offset, segments, out, lse, dout, dlse, *, spec
 ) -> tuple[jax.Array, jax.Array]:
   """dq [B, T, N, H] and delta = sum(dout * out) - dlse, float32 [B, T, N]."""
-  kv_heads = key.shape[2]
+  key_length, kv_heads = key.shape[1:3]
   grouped = group_heads(query, kv_heads)
-  specs = layout(grouped, key.shape[1], ids)
-  head_dim, value_dim = query.shape[-1], value.shape[-1]
   tile = spec.tiling.dq
+  specs = layout(
+    grouped, key_length, ids, offset, segments, tile=tile, block=spec.block
+  )
+  head_dim, value_dim = query.shape[-1], value.shape[-1]
   dq, delta = common.pallas_call(
     functools.partial(_dq_kernel, spec=spec, sizes=specs.sizes),
     name="nsa_selected_dq",
@@ -143,7 +152,6 @@ def query_gradient(
     num_stages=tile.num_stages,
     grid=specs.grid,
     in_specs=[
-      specs.ids,
       specs.offset,
       specs.per_query(head_dim),
       specs.keys(head_dim),
@@ -152,7 +160,7 @@ def query_gradient(
       specs.per_row,
       specs.per_query(value_dim),
       specs.per_row,
-      *specs.segments[: len(segments)],
+      *specs.read_specs,
     ],
     out_specs=[specs.per_query(head_dim), specs.per_row],
     out_shape=[
@@ -160,13 +168,12 @@ def query_gradient(
       jax.ShapeDtypeStruct(grouped.shape[:4], jnp.float32),
     ],
   )(
-    ids,
     offset,
     grouped,
     key,
     value,
     *(group_heads(x, kv_heads) for x in (out, lse, dout, dlse)),
-    *segments,
+    *specs.reads,
   )
   return dq.reshape(query.shape), delta.reshape(lse.shape)
 

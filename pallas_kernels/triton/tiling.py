@@ -19,11 +19,14 @@ class Tile:
     block_k: keys per step; divides the selection block.
     num_warps: warps per program.
     num_stages: depth of the pipeline that loads a step's inputs.
+    queries: neighbouring queries per program, 1 or 2; two read the blocks that
+      both chose once (query-outer kernels only).
   """
 
   block_k: int
   num_warps: int
   num_stages: int
+  queries: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +53,13 @@ class SelectedTiling:
 
 
 def selected_tiling(
-  *, group: int, head_dim: int, value_dim: int, dtype: jnp.dtype, block: int
+  *,
+  group: int,
+  head_dim: int,
+  value_dim: int,
+  dtype: jnp.dtype,
+  block: int,
+  num_ids: int,
 ) -> SelectedTiling:
   """Tiles of the selected branch by shape.
 
@@ -60,6 +69,7 @@ def selected_tiling(
     value_dim: V.
     dtype: of query, key and value.
     block: l'.
+    num_ids: m, blocks per query.
   """
   rows = common.padded_rows(group)
   width = max(head_dim, value_dim)
@@ -77,7 +87,11 @@ def selected_tiling(
   num_warps = max(1, rows // 16)
   if width > 128:
     num_warps = max(2, num_warps)
-  fwd = Tile(min(32 if cost <= 256 else 16, block), num_warps, 2)
+  single = Tile(min(32 if cost <= 256 else 16, block), num_warps, 2)
+  # Two accumulators fill the registers; the lists of a pair are compared all
+  # with all.
+  pair = rows <= 16 and cost <= 256 and num_ids <= 64
+  fwd = Tile(16, 1, 2, queries=2) if pair else single
   dkv_keys = 64 if cost <= 256 and rows <= 16 else 32 if cost <= 512 else 16
   dkv = Tile(min(dkv_keys, block), 4, 3 if cost <= 256 else 2)
-  return SelectedTiling(False, fwd, fwd, dkv)
+  return SelectedTiling(False, fwd, single, dkv)
