@@ -241,6 +241,64 @@ def test_pairs_of_queries(length: int, offset: int, segments: bool) -> None:
   helpers.assert_close(actual[1], expected[1], "float32", gradient=4)
 
 
+# Four heads of 37 queries, of which 3 heads fit; then 40 and 17 queries.
+@pytest.mark.parametrize(
+  ("fit", "heads", "rows"),
+  [(10**6, 4, 37), (3 * 37, 2, 37), (40, 1, 37), (17, 1, 16)],
+)
+def test_chunks_of_heads_and_of_queries(
+  fit: int, heads: int, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  """Whole heads or part of one, over batch, offsets and segments."""
+  from pallas_kernels.triton import selected_by_block
+
+  sizes: Any = {"batch": 2, "kv_heads": 2, "group": 3}
+  _, key, value, ids, *_ = _inputs(**sizes, length=53)
+  query, _, _, _, dout, dlse = _inputs(**sizes, length=37)
+  offset = jnp.array([16, 9], jnp.int32)
+  row = jnp.arange(2)[:, None]
+  ids = ids[row, offset[:, None] + jnp.arange(37)]
+  segment_ids = jnp.array(
+    [[1] * 32 + [2] * 18 + [0] * 3, [3] * 16 + [1] * 32 + [2] * 5]
+  )
+  config = NSAConfig(16, 16, 16, 4)
+  call = {"query_offset": offset, "segment_ids": segment_ids}
+  arrays = (query, key, value, ids, dout, dlse)
+  expected = _pullback("reference", config, **call)(*arrays)
+  # Ids, padded group, head dimension, float32.
+  monkeypatch.setattr(selected_by_block, "PARTIAL_BYTES", fit * 4 * 4 * 16 * 4)
+  plan = selected_by_block.plan_chunks(query, key, ids, 16)
+  assert (plan.heads, plan.rows) == (heads, rows)
+  run = _pullback("triton", config, **call)
+  actual = run(*arrays)
+  helpers.assert_close(actual[0], expected[0], "float32")
+  helpers.assert_close(actual[1], expected[1], "float32", gradient=4)
+
+
+def test_heads_in_a_chunk_keep_the_sort_key_short() -> None:
+  from pallas_kernels.triton import selected_by_block
+
+  def array(*shape: int) -> Any:
+    return jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+
+  for length, group, heads, rows in (
+    (8192, 4, 8, 8192),
+    (65536, 4, 2, 65536),
+    (65536, 1, 2, 65536),  # 8 would fit the memory
+    (524288, 8, 1, 65536),
+  ):
+    plan = selected_by_block.plan_chunks(
+      array(1, length, 8 * group, 128),
+      array(1, length, 8, 128),
+      array(1, length, 8, 16),
+      64,
+    )
+    assert (plan.heads, plan.rows) == (heads, rows)
+    num_rows = plan.heads * plan.num_blocks + 1
+    if heads > 1:
+      assert num_rows * plan.rows * plan.num_ids < 2**32
+
+
 def test_two_operand_sort() -> None:
   """Rows and items that do not fit one 32-bit key are sorted as a pair."""
   from pallas_kernels.triton.inverse_lists import invert

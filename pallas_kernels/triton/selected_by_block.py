@@ -13,7 +13,7 @@ output) stay within a budget.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -117,7 +117,10 @@ def query_rows(x: jax.Array, plan: Plan) -> jax.Array:
 
 
 def query_heads(x: jax.Array, like: jax.Array, plan: Plan) -> jax.Array:
-  """The inverse of `query_rows`, for chunks [., D C, G, ...] of `like`."""
+  """The inverse of `query_rows`, of all chunks [., D C, G, ...].
+
+  `like` [B, T, N, ...] has the sizes before padding.
+  """
   batch, length, heads = like.shape[:3]
   x = x.reshape(batch, plan.kv_heads, plan.length, *x.shape[2:])
   x = jnp.swapaxes(x, 1, 2)[:, :length, :, : heads // plan.kv_heads]
@@ -179,7 +182,7 @@ def scan_chunks(
   return lax.scan(step, totals, first_rows)
 
 
-def whole(x: jax.Array) -> pl.BlockSpec:
+def whole(x: Any) -> pl.BlockSpec:
   """The whole array, whatever the program."""
   return pl.BlockSpec(x.shape, lambda *_: (0,) * x.ndim)
 
@@ -203,7 +206,7 @@ def load_piece(
   piece_ref: Any,
   first_row_ref: Any,
   offset_ref: Any,
-  segments: list[Any],
+  segments: Sequence[Any],
   plan: Plan,
 ) -> Piece:
   """The piece of this program and, with segments, those of its keys."""
@@ -257,7 +260,7 @@ def walk_queries(
   carry: Any,
   piece: Piece,
   items_ref: Any,
-  segments: list[Any],
+  segments: Sequence[Any],
   plan: Plan,
   *,
   queries: int,
@@ -364,9 +367,9 @@ def _fwd_kernel(
 def count_chosen(
   ids_ref: Any, first_row_ref: Any, offset_ref: Any, plan: Plan
 ) -> jax.Array:
-  """How many partial results the program's query has; they come first.
+  """How many partial results the program's query has.
 
-  Ids ascend.
+  Ids ascend: those that were attended come first.
   """
   row = first_row_ref[0] + pl.program_id(0)
   head = common.div(row, plan.length)
@@ -429,9 +432,9 @@ def call_by_piece(
   kernel: Callable[..., None],
   chunk: Chunk,
   offset: jax.Array,
-  arrays: tuple[jax.Array, ...],
-  per_piece: tuple[tuple[int, ...], ...],
-  per_pair: tuple[tuple[tuple[int, ...], Any], ...],
+  arrays: Sequence[jax.Array],
+  per_piece: Sequence[tuple[int, ...]],
+  per_pair: Sequence[tuple[tuple[int, ...], Any]],
   *,
   name: str,
   plan: Plan,
@@ -454,7 +457,7 @@ def call_by_piece(
   lists = chunk.lists
   num_pieces = lists.pieces.shape[0]
   pairs = plan.num_pairs + plan.num_ids
-  arrays = (lists.items, chunk.first_row, offset, *arrays)
+  inputs = (lists.items, chunk.first_row, offset, *arrays)
 
   def one(shape):
     return pl.BlockSpec((None, *shape), lambda p: (p, *[0] * len(shape)))
@@ -466,20 +469,20 @@ def call_by_piece(
     num_warps=tile.num_warps,
     num_stages=tile.num_stages,
     grid=(num_pieces,),
-    in_specs=[one((3,)), *map(whole, arrays)],
+    in_specs=[one((3,)), *map(whole, inputs)],
     out_specs=[*map(one, per_piece), *map(whole, outs)],
     out_shape=[
       *(jax.ShapeDtypeStruct((num_pieces, *x), jnp.float32) for x in per_piece),
       *outs,
     ],
-  )(lists.pieces, *arrays)
+  )(lists.pieces, *inputs)
 
 
 def call_by_query(
   kernel: Callable[..., None],
   chunk: Chunk,
   offset: jax.Array,
-  parts: list[jax.Array],
+  parts: Sequence[jax.Array],
   *,
   name: str,
   plan: Plan,
