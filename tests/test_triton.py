@@ -275,7 +275,7 @@ def test_chunks_of_heads_and_of_queries(
   helpers.assert_close(actual[1], expected[1], "float32", gradient=4)
 
 
-def test_heads_in_a_chunk_keep_the_sort_key_short() -> None:
+def test_chunks_keep_the_sort_key_short() -> None:
   from pallas_kernels.triton import selected_by_block
 
   def array(*shape: int) -> Any:
@@ -285,7 +285,9 @@ def test_heads_in_a_chunk_keep_the_sort_key_short() -> None:
     (8192, 4, 8, 8192),
     (65536, 4, 2, 65536),
     (65536, 1, 2, 65536),  # 8 would fit the memory
-    (524288, 8, 1, 65536),
+    (131072, 4, 1, 65536),  # twice as many would
+    (262144, 1, 1, 32768),
+    (524288, 8, 1, 65536),  # here the lists would be short
   ):
     plan = selected_by_block.plan_chunks(
       array(1, length, 8 * group, 128),
@@ -295,8 +297,8 @@ def test_heads_in_a_chunk_keep_the_sort_key_short() -> None:
     )
     assert (plan.heads, plan.rows) == (heads, rows)
     num_rows = plan.heads * plan.num_blocks + 1
-    if heads > 1:
-      assert num_rows * plan.rows * plan.num_ids < 2**32
+    short = num_rows * plan.rows * plan.num_ids < 2**32
+    assert short == (length <= 262144)
 
 
 def test_two_operand_sort() -> None:

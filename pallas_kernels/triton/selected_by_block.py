@@ -65,15 +65,19 @@ def plan_chunks(
   group = pl.next_power_of_2(query.shape[2] // kv_heads)
   query_bytes = num_ids * group * width * query.dtype.itemsize
   most = max(PARTIAL_BYTES // query_bytes, 16)
+  # Few enough for a 32-bit sort key of the lists, which is several times as
+  # fast; but not if most lists of a chunk would end before they fill a step.
+  short_key = (2**32 - 1) // (num_ids * (num_blocks + 1))
+  if short_key * num_ids >= 128 * num_blocks:
+    most = min(most, short_key)
   heads, rows = 1, length
   if length > most:
     rows = 1 << (most.bit_length() - 1)
     length = -(-length // rows) * rows
   else:
-    # The second bound keeps the lists on a 32-bit sort key.
-    fits = min(most // length, 2**32 // (length * num_ids) // (num_blocks + 1))
     total = batch * kv_heads
-    heads = max(d for d in range(1, max(fits, 1) + 1) if total % d == 0)
+    fits = range(1, min(most // length, total) + 1)
+    heads = max(d for d in fits if total % d == 0)
   return Plan(
     kv_heads, length, heads, rows, num_ids, num_blocks, block, key_length
   )
