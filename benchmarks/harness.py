@@ -152,7 +152,7 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
 def record(
   out: pathlib.Path, name: str, title: str, tables: dict[str, list[dict]]
 ) -> None:
-  """Writes name.json and name.md, and prints the tables."""
+  """Writes name.json and name.md, and prints the last table."""
   out.mkdir(parents=True, exist_ok=True)
   facts = environment()
   (out / f"{name}.json").write_text(
@@ -161,6 +161,5 @@ def record(
   parts = [f"# {title}", "\n".join(f"- {k}: {v}" for k, v in facts.items())]
   for heading, rows in tables.items():
     parts.append(f"## {heading}\n\n{markdown(rows)}")
-  text = "\n\n".join(parts) + "\n"
-  (out / f"{name}.md").write_text(text)
-  print(text)
+  (out / f"{name}.md").write_text("\n\n".join(parts) + "\n")
+  print(parts[-1], flush=True)

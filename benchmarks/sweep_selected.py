@@ -47,6 +47,9 @@ SHAPES = (
   Shape(8, 128, 128),
   Shape(4, 64, 64),
   Shape(4, 192, 128),
+  Shape(4, 256, 256),
+  Shape(64, 256, 256),
+  Shape(16, 64, 64, jnp.float32),
   Shape(4, 128, 128, jnp.float32),
 )
 
@@ -82,10 +85,15 @@ BY_BLOCK_FWD = tuple(
   for keys, rows in ((64, 64), (64, 32), (32, 64), (32, 32), (16, 32))
   for warps, stages in ((4, 1), (4, 2), (2, 2))
 )
-BY_BLOCK_BWD = tuple(
-  (keys, 4, stages, rows)
-  for keys, rows in ((64, 64), (64, 32), (32, 64), (32, 32), (16, 32))
-  for stages in (1, 2, 3)
+BY_BLOCK_BWD = (
+  *(
+    (keys, 4, stages, rows)
+    for keys, rows in ((64, 64), (64, 32), (32, 64), (32, 32), (16, 32))
+    for stages in (1, 2, 3)
+  ),
+  (64, 8, 1, 64),
+  (64, 8, 1, 32),
+  (64, 8, 2, 32),
 )
 
 
@@ -223,9 +231,11 @@ def measure(shape: Shape) -> dict[str, list[dict[str, Any]]]:
 
 
 def main():
-  args = harness.arguments(__doc__.splitlines()[0]).parse_args()
+  parser = harness.arguments(__doc__.splitlines()[0])
+  parser.add_argument("--first", type=int, default=0, help="shape to begin at")
+  args = parser.parse_args()
   tables: dict[str, list[dict[str, Any]]] = {}
-  for shape in SHAPES[: 2 if args.quick else None]:
+  for shape in SHAPES[args.first : 2 if args.quick else None]:
     tables |= measure(shape)
     # After every shape: a sweep that is cut short keeps what it has.
     harness.record(

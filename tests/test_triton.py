@@ -496,3 +496,54 @@ def test_gpu_matches_xla_at_length(group: int, length: int) -> None:
     # all of them for the first: the error follows the size of the sum.
     error = np.linalg.norm(got - want) / np.linalg.norm(want)
     assert error < 2**-7, error
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("heads,kv_heads", [(64, 4), (32, 8)])
+def test_gpu_more_than_2_to_31_elements(heads: int, kv_heads: int) -> None:
+  """The last queries of a long call, against a call of these alone."""
+  length = 2**31 // (heads * 128) + 4096
+  last, count, block = 192, 16, 64
+  keys = jax.random.split(jax.random.key(0), 6)
+
+  def normal(key: Any, length: int, heads: int) -> Any:
+    return jax.random.normal(key, (1, length, heads, 128), jnp.bfloat16)
+
+  # One block of every sixteenth of what a query sees.
+  blocks = (jnp.arange(length) // block + 1)[:, None]
+  place = jnp.arange(count)
+  low, high = (blocks * (place + i) // count for i in range(2))
+  some = jax.random.randint(keys[3], (kv_heads, length, count), 0, 2**30)
+  ids = jnp.where(
+    blocks >= count,
+    low + some % jnp.maximum(high - low, 1),
+    jnp.where(place < blocks, place, -1),
+  )
+  ids = jnp.swapaxes(ids, 0, 1)[None].astype(jnp.int32)
+  query = normal(keys[0], length, heads)
+  assert query.size > 2**31
+  key, value = (normal(k, length, kv_heads) for k in keys[1:3])
+  dout = normal(keys[4], last, heads)
+  dlse = jnp.ones((1, last, heads))
+  run = _pullback("triton", NSAConfig())
+  zeros = [(0, 0), (length - last, 0), (0, 0)]
+  result, grads = run(
+    query,
+    key,
+    value,
+    ids,
+    jnp.pad(dout, [*zeros, (0, 0)]),
+    jnp.pad(dlse, zeros),
+  )
+  result = [x[:, -last:] for x in result]
+  dq = grads[0][:, -last:]
+  assert not grads[0][:, :-last].any()
+  expected, expected_grads = run(
+    query[:, -last:], key, value, ids[:, -last:], dout, dlse
+  )
+  helpers.assert_same_bits((*result, dq), (*expected, expected_grads[0]))
+  for got, want in zip(grads[1:], expected_grads[1:], strict=True):
+    # The lists of the blocks are cut at other places.
+    got, want = got.astype(jnp.float32), want.astype(jnp.float32)
+    error = jnp.linalg.norm(got - want) / jnp.linalg.norm(want)
+    assert error < 2**-7, error

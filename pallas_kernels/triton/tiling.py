@@ -73,25 +73,41 @@ def selected_tiling(
   """
   rows = common.padded_rows(group)
   width = max(head_dim, value_dim)
-  # Bytes of a key: a step holds block_k keys and values in shared memory,
-  # num_stages times, and scores and accumulators in registers.
-  cost = width * jnp.dtype(dtype).itemsize
+  wide = width > 128
+  # float32 products are exact, without tensor cores: other tiles win.
+  exact = jnp.dtype(dtype).itemsize > 2
+
+  def tile(keys, num_warps, num_stages, queries=1):
+    return Tile(min(keys, block), num_warps, num_stages, queries)
+
   if group <= 8:
-    keys = 64 if cost <= 256 else 32 if cost <= 512 else 16
-    keys = min(keys, block)
-    # A step gathers `rows` queries and cotangents.
-    step_rows = 64 if cost <= 256 else 32 if cost <= 512 else 16
-    fwd = Tile(keys, 4, 1)
-    bwd = Tile(keys, 4, 3 if cost <= 256 else 2)
-    return SelectedTiling(True, fwd, bwd, bwd, rows=step_rows)
-  num_warps = max(1, rows // 16)
-  if width > 128:
-    num_warps = max(2, num_warps)
-  single = Tile(min(32 if cost <= 256 else 16, block), num_warps, 2)
-  # Two accumulators fill the registers; the lists of a pair are compared all
-  # with all.
-  pair = rows <= 16 and cost <= 256 and num_ids <= 64
-  fwd = Tile(16, 1, 2, queries=2) if pair else single
-  dkv_keys = 64 if cost <= 256 and rows <= 16 else 32 if cost <= 512 else 16
-  dkv = Tile(min(dkv_keys, block), 4, 3 if cost <= 256 else 2)
-  return SelectedTiling(False, fwd, single, dkv)
+    # Registers: accumulators of a block, 64 x (H + V), beside a step's rows.
+    if exact or width > 192:
+      small = tile(32, 4, 1) if width <= 128 else tile(16, 4, 1)
+      return SelectedTiling(True, small, small, small, rows=32)
+    bwd = tile(64, 4, 2 if wide else 1 if group == 8 else 3)
+    return SelectedTiling(True, tile(64, 4, 1), bwd, bwd, rows=64)
+
+  if exact:
+    fwd = dq = tile(32, 2, 2) if width <= 128 else tile(16, 2, 2)
+  elif rows == 64:
+    fwd = dq = tile(32, 4, 2)
+  elif rows == 32:
+    fwd = tile(32, 1, 2) if width <= 128 else tile(32, 2, 2)
+    dq = tile(64, 2, 2) if width <= 128 else tile(32, 2, 2)
+  else:
+    fwd = tile(32, 1, 2) if width <= 192 else tile(16, 1, 2)
+    # Two accumulators fill the registers; the lists of a pair are compared all
+    # with all.
+    if not wide and num_ids <= 64:
+      fwd = tile(32 if width <= 64 else 16, 1, 2, queries=2)
+    dq = tile(32, 1, 2) if width <= 192 else tile(32, 2, 2)
+
+  # Keys are the rows here: fewer than 64 do without the large products.
+  if block == 16:
+    dkv = tile(16, 1, 3)
+  elif block == 32:
+    dkv = tile(32, 2, 3)
+  else:
+    dkv = tile(64, 8 if width > 192 else 4, 3 if rows < 64 else 2)
+  return SelectedTiling(False, fwd, dq, dkv)
