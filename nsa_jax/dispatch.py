@@ -8,12 +8,42 @@ asked for may.
 from collections.abc import Callable, Sequence
 from typing import Any, get_args
 
-from nsa_jax import reference, xla
+from nsa_jax import compression, reference, xla
 from nsa_jax.config import NSAConfig
 from nsa_jax.typing import Array, Implementation, ImplementationName, Queries
 
 # The order in which `implementation=None` tries them.
 DEFAULT_ORDER: tuple[ImplementationName, ...] = ("xla",)
+
+
+def _triton_compressed_attention(
+  query: Array,
+  key: Array,
+  value: Array,
+  *,
+  config: NSAConfig,
+  key_length: int,
+  scale: float,
+  queries: Queries,
+) -> tuple[Array, Array]:
+  # Imported at the first use, so that importing nsa_jax imports no Pallas.
+  import pallas_kernels
+
+  segments = queries.key_segments
+  if segments is not None:
+    segments = compression.compressed_block_segments(segments, config)
+  return pallas_kernels.compressed_attention(
+    query,
+    key,
+    value,
+    stride=config.compression_stride,
+    span=config.compression_block,
+    key_length=key_length,
+    scale=scale,
+    query_offset=queries.positions[:, 0],
+    key_segments=segments,
+    query_segments=queries.query_segments,
+  )
 
 
 def _triton_selected_attention(
@@ -26,7 +56,6 @@ def _triton_selected_attention(
   scale: float,
   queries: Queries,
 ) -> tuple[Array, Array]:
-  # Imported at the first use, so that importing nsa_jax imports no Pallas.
   import pallas_kernels
 
   return pallas_kernels.selected_attention(
@@ -42,6 +71,31 @@ def _triton_selected_attention(
   )
 
 
+def _triton_window_attention(
+  query: Array,
+  key: Array,
+  value: Array,
+  *,
+  config: NSAConfig,
+  scale: float,
+  key_offset: int | Array,
+  queries: Queries,
+) -> tuple[Array, Array]:
+  import pallas_kernels
+
+  return pallas_kernels.window_attention(
+    query,
+    key,
+    value,
+    window=config.window,
+    scale=scale,
+    query_offset=queries.positions[:, 0],
+    key_offset=key_offset,
+    key_segments=queries.key_segments,
+    query_segments=queries.query_segments,
+  )
+
+
 _OPS: dict[str, dict[str, Callable[..., Any]]] = {
   op: {"reference": getattr(reference, op), "xla": getattr(xla, op)}
   for op in (
@@ -52,7 +106,9 @@ _OPS: dict[str, dict[str, Callable[..., Any]]] = {
     "window_attention",
   )
 }
+_OPS["compressed_attention"]["triton"] = _triton_compressed_attention
 _OPS["selected_attention"]["triton"] = _triton_selected_attention
+_OPS["window_attention"]["triton"] = _triton_window_attention
 
 
 def names(implementation: Implementation) -> Sequence[ImplementationName]:

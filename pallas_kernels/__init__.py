@@ -10,14 +10,193 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from pallas_kernels.triton import band_attention as _band
+from pallas_kernels.triton import band_attention_vjp as _band_vjp
 from pallas_kernels.triton import selected_attention as _by_query
 from pallas_kernels.triton import selected_attention_vjp as _by_query_vjp
 from pallas_kernels.triton import selected_by_block as _by_block
 from pallas_kernels.triton import selected_by_block_vjp as _by_block_vjp
 from pallas_kernels.triton import support, tiling
-from pallas_kernels.triton.tiling import SelectedTiling, Tile
+from pallas_kernels.triton.tiling import (
+  BandTile,
+  BandTiling,
+  SelectedTiling,
+  Tile,
+)
 
-__all__ = ["SelectedTiling", "Tile", "selected_attention"]
+__all__ = [
+  "BandTile",
+  "BandTiling",
+  "SelectedTiling",
+  "Tile",
+  "compressed_attention",
+  "selected_attention",
+  "window_attention",
+]
+
+
+def compressed_attention(
+  query: jax.Array,
+  key: jax.Array,
+  value: jax.Array,
+  *,
+  stride: int,
+  span: int,
+  key_length: int,
+  scale: float,
+  query_offset: jax.Array,
+  key_segments: jax.Array | None = None,
+  query_segments: jax.Array | None = None,
+  tiles: BandTiling | None = None,
+) -> tuple[jax.Array, jax.Array]:
+  """Attention over compressed blocks (Eq. 7), those wholly at or before t.
+
+  Reverse mode only.
+
+  Args:
+    query: [B, T, N, H], float16, bfloat16 or float32; H a multiple of 16, at
+      most 256.
+    key: [B, C, K, H], C >= 1; block i covers the tokens from i * stride on.
+    value: [B, C, K, V]; V like H, but it may be another.
+    stride: d.
+    span: l, tokens of a block.
+    key_length: S, tokens. Queries outside [0, S) read nothing.
+    scale: softmax scale.
+    query_offset: int32 [B], position of the first query.
+    key_segments: int32 [B, C], 0 for blocks that nobody reads; or None.
+    query_segments: int32 [B, T]; 0 reads nothing. None iff `key_segments` is.
+    tiles: tile sizes; None for the heuristic.
+
+  Returns:
+    out [B, T, N, V] in the dtype of `query` and the natural-log lse [B, T, N],
+    float32; 0 and -inf where nothing is read.
+
+  Raises:
+    NotImplementedError: if the kernels cannot take the shapes or the dtype.
+  """
+  band = _band.Band(stride, span, None, key_length)
+  return _band_call(
+    "compressed",
+    query,
+    key,
+    value,
+    band,
+    scale,
+    query_offset,
+    jnp.zeros_like(query_offset),
+    key_segments,
+    query_segments,
+    tiles,
+  )
+
+
+def window_attention(
+  query: jax.Array,
+  key: jax.Array,
+  value: jax.Array,
+  *,
+  window: int,
+  scale: float,
+  query_offset: jax.Array,
+  key_offset: int | jax.Array = 0,
+  key_segments: jax.Array | None = None,
+  query_segments: jax.Array | None = None,
+  tiles: BandTiling | None = None,
+) -> tuple[jax.Array, jax.Array]:
+  """Attention over the last w tokens, max(0, t - w + 1) .. t.
+
+  Reverse mode only.
+
+  Args:
+    query: [B, T, N, H], float16, bfloat16 or float32; H a multiple of 16, at
+      most 256.
+    key: [B, S, K, H]; row s has position key_offset + s. Rows at negative
+      positions are not read.
+    value: [B, S, K, V]; V like H, but it may be another.
+    window: w.
+    scale: softmax scale.
+    query_offset: int32 [B], position of the first query. Queries outside
+      [key_offset, key_offset + S) read nothing.
+    key_offset: int or int32 of shape () or [B], position of the first key.
+    key_segments: int32 [B, S], or None.
+    query_segments: int32 [B, T]; 0 reads nothing. None iff `key_segments` is.
+    tiles: tile sizes; None for the heuristic.
+
+  Returns:
+    out [B, T, N, V] in the dtype of `query` and the natural-log lse [B, T, N],
+    float32; 0 and -inf where nothing is read.
+
+  Raises:
+    NotImplementedError: if the kernels cannot take the shapes or the dtype.
+  """
+  num_keys = key.shape[1]
+  first_row = -jnp.clip(key_offset, -num_keys, 0)
+  return _band_call(
+    "window",
+    query,
+    key,
+    value,
+    # A longer window would read the same, and might not fit int32.
+    _band.Band(1, 1, min(window, num_keys), num_keys),
+    scale,
+    query_offset - key_offset,
+    jnp.broadcast_to(first_row, query_offset.shape),
+    key_segments,
+    query_segments,
+    tiles,
+  )
+
+
+def _band_call(
+  branch,
+  query,
+  key,
+  value,
+  band,
+  scale,
+  offset,
+  first_row,
+  key_segments,
+  query_segments,
+  tiles,
+):
+  support.check_heads(query, key, value)
+  if tiles is None:
+    tiles = tiling.band_tiling(
+      group=query.shape[2] // key.shape[2],
+      head_dim=query.shape[-1],
+      value_dim=value.shape[-1],
+      dtype=query.dtype,
+      one_pass=band.window is None,
+    )
+  segments: tuple[jax.Array, ...] = ()
+  if key_segments is not None and query_segments is not None:
+    # A segment that no key has, for queries that read nothing.
+    nowhere = jnp.where(query_segments > 0, query_segments, -1)
+    segments = (key_segments, nowhere.reshape(-1))
+  place = jnp.stack([offset, first_row], axis=-1).astype(jnp.int32)
+  spec = _band.Spec(band, scale, tiles)
+  return _band_attention(spec, branch, query, key, value, place, segments)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _band_attention(spec, branch, query, key, value, place, segments):
+  return _band.forward(query, key, value, place, segments, spec=spec)
+
+
+def _band_attention_fwd(spec, branch, *args):
+  out, lse = _band_attention(spec, branch, *args)
+  out = checkpoint_name(out, f"nsa_{branch}_out")
+  lse = checkpoint_name(lse, f"nsa_{branch}_lse")
+  return (out, lse), (*args, out, lse)
+
+
+def _band_attention_bwd(spec, branch, residuals, cotangents):
+  dq, dk, dv = _band_vjp.backward(*residuals, *cotangents, spec=spec)
+  return dq, dk, dv, None, (None,) * len(residuals[4])
+
+
+_band_attention.defvjp(_band_attention_fwd, _band_attention_bwd)
 
 
 def selected_attention(

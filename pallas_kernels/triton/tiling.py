@@ -52,6 +52,70 @@ class SelectedTiling:
   piece: int = 1024
 
 
+@dataclasses.dataclass(frozen=True)
+class BandTile(Tile):
+  """How a kernel of the compressed or the window branch is cut.
+
+  Attributes:
+    rows: rows (queries x heads of a group) per step; a power of two, at least
+      16 and G.
+  """
+
+  rows: int
+
+
+@dataclasses.dataclass(frozen=True)
+class BandTiling:
+  """Tiles of the compressed or the window branch.
+
+  Attributes:
+    fwd: forward kernel.
+    dq: gradient of the query; not used with `one_pass`.
+    dkv: gradient of keys and values, and with `one_pass` of the query.
+    one_pass: the backward pass computes each score once, and sums shares of
+      the gradient of the query, one per tile of keys.
+    programs: programs that keep a device busy; the queries are split until
+      there are so many of `dkv`.
+    share_bytes: bytes of the shares that exist at a time.
+  """
+
+  fwd: BandTile
+  dq: BandTile
+  dkv: BandTile
+  one_pass: bool
+  programs: int = 1024
+  share_bytes: int = 2**31
+
+
+def band_tiling(
+  *, group: int, head_dim: int, value_dim: int, dtype: jnp.dtype, one_pass: bool
+) -> BandTiling:
+  """Tiles of the compressed or the window branch by shape.
+
+  Args:
+    group: G, heads per key/value head.
+    head_dim: H.
+    value_dim: V.
+    dtype: of query, key and value.
+    one_pass: see `BandTiling`.
+  """
+  # Bytes of a key or a value: shared memory holds those of a step, num_stages
+  # times, and a tile of queries; in `dkv` the other way round.
+  cost = max(head_dim, value_dim) * jnp.dtype(dtype).itemsize
+  least = common.padded_rows(group)
+  if cost <= 256:
+    fwd = BandTile(128, 8, 2, rows=128)
+    dq = BandTile(64, 8, 2, rows=128)
+    dkv = BandTile(128, 8, 2, rows=64)
+  elif cost <= 512:
+    fwd = dq = BandTile(32, 8, 2, rows=64)
+    dkv = BandTile(64, 8, 1, rows=max(32, least))
+  else:
+    fwd = dq = BandTile(16, 8, 1, rows=max(32, least))
+    dkv = BandTile(32, 8, 1, rows=max(16, least))
+  return BandTiling(fwd, dq, dkv, one_pass)
+
+
 def selected_tiling(
   *,
   group: int,

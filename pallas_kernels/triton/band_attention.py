@@ -1,0 +1,345 @@
+"""Attention over a band of keys, forward: compressed blocks and the window.
+
+The keys that a query may read are one range, and both its ends move with the
+query: all compressed blocks that end at or before it, or the last w tokens. A
+program takes the queries of several neighbouring positions, all heads of one
+group, as the rows of its matrix products: keys and values are loaded once for
+all of them. Between the ends of the band no mask is needed.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+
+from pallas_kernels.triton import common
+from pallas_kernels.triton.tiling import BandTiling
+
+
+class Band(NamedTuple):
+  """Which rows of keys a query at position t reads; hashable.
+
+  Row j ends at position j * stride + span - 1 and is read iff that is at most
+  t and, with a window, also above t - window. Positions outside [0, length)
+  read nothing. Positions count from the first row's first token.
+
+  Attributes:
+    stride: d, or 1.
+    span: l, or 1.
+    window: w, only with a stride and a span of 1; or None.
+    length: S, tokens.
+  """
+
+  stride: int
+  span: int
+  window: int | None
+  length: int
+
+  def stop(self, t: Any) -> Any:
+    """End of the range of rows that a scalar t >= 0 reads."""
+    rows = common.div(jnp.maximum(t - self.span + 1, 0), self.stride) + 1
+    return jnp.where(t < self.span - 1, 0, rows)
+
+  def readable(self, j: Any, t: Any, first_row: Any) -> Any:
+    """Mask of the rows j that positions t read, for arrays that broadcast."""
+    mask = j * self.stride + (self.span - 1) <= t
+    if self.window is not None:
+      mask &= (j > t - self.window) & (j >= first_row)
+    return mask
+
+
+class Spec(NamedTuple):
+  """The static side of a call; hashable."""
+
+  band: Band
+  scale: float
+  tiling: BandTiling
+
+
+class Sizes(NamedTuple):
+  """Sizes that the flat arrays of queries do not show."""
+
+  length: int  # T
+  heads: int  # N
+  group: int  # G
+
+
+class Bounds(NamedTuple):
+  """Tiles to walk: [begin, end), of which [full_begin, full_end) need no mask.
+
+  Where an end of the band does not exist, two fields are the same object and
+  `walk` makes no loop between them.
+  """
+
+  begin: Any
+  full_begin: Any
+  full_end: Any
+  end: Any
+
+
+def walk(
+  step: Callable[[Any, Any, bool], Any], carry: Any, bounds: Bounds, mask: bool
+) -> Any:
+  """Folds `step(tile, carry, masked)` over the tiles, in order.
+
+  Args:
+    step: its last argument is static.
+    carry: initial carry.
+    bounds: the tiles.
+    mask: mask every tile.
+  """
+  begin, full_begin, full_end, end = bounds
+  loops = [
+    (begin, full_begin, True),
+    (full_begin, full_end, False),
+    (full_end, end, True),
+  ]
+  for start, stop, masked in [(begin, end, True)] if mask else loops:
+    if start is not stop:
+      body = functools.partial(lambda i, c, m: step(i, c, m), m=masked)
+      carry = lax.fori_loop(start, stop, body, carry)
+  return carry
+
+
+def ceil_div(x: Any, y: int) -> Any:
+  """Of a traced x >= 0."""
+  return common.div(x + (y - 1), y)
+
+
+def within(x: Any, low: Any, high: Any) -> Any:
+  """`x` moved into [low, high]."""
+  return jnp.minimum(jnp.maximum(x, low), high)
+
+
+def key_tiles(
+  band: Band, offset: Any, first_row: Any, start_q: Any, stop_q: Any, size: int
+) -> Bounds:
+  """Tiles of `size` rows of keys that the queries [start_q, stop_q) read.
+
+  Args:
+    band: the band.
+    offset: position of query 0.
+    first_row: first row of keys that exists.
+    start_q: first query.
+    stop_q: end of the queries.
+    size: rows of a tile.
+  """
+  first = offset + start_q
+  last = jnp.minimum(offset + stop_q, band.length) - 1
+  end = jnp.where(first <= last, ceil_div(band.stop(last), size), 0)
+  if band.window is None:
+    begin = full_begin = jnp.int32(0)
+  else:
+    low = jnp.maximum(first - band.window + 1, first_row)
+    begin = jnp.minimum(common.div(low, size), end)
+    high = jnp.maximum(last - band.window + 1, first_row)
+    full_begin = within(ceil_div(high, size), begin, end)
+  full_end = within(common.div(band.stop(first), size), full_begin, end)
+  return Bounds(begin, full_begin, full_end, end)
+
+
+class Rows(NamedTuple):
+  """The rows of a tile of queries, query by query, head by head."""
+
+  query: Any  # int32 [rows], in [0, T)
+  index: Any  # int32 [rows], into [B T N]
+  real: Any  # bool [rows], or None if all are
+
+
+def tile_rows(tile: Any, b: Any, h: Any, rows: int, sizes: Sizes) -> Rows:
+  """Tile number `tile` of batch row b and key/value head h.
+
+  A tile holds as many whole groups as fit; rows that are left over, and those
+  after the last query, repeat the last real row: they compute and store the
+  same, so nothing needs a mask but the sums over rows.
+  """
+  length, heads, group = sizes
+  block_q = rows // group
+  row = jnp.arange(rows, dtype=jnp.int32)
+  local = jnp.minimum(row, block_q * group - 1)
+  query = tile * block_q + common.div(local, group)
+  real = None
+  if rows % group or length % block_q:
+    real = (row < block_q * group) & (query < length)
+  query = jnp.minimum(query, length - 1)
+  index = (b * length + query) * heads + h * group + common.rem(local, group)
+  return Rows(query, index, real)
+
+
+def gather(
+  ref: Any, index: Any, columns: tuple[tuple[int, int], ...]
+) -> tuple[jax.Array, ...]:
+  """Rows of a flat ref [B T N, H], one tile for each piece of H."""
+  return tuple(ref[index, pl.ds(start, width)] for start, width in columns)
+
+
+def _fwd_kernel(
+  place_ref,  # [2]: position of query 0, first row of keys that exists
+  q_ref,  # [B T N, H]
+  k_ref,  # [S, H], S or C rows of keys
+  v_ref,  # [S, V]
+  *refs,  # segments [S] and [B T], if any; out [B T N, V], lse [B T N]
+  spec: Spec,
+  sizes: Sizes,
+):
+  *segments, out_ref, lse_ref = refs
+  band, tile = spec.band, spec.tiling.fwd
+  num_keys, value_dim = v_ref.shape
+  head_pieces = common.pieces(q_ref.shape[-1])
+  value_pieces = common.pieces(value_dim)
+  factor = spec.scale * common.LOG2E
+  block_q = tile.rows // sizes.group
+  # The last queries read most: they start first.
+  i = pl.num_programs(0) - 1 - pl.program_id(0)
+  h, b = pl.program_id(1), pl.program_id(2)
+  rows = tile_rows(i, b, h, tile.rows, sizes)
+  offset, first_row = place_ref[0], place_ref[1]
+  t = offset + rows.query
+  q = gather(q_ref, rows.index, head_pieces)
+  if segments:
+    segment = segments[1][b * sizes.length + rows.query]
+
+  def step(j, carry, masked):
+    acc, m_i, l_i = carry
+    span_k, token, inside = key_span(j, tile.block_k, num_keys)
+    inside = inside if masked else None
+    k = common.load_pieces(k_ref, span_k, head_pieces, inside)
+    raw = common.dot_pieces(q, k)
+    s = raw * factor
+    if masked:
+      mask = band.readable(token[None, :], t[:, None], first_row)
+      if segments:
+        keys = common.load(segments[0].at[span_k], inside)
+        mask &= keys[None, :] == segment[:, None]
+      s = jnp.where(mask, s, common.MASK)
+    # Before the scale, so that scale and subtraction are one instruction.
+    fused = not masked and factor > 0
+    high = raw.max(axis=1) * factor if fused else s.max(axis=1)
+    m_next = jnp.maximum(m_i, high)
+    p = jnp.exp2(s - m_next[:, None])
+    correction = jnp.exp2(m_i - m_next)
+    l_next = l_i * correction + p.sum(axis=1)
+    v = common.load_pieces(v_ref, span_k, value_pieces, inside)
+    acc = tuple(
+      a * correction[:, None] + common.dot(p.astype(x.dtype), x)
+      for a, x in zip(acc, v, strict=True)
+    )
+    return acc, m_next, l_next
+
+  bounds = key_tiles(
+    band,
+    offset,
+    first_row,
+    i * block_q,
+    jnp.minimum((i + 1) * block_q, sizes.length),
+    tile.block_k,
+  )
+  acc = tuple(jnp.zeros((tile.rows, w), jnp.float32) for _, w in value_pieces)
+  m_i = jnp.full((tile.rows,), common.MAX_INIT, jnp.float32)
+  l_i = jnp.zeros((tile.rows,), jnp.float32)
+  acc, m_i, l_i = walk(step, (acc, m_i, l_i), bounds, bool(segments))
+  # A tile that ends after the last token has read something for those rows.
+  some = (l_i > 0) & (t < band.length)
+  total = jnp.where(some, l_i, 1)
+  lse = jnp.where(some, m_i / common.LOG2E + jnp.log(total), -jnp.inf)
+  for (start, width), a in zip(value_pieces, acc, strict=True):
+    out = jnp.where(some[:, None], a / total[:, None], 0)
+    out_ref[rows.index, pl.ds(start, width)] = out.astype(out_ref.dtype)
+  lse_ref[rows.index] = lse
+
+
+def key_span(j: Any, block_k: int, num_keys: int) -> tuple[Any, Any, Any]:
+  """Slice, row numbers and mask (None: all exist) of tile j of the keys."""
+  token = j * block_k + jnp.arange(block_k, dtype=jnp.int32)
+  inside = token < num_keys if num_keys % block_k else None
+  return pl.ds(j * block_k, block_k), token, inside
+
+
+def whole(x: jax.Array | jax.ShapeDtypeStruct) -> pl.BlockSpec:
+  """The whole array, whatever the program."""
+  return pl.BlockSpec(x.shape, lambda *_: (0,) * x.ndim)
+
+
+def flat_rows(x: jax.Array) -> jax.Array:
+  """[B, T, N, ...] -> [B T N, ...]."""
+  return x.reshape(-1, *x.shape[3:])
+
+
+def per_head(key: jax.Array, segments: tuple[jax.Array, ...]) -> Any:
+  """Specs of what (tile, h, b) of a kernel reads: place, keys, segments.
+
+  Args:
+    key: [B, S, K, H].
+    segments: as of `forward`.
+
+  Returns:
+    Spec of the place [B, 2]; a function from H or V to the spec of keys or
+    values; specs of the segments.
+  """
+  num_keys = key.shape[1]
+  place = pl.BlockSpec((None, 2), lambda i, h, b: (b, 0))
+  row = pl.BlockSpec((None, num_keys), lambda i, h, b: (b, 0))
+
+  def keys(width: int) -> pl.BlockSpec:
+    return pl.BlockSpec(
+      (None, num_keys, None, width), lambda i, h, b: (b, 0, h, 0)
+    )
+
+  return place, keys, (row, whole(segments[1])) if segments else ()
+
+
+def forward(
+  query: jax.Array,
+  key: jax.Array,
+  value: jax.Array,
+  place: jax.Array,
+  segments: tuple[jax.Array, ...],
+  *,
+  spec: Spec,
+) -> tuple[jax.Array, jax.Array]:
+  """Out [B, T, N, V] and lse [B, T, N] (float32).
+
+  Args:
+    query: [B, T, N, H].
+    key: [B, S, K, H]; S rows, which may be blocks.
+    value: [B, S, K, V].
+    place: int32 [B, 2]: position of the first query, counted from the first
+      row of keys, and the first row that may be read (with a window).
+    segments: () or segments of the rows of keys [B, S] and of the queries
+      [B T], int32; a query segment that no key has reads nothing.
+    spec: band, scale and tiles.
+  """
+  batch, length, heads, _ = query.shape
+  kv_heads, value_dim = value.shape[2:]
+  sizes = Sizes(length, heads, heads // kv_heads)
+  tile = spec.tiling.fwd
+  flat = flat_rows(query)
+  place_spec, keys, segment_specs = per_head(key, segments)
+  shapes = [
+    jax.ShapeDtypeStruct((len(flat), value_dim), query.dtype),
+    jax.ShapeDtypeStruct((len(flat),), jnp.float32),
+  ]
+  out, lse = common.pallas_call(
+    functools.partial(_fwd_kernel, spec=spec, sizes=sizes),
+    name="nsa_band_fwd",
+    num_warps=tile.num_warps,
+    num_stages=tile.num_stages,
+    grid=(-(-length // (tile.rows // sizes.group)), kv_heads, batch),
+    in_specs=[
+      place_spec,
+      whole(flat),
+      keys(query.shape[-1]),
+      keys(value_dim),
+      *segment_specs,
+    ],
+    out_specs=[whole(x) for x in shapes],
+    out_shape=shapes,
+  )(place, flat, key, value, *segments)
+  return (
+    out.reshape(batch, length, heads, value_dim),
+    lse.reshape(batch, length, heads),
+  )
