@@ -163,9 +163,10 @@ def tile_rows(tile: Any, b: Any, h: Any, rows: int, sizes: Sizes) -> Rows:
   local = jnp.minimum(row, block_q * group - 1)
   query = tile * block_q + common.div(local, group)
   real = None
+  # Most steps of a kernel compute this: nothing that is not needed.
   if rows % group or length % block_q:
     real = (row < block_q * group) & (query < length)
-  query = jnp.minimum(query, length - 1)
+    query = jnp.minimum(query, length - 1)
   index = (b * length + query) * heads + h * group + common.rem(local, group)
   return Rows(query, index, real)
 

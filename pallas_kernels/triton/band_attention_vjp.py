@@ -296,7 +296,8 @@ def _dkv_kernel(
   value_pieces = common.pieces(value_dim)
   block_q = tile.rows // sizes.group
   j, split = pl.program_id(0), pl.program_id(1)
-  head = chunk_ref[0] + pl.program_id(2)
+  first_head, first_tile = chunk_ref[0], chunk_ref[1]
+  head = first_head + pl.program_id(2)
   b, h = common.div(head, kv_heads), common.rem(head, kv_heads)
   offset, first_row = place_ref[b, 0], place_ref[b, 1]
   span_k, token, inside = key_span(j, tile.block_k, num_keys)
@@ -332,7 +333,7 @@ def _dkv_kernel(
     dk = tuple(d + common.dot(ds, x) for d, x in zip(dk, q, strict=True))
     for dq_ref in shares:
       begin = _key_tiles_of(i, place, sizes, spec).begin
-      span_q = pl.ds((i - chunk_ref[1]) * tile.rows, tile.rows)
+      span_q = pl.ds((i - first_tile) * tile.rows, tile.rows)
       for (start, width), x in zip(head_pieces, k, strict=True):
         dq = (common.dot(ds.T, x) * spec.scale).astype(dq_ref.dtype)
         dq_ref[j - begin, span_q, pl.ds(start, width)] = dq
@@ -344,8 +345,8 @@ def _dkv_kernel(
   )
   per_split = -(-chunk.tiles // chunk.splits)
   start = split * per_split
-  stop = chunk_ref[1] + jnp.minimum(start + per_split, chunk.tiles)
-  start = chunk_ref[1] + start
+  stop = first_tile + jnp.minimum(start + per_split, chunk.tiles)
+  start = first_tile + start
   full_begin = within(bounds.full_begin, start, stop)
   end = within(bounds.end, start, stop)
   bounds = Bounds(

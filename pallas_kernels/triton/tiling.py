@@ -104,9 +104,9 @@ def band_tiling(
   cost = max(head_dim, value_dim) * jnp.dtype(dtype).itemsize
   least = common.padded_rows(group)
   if cost <= 256:
-    fwd = BandTile(128, 8, 2, rows=128)
+    fwd = BandTile(64, 8, 3, rows=128)
     dq = BandTile(64, 8, 2, rows=128)
-    dkv = BandTile(128, 8, 2, rows=64)
+    dkv = BandTile(128, 8, 3, rows=64)
   elif cost <= 512:
     fwd = dq = BandTile(32, 8, 2, rows=64)
     dkv = BandTile(64, 8, 1, rows=max(32, least))

@@ -1,0 +1,441 @@
+"""The Triton kernels of the compressed branch and of the window.
+
+The whole op runs with them in `test_triton.py`; here is what is their own:
+tiles, splits and chunks, both backward passes, offsets, lowering for CUDA.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AbstractDevice, AbstractMesh
+
+import nsa_jax
+import pallas_kernels
+from nsa_jax import NSAConfig
+from pallas_kernels.triton import band_attention_vjp, tiling
+from tests import helpers
+
+pytestmark = pytest.mark.usefixtures("fast_compilation")
+
+CONFIG = NSAConfig(8, 4, 16, 3, 1, 1, 19)
+BRANCHES = ("compressed", "window")
+
+
+def _inputs(
+  branch: str,
+  config: NSAConfig,
+  *,
+  length: int = 61,
+  queries: int | None = None,
+  batch: int = 1,
+  kv_heads: int = 1,
+  group: int = 4,
+  head_dim: int = 16,
+  value_dim: int = 16,
+  dtype: Any = jnp.float32,
+) -> tuple[jax.Array, ...]:
+  """Query, key, value and the cotangents of out and lse."""
+  keys = jax.random.split(jax.random.key(0), 5)
+  rows = length
+  if branch == "compressed":
+    rows = nsa_jax.num_compressed_blocks(length, config)
+  queries = length if queries is None else queries
+  heads = kv_heads * group
+
+  def normal(key: Any, *shape: int) -> Any:
+    return jax.random.normal(key, (batch, *shape), jnp.float32).astype(dtype)
+
+  return (
+    normal(keys[0], queries, heads, head_dim),
+    normal(keys[1], rows, kv_heads, head_dim),
+    normal(keys[2], rows, kv_heads, value_dim),
+    normal(keys[3], queries, heads, value_dim),
+    normal(keys[4], queries, heads).astype(jnp.float32),
+  )
+
+
+def _tiles(
+  one_pass: bool, rows: int = 16, block_k: int = 16, **kwargs: Any
+) -> tiling.BandTiling:
+  """Small tiles, so that short inputs have many."""
+  tile = tiling.BandTile(block_k, 4, 2, rows=rows)
+  return tiling.BandTiling(tile, tile, tile, one_pass, **kwargs)
+
+
+def _pullback(
+  branch: str,
+  implementation: str,
+  config: NSAConfig,
+  *,
+  length: int = 61,
+  tiles: tiling.BandTiling | None = None,
+  **call: Any,
+) -> Any:
+  """A jitted function: out, lse and gradients of one branch."""
+
+  def op(query, key, value):
+    static = {"key_length": length} if branch == "compressed" else {}
+    return getattr(nsa_jax, f"{branch}_attention")(
+      query,
+      key,
+      value,
+      config=config,
+      implementation=implementation,
+      **static,
+      **call,
+    )
+
+  @jax.jit
+  def run(query, key, value, dout, dlse):
+    (out, lse), pullback = jax.vjp(op, query, key, value)
+    # An lse of -inf has no gradient.
+    dlse = jnp.where(lse == -jnp.inf, 0, dlse)
+    return (out, lse), pullback((dout, dlse))
+
+  def traced(*args):
+    with pytest.MonkeyPatch.context() as patch:
+      if tiles is not None:
+        patch.setattr(tiling, "band_tiling", lambda **_: tiles)
+      return run(*args)
+
+  return traced
+
+
+def _check(
+  branch: str,
+  tiles: tiling.BandTiling | None,
+  config: NSAConfig = CONFIG,
+  *,
+  call: Any = None,
+  growth: float = 4,
+  **sizes: Any,
+) -> None:
+  inputs = _inputs(branch, config, **sizes)
+  call = {"length": sizes.get("length", 61), **(call or {})}
+  expected = _pullback(branch, "reference", config, **call)(*inputs)
+  actual = _pullback(branch, "triton", config, tiles=tiles, **call)(*inputs)
+  helpers.assert_close(actual[0], expected[0], "float32")
+  # dk and dv are sums over all queries that read the row.
+  helpers.assert_close(actual[1], expected[1], "float32", gradient=growth)
+
+
+CASES: dict[str, Any] = {
+  "branch": BRANCHES,
+  "one_pass": (False, True),
+  # Groups that fill a tile of rows, that do not, and several lengths of it.
+  "group": (1, 3, 5, 16),
+  "rows": (16, 32),
+  "block_k": (16, 32),
+  "widths": ((16, 16), (48, 16), (16, 32)),
+  # Offsets of the last queries, of rows, of queries outside the keys.
+  "queries": ((61, 0), (13, 48), (20, (-7, 50))),
+  "segments": (False, True),
+}
+
+
+def _check_pair(case: dict[str, Any]) -> None:
+  queries, offset = case["queries"]
+  call: dict[str, Any] = {"query_offset": helpers.int32(offset)}
+  if case["segments"]:
+    segments = np.repeat(helpers.int32([[3, 0, 7, 7], [0, 5, 5, 0]]), 16, 1)
+    call["segment_ids"] = segments[:, :61]
+  _check(
+    case["branch"],
+    _tiles(case["one_pass"], case["rows"], case["block_k"]),
+    call=call,
+    batch=2,
+    queries=queries,
+    group=case["group"],
+    head_dim=case["widths"][0],
+    value_dim=case["widths"][1],
+  )
+
+
+@pytest.mark.parametrize("case", helpers.pairwise(CASES)[::3], ids=str)
+def test_matches_reference(case: dict[str, Any]) -> None:
+  _check_pair(case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", helpers.pairwise(CASES), ids=str)
+def test_matches_reference_more(case: dict[str, Any]) -> None:
+  _check_pair(case)
+
+
+@pytest.mark.parametrize("one_pass", [False, True])
+@pytest.mark.parametrize("key_offset", [-6, 5])
+def test_halo_of_the_window(key_offset: int, one_pass: bool) -> None:
+  """Keys that do not start at position 0; rows before it are no tokens."""
+  call = {
+    "key_offset": helpers.int32(key_offset),
+    "query_offset": helpers.int32([key_offset + 2, 20]),
+  }
+  _check("window", _tiles(one_pass), call=call, batch=2, queries=24)
+
+
+@pytest.mark.parametrize("branch", BRANCHES)
+def test_splits_and_chunks_change_nothing(branch: str) -> None:
+  """Queries split over programs, and heads and queries over chunks."""
+  sizes: dict[str, Any] = {"batch": 2, "kv_heads": 2, "group": 2, "length": 139}
+  inputs = _inputs(branch, CONFIG, **sizes)
+  band_inputs = band_attention_vjp.Inputs(
+    jnp.zeros((2, 2), jnp.int32),
+    inputs[0].reshape(-1, 16),
+    inputs[3].reshape(-1, 16),
+    inputs[4].reshape(-1),
+    inputs[4].reshape(-1),
+    inputs[1],
+    inputs[2],
+    (),
+  )
+  window = 19 if branch == "window" else None
+  spec = pallas_kernels._band.Spec(
+    pallas_kernels._band.Band(1, 1, window, 139), 1.0, _tiles(True)
+  )
+  results = []
+  for one_pass, programs, heads, tiles in (
+    (False, 1, 4, 18),  # all at once
+    (False, 99, 4, 18),
+    (True, 1, 4, 18),
+    (True, 99, 2, 18),  # two heads at a time
+    (True, 1, 1, 9),  # half the queries of one head at a time
+  ):
+    shares = 3 if branch == "window" else inputs[1].shape[1] // 16 + 1
+    tiling_ = _tiles(
+      one_pass,
+      programs=programs,
+      share_bytes=16 * 16 * 4 * shares * heads * tiles,
+    )
+    chunk = band_attention_vjp._chunks(
+      band_inputs,
+      pallas_kernels._band.Sizes(139, 4, 2),
+      spec._replace(tiling=tiling_),
+    )
+    assert (chunk.heads, chunk.tiles) == (heads, tiles), chunk
+    assert len(chunk.starts) == 4 * 18 // (heads * tiles)
+    assert (chunk.splits > 1) == (programs > 1)
+    run = _pullback(branch, "triton", CONFIG, length=139, tiles=tiling_)
+    results.append(run(*inputs))
+  expected = _pullback(branch, "reference", CONFIG, length=139)(*inputs)
+  for actual in results:
+    helpers.assert_close(actual[0], expected[0], "float32")
+    helpers.assert_close(actual[1], expected[1], "float32", gradient=4)
+
+
+@pytest.mark.parametrize("one_pass", [False, True])
+@pytest.mark.parametrize("branch", BRANCHES)
+def test_a_second_run_has_the_same_bits(branch: str, one_pass: bool) -> None:
+  inputs = _inputs(branch, CONFIG, group=3, dtype=jnp.bfloat16)
+  run = _pullback(branch, "triton", CONFIG, tiles=_tiles(one_pass))
+  helpers.assert_same_bits(run(*inputs), run(*inputs))
+
+
+@pytest.mark.parametrize("scale", [-0.3, 0.0])
+def test_any_finite_scale(scale: float) -> None:
+  _check("window", None, call={"scale": scale})
+
+
+def test_group_of_64_and_one_query() -> None:
+  _check("compressed", None, group=64, queries=1, length=30)
+
+
+@pytest.mark.parametrize("one_pass", [False, True])
+@pytest.mark.parametrize("branch", BRANCHES)
+def test_poisoned_padding(branch: str, one_pass: bool) -> None:
+  """NaN in segment 0, after the last query, and in rows outside the keys."""
+  config = NSAConfig(8, 4, 16, 3, 1, 1, 19)
+  inputs = _inputs(branch, config, queries=40, group=3)
+  segments = np.repeat(helpers.int32([[0, 4, 9, 9]]), 16, 1)[:, :61]
+  call = {"segment_ids": segments, "query_offset": helpers.int32(10)}
+  run = _pullback(branch, "triton", config, tiles=_tiles(one_pass), **call)
+  clean = run(*inputs)
+  rows = np.arange(inputs[1].shape[1])
+  if branch == "compressed":
+    bad_keys = (rows * 4 < 16) | (rows * 4 + 7 > 49)
+  else:
+    bad_keys = (rows < 16) | (rows > 49)
+  bad_queries = np.arange(10, 50) < 16
+  query, dout, dlse = helpers.poison(
+    (inputs[0], inputs[3], inputs[4]), bad_queries[None]
+  )
+  key, value = helpers.poison(inputs[1:3], bad_keys[None])
+  helpers.assert_same_bits(
+    run(query, key, value, dout, dlse)[1], clean[1], "gradients"
+  )
+  out, lse = run(query, key, value, dout, dlse)[0]
+  assert np.isfinite(np.asarray(out)).all()
+  assert (np.asarray(lse)[:, bad_queries] == -np.inf).all()
+
+
+@pytest.mark.parametrize("branch", BRANCHES)
+def test_vmap(branch: str) -> None:
+  query, key, value, *_ = _inputs(branch, CONFIG, batch=2, length=40)
+  static = {"key_length": 40} if branch == "compressed" else {}
+  op = functools.partial(
+    getattr(nsa_jax, f"{branch}_attention"),
+    config=CONFIG,
+    implementation="triton",
+    **static,
+  )
+  whole = jax.jit(op)(query, key, value)
+  one_by_one = jax.jit(jax.vmap(op))(*(x[:, None] for x in (query, key, value)))
+  helpers.assert_close([x[:, 0] for x in one_by_one], whole, "float32")
+
+
+# ------------------------------------------------------------------- lowering
+
+LOWERED: dict[str, Any] = {
+  "branch": BRANCHES,
+  "one_pass": (False, True),
+  "group": (1, 2, 3, 4, 5, 6, 8, 12, 16, 32, 64),
+  "head_dim": (16, 32, 64, 96, 128, 192, 256),
+  "value_dim": (16, 32, 64, 96, 128, 192, 256),
+  "dtype": (jnp.float16, jnp.bfloat16, jnp.float32),
+}
+
+
+def _lower(branch: str, one_pass: bool, **sizes: Any) -> str:
+  """One branch, forward and backward, lowered for an H200."""
+  config = NSAConfig(32, 16, 64, window=100)
+  tiles = tiling.band_tiling(
+    group=sizes["group"],
+    head_dim=sizes["head_dim"],
+    value_dim=sizes["value_dim"],
+    dtype=sizes["dtype"],
+    one_pass=one_pass,
+  )
+  inputs = jax.eval_shape(
+    functools.partial(_inputs, branch, config, length=333, **sizes)
+  )
+
+  def run(query, key, value, dout, dlse):
+    def op(query, key, value):
+      offset = jnp.zeros(1, jnp.int32)
+      call: dict[str, Any] = {"scale": 0.1, "query_offset": offset}
+      if branch == "compressed":
+        return pallas_kernels.compressed_attention(
+          query,
+          key,
+          value,
+          stride=16,
+          span=32,
+          key_length=333,
+          tiles=tiles,
+          **call,
+        )
+      return pallas_kernels.window_attention(
+        query, key, value, window=100, tiles=tiles, **call
+      )
+
+    result, pullback = jax.vjp(op, query, key, value)
+    return result, pullback((dout, dlse))
+
+  mesh = AbstractMesh(
+    (),
+    (),
+    abstract_device=AbstractDevice(
+      device_kind="NVIDIA H200", num_cores=132, platform="gpu"
+    ),
+  )
+  with jax.sharding.use_abstract_mesh(mesh):
+    traced = jax.jit(run).trace(*inputs)
+    return traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.parametrize("one_pass", [False, True])
+@pytest.mark.parametrize("branch", BRANCHES)
+def test_lowers_for_cuda(branch: str, one_pass: bool) -> None:
+  text = _lower(
+    branch,
+    one_pass,
+    group=12,
+    head_dim=192,
+    value_dim=128,
+    dtype=jnp.bfloat16,
+  )
+  names = (
+    ("nsa_band_bwd", "nsa_band_dq_sum")
+    if one_pass
+    else ('nsa_band_dq"', "nsa_band_dkv")
+  )
+  assert all(name in text for name in ("nsa_band_fwd", *names))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", helpers.pairwise(LOWERED), ids=str)
+def test_every_tiling_lowers_for_cuda(sizes: dict[str, Any]) -> None:
+  assert "__gpu$xla.gpu.triton" in _lower(**sizes)
+
+
+# ------------------------------------------------------------------- on a GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("sizes", helpers.pairwise(LOWERED), ids=str)
+def test_gpu_matches_reference_everywhere(sizes: dict[str, Any]) -> None:
+  """Every head size and dtype, many group sizes, compiled."""
+  sizes = dict(sizes)
+  branch, one_pass = sizes.pop("branch"), sizes.pop("one_pass")
+  config = NSAConfig(32, 16, 64, window=100)
+  inputs = _inputs(branch, config, length=333, kv_heads=2, **sizes)
+  wide = [x.astype(jnp.float32) for x in inputs]
+  with jax.default_matmul_precision("highest"):
+    expected = _pullback(branch, "reference", config, length=333)(*wide)
+  tiles = tiling.band_tiling(
+    group=sizes["group"],
+    head_dim=sizes["head_dim"],
+    value_dim=sizes["value_dim"],
+    dtype=sizes["dtype"],
+    one_pass=one_pass,
+  )
+  run = _pullback(branch, "triton", config, length=333, tiles=tiles)
+  actual = run(*inputs)
+  helpers.assert_same_bits(actual, run(*inputs))
+  dtype = jnp.dtype(sizes["dtype"]).name
+  helpers.assert_close(actual[0], expected[0], dtype)
+  # Sums over up to 333 queries times the group, of terms rounded to the dtype.
+  growth = 333**0.5 * sizes["group"] ** 0.5
+  helpers.assert_close(actual[1], expected[1], dtype, gradient=growth)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("branch", BRANCHES)
+@pytest.mark.parametrize("one_pass", [False, True])
+def test_gpu_matches_xla_at_length(branch: str, one_pass: bool) -> None:
+  config, length = NSAConfig(), 8192
+  inputs = _inputs(
+    branch,
+    config,
+    length=length,
+    kv_heads=2,
+    group=16,
+    head_dim=128,
+    value_dim=128,
+    dtype=jnp.bfloat16,
+  )
+  wide = [x.astype(jnp.float32) for x in inputs]
+  expected = _pullback(branch, "xla", config, length=length)(*wide)
+  tiles = tiling.band_tiling(
+    group=16,
+    head_dim=128,
+    value_dim=128,
+    dtype=jnp.bfloat16,
+    one_pass=one_pass,
+  )
+  # Small enough for several chunks.
+  tiles = dataclasses.replace(tiles, share_bytes=2**24)
+  actual = _pullback(branch, "triton", config, length=length, tiles=tiles)(
+    *inputs
+  )
+  helpers.assert_close(actual[0], expected[0], "bfloat16")
+  for got, want in zip(actual[1], expected[1], strict=True):
+    got, want = (np.asarray(x, np.float32) for x in (got, want))
+    # Terms rounded to bfloat16 add up over as many queries as read the row:
+    # the error follows the size of the sum.
+    error = np.linalg.norm(got - want) / np.linalg.norm(want)
+    assert error < 2**-7, error
