@@ -25,6 +25,8 @@ from nsa_jax import NSAConfig
 from pallas_kernels.triton import tiling
 from tests import helpers, test_ops
 
+pytestmark = pytest.mark.usefixtures("fast_compilation")
+
 KERNELS: Any = ("triton", "xla")
 GPU = jax.default_backend() == "gpu"
 

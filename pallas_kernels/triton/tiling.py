@@ -16,7 +16,7 @@ class Tile:
   """How one kernel is cut and compiled.
 
   Attributes:
-    block_k: keys per step; divides the selection block.
+    block_k: keys per step, of the selected branch a divisor of l'.
     num_warps: warps per program.
     num_stages: depth of the pipeline that loads a step's inputs.
     queries: neighbouring queries per program, 1 or 2; two read the blocks that
@@ -99,20 +99,24 @@ def band_tiling(
     dtype: of query, key and value.
     one_pass: see `BandTiling`.
   """
-  # Bytes of a key or a value: shared memory holds those of a step, num_stages
-  # times, and a tile of queries; in `dkv` the other way round.
-  cost = max(head_dim, value_dim) * jnp.dtype(dtype).itemsize
+  width = max(head_dim, value_dim)
   least = common.padded_rows(group)
-  if cost <= 256:
+  # Accumulators are in registers: tiles are as large as spills nothing.
+  if jnp.dtype(dtype).itemsize > 2:
+    # Exact float32 products run without tensor cores and hold operands too.
+    stages = 2 if width <= 128 else 1
+    fwd = dq = BandTile(16, 8, stages, rows=max(32, least))
+    dkv = BandTile(32 if least <= 16 else 16, 8, stages, rows=least)
+  elif width <= 128:
     fwd = BandTile(64, 8, 3, rows=128)
     dq = BandTile(64, 8, 2, rows=128)
     dkv = BandTile(128, 8, 3, rows=64)
-  elif cost <= 512:
-    fwd = dq = BandTile(32, 8, 2, rows=64)
-    dkv = BandTile(64, 8, 1, rows=max(32, least))
   else:
-    fwd = dq = BandTile(16, 8, 1, rows=max(32, least))
-    dkv = BandTile(32, 8, 1, rows=max(16, least))
+    fwd = BandTile(64, 8, 2, rows=128)
+    dq = BandTile(32, 8, 2, rows=128)
+    # A product with fewer than 64 rows is slow, and `one_pass` has one.
+    wide = width <= 192 or one_pass
+    dkv = BandTile(64, 8, 2, rows=64 if wide else max(32, least))
   return BandTiling(fwd, dq, dkv, one_pass)
 
 
