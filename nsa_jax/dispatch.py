@@ -93,6 +93,43 @@ def _triton_window_attention(
     key_offset=key_offset,
     key_segments=queries.key_segments,
     query_segments=queries.query_segments,
+def _triton_select_blocks(
+  query: Array,
+  compressed_key: Array,
+  lse: Array,
+  *,
+  config: NSAConfig,
+  key_length: int,
+  scale: float,
+  queries: Queries,
+) -> Array:
+  import pallas_kernels
+
+  segments: dict[str, Array] = {}
+  if queries.key_segments is not None and queries.query_segments is not None:
+    segments = {
+      "block_segments": compression.compressed_block_segments(
+        queries.key_segments, config
+      ),
+      "query_segments": queries.query_segments,
+      "segment_starts": compression.segment_starts(
+        queries.key_segments, queries.query_segments
+      ),
+    }
+  return pallas_kernels.select_blocks(
+    query,
+    compressed_key,
+    lse,
+    key_length=key_length,
+    compression_block=config.compression_block,
+    compression_stride=config.compression_stride,
+    selection_block=config.selection_block,
+    num_selected=config.num_selected,
+    num_initial=config.num_initial,
+    num_local=config.num_local,
+    scale=scale,
+    query_offset=queries.positions[:, 0],
+    **segments,
   )
 
 
@@ -109,6 +146,7 @@ _OPS: dict[str, dict[str, Callable[..., Any]]] = {
 _OPS["compressed_attention"]["triton"] = _triton_compressed_attention
 _OPS["selected_attention"]["triton"] = _triton_selected_attention
 _OPS["window_attention"]["triton"] = _triton_window_attention
+_OPS["select_blocks"]["triton"] = _triton_select_blocks
 
 
 def names(implementation: Implementation) -> Sequence[ImplementationName]:

@@ -12,6 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from pallas_kernels.triton import band_attention as _band
 from pallas_kernels.triton import band_attention_vjp as _band_vjp
+from pallas_kernels.triton import block_selection as _selection
 from pallas_kernels.triton import selected_attention as _by_query
 from pallas_kernels.triton import selected_attention_vjp as _by_query_vjp
 from pallas_kernels.triton import selected_by_block as _by_block
@@ -21,6 +22,8 @@ from pallas_kernels.triton.tiling import (
   BandTile,
   BandTiling,
   SelectedTiling,
+  SelectedTiling,
+  SelectionTiling,
   Tile,
 )
 
@@ -197,6 +200,12 @@ def _band_attention_bwd(spec, branch, residuals, cotangents):
 
 
 _band_attention.defvjp(_band_attention_fwd, _band_attention_bwd)
+  "SelectedTiling",
+  "SelectionTiling",
+  "Tile",
+  "select_blocks",
+  "selected_attention",
+]
 
 
 def selected_attention(
@@ -280,3 +289,99 @@ def _selected_attention_bwd(spec, residuals, cotangents):
 
 
 _selected_attention.defvjp(_selected_attention_fwd, _selected_attention_bwd)
+
+
+def select_blocks(
+  query: jax.Array,
+  compressed_key: jax.Array,
+  lse: jax.Array,
+  *,
+  key_length: int,
+  compression_block: int,
+  compression_stride: int,
+  selection_block: int,
+  num_selected: int,
+  num_initial: int,
+  num_local: int,
+  scale: float,
+  query_offset: jax.Array,
+  block_segments: jax.Array | None = None,
+  query_segments: jax.Array | None = None,
+  segment_starts: jax.Array | None = None,
+  tiles: SelectionTiling | None = None,
+) -> jax.Array:
+  """The forced blocks and the most important of the others (Eq. 8-11).
+
+  No gradients.
+
+  Args:
+    query: [B, T, N, H], float16, bfloat16 or float32; H a multiple of 16, at
+      most 256.
+    compressed_key: [B, C, K, H].
+    lse: [B, T, N], natural-log lse of the compressed branch; any value where a
+      query sees no block.
+    key_length: S.
+    compression_block: l.
+    compression_stride: d.
+    selection_block: l': 16, 32, 64 or 128.
+    num_selected: n.
+    num_initial: forced blocks at the start of the sequence or segment.
+    num_local: forced blocks that end at the query's own.
+    scale: softmax scale.
+    query_offset: int32 [B], position of the first query. Queries outside
+      [0, S) select nothing.
+    block_segments: int32 [B, C], 0 for a compressed block that no segment
+      contains; None without segments, as are the next two.
+    query_segments: int32 [B, T]; 0 selects nothing.
+    segment_starts: int32 [B, T], position of the first token of every query's
+      segment.
+    tiles: tile sizes; None for the heuristic.
+
+  Returns:
+    int32 [B, T, K, n], ascending ids, then -1.
+
+  Raises:
+    NotImplementedError: if the kernels cannot take the shapes or the dtype.
+  """
+  support.check_heads(query, compressed_key, compressed_key)
+  support.check_selection_block(selection_block)
+  length, (num_keys, kv_heads) = query.shape[1], compressed_key.shape[1:3]
+  if tiles is None:
+    tiles = tiling.selection_tiling(
+      length=length,
+      head_dim=query.shape[-1],
+      dtype=query.dtype,
+      ratio=selection_block // compression_stride,
+    )
+  segments: tuple[jax.Array, ...] = ()
+  if (
+    block_segments is not None
+    and query_segments is not None
+    and segment_starts is not None
+  ):
+    reads = query_segments > 0
+    first = segment_starts // selection_block
+    segments = (
+      block_segments,
+      jnp.where(reads, query_segments, -1),
+      jnp.where(reads, first, key_length),
+    )
+  spec = _selection.Spec(
+    compression_block,
+    compression_stride,
+    selection_block,
+    num_selected,
+    num_initial,
+    num_local,
+    key_length,
+    scale,
+    tiles,
+  )
+  num_blocks = -(-key_length // selection_block)
+  if not spec.num_free or num_blocks <= num_selected or not num_keys:
+    return _selection.without_scores(
+      length, kv_heads, query_offset, segments, spec=spec
+    )
+  return _selection.forward(
+    query, compressed_key, lse, query_offset, segments, spec=spec
+  )

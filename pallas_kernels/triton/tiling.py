@@ -179,3 +179,60 @@ def selected_tiling(
   else:
     dkv = tile(64, 8 if width > 192 else 4, 3 if rows < 64 else 2)
   return SelectedTiling(False, fwd, dq, dkv)
+    keys = 64 if cost <= 256 else 32 if cost <= 512 else 16
+    keys = min(keys, block)
+    # A step gathers `rows` queries and cotangents.
+    step_rows = 64 if cost <= 256 else 32 if cost <= 512 else 16
+    fwd = Tile(keys, 4, 1)
+    bwd = Tile(keys, 4, 3 if cost <= 256 else 2)
+    return SelectedTiling(True, fwd, bwd, bwd, rows=step_rows)
+  num_warps = max(1, rows // 16)
+  if width > 128:
+    num_warps = max(2, num_warps)
+  fwd = Tile(min(32 if cost <= 256 else 16, block), num_warps, 2)
+  dkv_keys = 64 if cost <= 256 and rows <= 16 else 32 if cost <= 512 else 16
+  dkv = Tile(min(dkv_keys, block), 4, 3 if cost <= 256 else 2)
+  return SelectedTiling(False, fwd, fwd, dkv)
+
+
+@dataclasses.dataclass(frozen=True)
+class SelectionTiling:
+  """Tiles of block selection.
+
+  Attributes:
+    block_q: queries of a tile of scores.
+    scores: score kernel; `block_k` counts compressed keys.
+    rows: queries per program of the top-n kernel; divides `block_q`.
+    block_m: scores of a query read per step of the top-n kernel.
+    top_n_warps: warps per program of the top-n kernel.
+  """
+
+  block_q: int
+  scores: Tile
+  rows: int
+  block_m: int
+  top_n_warps: int
+
+
+def selection_tiling(
+  *, length: int, head_dim: int, dtype: jnp.dtype, ratio: int
+) -> SelectionTiling:
+  """Tiles of block selection by shape.
+
+  Args:
+    length: T.
+    head_dim: H.
+    dtype: of query and key.
+    ratio: l' / d, compressed blocks that begin in one selection block.
+  """
+  # Bytes of a key. The keys of a tile stay in shared memory, its queries are
+  # streamed head by head; scores and their sum over heads are in registers.
+  cost = head_dim * jnp.dtype(dtype).itemsize
+  exact = jnp.dtype(dtype).itemsize == 4  # on the ordinary arithmetic units
+  block_q = 32 if exact else 64
+  block_q = min(block_q, max(16, common.padded_rows(length)))
+  block_k = 32 if exact else 128
+  num_stages = 3 if cost <= 256 else 2
+  return SelectionTiling(
+    block_q, Tile(max(block_k, ratio), 4, num_stages), 8, 128, 1
+  )

@@ -1,0 +1,419 @@
+"""Block selection (Eq. 8-11): importance of the blocks, then the best n.
+
+The score kernel cuts queries and compressed keys into tiles. A program keeps
+its keys, walks the heads of a group, and adds up their probabilities in place:
+masks and the sum over overlapping blocks are then paid once for the whole
+group, and the sum over its heads moves nothing between threads. The top-n
+kernel reads one row of scores per query.
+
+No gradients: the inputs are under `stop_gradient`. Scores are the only large
+temporary; chunks of queries keep them within a budget.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from pallas_kernels.triton import common
+from pallas_kernels.triton.selected_attention import group_heads
+from pallas_kernels.triton.tiling import SelectionTiling
+
+# Bytes of the scores of one chunk.
+SCORE_BYTES = 2**29
+# Later than any block.
+_NEVER = 2**30
+
+
+class Spec(NamedTuple):
+  """The static side of a call; hashable."""
+
+  compression: int  # l
+  stride: int  # d
+  block: int  # l'
+  num_selected: int  # n
+  num_initial: int
+  num_local: int
+  key_length: int  # S
+  scale: float
+  tiling: SelectionTiling
+
+  @property
+  def ratio(self) -> int:
+    """Compressed blocks that begin in one selection block."""
+    return self.block // self.stride
+
+  @property
+  def reach(self) -> int:
+    """Strides in one compressed block; with 1 none reaches the next block."""
+    return self.compression // self.stride
+
+  @property
+  def num_free(self) -> int:
+    """Places that scores decide."""
+    return self.num_selected - self.num_initial - self.num_local
+
+
+def _arange(size: int) -> jax.Array:
+  return jnp.arange(size, dtype=jnp.int32)
+
+
+def _scores_kernel(
+  start_ref,  # [1], first query of the chunk
+  offset_ref,  # [1]
+  q_ref,  # [T, G, H]
+  k_ref,  # [block_k, H]
+  lse_ref,  # [G, T], base 2
+  *refs,  # segments [block_k], [T] and first [T], if any; scores [block_q, W]
+  num_scores: int,
+  num_keys: int,
+  masked: bool,
+  spec: Spec,
+):
+  """p_slc[j] = own[j] + carried[j]: from blocks that begin in j and in j - 1.
+
+  `carried` is stored one place further, as no value moves between threads.
+  """
+  tiling = spec.tiling
+  refs, score_refs = refs[:-num_scores], refs[-num_scores:]
+  length, group, head_dim = q_ref.shape
+  block_q, block_k = tiling.block_q, tiling.scores.block_k
+  columns = block_k // spec.ratio
+  head_pieces = common.pieces(head_dim)
+  step_k = pl.program_id(0)
+  start = start_ref[0] + pl.program_id(1) * block_q
+  span_q = pl.ds(start, block_q)
+  row_mask = start + _arange(block_q) < length if masked else None
+  t = offset_ref[0] + start + _arange(block_q)
+  key = step_k * block_k + _arange(block_k)
+  end = key * spec.stride + spec.compression - 1
+
+  needed = jnp.min(end) <= jnp.max(t)
+  if masked:
+    needed &= start < length
+  if refs:
+    first = common.load(refs[2].at[span_q], row_mask, _NEVER)
+    needed &= jnp.min(first) < (step_k + 1) * columns
+
+  @pl.when(needed)
+  def _():
+    key_mask = key < num_keys if num_keys % block_k else None
+    k = common.load_pieces(k_ref, slice(None), head_pieces, key_mask)
+
+    def head(g, acc):
+      q = common.load_pieces(q_ref, (span_q, g), head_pieces, row_mask)
+      lse = common.load(lse_ref.at[g, span_q], row_mask)
+      s = common.dot_pieces(q, k) * (spec.scale * common.LOG2E)
+      return acc + jnp.exp2(s - lse[:, None])
+
+    p = lax.fori_loop(
+      0, group, head, jnp.zeros((block_q, block_k), jnp.float32)
+    )
+    # What a query does not see may be anything, inf and NaN as well, but never
+    # leaves its place.
+    visible = end[None, :] <= t[:, None]
+    if refs:
+      key_segment = common.load(refs[0], key_mask)
+      segment = common.load(refs[1].at[span_q], row_mask, -1)
+      visible &= key_segment[None, :] == segment[:, None]
+    p = jnp.where(visible, p, 0)
+
+    def reduce(weight):
+      weighted = p * weight.astype(jnp.float32)[None, :]
+      return weighted.reshape(block_q, columns, spec.ratio).sum(axis=2)
+
+    # Strides of a compressed block that lie in the block it begins in.
+    inside = jnp.minimum(
+      spec.reach, spec.ratio - common.rem(_arange(block_k), spec.ratio)
+    )
+    first_column = step_k * columns
+    plgpu.store(
+      score_refs[0].at[:, pl.ds(first_column, columns)], reduce(inside)
+    )
+    if num_scores == 2:
+      plgpu.store(
+        score_refs[1].at[:, pl.ds(first_column + 1, columns)],
+        reduce(spec.reach - inside),
+      )
+
+
+def _top_n_kernel(
+  start_ref,  # [1], first query of the chunk
+  offset_ref,  # [1]
+  *refs,  # scores [rows, W], once or twice; first [T], if any; ids [rows, n]
+  num_scores: int,
+  length: int,
+  spec: Spec,
+):
+  """The forced blocks and the best of the others, ascending, then -1.
+
+  Groups of neighbouring blocks keep the largest score not chosen yet. What has
+  been chosen needs no marks: a block is still there iff it comes after the
+  last chosen one in the order of the choice (score, then lower index).
+  """
+  score_refs, first_refs, ids_ref = (
+    refs[:num_scores],
+    refs[num_scores:-1],
+    refs[-1],
+  )
+  rows, width = score_refs[0].shape
+  block_m = spec.tiling.block_m
+  size = _group_size(width, block_m)
+  per_step = block_m // size
+  num_steps = pl.next_power_of_2(width // block_m)
+  num_free = spec.num_free
+
+  start = start_ref[0] + pl.program_id(0) * rows
+  t = offset_ref[0] + start + _arange(rows)
+  first = jnp.zeros(rows, jnp.int32)
+  if first_refs:
+    first = common.load(
+      first_refs[0].at[pl.ds(start, rows)],
+      start + _arange(rows) < length,
+      _NEVER,
+    )
+  last = common.div(jnp.maximum(t, 0), spec.block)
+  count = jnp.where((t >= 0) & (t < spec.key_length), last - first + 1, 0)
+  # With at most n candidates all of them are chosen; with more, forced blocks
+  # do not overlap.
+  crowded = count > spec.num_selected
+  lo = jnp.where(crowded, first + spec.num_initial, _NEVER)
+  hi = jnp.where(crowded, last - spec.num_local, -1)
+
+  def free_scores(j, scores):
+    """Scores of the blocks j [rows or 1, X]; -1 unless free."""
+    x = scores[0]
+    if num_scores == 2:
+      # Blocks of other segments may not have been written.
+      x += jnp.where(j > first[:, None], scores[1], 0)
+    x = jnp.where(x >= 0, x, 0)  # a NaN must not lead astray
+    return jnp.where((lo[:, None] <= j) & (j <= hi[:, None]), x, -1.0)
+
+  def visit(step, high):
+    span = pl.ds(step * block_m, block_m)
+    x = free_scores(
+      step * block_m + _arange(block_m)[None, :],
+      [plgpu.load(ref.at[:, span]) for ref in score_refs],
+    )
+    x = x.reshape(rows, per_step, size).max(axis=2)
+    here = _arange(num_steps) == step
+    return jnp.where(here[None, :, None], x[:, None, :], high)
+
+  high = lax.fori_loop(
+    common.div(jnp.maximum(jnp.min(lo), 0), block_m),
+    common.div(jnp.max(hi) + block_m, block_m),
+    visit,
+    jnp.full((rows, num_steps, per_step), -1.0, jnp.float32),
+  ).reshape(rows, num_steps * per_step)
+
+  row = jnp.broadcast_to(_arange(rows)[:, None], (rows, size))
+  group = _arange(num_steps * per_step)[None, :]
+  place = _arange(pl.next_power_of_2(num_free))[None, :]
+  slot = _arange(pl.next_power_of_2(spec.num_selected))[None, :]
+
+  def choose(i, carry):
+    high, chosen, last_score, last_block = carry
+    best = jnp.argmax(high, axis=1).astype(jnp.int32)[:, None]
+    score = high.max(axis=1)[:, None]
+    j = jnp.minimum(best * size + _arange(size)[None, :], width - 1)
+    x = free_scores(j, [ref[row, j] for ref in score_refs])
+    equal = (x == score) & ((score < last_score) | (j > last_block))
+    block = jnp.where(equal, j, _NEVER).min(axis=1)[:, None]
+    left = (x < score) | ((x == score) & (j > block))
+    rest = jnp.where(left, x, -1.0).max(axis=1)[:, None]
+    high = jnp.where(group == best, rest, high)
+    return high, jnp.where(place == i, block, chosen), score, block
+
+  some = jnp.max(crowded.astype(jnp.int32))
+  _, chosen, _, _ = lax.fori_loop(
+    0,
+    some * num_free,
+    choose,
+    (
+      high,
+      jnp.full((rows, place.shape[1]), _NEVER, jnp.int32),
+      jnp.full((rows, 1), jnp.inf, jnp.float32),
+      jnp.full((rows, 1), -1, jnp.int32),
+    ),
+  )
+
+  def sort(i, carry):
+    ids, smaller = carry
+    block = jnp.where(chosen > smaller, chosen, _NEVER).min(axis=1)[:, None]
+    return jnp.where(slot == spec.num_initial + i, block, ids), block
+
+  first, last, count = first[:, None], last[:, None], count[:, None]
+  after = slot - (spec.num_selected - spec.num_local)
+  ids = jnp.where(after >= 0, last - spec.num_local + 1 + after, first + slot)
+  ids, _ = lax.fori_loop(
+    0, some * num_free, sort, (ids, jnp.full((rows, 1), -1, jnp.int32))
+  )
+  few = jnp.where(slot < count, first + slot, -1)
+  ids = jnp.where(count > spec.num_selected, ids, few)
+  plgpu.store(
+    ids_ref,
+    ids,
+    mask=jnp.broadcast_to(slot < spec.num_selected, ids.shape),
+  )
+
+
+def _group_size(width: int, block_m: int) -> int:
+  """Blocks in a group: about the root, so that both searches are short."""
+  return min(1 << (width.bit_length() // 2), block_m)
+
+
+def forward(
+  query: jax.Array,
+  key: jax.Array,
+  lse: jax.Array,
+  offset: jax.Array,
+  segments: tuple[jax.Array, ...],
+  *,
+  spec: Spec,
+) -> jax.Array:
+  """Ids int32 [B, T, K, n] of the selected blocks.
+
+  Args:
+    query: [B, T, N, H].
+    key: [B, C, K, H], compressed; C > 0.
+    lse: [B, T, N], natural logarithm.
+    offset: int32 [B], position of the first query.
+    segments: () or segments of compressed blocks [B, C], of queries [B, T] (one
+      that no block has reads nothing), and the first candidate of every query
+      [B, T], past the end if it has none.
+    spec: lengths, counts, scale and tiles.
+  """
+  tiling = spec.tiling
+  batch, length = query.shape[:2]
+  num_keys, kv_heads = key.shape[1:3]
+  block_q, block_k = tiling.block_q, tiling.scores.block_k
+  grouped = group_heads(query, kv_heads)
+  group, head_dim = grouped.shape[3:]
+  lse = group_heads(lse.astype(jnp.float32) * common.LOG2E, kv_heads)
+  lse = jnp.moveaxis(lse, 1, 3)  # [B, K, G, T]
+
+  steps_k = pl.cdiv(num_keys, block_k)
+  # One column more for what the last block carries over.
+  width = steps_k * (block_k // spec.ratio) + 1
+  width = pl.cdiv(width, tiling.block_m) * tiling.block_m
+  num_scores = 2 if spec.reach > 1 else 1
+  per_query = batch * kv_heads * width * 4 * num_scores
+  rows = max(SCORE_BYTES // per_query, block_q)
+  rows = min(1 << (rows.bit_length() - 1), pl.cdiv(length, block_q) * block_q)
+  chunks = pl.cdiv(length, rows)
+
+  one = pl.BlockSpec((1,), lambda *_: (0,))
+  all_queries = pl.BlockSpec((None, length), lambda i, j, h, b: (b, 0))
+  scores_call = common.pallas_call(
+    functools.partial(
+      _scores_kernel,
+      num_scores=num_scores,
+      num_keys=num_keys,
+      masked=chunks * rows != length,
+      spec=spec,
+    ),
+    name="nsa_block_scores",
+    num_warps=tiling.scores.num_warps,
+    num_stages=tiling.scores.num_stages,
+    # Neighbouring programs share their queries.
+    grid=(steps_k, rows // block_q, kv_heads, batch),
+    in_specs=[
+      one,
+      pl.BlockSpec((1,), lambda i, j, h, b: (b,)),
+      pl.BlockSpec(
+        (None, length, None, group, head_dim),
+        lambda i, j, h, b: (b, 0, h, 0, 0),
+      ),
+      pl.BlockSpec(
+        (None, block_k, None, head_dim), lambda i, j, h, b: (b, i, h, 0)
+      ),
+      pl.BlockSpec(
+        (None, None, group, length), lambda i, j, h, b: (b, h, 0, 0)
+      ),
+      *(
+        pl.BlockSpec((None, block_k), lambda i, j, h, b: (b, i)),
+        all_queries,
+        all_queries,
+      )[: len(segments)],
+    ],
+    out_specs=[
+      pl.BlockSpec(
+        (None, None, block_q, width), lambda i, j, h, b: (b, h, j, 0)
+      )
+    ]
+    * num_scores,
+    out_shape=[
+      jax.ShapeDtypeStruct((batch, kv_heads, rows, width), jnp.float32)
+    ]
+    * num_scores,
+  )
+  padded_n = pl.next_power_of_2(spec.num_selected)
+  top_n_call = common.pallas_call(
+    functools.partial(
+      _top_n_kernel, num_scores=num_scores, length=length, spec=spec
+    ),
+    name="nsa_top_n",
+    num_warps=tiling.top_n_warps,
+    num_stages=1,
+    grid=(rows // tiling.rows, kv_heads, batch),
+    in_specs=[
+      one,
+      pl.BlockSpec((1,), lambda i, h, b: (b,)),
+      *[
+        pl.BlockSpec(
+          (None, None, tiling.rows, width), lambda i, h, b: (b, h, i, 0)
+        )
+      ]
+      * num_scores,
+      *(pl.BlockSpec((None, length), lambda i, h, b: (b, 0)),)[: len(segments)],
+    ],
+    out_specs=pl.BlockSpec(
+      (None, tiling.rows, None, padded_n), lambda i, h, b: (b, i, h, 0)
+    ),
+    out_shape=jax.ShapeDtypeStruct(
+      (batch, rows, kv_heads, spec.num_selected), jnp.int32
+    ),
+  )
+
+  def chunk(start):
+    start = start[None]
+    scores = scores_call(start, offset, grouped, key, lse, *segments)
+    return top_n_call(start, offset, *scores, *segments[2:])
+
+  if chunks == 1:
+    return chunk(jnp.int32(0))[:, :length]
+  ids = lax.map(chunk, jnp.arange(chunks, dtype=jnp.int32) * rows)
+  ids = jnp.moveaxis(ids, 0, 1).reshape(batch, -1, *ids.shape[3:])
+  return ids[:, :length]
+
+
+def without_scores(
+  length: int,
+  kv_heads: int,
+  offset: jax.Array,
+  segments: tuple[jax.Array, ...],
+  *,
+  spec: Spec,
+) -> jax.Array:
+  """As `forward`, where the number of candidates alone decides.
+
+  That is, if no query has more than n candidates, or all places are forced.
+  """
+  t = offset[:, None] + jnp.arange(length, dtype=jnp.int32)
+  first = segments[2] if segments else jnp.zeros_like(t)
+  last = jnp.maximum(t, 0) // spec.block
+  count = jnp.where((t >= 0) & (t < spec.key_length), last - first + 1, 0)
+  slot = jnp.arange(spec.num_selected, dtype=jnp.int32)
+  first, last, count = first[..., None], last[..., None], count[..., None]
+  local = slot - spec.num_selected + 1 + last
+  ids = jnp.where(
+    (count > spec.num_selected) & (slot >= spec.num_initial),
+    local,
+    jnp.where(slot < count, first + slot, -1),
+  )
+  shape = (*ids.shape[:2], kv_heads, spec.num_selected)
+  return jnp.broadcast_to(ids[:, :, None], shape)
