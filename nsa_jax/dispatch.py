@@ -105,7 +105,7 @@ def _triton_select_blocks(
 ) -> Array:
   import pallas_kernels
 
-  segments: dict[str, Array] = {}
+  segments: dict[str, Any] = {}
   if queries.key_segments is not None and queries.query_segments is not None:
     segments = {
       "block_segments": compression.compressed_block_segments(

@@ -11,7 +11,7 @@ temporary; chunks of queries keep them within a budget.
 """
 
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,10 @@ from pallas_kernels.triton.selected_attention import group_heads
 from pallas_kernels.triton.tiling import SelectionTiling
 
 # Bytes of the scores of one chunk.
-SCORE_BYTES = 2**29
+SCORE_BYTES = 5 * 2**27
+# Columns behind the scores of a query: the last block carries over to one that
+# nobody reads, but that must be there; as many as keep the rows aligned.
+_SPARE = 32
 # Later than any block.
 _NEVER = 2**30
 
@@ -92,7 +95,8 @@ def _scores_kernel(
   key = step_k * block_k + _arange(block_k)
   end = key * spec.stride + spec.compression - 1
 
-  needed = jnp.min(end) <= jnp.max(t)
+  first_end = step_k * (block_k * spec.stride) + spec.compression - 1
+  needed = first_end <= offset_ref[0] + start + block_q - 1
   if masked:
     needed &= start < length
   if refs:
@@ -161,6 +165,7 @@ def _top_n_kernel(
     refs[-1],
   )
   rows, width = score_refs[0].shape
+  width -= _SPARE
   block_m = spec.tiling.block_m
   size = _group_size(width, block_m)
   per_step = block_m // size
@@ -297,9 +302,8 @@ def forward(
   lse = jnp.moveaxis(lse, 1, 3)  # [B, K, G, T]
 
   steps_k = pl.cdiv(num_keys, block_k)
-  # One column more for what the last block carries over.
-  width = steps_k * (block_k // spec.ratio) + 1
-  width = pl.cdiv(width, tiling.block_m) * tiling.block_m
+  steps_m = pl.cdiv(steps_k * (block_k // spec.ratio), tiling.block_m)
+  width = steps_m * tiling.block_m + _SPARE
   num_scores = 2 if spec.reach > 1 else 1
   per_query = batch * kv_heads * width * 4 * num_scores
   rows = max(SCORE_BYTES // per_query, block_q)

@@ -1,0 +1,371 @@
+"""Block selection by the Triton kernels, against the reference and the oracle.
+
+Both get the same lse. Where the scores leave a margin ids are equal; elsewhere
+the scores of the chosen blocks are (`Oracle.assert_ids`).
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AbstractDevice, AbstractMesh
+
+import nsa_jax
+import pallas_kernels
+from nsa_jax import NSAConfig
+from pallas_kernels import SelectionTiling, Tile
+from tests import helpers
+from tests.helpers import Dims, Oracle
+
+BASE = NSAConfig(8, 4, 16, 3, 1, 1)
+# Every loop of both kernels takes several steps at test sizes.
+SMALL = SelectionTiling(16, Tile(16, 1, 1), 4, 4, 1)
+
+
+@pytest.fixture
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+  monkeypatch.setattr(
+    "pallas_kernels.triton.tiling.selection_tiling", lambda **_: SMALL
+  )
+
+
+@functools.cache
+def _lse(config: NSAConfig, key_length: int) -> Any:
+  """A jitted function: the lse of the compressed branch."""
+
+  @jax.jit
+  def run(query, key, integers):
+    if not key.shape[1]:
+      return jnp.full(query.shape[:3], -jnp.inf, jnp.float32)
+    return nsa_jax.compressed_attention(
+      query.astype(jnp.float32),
+      key.astype(jnp.float32),
+      key.astype(jnp.float32),
+      **integers,
+      config=config,
+      key_length=key_length,
+      implementation="reference",
+    )[1]
+
+  return run
+
+
+def _select(implementation: Any, config: NSAConfig, key_length: int) -> Any:
+  """A jitted function f(query, key, lse, integers) -> ids."""
+
+  @jax.jit
+  def run(query, key, lse, integers):
+    return nsa_jax.select_blocks(
+      query,
+      key,
+      lse,
+      **integers,
+      config=config,
+      key_length=key_length,
+      implementation=implementation,
+    )
+
+  return run
+
+
+def _check(dims: Dims, dtype: str, integers: Any = None, seed: int = 0) -> Any:
+  """Ids of the kernels against the oracle, and exactly where it is clear."""
+  integers = integers or {}
+  config, keys = dims.config, dims.keys
+  inputs = helpers.make_inputs(dims, dtype, seed)
+  query, key = inputs["query"], inputs["compressed"].key
+  lse = _lse(config, keys)(query, key, integers)
+  ids = _select("triton", config, keys)(query, key, lse, integers)
+  expected = _select("reference", config, keys)(query, key, lse, integers)
+  oracle = Oracle(
+    config,
+    keys,
+    dims.queries,
+    dims.batch,
+    offset=integers.get("query_offset"),
+    segment_ids=integers.get("segment_ids"),
+  )
+  scores = oracle.scores(inputs)
+  oracle.assert_ids(ids, scores, dtype)
+  if oracle.margin(scores) > 1e-4:
+    np.testing.assert_array_equal(ids, expected)
+  different = np.mean(np.asarray(ids) != np.asarray(expected))
+  assert different < 0.01, "near ties are rare"
+  return inputs, lse, ids
+
+
+CASES: dict[str, tuple[Dims, str]] = {
+  "overlap": (Dims(BASE, 2, 70, 70, 1, 3), "float32"),
+  "no initial": (Dims(NSAConfig(8, 4, 16, 2, 0, 1), 1, 70, 70), "bfloat16"),
+  "three initial": (Dims(NSAConfig(8, 4, 16, 5, 3, 1), 1, 90, 90), "float16"),
+  "one ratio": (Dims(NSAConfig(16, 16, 16, 3, 1, 1), 1, 90, 90), "float32"),
+  "longer": (Dims(NSAConfig(16, 4, 16, 3, 1, 1), 1, 70, 70), "float32"),
+  "odd reach": (Dims(NSAConfig(12, 4, 16, 4, 1, 2), 1, 91, 91), "bfloat16"),
+  "stride 1": (Dims(NSAConfig(8, 1, 16, 3, 0, 2), 1, 81, 81), "float32"),
+  "large group": (
+    Dims(BASE, 1, 70, 70, kv_heads=1, group=12, head_dim=48),
+    "float32",
+  ),
+  "all forced": (Dims(NSAConfig(8, 4, 16, 3, 2, 1), 1, 70, 70), "float32"),
+  "few blocks": (Dims(NSAConfig(8, 4, 16, 8, 1, 2), 1, 70, 70), "float32"),
+  "no compressed block": (Dims(BASE, 1, 5, 5), "float32"),
+}
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("name", CASES)
+def test_matches_reference(name: str) -> None:
+  _check(*CASES[name])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_default_tiles(dtype: str) -> None:
+  _check(Dims(BASE, 1, 70, 70), dtype)
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("initial", [0, 1])
+def test_offsets(initial: int) -> None:
+  """T < S; queries before the first and after the last token."""
+  config = NSAConfig(8, 4, 16, 3, initial, 1)
+  offset = helpers.int32([-3, 80])
+  _check(Dims(config, 2, 21, 91), "float32", {"query_offset": offset})
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("initial", [0, 1])
+def test_segments(initial: int) -> None:
+  config = NSAConfig(8, 4, 16, 3, initial, 1)
+  dims = Dims(config, 2, 160, 160, kv_heads=1)
+  segments = np.zeros((2, 160), np.int32)
+  segments[0, :70], segments[0, 80:155] = 5, 2
+  segments[1, 32:150] = 3
+  inputs, lse, ids = _check(dims, "float32", {"segment_ids": segments})
+  assert (np.asarray(ids)[segments == 0] == -1).all()
+
+  # Nothing in the padding is felt, nor what later tokens and the other segment
+  # hold; given to the kernels themselves, before anything cleans it up.
+  run = functools.partial(
+    pallas_kernels.select_blocks,
+    key_length=160,
+    compression_block=8,
+    compression_stride=4,
+    selection_block=16,
+    num_selected=3,
+    num_initial=initial,
+    num_local=1,
+    scale=0.25,
+    query_offset=jnp.zeros(2, jnp.int32),
+    block_segments=nsa_jax.compression.compressed_block_segments(
+      jnp.asarray(segments), config
+    ),
+    query_segments=jnp.asarray(segments),
+    segment_starts=nsa_jax.compression.segment_starts(
+      jnp.asarray(segments), jnp.asarray(segments)
+    ),
+  )
+  query, key = inputs["query"], inputs["compressed"].key
+  whole = segments[:, 4 * np.arange(dims.num_compressed)[:, None] + range(8)]
+  hidden = (whole != whole[..., :1]).any(-1) | (whole[..., 0] == 0)
+  poisoned = run(
+    helpers.poison(query, segments == 0),
+    helpers.poison(key, hidden),
+    helpers.poison(lse, segments == 0),
+  )
+  np.testing.assert_array_equal(poisoned, ids)
+  other = np.arange(dims.num_compressed) * 4 + 8 > 120
+  later = np.array(run(query, helpers.poison(key, other[None] | hidden), lse))
+  np.testing.assert_array_equal(later[:, :120], np.asarray(ids)[:, :120])
+
+
+@pytest.mark.usefixtures("small_tiles")
+def test_ties_go_to_the_lower_index() -> None:
+  """With equal keys all blocks but the first, which has 7 of 8 shares, tie."""
+  config = NSAConfig(8, 4, 16, 5, 0, 2)
+  query = jnp.ones((1, 160, 2, 16))
+  key = jnp.ones((1, 39, 1, 16))
+  lse = _lse(config, 160)(query, key, {})
+  ids = np.asarray(_select("triton", config, 160)(query, key, lse, {}))[0, :, 0]
+  for t in range(96, 160):
+    own = t // 16
+    assert ids[t].tolist() == [1, 2, 3, own - 1, own], t
+
+
+@pytest.mark.usefixtures("small_tiles")
+def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+  dims = Dims(BASE, 2, 70, 70)
+  *_, whole = _check(dims, "float32")
+  monkeypatch.setattr(
+    "pallas_kernels.triton.block_selection.SCORE_BYTES", 2**14
+  )
+  *_, chunked = _check(dims, "float32")
+  np.testing.assert_array_equal(chunked, whole)
+
+
+def test_rows_of_many_blocks() -> None:
+  """The groups of the top-n kernel at a length that fills them."""
+  config = NSAConfig(16, 16, 16, 16, 1, 2)
+  rng = np.random.default_rng(0)
+  query: Any = rng.standard_normal((1, 3, 2, 16))
+  key: Any = rng.standard_normal((1, 2100, 1, 16))
+  query, key = query.astype(np.float32), key.astype(np.float32)
+  lse = _lse(config, 33600)(query, key, {})
+  got, expected = (
+    _select(name, config, 33600)(query, key, lse, {})
+    for name in ("triton", "reference")
+  )
+  np.testing.assert_array_equal(got, expected)
+
+
+def test_vmap() -> None:
+  inputs = helpers.make_inputs(Dims(BASE, 2, 60, 60), "float32")
+  query, key = inputs["query"], inputs["compressed"].key
+  lse = _lse(BASE, 60)(query, key, {})
+  run = _select("triton", BASE, 60)
+  one_by_one = jax.vmap(lambda *x: run(*x, {}))(
+    query[:, None], key[:, None], lse[:, None]
+  )
+  np.testing.assert_array_equal(one_by_one[:, 0], run(query, key, lse, {}))
+
+
+def test_memory_is_linear() -> None:
+  """Twice the length does not take twice the memory once chunks are full."""
+  config = NSAConfig()
+
+  def temporary(length: int) -> int:
+    sizes = ((1, length, 4, 16), (1, length // 16 - 1, 1, 16), (1, length, 4))
+    args = [jax.ShapeDtypeStruct(s, jnp.float32) for s in sizes]
+    lowered = _select("triton", config, length).lower(*args, {})
+    memory = lowered.compile().memory_analysis()
+    assert memory is not None
+    return memory.temp_size_in_bytes
+
+  small, large = temporary(2**16), temporary(2**17)
+  assert large < 2.5 * small
+
+
+# ------------------------------------------------------------------- lowering
+
+
+def _lower(
+  *,
+  config: NSAConfig,
+  group: int,
+  head_dim: int,
+  dtype: Any,
+  length: int = 5000,
+  queries: int | None = None,
+  packed: bool = False,
+  kv_heads: int = 2,
+) -> str:
+  """Block selection lowered for an H200."""
+  queries = queries or length
+  blocks = nsa_jax.num_compressed_blocks(length, config)
+  args = [
+    jax.ShapeDtypeStruct((1, queries, kv_heads * group, head_dim), dtype),
+    jax.ShapeDtypeStruct((1, blocks, kv_heads, head_dim), dtype),
+    jax.ShapeDtypeStruct((1, queries, kv_heads * group), jnp.float32),
+  ]
+  integers = {}
+  if packed:
+    integers["segment_ids"] = jax.ShapeDtypeStruct((1, length), jnp.int32)
+  mesh = AbstractMesh(
+    (),
+    (),
+    abstract_device=AbstractDevice(
+      device_kind="NVIDIA H200", num_cores=132, platform="gpu"
+    ),
+  )
+  with jax.sharding.use_abstract_mesh(mesh):
+    traced = _select("triton", config, length).trace(*args, integers)
+    return traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+LOWERED: dict[str, Any] = {
+  "config": (
+    NSAConfig(),
+    NSAConfig(64, 64, 64, 16, 1, 2),
+    NSAConfig(16, 1, 16, 5, 0, 1),
+    NSAConfig(48, 16, 64, 70, 3, 1),
+    NSAConfig(128, 1, 128, 5, 3, 1),
+    NSAConfig(32, 32, 128, 4, 0, 3),
+  ),
+  "group": (1, 3, 4, 12, 16, 64),
+  "head_dim": (16, 32, 64, 96, 128, 192, 256),
+  "dtype": (jnp.float16, jnp.bfloat16, jnp.float32),
+  "length": (5000, 16384),
+  "queries": (1, 7, None),
+  "packed": (False, True),
+}
+
+
+@pytest.mark.parametrize(
+  "sizes",
+  [
+    {"length": 65536, "kv_heads": 4},
+    {"length": 5001, "queries": 77, "packed": True},
+  ],
+  ids=str,
+)
+def test_lowers_for_cuda(sizes: dict[str, Any]) -> None:
+  text = _lower(
+    config=NSAConfig(), group=16, head_dim=128, dtype=jnp.bfloat16, **sizes
+  )
+  assert "nsa_block_scores" in text
+  assert "nsa_top_n" in text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", helpers.pairwise(LOWERED), ids=str)
+def test_every_tiling_lowers_for_cuda(sizes: dict[str, Any]) -> None:
+  assert "nsa_top_n" in _lower(**sizes)
+
+
+# ------------------------------------------------------------------- on a GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", CASES)
+def test_gpu_matches_reference(name: str) -> None:
+  _check(*CASES[name])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("group", [4, 16])
+def test_gpu_matches_xla_at_length(group: int, packed: bool) -> None:
+  """The ids differ only where scores do by less than rounding explains."""
+  config, length = NSAConfig(), 8192
+  keys = jax.random.split(jax.random.key(0), 2)
+  blocks = nsa_jax.num_compressed_blocks(length, config)
+  query = jax.random.normal(keys[0], (1, length, 2 * group, 128), jnp.bfloat16)
+  key = jax.random.normal(keys[1], (1, blocks, 2, 128), jnp.bfloat16)
+  integers = {}
+  if packed:
+    segments = jnp.repeat(jnp.array([2, 0, 1, 3]), length // 4)
+    integers["segment_ids"] = segments[None].astype(jnp.int32)
+  wide = query.astype(jnp.float32), key.astype(jnp.float32)
+  call: dict[str, Any] = {
+    **integers,
+    "config": config,
+    "key_length": length,
+    "implementation": "xla",
+  }
+  lse = nsa_jax.compressed_attention(*wide, wide[1], **call)[1]
+  scores = nsa_jax.block_scores(*wide, lse, **call)
+  got = _select("triton", config, length)(query, key, lse, integers)
+  again = _select("triton", config, length)(query, key, lse, integers)
+  np.testing.assert_array_equal(got, again)
+  expected = nsa_jax.select_blocks(*wide, lse, **call)
+
+  def chosen(ids):
+    x = jnp.take_along_axis(scores, jnp.maximum(ids, 0), axis=-1)
+    return jnp.where(ids < 0, 0, x)
+
+  # Forced blocks are in both; the others are the largest in both.
+  np.testing.assert_array_equal(got < 0, expected < 0)
+  got, expected = (jnp.sort(chosen(x), axis=-1) for x in (got, expected))
+  np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-7)
