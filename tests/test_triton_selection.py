@@ -87,6 +87,7 @@ def _check(dims: Dims, dtype: str, integers: Any = None, seed: int = 0) -> Any:
     dims.batch,
     offset=integers.get("query_offset"),
     segment_ids=integers.get("segment_ids"),
+    query_segment_ids=integers.get("query_segment_ids"),
   )
   scores = oracle.scores(inputs)
   oracle.assert_ids(ids, scores, dtype)
@@ -179,6 +180,25 @@ def test_segments(initial: int) -> None:
   other = np.arange(dims.num_compressed) * 4 + 8 > 120
   later = np.array(run(query, helpers.poison(key, other[None] | hidden), lse))
   np.testing.assert_array_equal(later[:, :120], np.asarray(ids)[:, :120])
+
+
+@pytest.mark.usefixtures("small_tiles")
+def test_queries_of_other_segments() -> None:
+  """Blocks between a query and the segment it reads are candidates of score 0.
+
+  So are those in which a misaligned segment begins, as far as others go.
+  """
+  config = NSAConfig(8, 4, 16, 3, 0, 1)
+  dims = Dims(config, 1, 112, 112, kv_heads=1)
+  segments = np.full((1, 112), 2, np.int32)
+  segments[:, :58] = 1
+  own = segments.copy()
+  own[:, 80:96] = 1  # reads the first document from the second
+  own[:, 20] = 9  # a document that the keys do not have
+  own[:, 21] = 0
+  integers = {"segment_ids": segments, "query_segment_ids": own}
+  # Traced segments need not be aligned.
+  _check(dims, "float32", integers)
 
 
 @pytest.mark.usefixtures("small_tiles")

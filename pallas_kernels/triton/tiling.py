@@ -230,7 +230,7 @@ def selection_tiling(
   cost = head_dim * jnp.dtype(dtype).itemsize
   exact = jnp.dtype(dtype).itemsize == 4  # on the ordinary arithmetic units
   block_q = 32 if exact else 64
-  block_q = min(block_q, max(16, common.padded_rows(length)))
+  block_q = min(block_q, common.padded_rows(length))
   block_k = 32 if exact else 128
   num_stages = 3 if cost <= 256 else 2
   return SelectionTiling(
