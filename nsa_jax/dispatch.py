@@ -93,6 +93,9 @@ def _triton_window_attention(
     key_offset=key_offset,
     key_segments=queries.key_segments,
     query_segments=queries.query_segments,
+  )
+
+
 def _triton_select_blocks(
   query: Array,
   compressed_key: Array,

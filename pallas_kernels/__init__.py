@@ -22,7 +22,6 @@ from pallas_kernels.triton.tiling import (
   BandTile,
   BandTiling,
   SelectedTiling,
-  SelectedTiling,
   SelectionTiling,
   Tile,
 )
@@ -31,8 +30,10 @@ __all__ = [
   "BandTile",
   "BandTiling",
   "SelectedTiling",
+  "SelectionTiling",
   "Tile",
   "compressed_attention",
+  "select_blocks",
   "selected_attention",
   "window_attention",
 ]
@@ -170,7 +171,7 @@ def _band_call(
       head_dim=query.shape[-1],
       value_dim=value.shape[-1],
       dtype=query.dtype,
-      one_pass=band.window is None,
+      one_pass=False,
     )
   segments: tuple[jax.Array, ...] = ()
   if key_segments is not None and query_segments is not None:
@@ -200,12 +201,6 @@ def _band_attention_bwd(spec, branch, residuals, cotangents):
 
 
 _band_attention.defvjp(_band_attention_fwd, _band_attention_bwd)
-  "SelectedTiling",
-  "SelectionTiling",
-  "Tile",
-  "select_blocks",
-  "selected_attention",
-]
 
 
 def selected_attention(

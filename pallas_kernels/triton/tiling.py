@@ -53,14 +53,20 @@ class SelectedTiling:
 
 
 @dataclasses.dataclass(frozen=True)
-class BandTile(Tile):
-  """How a kernel of the compressed or the window branch is cut.
+class BandTile:
+  """How one kernel of the compressed or the window branch is cut.
 
   Attributes:
-    rows: rows (queries x heads of a group) per step; a power of two, at least
-      16 and G.
+    block_k: keys per step, or of a program of `dkv`.
+    num_warps: warps per program.
+    num_stages: depth of the pipeline that loads a step's inputs.
+    rows: rows (queries x heads of a group) of a program, or per step of `dkv`;
+      a power of two, at least 16 and G.
   """
 
+  block_k: int
+  num_warps: int
+  num_stages: int
   rows: int
 
 
@@ -179,20 +185,6 @@ def selected_tiling(
   else:
     dkv = tile(64, 8 if width > 192 else 4, 3 if rows < 64 else 2)
   return SelectedTiling(False, fwd, dq, dkv)
-    keys = 64 if cost <= 256 else 32 if cost <= 512 else 16
-    keys = min(keys, block)
-    # A step gathers `rows` queries and cotangents.
-    step_rows = 64 if cost <= 256 else 32 if cost <= 512 else 16
-    fwd = Tile(keys, 4, 1)
-    bwd = Tile(keys, 4, 3 if cost <= 256 else 2)
-    return SelectedTiling(True, fwd, bwd, bwd, rows=step_rows)
-  num_warps = max(1, rows // 16)
-  if width > 128:
-    num_warps = max(2, num_warps)
-  fwd = Tile(min(32 if cost <= 256 else 16, block), num_warps, 2)
-  dkv_keys = 64 if cost <= 256 and rows <= 16 else 32 if cost <= 512 else 16
-  dkv = Tile(min(dkv_keys, block), 4, 3 if cost <= 256 else 2)
-  return SelectedTiling(False, fwd, fwd, dkv)
 
 
 @dataclasses.dataclass(frozen=True)
