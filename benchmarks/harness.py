@@ -149,6 +149,12 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
   return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def recorded(out: pathlib.Path, name: str) -> dict[str, list[dict]]:
+  """The tables of name.json; none if there is no such record."""
+  path = out / f"{name}.json"
+  return json.loads(path.read_text())["tables"] if path.exists() else {}
+
+
 def record(
   out: pathlib.Path, name: str, title: str, tables: dict[str, list[dict]]
 ) -> None:

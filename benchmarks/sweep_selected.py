@@ -66,7 +66,15 @@ FWD = (
   (64, 2, 2),
   (32, 4, 2),
 )
-DQ = ((32, 1, 2), (16, 1, 3), (64, 1, 2), (16, 2, 2), (32, 2, 2), (64, 2, 2))
+DQ = (
+  (32, 1, 2),
+  (16, 1, 2),
+  (16, 1, 3),
+  (64, 1, 2),
+  (16, 2, 2),
+  (32, 2, 2),
+  (64, 2, 2),
+)
 DKV = (
   (64, 4, 3),
   (64, 4, 2),
@@ -208,21 +216,13 @@ def measure(shape: Shape) -> dict[str, list[dict[str, Any]]]:
     f"{jnp.dtype(shape.dtype).name} l'={shape.block}"
   )
   last = "rows" if base.by_block else "queries"
-  chosen = {
-    name: dataclasses.astuple(getattr(base, name))[:3]
-    + ((base.rows,) if base.by_block else (getattr(base, name).queries,))
-    for name in KERNELS
-  }
 
   def rank(entry):
     return entry[1] if isinstance(entry[1], float) else float("inf")
 
   return {
     f"{label}, {name}: (keys, warps, stages, {last})": [
-      {
-        "tile": f"{tile}{' chosen' if tile == chosen[name] else ''}",
-        "ms": ms,
-      }
+      {"tile": str(tile), "ms": ms}
       for tile, ms in sorted(times.items(), key=rank)
     ]
     for name, times in found.items()
@@ -234,7 +234,8 @@ def main():
   parser = harness.arguments(__doc__.splitlines()[0])
   parser.add_argument("--first", type=int, default=0, help="shape to begin at")
   args = parser.parse_args()
-  tables: dict[str, list[dict[str, Any]]] = {}
+  # Shapes that are not measured now keep what an earlier run found.
+  tables = harness.recorded(args.out, "sweep_selected")
   for shape in SHAPES[args.first : 2 if args.quick else None]:
     tables |= measure(shape)
     # After every shape: a sweep that is cut short keeps what it has.

@@ -10,6 +10,9 @@ if _DEVICE_COUNT not in os.environ.get("XLA_FLAGS", ""):
     f"{os.environ.get('XLA_FLAGS', '')} {_DEVICE_COUNT}=8".strip()
   )
 
+# Several processes share a GPU.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
 from collections.abc import Iterator
 
 import hypothesis
