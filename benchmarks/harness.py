@@ -6,19 +6,86 @@ Markdown and PNG, with device, versions, command and date.
 """
 
 import argparse
+import concurrent.futures
 import datetime
 import json
+import os
 import pathlib
 import shlex
 import statistics
 import sys
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 
 RESULTS = pathlib.Path(__file__).parent / "results"
+Name = TypeVar("Name", bound=Hashable)
+
+
+def require_gpu() -> None:
+  """Ends the command on a machine without an NVIDIA GPU."""
+  device = jax.devices()[0]
+  if "cuda" not in device.client.platform_version:
+    raise SystemExit(
+      f"needs an NVIDIA GPU: JAX found {device.device_kind!r} only"
+    )
+
+
+def compile_all(
+  jobs: Mapping[Name, tuple[Callable[..., Any], Sequence[Any]]],
+) -> dict[Name, Any]:
+  """Compiles functions for their arguments, or for shapes, side by side.
+
+  A job that fails leaves its exception in the place of the program: a baseline
+  that does not fit the card is a result, not the end of the command.
+  """
+
+  def one(job):
+    function, args = job
+    try:
+      return jax.jit(function).lower(*args).compile()
+    except Exception as error:
+      return error
+
+  with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+    return dict(zip(jobs, pool.map(one, jobs.values()), strict=True))
+
+
+def forward_and_backward(function: Callable[..., Any]) -> Callable[..., Any]:
+  """The gradients of a function that returns out and something else.
+
+  The result takes a tuple of arguments to differentiate, a tuple of others
+  that follow them, and the cotangent of out.
+  """
+
+  def run(primals, rest, dout):
+    _, pullback, _ = jax.vjp(
+      lambda *args: function(*args, *rest), *primals, has_aux=True
+    )
+    return pullback(dout)
+
+  return run
+
+
+def cudnn(query, key, value):
+  """Dense causal attention by cuDNN, and None."""
+  return jax.nn.dot_product_attention(
+    query, key, value, is_causal=True, implementation="cudnn"
+  ), None
+
+
+def triton_fa(query, key, value):
+  """Dense causal attention by jax's Pallas Triton kernel, and None."""
+  from jax.experimental.pallas.ops.gpu import attention
+
+  group = query.shape[2] // key.shape[2]
+  # The kernel takes as many key/value heads as query heads.
+  key, value = (jnp.repeat(x, group, axis=2) for x in (key, value))
+  return attention.mha(
+    query, key, value, None, sm_scale=query.shape[-1] ** -0.5, causal=True
+  ), None
 
 
 def device_ms(
@@ -38,19 +105,35 @@ def device_ms(
 
 
 def kernel_ms(function: Callable[..., Any], *args: Any) -> dict[str, float]:
-  """Device time of every kernel of one call, in ms, largest first."""
+  """Device time of every kernel of one call, in ms, largest first.
+
+  Raises:
+    RuntimeError: on a machine without an NVIDIA GPU.
+  """
   from jax.experimental.mosaic.gpu import profiler
 
   _, times = profiler.measure(function, aggregate=False)(*args)
+  if times is None:
+    raise RuntimeError("the profiler saw no kernel")
   total: dict[str, float] = {}
-  for name, ms in times or ():
+  for name, ms in times:
     total[name] = total.get(name, 0.0) + ms
   return dict(sorted(total.items(), key=lambda item: -item[1]))
 
 
 def temporary_mib(function: Callable[..., Any], *args: Any) -> float:
-  """Memory that a call takes beyond its arguments and results, in MiB."""
-  memory = jax.jit(function).lower(*args).compile().memory_analysis()
+  """Memory that a call takes beyond its arguments and results, in MiB.
+
+  Args:
+    function: a function of `args`, or a compiled program (no `args`).
+    *args: arrays or shapes.
+  """
+  program = (
+    function
+    if isinstance(function, jax.stages.Compiled)
+    else jax.jit(function).lower(*args).compile()
+  )
+  memory = program.memory_analysis()
   assert memory is not None
   return memory.temp_size_in_bytes / 2**20
 
@@ -156,16 +239,29 @@ def recorded(out: pathlib.Path, name: str) -> dict[str, list[dict]]:
 
 
 def record(
-  out: pathlib.Path, name: str, title: str, tables: dict[str, list[dict]]
+  out: pathlib.Path,
+  name: str,
+  title: str,
+  tables: dict[str, list[dict]],
+  **data: Any,
 ) -> None:
-  """Writes name.json and name.md, and prints the last table."""
+  """Writes name.json and name.md, and prints the tables.
+
+  Args:
+    out: folder.
+    name: of the files.
+    title: of the record.
+    tables: rows by heading.
+    **data: what only the JSON holds.
+  """
   out.mkdir(parents=True, exist_ok=True)
   facts = environment()
   (out / f"{name}.json").write_text(
-    json.dumps({"title": title, **facts, "tables": tables}, indent=2) + "\n"
+    json.dumps({"title": title, **facts, "tables": tables, **data}, indent=2)
+    + "\n"
   )
   parts = [f"# {title}", "\n".join(f"- {k}: {v}" for k, v in facts.items())]
   for heading, rows in tables.items():
     parts.append(f"## {heading}\n\n{markdown(rows)}")
   (out / f"{name}.md").write_text("\n\n".join(parts) + "\n")
-  print(parts[-1], flush=True)
+  print("\n\n".join(parts), flush=True)

@@ -13,7 +13,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import matplotlib
-from jax.experimental.pallas.ops.gpu import attention as pallas_fa
 
 import nsa_jax
 from benchmarks import harness
@@ -61,29 +60,12 @@ def both(query, key, value, ids, dout, dlse, implementation: Any = "triton"):
   return pullback((dout, dlse))
 
 
-def cudnn(query, key, value):
-  return jax.nn.dot_product_attention(
-    query, key, value, is_causal=True, implementation="cudnn"
-  )
-
-
-def triton_fa(query, key, value):
-  group = query.shape[2] // key.shape[2]
-  # The kernel takes as many key/value heads as query heads.
-  key, value = (jnp.repeat(x, group, axis=2) for x in (key, value))
-  return pallas_fa.mha(
-    query, key, value, None, sm_scale=HEAD_DIM**-0.5, causal=True
-  )
-
-
 def dense_times(function, query, key, value, dout, repeats):
   """Forward, and forward with backward, of a dense baseline."""
-  _, fwd = harness.device_ms(function, query, key, value, repeats=repeats)
-
-  def pull(query, key, value, dout):
-    return jax.vjp(function, query, key, value)[1](dout)
-
-  _, total = harness.device_ms(pull, query, key, value, dout, repeats=repeats)
+  args = (query, key, value)
+  _, fwd = harness.device_ms(function, *args, repeats=repeats)
+  pull = harness.forward_and_backward(function)
+  _, total = harness.device_ms(pull, args, (), dout, repeats=repeats)
   return fwd, total - fwd
 
 
@@ -111,6 +93,7 @@ def measure(length, heads, kv_heads, ids, repeats):
 
 def main():
   args = harness.arguments(__doc__.splitlines()[0]).parse_args()
+  harness.require_gpu()
   lengths = (8192, 32768) if args.quick else (8192, 32768, 65536, 131072)
   repeats = 3 if args.quick else 5
   tables: dict[str, list[dict[str, Any]]] = {}
@@ -132,10 +115,10 @@ def main():
       }
       if length <= 65536:
         query, k, v, dout, _ = inputs(length, heads, kv_heads)
-        dense = dense_times(cudnn, query, k, v, dout, 3)
+        dense = dense_times(harness.cudnn, query, k, v, dout, 3)
         row |= {"cuDNN dense fwd": dense[0], "cuDNN dense bwd": dense[1]}
       if length <= 32768:
-        dense = dense_times(triton_fa, query, k, v, dout, 3)
+        dense = dense_times(harness.triton_fa, query, k, v, dout, 3)
         row |= {"Triton FA fwd": dense[0], "Triton FA bwd": dense[1]}
       rows.append(row)
       print(row, flush=True)

@@ -55,8 +55,10 @@ class TransformerConfig:
     head_dim: H, of queries and keys.
     value_head_dim: V, of values; `head_dim` by default.
     mlp_dim: hidden width of SwiGLU.
-    attention: "nsa", "full" (memory quadratic in the length) or "window"
-      (`nsa.window` tokens) for all layers, or one of them per layer.
+    attention: "nsa", "full" or "window" (`nsa.window` tokens) for all layers,
+      or one of them per layer. "full" runs in cuDNN on NVIDIA GPUs in half
+      precision, without `segment_ids` and unless `implementation` is "xla" or
+      "reference"; elsewhere its memory is quadratic in the length.
     nsa: hyper-parameters of the attention.
     compression: as in `NativeSparseAttention`; as are the next three.
     share_kv: one key/value projection for the three branches.
@@ -427,11 +429,12 @@ class DenseAttention(nn.Module):
         implementation=config.implementation,
       )
     else:
-      out = _full_attention(query, key, value, segment_ids)
+      portable = config.implementation in ("xla", "reference")
+      out = _full_attention(query, key, value, segment_ids, portable)
     return dense(x.shape[-1], axis=(-2, -1), name="out")(out)
 
 
-def _full_attention(query, key, value, segment_ids):
+def _full_attention(query, key, value, segment_ids, portable):
   """Causal attention in segments; head dimensions of any two sizes."""
   mask = None
   if segment_ids is not None:
@@ -443,10 +446,37 @@ def _full_attention(query, key, value, segment_ids):
     jnp.pad(x, [(0, 0)] * 3 + [(0, width - x.shape[-1])])
     for x in (query, key, value)
   )
+  # With a mask cuDNN would take a [B, 1, T, T] bias: nothing is gained.
+  cudnn = not portable and mask is None and _cudnn_can(query)
   out = jax.nn.dot_product_attention(
-    query, key, value, mask=mask, scale=head_dim**-0.5, is_causal=True
+    query,
+    key,
+    value,
+    mask=mask,
+    scale=head_dim**-0.5,
+    is_causal=True,
+    implementation="cudnn" if cudnn else "xla",
   )
   return out[..., :value_dim]
+
+
+def _cudnn_can(query):
+  """Whether cuDNN's attention takes this dtype and width on the device here.
+
+  Judged when tracing: differentiated, `lax.platform_dependent` would carry the
+  [T, T] residuals of the branch not taken through a scan over layers.
+  """
+  if query.dtype not in (jnp.float16, jnp.bfloat16):
+    return False
+  if query.shape[-1] % 8 or query.shape[-1] > 128:
+    return False
+  config: Any = jax.config
+  device = config.jax_default_device
+  if device is None or isinstance(device, str):
+    device = jax.devices(device)[0]
+  if "cuda" not in device.client.platform_version:
+    return False
+  return tuple(map(int, device.compute_capability.split("."))) >= (8, 0)
 
 
 def _norm(config, name):

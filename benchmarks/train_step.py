@@ -1,0 +1,351 @@
+"""One training step of a 16-layer model on a GPU: where the time goes.
+
+    python -m benchmarks.train_step
+    python -m benchmarks.train_step --quick
+
+The `base` preset, one row of 32k tokens, bfloat16, AdamW, layers in a scan,
+nothing rematerialised; beside it the same model with full attention by cuDNN.
+"""
+
+import dataclasses
+import functools
+import re
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import matplotlib
+
+from benchmarks import harness
+from examples import train_lm
+from nsa_jax import TransformerConfig, TransformerLM
+from nsa_jax.layers import CompressBlocks
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+LENGTH = 32768
+ATTENTIONS = ("nsa", "full")
+STEPS = 5  # timed by the clock
+# Kernels with a name of their own, first match.
+NAMED = (
+  ("NSA: compressed", r"nsa_compressed"),
+  ("NSA: window", r"nsa_window"),
+  ("NSA: compressed and window", r"nsa_band"),
+  ("NSA: scores and top-n", r"nsa_(block_scores|top_n)"),
+  ("NSA: selected", r"nsa_(selected|sum_pieces)"),
+  ("NSA: selected, sorts", r"radix_?sort|\bcub\b|^sort"),
+  ("NSA: other kernels", r"nsa_"),
+  ("full attention (cuDNN)", r"cudnn|sdpa|flash|fmha"),
+)
+PRODUCTS = r"gemm|nvjet|cutlass|cublas|split_?k|xmma"
+# All others by the operation that they come from, first match.
+OPERATIONS = (
+  ("attention: RoPE, gates, layout", r"/attention/"),
+  ("scan over layers: residuals", r"/jit\(dynamic_(update_)?index_in_dim\)"),
+  ("norms, SwiGLU, embedding, loss", r"jvp\("),
+  ("optimiser", r"jit\(train_step\)/"),
+)
+PHI = "phi (fused kernels)"
+
+
+def configure(attention: str, **overrides: Any) -> TransformerConfig:
+  fields = {
+    "attention": attention,
+    "dtype": jnp.bfloat16,
+    "scan_layers": True,
+    "implementation": "triton",
+  }
+  return TransformerConfig.preset("base", **{**fields, **overrides})
+
+
+def init(seed: Any, config: TransformerConfig, optimizer: Any) -> Any:
+  """Parameters and the state of the optimiser; to be called under `jit`."""
+  # Parameters depend neither on the implementation nor on the length.
+  model = TransformerLM(dataclasses.replace(config, implementation="xla"))
+  tokens = jnp.zeros((1, config.nsa.selection_block), jnp.int32)
+  params = model.init(jax.random.key(seed), tokens)["params"]
+  return {"params": params, "opt_state": optimizer.init(params)}
+
+
+def jobs(
+  configs: Mapping[str, TransformerConfig], length: int
+) -> dict[tuple[str, str], Any]:
+  """Programs to compile, by (model, what)."""
+  optimizer = train_lm.make_optimizer(3e-4, 1000)
+  windows = jax.ShapeDtypeStruct((1, length + 1), jnp.int32)
+  found: dict[tuple[str, str], Any] = {}
+  for name, config in configs.items():
+    start = functools.partial(init, config=config, optimizer=optimizer)
+    step = train_lm.make_train_step(TransformerLM(config), optimizer)
+    found[name, "init"] = start, (0,)
+    found[name, "step"] = step, (jax.eval_shape(start, 0), windows)
+  config = configs["nsa"]
+  phi, args = phi_job(config, length)
+  found["nsa", "phi"] = phi, args
+  return found
+
+
+def phi_job(config: TransformerConfig, length: int) -> Any:
+  """phi of one layer, keys and values, forward and backward; its shapes."""
+  phi = CompressBlocks(config.compression, config.nsa, config.param_dtype)
+  value_dim = config.value_head_dim or config.head_dim
+  shapes = [
+    jax.ShapeDtypeStruct((1, length, config.num_kv_heads, width), config.dtype)
+    for width in (config.head_dim, value_dim)
+  ]
+  params = [jax.eval_shape(phi.init, jax.random.key(0), x) for x in shapes]
+  outs: Any = [
+    jax.eval_shape(phi.apply, p, x) for p, x in zip(params, shapes, strict=True)
+  ]
+
+  def run(params, xs, douts):
+    def both(params, xs):
+      return [phi.apply(p, x) for p, x in zip(params, xs, strict=True)]
+
+    return jax.vjp(both, params, xs)[1](douts)
+
+  return run, (params, shapes, outs)
+
+
+def noise(seed: int, shapes: Any) -> Any:
+  """Small random arrays of these shapes."""
+  leaves, structure = jax.tree.flatten(shapes)
+  keys = jax.random.split(jax.random.key(seed), len(leaves))
+  draw = [
+    0.1 * jax.random.normal(key, x.shape, x.dtype)
+    for key, x in zip(keys, leaves, strict=True)
+  ]
+  return jax.tree.unflatten(structure, draw)
+
+
+# Kinds of kernels.
+
+
+def operations(hlo: str) -> dict[str, str]:
+  """What each instruction of a compiled program comes from.
+
+  Args:
+    hlo: `compiled.as_text()`.
+
+  Returns:
+    The `op_name` of instructions by the name that their kernel has.
+  """
+  found: dict[str, str] = {}
+  roots: dict[str, str] = {}  # of the fused computations
+  unnamed: dict[str, str] = {}
+  inside = ""
+  for line in hlo.splitlines():
+    if line.endswith("{") and (
+      start := re.match(r"(?:ENTRY )?%?([\w.-]+)", line)
+    ):
+      inside = start[1]
+    instruction = re.match(r"\s+(ROOT )?%?([\w.-]+) = ", line)
+    if not instruction:
+      continue
+    name = re.sub(r"[^\w]", "_", instruction[2])
+    if op := re.search(r'op_name="([^"]*)"', line):
+      found[name] = op[1]
+      # The root comes last; one without a name leaves it to those before.
+      roots[inside] = op[1]
+    elif calls := re.search(r"calls=%?([\w.-]+)", line):
+      unnamed[name] = calls[1]
+  for name, computation in unnamed.items():
+    if computation in roots:
+      found[name] = roots[computation]
+  return found
+
+
+def kind_of(kernel: str, comes_from: Mapping[str, str]) -> str:
+  """The row of the profile that a kernel belongs to."""
+  for kind, pattern in NAMED:
+    if re.search(pattern, kernel, re.IGNORECASE):
+      return kind
+  operation = comes_from.get(kernel, "")
+  if "/compress_" in operation:
+    return PHI
+  if re.search(PRODUCTS, kernel, re.IGNORECASE):
+    return "matrix products"
+  for kind, pattern in OPERATIONS:
+    if re.search(pattern, operation):
+      return kind
+  return "rest"
+
+
+def by_kind(
+  kernels: Mapping[str, float], comes_from: Mapping[str, str]
+) -> dict[str, float]:
+  """Milliseconds of every kind, largest first."""
+  total: dict[str, float] = {}
+  for kernel, ms in kernels.items():
+    kind = kind_of(kernel, comes_from)
+    total[kind] = total.get(kind, 0.0) + ms
+  return dict(sorted(total.items(), key=lambda item: -item[1]))
+
+
+# Measuring.
+
+
+def clock_ms(step: Any, state: Any, windows: Any, steps: int = STEPS) -> float:
+  """Time of a step by the clock, each on the result of the one before."""
+  state, loss = step(state, windows)
+  jax.block_until_ready(loss)
+  started = time.perf_counter()
+  for _ in range(steps):
+    state, loss = step(state, windows)
+  jax.block_until_ready((state, loss))
+  return 1e3 * (time.perf_counter() - started) / steps
+
+
+def memory_gib(program: Any) -> dict[str, float]:
+  memory = program.memory_analysis()
+  sizes = {
+    "arguments": memory.argument_size_in_bytes,
+    "results": memory.output_size_in_bytes,
+    "temporary": memory.temp_size_in_bytes,
+  }
+  found = {f"{name} GiB": size / 2**30 for name, size in sizes.items()}
+  return found | {"peak GiB": sum(found.values())}
+
+
+def measure(programs: Mapping[Any, Any], name: str, windows: Any) -> Any:
+  """Facts, kernels and the origin of the kernels of one model's step."""
+  step = programs[name, "step"]
+  state = programs[name, "init"](0)
+  text = step.as_text()
+  if name == "full" and "cudnn" not in text:
+    raise RuntimeError("full attention did not go through cuDNN")
+  _, loss = step(state, windows)
+  ms = clock_ms(step, state, windows)
+  kernels = harness.kernel_ms(step, state, windows)
+  facts = {
+    "attention": name,
+    "step ms (clock)": ms,
+    "step ms (kernels)": sum(kernels.values()),
+    "tokens/s": 1e3 * (windows.shape[1] - 1) / ms,
+    **memory_gib(step),
+    "loss": float(loss),
+  }
+  return facts, kernels, operations(text)
+
+
+def tables(
+  measured: Mapping[str, Any], phi_ms: float, layers: int
+) -> dict[str, list[dict[str, Any]]]:
+  """The records.
+
+  Args:
+    measured: (facts, kernels, origins) by model.
+    phi_ms: of one layer alone, forward and backward.
+    layers: of the model.
+  """
+  kinds = {name: by_kind(*rest) for name, (_, *rest) in measured.items()}
+  rows = []
+  for kind in dict.fromkeys(k for found in kinds.values() for k in found):
+    row: dict[str, Any] = {"kind": kind}
+    for name, found in kinds.items():
+      ms = found.get(kind)
+      row[f"{name} ms"] = ms
+      row[f"{name} share"] = ms and f"{ms / sum(found.values()):.1%}"
+    rows.append(row)
+  _, kernels, origins = measured["nsa"]
+  step_ms = sum(kernels.values())
+  facts = [facts for facts, _, _ in measured.values()]
+  first = facts[0]["tokens/s"]
+  return {
+    "One step": [
+      row | {"nsa is faster by": first / row["tokens/s"]} for row in facts
+    ],
+    "Where the time goes": rows,
+    "phi and its backward, timed alone": [
+      {
+        "ms of a layer": phi_ms,
+        "ms of all layers": layers * phi_ms,
+        "share of the nsa step": f"{layers * phi_ms / step_ms:.1%}",
+      }
+    ],
+    "Largest kernels of the nsa step": [
+      {
+        "kernel": kernel[:70],
+        "kind": kind_of(kernel, origins),
+        "ms": ms,
+        "from": origins.get(kernel, "")[-90:].replace("|", "/"),
+      }
+      for kernel, ms in list(kernels.items())[:40]
+    ],
+  }
+
+
+def plot(path, rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> None:
+  """A stacked bar for every model."""
+  figure, axis = plt.subplots(figsize=(10, 3.6), constrained_layout=True)
+  start = dict.fromkeys(names, 0.0)
+  colours = plt.get_cmap("tab20")
+  for i, row in enumerate(rows):
+    widths = [row[f"{name} ms"] or 0.0 for name in names]
+    lefts = list(start.values())
+    axis.barh(
+      names, widths, left=lefts, color=colours(i % 20), label=row["kind"]
+    )
+    for name, width in zip(names, widths, strict=True):
+      start[name] += width
+  axis.invert_yaxis()
+  axis.set_xlabel("ms of kernels in one step")
+  axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
+  figure.savefig(path, dpi=120)
+  plt.close(figure)
+
+
+def parser():
+  result = harness.arguments(__doc__.splitlines()[0])
+  result.add_argument(
+    "--length", type=int, default=LENGTH, help=f"tokens (default: {LENGTH})"
+  )
+  result.add_argument("--layers", type=int, help="default: 16, with --quick 4")
+  result.add_argument(
+    "--unrolled",
+    action="store_true",
+    help="layers one after the other instead of in a scan; compiles for long",
+  )
+  return result
+
+
+def main(argv: Sequence[str] | None = None):
+  args = parser().parse_args(argv)
+  harness.require_gpu()
+  layers = args.layers or (4 if args.quick else 16)
+  configs = {
+    name: configure(name, num_layers=layers, scan_layers=not args.unrolled)
+    for name in ATTENTIONS
+  }
+  wanted = jobs(configs, args.length)
+  programs = harness.compile_all(wanted)
+  for program in programs.values():
+    if isinstance(program, Exception):
+      raise program
+  print(f"compiled {len(programs)} programs", flush=True)
+  windows = jax.random.randint(
+    jax.random.key(1), (1, args.length + 1), 0, configs["nsa"].vocab_size
+  )
+  measured = {}
+  for name in ATTENTIONS:
+    measured[name] = measure(programs, name, windows)
+    print(measured[name][0], flush=True)
+  phi = programs["nsa", "phi"]
+  phi_args = noise(2, wanted["nsa", "phi"][1])
+  phi_ms = sum(harness.kernel_ms(phi, *phi_args).values())
+  found = tables(measured, phi_ms, layers)
+  harness.record(
+    args.out,
+    "train_step",
+    f"One training step, {layers} layers of the base preset, {args.length} "
+    "tokens",
+    found,
+  )
+  plot(args.out / "train_step.png", found["Where the time goes"], ATTENTIONS)
+
+
+if __name__ == "__main__":
+  main()

@@ -1,0 +1,338 @@
+"""The benchmarks' tables, plots and arguments, on made-up timings."""
+
+import dataclasses
+import json
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from benchmarks import harness, loss_curve, train_step, whole_op
+from examples import train_lm
+from nsa_jax import NSAConfig, TransformerConfig
+
+pytestmark = pytest.mark.usefixtures("fast_compilation")
+
+NSA = NSAConfig(8, 4, 16, num_selected=4, window=32)
+COMMANDS = (whole_op, train_step, loss_curve)
+
+
+@pytest.mark.parametrize("module", COMMANDS)
+def test_without_a_gpu_nothing_is_timed(module, tmp_path):
+  if jax.default_backend() == "gpu":
+    return
+  with pytest.raises(SystemExit, match="needs an NVIDIA GPU: JAX found 'cpu'"):
+    module.main(["--quick", f"--out={tmp_path}"])
+  assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("module", COMMANDS)
+def test_arguments(module, tmp_path, capsys):
+  args = module.parser().parse_args(["--quick", f"--out={tmp_path}"])
+  assert args.quick
+  assert args.out == tmp_path
+  assert module.parser().parse_args([]).out == harness.RESULTS
+  with pytest.raises(SystemExit) as caught:
+    module.parser().parse_args(["--quik=1"])
+  assert caught.value.code == 2
+  assert "unrecognized arguments" in capsys.readouterr().err
+
+
+def test_more_arguments():
+  parse = whole_op.parser().parse_args
+  assert parse([]).long == 2**20
+  assert parse(["--lengths", "4096", "8192"]).lengths == [4096, 8192]
+  assert parse(["--parts", "8192"]).parts == [8192]
+  assert train_step.parser().parse_args(["--layers=3"]).layers == 3
+  assert loss_curve.parser().parse_args([]).batch_size == 4
+
+
+# The whole op.
+
+
+def made_up():
+  """Times at three lengths; cuDNN is overtaken between the first two."""
+  times: dict[int, dict[str, tuple[float, ...]]] = {
+    1000: {"whole": (4.0, 10.0), "cuDNN": (2.0, 5.0)},
+    2000: {"whole": (8.0, 20.0), "cuDNN": (16.0, 40.0), "Triton FA": (32.0,)},
+    65536: {"whole": (30.0, 66.0), "window": (3.0, 11.0)},
+  }
+  parts: dict[str, tuple[float, ...]] = {
+    "compressed": (9.0, 24.0),
+    "scores and top-n": (5.5,),
+  }
+  times[65536] |= parts | {
+    "selected": (11.5, 27.0),
+    "Triton FA": (168.0, 660.0),
+  }
+  measured: dict[int, Any] = {}
+  for length, found in times.items():
+    flat = {
+      (name, kind): ms
+      for name, pair in found.items()
+      for kind, ms in zip(("fwd", "bwd"), pair, strict=False)
+    }
+    memory = {"fwd": 10.0, "fwd+bwd": 20.0}
+    measured[length] = flat, {"temporary MiB": memory}
+  measured[1000][1]["errors"] = [{"array": "out", "relative error": 0.003}]
+  measured[65536][1]["kernels"] = {"nsa_selected_dq": 3.0, "loop_fusion": 1.0}
+  return measured
+
+
+def test_tables_of_the_whole_op(tmp_path):
+  measured = made_up()
+  tables = whole_op.tables(
+    measured, NSAConfig(), {"tokens": 7}, {"cuDNN, 65536": "no memory"}
+  )
+  first, second, last = tables["Time"]
+  assert (first["fwd ms"], first["bwd ms"]) == (4.0, 10.0)
+  assert (first["cuDNN dense fwd ms"], last["cuDNN dense fwd ms"]) == (
+    2.0,
+    None,
+  )
+  assert second["Triton FA bwd ms"] is None
+  assert last["temporary MiB, fwd+bwd"] == 20.0
+  assert last["fwd ns/token"] == pytest.approx(30e6 / 65536)
+
+  first, second, last = tables["Times faster than dense attention"]
+  assert first["cuDNN, fwd"] == 0.5
+  assert second["cuDNN, fwd+bwd"] == 2.0
+  assert second["Triton FA, fwd+bwd"] is None
+  assert (last["Triton FA, fwd"], last["Triton FA, bwd"]) == (5.6, 10.0)
+  assert last["paper, fwd"] == 9.0
+  assert last["of the paper, bwd"] == pytest.approx(10 / 6)
+  assert last["of the ceiling, Triton FA fwd"] == pytest.approx(0.6125)
+  assert first["paper, fwd"] is None
+
+  cudnn, triton = tables["Break-even length, tokens"]
+  assert (cudnn["fwd"], cudnn["fwd+bwd"]) == (1414, 1414)
+  assert (triton["fwd"], triton["bwd"]) == ("below 2000", "below 65536")
+
+  (row,) = tables["Parts, ms (timed alone)"]
+  assert row["gates and the rest fwd"] == pytest.approx(1.0)
+  assert row["gates and the rest bwd"] == pytest.approx(4.0)
+  assert "scores and top-n bwd" not in row
+  kernels = tables["Kernels of fwd+bwd at 65536 tokens"]
+  assert [row["share"] for row in kernels] == ["75.0%", "25.0%"]
+  assert tables["A long sequence"] == [{"tokens": 7}]
+  assert tables["Did not run"][0]["reason"] == "no memory"
+  assert any("Against xla in float32, 1000" in name for name in tables)
+
+  whole_op.plot(tmp_path / "plot.png", measured)
+  assert (tmp_path / "plot.png").stat().st_size > 10_000
+  harness.record(tmp_path, "whole_op", "Title", tables, more=[1])
+  saved = json.loads((tmp_path / "whole_op.json").read_text())
+  assert saved["tables"]["Time"] == tables["Time"]
+  assert saved["more"] == [1]
+  assert "| 65536 | 30 | 66 |" in (tmp_path / "whole_op.md").read_text()
+
+
+def test_break_even():
+  lengths = (1, 2, 4)
+  assert whole_op.break_even(lengths, (2.0, 3.0, 4.0)) == "below 1"
+  assert whole_op.break_even(lengths, (0.1, 0.5, 0.9)) == "above 4"
+  assert whole_op.break_even(lengths, (0.1, 0.5, 2.0)) == 3
+  assert whole_op.break_even(lengths, (2.0, 0.5, None)) == "above 2"
+  assert whole_op.break_even(lengths, (None,) * 3) == "not measured"
+
+
+def test_keys_read():
+  # The figures of the design, from the paper's configuration.
+  for length, want in (
+    (8192, 2.3),
+    (16384, 4.0),
+    (32768, 6.4),
+    (65536, 9.1),
+    (131072, 11.6),
+  ):
+    found = whole_op.keys_read_ratio(length, NSAConfig())
+    assert found == pytest.approx(want, abs=0.06)
+
+
+def test_programs_of_the_whole_op():
+  shape = whole_op.Shape(32, 2, 1, 16, NSA, jnp.float32, "xla")
+  wanted = whole_op.jobs(
+    shape, only=("whole",), check=True, longest={"cuDNN": 0, "Triton FA": 0}
+  )
+  programs = harness.compile_all(wanted)
+  names = {(name, kind) for _, name, kind in programs}
+  assert names == {
+    ("inputs", "fwd"),
+    ("whole", "fwd"),
+    ("whole", "both"),
+    ("expected", "both"),
+  }
+  x = whole_op.program(programs, (shape, "inputs", "fwd"))(0)
+  primals = tuple(x[:-1])
+  out, ids = whole_op.program(programs, (shape, "whole", "fwd"))(*primals)
+  gradients = whole_op.program(programs, (shape, "whole", "both"))(
+    primals, (), x.dout
+  )
+  want = whole_op.program(programs, (shape, "expected", "both"))(x, ids)
+  rows = whole_op.errors(out, gradients, *want)
+  assert [row["array"] for row in rows] == [
+    "out",
+    "dquery",
+    "dkey_compressed",
+    "dvalue_compressed",
+    "dkey_selected",
+    "dvalue_selected",
+    "dkey_window",
+    "dvalue_window",
+    "dgates",
+  ]
+  assert max(row["relative error"] for row in rows) < 1e-5
+  every = whole_op.jobs(shape)
+  assert (shape, "cuDNN", "both") in every
+  assert (shape, "scores and top-n", "both") not in every
+  long = whole_op.jobs(shape._replace(length=2**18))
+  assert not {name for _, name, _ in long} & {"cuDNN", "Triton FA"}
+
+
+def test_inputs_longer_than_a_piece_differ():
+  shape = whole_op.Shape(whole_op.CHUNK + 64, 1, 1, 16)
+  x = jax.jit(whole_op.inputs, static_argnums=1)(0, shape)
+  assert x.query.shape == (1, shape.length, 1, 16)
+  assert (x.query[0, :64] != x.query[0, whole_op.CHUNK :]).any()
+  assert (x.query != x.dout).any()
+
+
+def test_a_failed_program_is_reported(capsys):
+  def fails(x):
+    raise ValueError("too large\nfor the card")
+
+  programs = harness.compile_all({"a": (fails, (1,)), "b": (jnp.sin, (1.0,))})
+  assert programs["b"](1.0) == jnp.sin(1.0)
+  failures = whole_op.Failures()
+  assert failures.attempt("a", lambda: whole_op.program(programs, "a")) is None
+  assert failures == {"a": "too large"}
+  assert "a did not run: too large" in capsys.readouterr().out
+
+
+# The training step.
+
+HLO = """HloModule jit_train_step
+
+%fused_computation.2 (p: f32[8]) -> f32[8] {
+  %p = f32[8] parameter(0)
+  ROOT %mul.1 = f32[8] multiply(%p, %p), metadata={op_name="STEP/mul"}
+}
+
+ENTRY %main.9 (a: f32[8]) -> f32[8] {
+  %a = f32[8] parameter(0)
+  %loop_fusion.3 = f32[8] fusion(%a), kind=kLoop, calls=%fused_computation.2
+  %input-fusion = f32[8] fusion(%a), metadata={op_name="ATTN/compress_key/add"}
+  %gates.1 = f32[8] fusion(%a), metadata={op_name="ATTN/mul"}
+  ROOT %silu.2 = f32[8] fusion(%a), metadata={op_name="STEP/jvp(T)/jit(silu)"}
+}
+""".replace("ATTN", "STEP/jvp(T)/layers/attention").replace(
+  "STEP", "jit(train_step)"
+)
+
+
+def test_kinds_of_kernels():
+  origins = train_step.operations(HLO)
+  kernels = {
+    "loop_fusion_3": "optimiser",
+    "input_fusion": "phi (fused kernels)",
+    "gates_1": "attention: RoPE, gates, layout",
+    "silu_2": "norms, SwiGLU, embedding, loss",
+    "nsa_selected_dq": "NSA: selected",
+    "nsa_band_fwd": "NSA: compressed and window",
+    "nsa_compressed_fwd": "NSA: compressed",
+    "nsa_top_n": "NSA: scores and top-n",
+    "nsa_anything": "NSA: other kernels",
+    "void cub::DeviceRadixSortOnesweep": "NSA: selected, sorts",
+    "nvjet_tst_128x256_64x4": "matrix products",
+    "cudnn_generated_fort_native_sdpa_sm90_flash_bprop": "full attention "
+    "(cuDNN)",
+    "memset": "rest",
+  }
+  for kernel, kind in kernels.items():
+    assert train_step.kind_of(kernel, origins) == kind, kernel
+  total = train_step.by_kind({"gates_1": 1.0, "nsa_top_n": 2.0}, origins)
+  assert list(total.values()) == [2.0, 1.0]
+
+
+def test_tables_of_the_training_step(tmp_path):
+  origins = train_step.operations(HLO)
+  measured = {
+    "nsa": (
+      {"attention": "nsa", "tokens/s": 300.0},
+      {"nvjet": 6.0, "nsa_selected_fwd": 4.0},
+      origins,
+    ),
+    "full": (
+      {"attention": "full", "tokens/s": 100.0},
+      {"nvjet": 6.0, "sdpa": 14.0},
+      origins,
+    ),
+  }
+  tables = train_step.tables(measured, 0.05, 16)
+  assert [row["nsa is faster by"] for row in tables["One step"]] == [1.0, 3.0]
+  rows = tables["Where the time goes"]
+  assert rows[0] == {
+    "kind": "matrix products",
+    "nsa ms": 6.0,
+    "nsa share": "60.0%",
+    "full ms": 6.0,
+    "full share": "30.0%",
+  }
+  assert rows[1]["full ms"] is None
+  (phi,) = tables["phi and its backward, timed alone"]
+  assert phi["share of the nsa step"] == "8.0%"
+  assert len(tables["Largest kernels of the nsa step"]) == 2
+  train_step.plot(tmp_path / "plot.png", rows, ("nsa", "full"))
+  assert (tmp_path / "plot.png").stat().st_size > 5_000
+
+
+def test_programs_of_the_training_step():
+  config = TransformerConfig.preset(
+    "tiny", num_layers=1, model_dim=16, num_heads=2, head_dim=8, mlp_dim=16
+  )
+  config = dataclasses.replace(config, implementation="xla")
+  wanted = train_step.jobs({"nsa": config}, 32)
+  assert set(wanted) == {("nsa", "init"), ("nsa", "step"), ("nsa", "phi")}
+  run, shapes = wanted["nsa", "phi"]
+  gradients = jax.eval_shape(run, *shapes)
+  assert jax.tree.map(jnp.shape, gradients) == jax.tree.map(
+    jnp.shape, tuple(shapes[:2])
+  )
+  assert jax.tree.map(jnp.shape, train_step.noise(0, shapes)) == jax.tree.map(
+    jnp.shape, shapes
+  )
+
+
+# The loss curves.
+
+
+def test_curves_start_alike_and_are_compared(tmp_path):
+  config = TransformerConfig.preset(
+    "tiny", num_layers=1, model_dim=16, mlp_dim=16, attention="full"
+  )
+  text = np.random.default_rng(0).integers(0, 256, 400).astype(np.uint8)
+  found = loss_curve.curves(
+    config,
+    train_lm.Corpus("noise", text, text),
+    runs={
+      "xla": ("reference", jnp.float32, False),
+      "reversed": ("reference", jnp.float32, True),
+    },
+    steps=3,
+    batch_size=2,
+    seq_len=32,
+  )
+  base, other = found["xla"], found["reversed"]
+  assert len(base) == 3
+  assert base[0] != base[2]
+  np.testing.assert_allclose(base, other, rtol=1e-4)
+
+  base, other = [3.0, 2.0, 1.0], [3.0, 2.5, 1.25]
+  rows = loss_curve.summary({"xla": base, "triton": other})
+  assert "largest difference" not in rows[0]
+  assert (rows[1]["largest difference"], rows[1]["at step"]) == (0.5, 2)
+  assert rows[1]["last loss"] == 1.25
+  loss_curve.plot(tmp_path / "plot.png", {"xla": base, "triton": other})
+  assert (tmp_path / "plot.png").stat().st_size > 5_000
