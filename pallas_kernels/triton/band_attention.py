@@ -287,12 +287,12 @@ def _fwd_kernel(
     )
     return acc, m_next, l_next
 
-  start = (
+  carry = (
     accumulators(tile.rows, value_pieces),
     jnp.full((tile.rows,), common.MAX_INIT, jnp.float32),
     jnp.zeros((tile.rows,), jnp.float32),
   )
-  acc, m_i, l_i = walk(step, start, mine.bounds, bool(segments))
+  acc, m_i, l_i = walk(step, carry, mine.bounds, bool(segments))
   # A tile that ends after the last token has read something for those rows.
   some = (l_i > 0) & (mine.t < band.length)
   total = jnp.where(some, l_i, 1)
