@@ -313,27 +313,36 @@ def flat_rows(x: jax.Array) -> jax.Array:
   return x.reshape(-1, *x.shape[3:])
 
 
-def per_head(key: jax.Array, segments: tuple[jax.Array, ...]) -> Any:
-  """Specs of what (..., h, b) of a kernel reads: place, keys, segments.
+def per_head(
+  key: jax.Array,
+  segments: tuple[jax.Array, ...],
+  row_and_head: Callable[..., tuple[Any, Any]] = lambda i, h, b: (b, h),
+) -> Any:
+  """Specs of what a program reads of its head: place, keys, segments.
 
   Args:
     key: [B, S, K, H].
     segments: as of `forward`.
+    row_and_head: from indices of the grid to batch row and key/value head.
 
   Returns:
     Spec of the place [B, 2]; a function from H or V to the spec of keys or
     values; specs of the segments.
   """
   num_keys = key.shape[1]
-  place = pl.BlockSpec((None, 2), lambda *i: (i[-1], 0))
-  row = pl.BlockSpec((None, num_keys), lambda *i: (i[-1], 0))
+
+  def spec(width: int) -> pl.BlockSpec:
+    return pl.BlockSpec((None, width), lambda *i: (row_and_head(*i)[0], 0))
 
   def keys(width: int) -> pl.BlockSpec:
-    return pl.BlockSpec(
-      (None, num_keys, None, width), lambda *i: (i[-1], 0, i[-2], 0)
-    )
+    def index(*i: Any) -> tuple[Any, ...]:
+      b, h = row_and_head(*i)
+      return b, 0, h, 0
 
-  return place, keys, (row, whole(segments[1])) if segments else ()
+    return pl.BlockSpec((None, num_keys, None, width), index)
+
+  per_row = (spec(num_keys), whole(segments[1])) if segments else ()
+  return spec(2), keys, per_row
 
 
 def forward(

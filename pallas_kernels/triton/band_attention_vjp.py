@@ -91,10 +91,15 @@ def backward(
   sizes = Sizes(length, heads, heads // key.shape[2])
   dq = _query_gradient(inputs, sizes, spec)
   dk, dv = _key_value_gradient(inputs, sizes, spec)
+
+  def finish(x, like):
+    x = jnp.swapaxes(x.reshape(len(key), key.shape[2], *x.shape[1:]), 1, 2)
+    return x.astype(like.dtype)
+
   return (
     dq.reshape(query.shape),
-    (dk * spec.scale).astype(key.dtype),
-    dv.astype(value.dtype),
+    finish(dk * spec.scale, key),
+    finish(dv, value),
   )
 
 
@@ -202,6 +207,12 @@ def query_tiles(
   return Bounds(begin, full_begin, full_end, end)
 
 
+def row_and_head(head: Any, sizes: Sizes) -> tuple[Any, Any]:
+  """Batch row and key/value head of one of the B K pairs."""
+  kv_heads = sizes.heads // sizes.group
+  return common.div(head, kv_heads), common.rem(head, kv_heads)
+
+
 def _dkv_kernel(
   place_ref,  # [2]
   q_ref,  # [B T N, H]
@@ -220,7 +231,10 @@ def _dkv_kernel(
   num_keys, value_dim = v_ref.shape
   head_pieces = common.pieces(q_ref.shape[-1])
   value_pieces = common.pieces(value_dim)
-  j, split, h, b = map(pl.program_id, range(4))
+  # One dimension for both: Triton knows that the only batch row is 0, and keeps
+  # so much of the addresses in registers that the gradients spill.
+  j, split, head = map(pl.program_id, range(3))
+  b, h = row_and_head(head, sizes)
   offset, first_row = place_ref[0], place_ref[1]
   span_k, token, inside = key_span(j, tile.block_k, num_keys)
   k = common.load_pieces(k_ref, span_k, head_pieces, inside)
@@ -285,7 +299,7 @@ def _dkv_kernel(
 def _key_value_gradient(
   inputs: Inputs, sizes: Sizes, spec: Spec
 ) -> tuple[jax.Array, jax.Array]:
-  """dk / scale [B, S, K, H] and dv [B, S, K, V], float32."""
+  """dk / scale [B K, S, H] and dv [B K, S, V], float32."""
   tile = spec.tiling.dkv
   batch, num_keys, kv_heads, _ = inputs.key.shape
   num_key_tiles = -(-num_keys // tile.block_k)
@@ -294,7 +308,9 @@ def _key_value_gradient(
   # A program that starts must have something to do.
   splits = max(1, min(splits, num_tiles // 8))
   widths = (inputs.key.shape[-1], inputs.value.shape[-1])
-  place, keys, segments = per_head(inputs.key, inputs.segments)
+  place, keys, segments = per_head(
+    inputs.key, inputs.segments, lambda j, s, n: row_and_head(n, sizes)
+  )
   per_query = inputs[1:5]
   partial = common.pallas_call(
     functools.partial(
@@ -306,18 +322,18 @@ def _key_value_gradient(
     name="nsa_band_dkv",
     num_warps=tile.num_warps,
     num_stages=tile.num_stages,
-    grid=(num_key_tiles, splits, kv_heads, batch),
+    grid=(num_key_tiles, splits, batch * kv_heads),
     in_specs=[place, *map(whole, per_query), *map(keys, widths), *segments],
     out_specs=[
       pl.BlockSpec(
-        (None, None, tile.block_k, None, width),
-        lambda j, s, h, b: (s, b, j, h, 0),
+        (None, None, tile.block_k, width),
+        lambda j, s, n: (s, n, j, 0),
       )
       for width in widths
     ],
     out_shape=[
       jax.ShapeDtypeStruct(
-        (splits, batch, num_keys, kv_heads, width), jnp.float32
+        (splits, batch * kv_heads, num_keys, width), jnp.float32
       )
       for width in widths
     ],

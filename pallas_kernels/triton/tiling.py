@@ -1,6 +1,6 @@
 """Tile sizes of the kernels and the heuristics that choose them.
 
-The numbers come from sweeps (`benchmarks/sweep_selected.py`); the tables are in
+The numbers come from sweeps (`benchmarks/sweep_*.py`); the tables are in
 `benchmarks/results/`. Nothing here changes a result beyond rounding.
 """
 
@@ -114,18 +114,24 @@ def band_tiling(
     fwd = dq = BandTile(16, 8, stages, rows=max(32, least))
     dkv = BandTile(32 if least <= 16 else 16, 8, stages, rows=least)
   elif width <= 128:
-    # Two programs fit on a multiprocessor with 32 keys; the window's loops are
-    # too short to hide their own start.
-    if windowed:
+    # With 32 keys, or 64 narrow ones, two programs fit on a multiprocessor: one
+    # computes while the other waits. Large tiles read less.
+    if width <= 64:
+      fwd = BandTile(64, 8, 3, rows=128)
+    elif windowed:
       fwd = BandTile(32, 8, 4, rows=128)
     else:
       fwd = BandTile(64, 8, 2, rows=256)
     dq = BandTile(32, 8, 3, rows=128)
     dkv = BandTile(128, 8, 3, rows=64)
+  elif width <= 192:
+    fwd = BandTile(64, 8, 3, rows=128)
+    dq = BandTile(32, 8, 3, rows=128)
+    dkv = BandTile(64, 8, 2, rows=64)
   else:
     fwd = BandTile(64, 8, 2, rows=128)
     dq = BandTile(32, 8, 2, rows=128)
-    dkv = BandTile(64, 8, 2, rows=64 if width <= 192 else max(32, least))
+    dkv = BandTile(64, 8, 2, rows=max(32, least))
   return BandTiling(fwd, dq, dkv)
 
 
