@@ -167,11 +167,11 @@ def _band_call(
   support.check_heads(query, key, value)
   if tiles is None:
     tiles = tiling.band_tiling(
+      windowed=band.window is not None,
       group=query.shape[2] // key.shape[2],
       head_dim=query.shape[-1],
       value_dim=value.shape[-1],
       dtype=query.dtype,
-      one_pass=False,
     )
   segments: tuple[jax.Array, ...] = ()
   if key_segments is not None and query_segments is not None:

@@ -1,10 +1,9 @@
 """The Triton kernels of the compressed branch and of the window.
 
 The whole op runs with them in `test_triton.py`; here is what is their own:
-tiles, splits and chunks, both backward passes, offsets, lowering for CUDA.
+tiles, splits, offsets, lowering for CUDA.
 """
 
-import dataclasses
 import functools
 from typing import Any
 
@@ -17,7 +16,7 @@ from jax.sharding import AbstractDevice, AbstractMesh
 import nsa_jax
 import pallas_kernels
 from nsa_jax import NSAConfig
-from pallas_kernels.triton import band_attention_vjp, tiling
+from pallas_kernels.triton import tiling
 from tests import helpers
 
 pytestmark = pytest.mark.usefixtures("fast_compilation")
@@ -60,11 +59,11 @@ def _inputs(
 
 
 def _tiles(
-  one_pass: bool, rows: int = 16, block_k: int = 16, **kwargs: Any
+  rows: int = 16, block_k: int = 16, **kwargs: Any
 ) -> tiling.BandTiling:
   """Small tiles, so that short inputs have many."""
   tile = tiling.BandTile(block_k, 4, 2, rows=rows)
-  return tiling.BandTiling(tile, tile, tile, one_pass, **kwargs)
+  return tiling.BandTiling(tile, tile, tile, **kwargs)
 
 
 def _pullback(
@@ -126,7 +125,6 @@ def _check(
 
 CASES: dict[str, Any] = {
   "branch": BRANCHES,
-  "one_pass": (False, True),
   # Groups that fill a tile of rows, that do not, and several lengths of it.
   "group": (1, 3, 5, 16),
   "rows": (16, 32),
@@ -146,7 +144,7 @@ def _check_pair(case: dict[str, Any]) -> None:
     call["segment_ids"] = segments[:, :61]
   _check(
     case["branch"],
-    _tiles(case["one_pass"], case["rows"], case["block_k"]),
+    _tiles(case["rows"], case["block_k"]),
     call=call,
     batch=2,
     queries=queries,
@@ -167,71 +165,27 @@ def test_matches_reference_more(case: dict[str, Any]) -> None:
   _check_pair(case)
 
 
-@pytest.mark.parametrize("one_pass", [False, True])
 @pytest.mark.parametrize("key_offset", [-6, 5])
-def test_halo_of_the_window(key_offset: int, one_pass: bool) -> None:
+def test_halo_of_the_window(key_offset: int) -> None:
   """Keys that do not start at position 0; rows before it are no tokens."""
   call = {
     "key_offset": helpers.int32(key_offset),
     "query_offset": helpers.int32([key_offset + 2, 20]),
   }
-  _check("window", _tiles(one_pass), call=call, batch=2, queries=24)
+  _check("window", _tiles(), call=call, batch=2, queries=24)
 
 
 @pytest.mark.parametrize("branch", BRANCHES)
-def test_splits_and_chunks_change_nothing(branch: str) -> None:
-  """Queries split over programs, and heads and queries over chunks."""
-  sizes: dict[str, Any] = {"batch": 2, "kv_heads": 2, "group": 2, "length": 139}
-  inputs = _inputs(branch, CONFIG, **sizes)
-  band_inputs = band_attention_vjp.Inputs(
-    jnp.zeros((2, 2), jnp.int32),
-    inputs[0].reshape(-1, 16),
-    inputs[3].reshape(-1, 16),
-    inputs[4].reshape(-1),
-    inputs[4].reshape(-1),
-    inputs[1],
-    inputs[2],
-    (),
-  )
-  window = 19 if branch == "window" else None
-  spec = pallas_kernels._band.Spec(
-    pallas_kernels._band.Band(1, 1, window, 139), 1.0, _tiles(True)
-  )
-  results = []
-  for one_pass, programs, heads, tiles in (
-    (False, 1, 4, 18),  # all at once
-    (False, 99, 4, 18),
-    (True, 1, 4, 18),
-    (True, 99, 2, 18),  # two heads at a time
-    (True, 1, 1, 9),  # half the queries of one head at a time
-  ):
-    shares = 3 if branch == "window" else inputs[1].shape[1] // 16 + 1
-    tiling_ = _tiles(
-      one_pass,
-      programs=programs,
-      share_bytes=16 * 16 * 4 * shares * heads * tiles,
-    )
-    chunk = band_attention_vjp._chunks(
-      band_inputs,
-      pallas_kernels._band.Sizes(139, 4, 2),
-      spec._replace(tiling=tiling_),
-    )
-    assert (chunk.heads, chunk.tiles) == (heads, tiles), chunk
-    assert len(chunk.starts) == 4 * 18 // (heads * tiles)
-    assert (chunk.splits > 1) == (programs > 1)
-    run = _pullback(branch, "triton", CONFIG, length=139, tiles=tiling_)
-    results.append(run(*inputs))
-  expected = _pullback(branch, "reference", CONFIG, length=139)(*inputs)
-  for actual in results:
-    helpers.assert_close(actual[0], expected[0], "float32")
-    helpers.assert_close(actual[1], expected[1], "float32", gradient=4)
+@pytest.mark.parametrize("programs", [1, 99])
+def test_queries_split_over_programs(branch: str, programs: int) -> None:
+  tiles = _tiles(programs=programs)
+  _check(branch, tiles, batch=2, kv_heads=2, group=2, length=139)
 
 
-@pytest.mark.parametrize("one_pass", [False, True])
 @pytest.mark.parametrize("branch", BRANCHES)
-def test_a_second_run_has_the_same_bits(branch: str, one_pass: bool) -> None:
+def test_a_second_run_has_the_same_bits(branch: str) -> None:
   inputs = _inputs(branch, CONFIG, group=3, dtype=jnp.bfloat16)
-  run = _pullback(branch, "triton", CONFIG, tiles=_tiles(one_pass))
+  run = _pullback(branch, "triton", CONFIG, tiles=_tiles())
   helpers.assert_same_bits(run(*inputs), run(*inputs))
 
 
@@ -244,15 +198,14 @@ def test_group_of_64_and_one_query() -> None:
   _check("compressed", None, group=64, queries=1, length=30)
 
 
-@pytest.mark.parametrize("one_pass", [False, True])
 @pytest.mark.parametrize("branch", BRANCHES)
-def test_poisoned_padding(branch: str, one_pass: bool) -> None:
+def test_poisoned_padding(branch: str) -> None:
   """NaN in segment 0, after the last query, and in rows outside the keys."""
   config = NSAConfig(8, 4, 16, 3, 1, 1, 19)
   inputs = _inputs(branch, config, queries=40, group=3)
   segments = np.repeat(helpers.int32([[0, 4, 9, 9]]), 16, 1)[:, :61]
   call = {"segment_ids": segments, "query_offset": helpers.int32(10)}
-  run = _pullback(branch, "triton", config, tiles=_tiles(one_pass), **call)
+  run = _pullback(branch, "triton", config, tiles=_tiles(), **call)
   clean = run(*inputs)
   rows = np.arange(inputs[1].shape[1])
   if branch == "compressed":
@@ -291,7 +244,6 @@ def test_vmap(branch: str) -> None:
 
 LOWERED: dict[str, Any] = {
   "branch": BRANCHES,
-  "one_pass": (False, True),
   "group": (1, 2, 3, 4, 5, 6, 8, 12, 16, 32, 64),
   "head_dim": (16, 32, 64, 96, 128, 192, 256),
   "value_dim": (16, 32, 64, 96, 128, 192, 256),
@@ -299,16 +251,9 @@ LOWERED: dict[str, Any] = {
 }
 
 
-def _lower(branch: str, one_pass: bool, **sizes: Any) -> str:
+def _lower(branch: str, **sizes: Any) -> str:
   """One branch, forward and backward, lowered for an H200."""
   config = NSAConfig(32, 16, 64, window=100)
-  tiles = tiling.band_tiling(
-    group=sizes["group"],
-    head_dim=sizes["head_dim"],
-    value_dim=sizes["value_dim"],
-    dtype=sizes["dtype"],
-    one_pass=one_pass,
-  )
   inputs = jax.eval_shape(
     functools.partial(_inputs, branch, config, length=333, **sizes)
   )
@@ -325,11 +270,10 @@ def _lower(branch: str, one_pass: bool, **sizes: Any) -> str:
           stride=16,
           span=32,
           key_length=333,
-          tiles=tiles,
           **call,
         )
       return pallas_kernels.window_attention(
-        query, key, value, window=100, tiles=tiles, **call
+        query, key, value, window=100, **call
       )
 
     result, pullback = jax.vjp(op, query, key, value)
@@ -347,23 +291,12 @@ def _lower(branch: str, one_pass: bool, **sizes: Any) -> str:
     return traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
-@pytest.mark.parametrize("one_pass", [False, True])
 @pytest.mark.parametrize("branch", BRANCHES)
-def test_lowers_for_cuda(branch: str, one_pass: bool) -> None:
+def test_lowers_for_cuda(branch: str) -> None:
   text = _lower(
-    branch,
-    one_pass,
-    group=12,
-    head_dim=192,
-    value_dim=128,
-    dtype=jnp.bfloat16,
+    branch, group=12, head_dim=192, value_dim=128, dtype=jnp.bfloat16
   )
-  names = (
-    ("nsa_band_bwd", "nsa_band_dq_sum")
-    if one_pass
-    else ('nsa_band_dq"', "nsa_band_dkv")
-  )
-  assert all(name in text for name in ("nsa_band_fwd", *names))
+  assert all(f'nsa_band_{name}"' in text for name in ("fwd", "dq", "dkv"))
 
 
 @pytest.mark.slow
@@ -379,21 +312,13 @@ def test_every_tiling_lowers_for_cuda(sizes: dict[str, Any]) -> None:
 @pytest.mark.parametrize("sizes", helpers.pairwise(LOWERED), ids=str)
 def test_gpu_matches_reference_everywhere(sizes: dict[str, Any]) -> None:
   """Every head size and dtype, many group sizes, compiled."""
-  sizes = dict(sizes)
-  branch, one_pass = sizes.pop("branch"), sizes.pop("one_pass")
+  branch = sizes["branch"]
   config = NSAConfig(32, 16, 64, window=100)
-  inputs = _inputs(branch, config, length=333, kv_heads=2, **sizes)
+  inputs = _inputs(config=config, length=333, kv_heads=2, **sizes)
   wide = [x.astype(jnp.float32) for x in inputs]
   with jax.default_matmul_precision("highest"):
     expected = _pullback(branch, "reference", config, length=333)(*wide)
-  tiles = tiling.band_tiling(
-    group=sizes["group"],
-    head_dim=sizes["head_dim"],
-    value_dim=sizes["value_dim"],
-    dtype=sizes["dtype"],
-    one_pass=one_pass,
-  )
-  run = _pullback(branch, "triton", config, length=333, tiles=tiles)
+  run = _pullback(branch, "triton", config, length=333)
   actual = run(*inputs)
   helpers.assert_same_bits(actual, run(*inputs))
   dtype = jnp.dtype(sizes["dtype"]).name
@@ -405,8 +330,7 @@ def test_gpu_matches_reference_everywhere(sizes: dict[str, Any]) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("branch", BRANCHES)
-@pytest.mark.parametrize("one_pass", [False, True])
-def test_gpu_matches_xla_at_length(branch: str, one_pass: bool) -> None:
+def test_gpu_matches_xla_at_length(branch: str) -> None:
   config, length = NSAConfig(), 8192
   inputs = _inputs(
     branch,
@@ -420,18 +344,7 @@ def test_gpu_matches_xla_at_length(branch: str, one_pass: bool) -> None:
   )
   wide = [x.astype(jnp.float32) for x in inputs]
   expected = _pullback(branch, "xla", config, length=length)(*wide)
-  tiles = tiling.band_tiling(
-    group=16,
-    head_dim=128,
-    value_dim=128,
-    dtype=jnp.bfloat16,
-    one_pass=one_pass,
-  )
-  # Small enough for several chunks.
-  tiles = dataclasses.replace(tiles, share_bytes=2**24)
-  actual = _pullback(branch, "triton", config, length=length, tiles=tiles)(
-    *inputs
-  )
+  actual = _pullback(branch, "triton", config, length=length)(*inputs)
   helpers.assert_close(actual[0], expected[0], "bfloat16")
   for got, want in zip(actual[1], expected[1], strict=True):
     got, want = (np.asarray(x, np.float32) for x in (got, want))

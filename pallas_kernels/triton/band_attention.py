@@ -17,7 +17,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels.triton import common
-from pallas_kernels.triton.tiling import BandTiling
+from pallas_kernels.triton.tiling import BandTile, BandTiling
 
 
 class Band(NamedTuple):
@@ -79,6 +79,11 @@ class Bounds(NamedTuple):
   full_begin: Any
   full_end: Any
   end: Any
+
+  def clip(self, low: Any, high: Any) -> "Bounds":
+    """Those in [low, high)."""
+    inside = {id(x): within(x, low, high) for x in self}
+    return Bounds(*(inside[id(x)] for x in self))
 
 
 def walk(
@@ -178,6 +183,69 @@ def gather(
   return tuple(ref[index, pl.ds(start, width)] for start, width in columns)
 
 
+def key_span(j: Any, block_k: int, num_keys: int) -> tuple[Any, Any, Any]:
+  """Slice, row numbers and mask (None: all exist) of tile j of the keys."""
+  token = j * block_k + jnp.arange(block_k, dtype=jnp.int32)
+  inside = token < num_keys if num_keys % block_k else None
+  return pl.ds(j * block_k, block_k), token, inside
+
+
+def accumulators(
+  rows: int, columns: tuple[tuple[int, int], ...]
+) -> tuple[jax.Array, ...]:
+  """Zeros [rows, H], one tile for each piece of H."""
+  return tuple(jnp.zeros((rows, w), jnp.float32) for _, w in columns)
+
+
+class Program(NamedTuple):
+  """The queries of a program of the forward or the dq kernel."""
+
+  index: Any  # int32 [rows], into [B T N]
+  t: Any  # int32 [rows], positions
+  bounds: Bounds  # tiles of keys that they read
+  mask: Any  # what `key_span` returns -> bool [rows, block_k], keys they read
+
+
+def program(
+  place_ref: Any, segments: Any, band: Band, tile: BandTile, sizes: Sizes
+) -> Program:
+  """Of grid (tiles of queries, K, B).
+
+  Args:
+    place_ref: [2], position of query 0 and first row of keys that exists.
+    segments: () or refs of the segments of keys [S] and queries [B T].
+    band: the band.
+    tile: the kernel's tile.
+    sizes: of the queries.
+  """
+  # The last queries read most: they start first.
+  i = pl.num_programs(0) - 1 - pl.program_id(0)
+  h, b = pl.program_id(1), pl.program_id(2)
+  rows = tile_rows(i, b, h, tile.rows, sizes)
+  offset, first_row = place_ref[0], place_ref[1]
+  t = offset + rows.query
+  if segments:
+    segment = segments[1][b * sizes.length + rows.query]
+
+  def mask(span_k, token, inside):
+    readable = band.readable(token[None, :], t[:, None], first_row)
+    if segments:
+      keys = common.load(segments[0].at[span_k], inside)
+      readable &= keys[None, :] == segment[:, None]
+    return readable
+
+  block_q = tile.rows // sizes.group
+  bounds = key_tiles(
+    band,
+    offset,
+    first_row,
+    i * block_q,
+    jnp.minimum((i + 1) * block_q, sizes.length),
+    tile.block_k,
+  )
+  return Program(rows.index, t, bounds, mask)
+
+
 def _fwd_kernel(
   place_ref,  # [2]: position of query 0, first row of keys that exists
   q_ref,  # [B T N, H]
@@ -193,16 +261,8 @@ def _fwd_kernel(
   head_pieces = common.pieces(q_ref.shape[-1])
   value_pieces = common.pieces(value_dim)
   factor = spec.scale * common.LOG2E
-  block_q = tile.rows // sizes.group
-  # The last queries read most: they start first.
-  i = pl.num_programs(0) - 1 - pl.program_id(0)
-  h, b = pl.program_id(1), pl.program_id(2)
-  rows = tile_rows(i, b, h, tile.rows, sizes)
-  offset, first_row = place_ref[0], place_ref[1]
-  t = offset + rows.query
-  q = gather(q_ref, rows.index, head_pieces)
-  if segments:
-    segment = segments[1][b * sizes.length + rows.query]
+  mine = program(place_ref, segments, band, tile, sizes)
+  q = gather(q_ref, mine.index, head_pieces)
 
   def step(j, carry, masked):
     acc, m_i, l_i = carry
@@ -212,11 +272,7 @@ def _fwd_kernel(
     raw = common.dot_pieces(q, k)
     s = raw * factor
     if masked:
-      mask = band.readable(token[None, :], t[:, None], first_row)
-      if segments:
-        keys = common.load(segments[0].at[span_k], inside)
-        mask &= keys[None, :] == segment[:, None]
-      s = jnp.where(mask, s, common.MASK)
+      s = jnp.where(mine.mask(span_k, token, inside), s, common.MASK)
     # Before the scale, so that scale and subtraction are one instruction.
     fused = not masked and factor > 0
     high = raw.max(axis=1) * factor if fused else s.max(axis=1)
@@ -231,33 +287,20 @@ def _fwd_kernel(
     )
     return acc, m_next, l_next
 
-  bounds = key_tiles(
-    band,
-    offset,
-    first_row,
-    i * block_q,
-    jnp.minimum((i + 1) * block_q, sizes.length),
-    tile.block_k,
+  carry = (
+    accumulators(tile.rows, value_pieces),
+    jnp.full((tile.rows,), common.MAX_INIT, jnp.float32),
+    jnp.zeros((tile.rows,), jnp.float32),
   )
-  acc = tuple(jnp.zeros((tile.rows, w), jnp.float32) for _, w in value_pieces)
-  m_i = jnp.full((tile.rows,), common.MAX_INIT, jnp.float32)
-  l_i = jnp.zeros((tile.rows,), jnp.float32)
-  acc, m_i, l_i = walk(step, (acc, m_i, l_i), bounds, bool(segments))
+  acc, m_i, l_i = walk(step, carry, mine.bounds, bool(segments))
   # A tile that ends after the last token has read something for those rows.
-  some = (l_i > 0) & (t < band.length)
+  some = (l_i > 0) & (mine.t < band.length)
   total = jnp.where(some, l_i, 1)
   lse = jnp.where(some, m_i / common.LOG2E + jnp.log(total), -jnp.inf)
   for (start, width), a in zip(value_pieces, acc, strict=True):
     out = jnp.where(some[:, None], a / total[:, None], 0)
-    out_ref[rows.index, pl.ds(start, width)] = out.astype(out_ref.dtype)
-  lse_ref[rows.index] = lse
-
-
-def key_span(j: Any, block_k: int, num_keys: int) -> tuple[Any, Any, Any]:
-  """Slice, row numbers and mask (None: all exist) of tile j of the keys."""
-  token = j * block_k + jnp.arange(block_k, dtype=jnp.int32)
-  inside = token < num_keys if num_keys % block_k else None
-  return pl.ds(j * block_k, block_k), token, inside
+    out_ref[mine.index, pl.ds(start, width)] = out.astype(out_ref.dtype)
+  lse_ref[mine.index] = lse
 
 
 def whole(x: jax.Array | jax.ShapeDtypeStruct) -> pl.BlockSpec:
@@ -270,27 +313,36 @@ def flat_rows(x: jax.Array) -> jax.Array:
   return x.reshape(-1, *x.shape[3:])
 
 
-def per_head(key: jax.Array, segments: tuple[jax.Array, ...]) -> Any:
-  """Specs of what (tile, h, b) of a kernel reads: place, keys, segments.
+def per_head(
+  key: jax.Array,
+  segments: tuple[jax.Array, ...],
+  row_and_head: Callable[..., tuple[Any, Any]] = lambda i, h, b: (b, h),
+) -> Any:
+  """Specs of what a program reads of its head: place, keys, segments.
 
   Args:
     key: [B, S, K, H].
     segments: as of `forward`.
+    row_and_head: from indices of the grid to batch row and key/value head.
 
   Returns:
     Spec of the place [B, 2]; a function from H or V to the spec of keys or
     values; specs of the segments.
   """
   num_keys = key.shape[1]
-  place = pl.BlockSpec((None, 2), lambda i, h, b: (b, 0))
-  row = pl.BlockSpec((None, num_keys), lambda i, h, b: (b, 0))
+
+  def spec(width: int) -> pl.BlockSpec:
+    return pl.BlockSpec((None, width), lambda *i: (row_and_head(*i)[0], 0))
 
   def keys(width: int) -> pl.BlockSpec:
-    return pl.BlockSpec(
-      (None, num_keys, None, width), lambda i, h, b: (b, 0, h, 0)
-    )
+    def index(*i: Any) -> tuple[Any, ...]:
+      b, h = row_and_head(*i)
+      return b, 0, h, 0
 
-  return place, keys, (row, whole(segments[1])) if segments else ()
+    return pl.BlockSpec((None, num_keys, None, width), index)
+
+  per_row = (spec(num_keys), whole(segments[1])) if segments else ()
+  return spec(2), keys, per_row
 
 
 def forward(

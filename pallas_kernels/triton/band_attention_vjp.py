@@ -1,11 +1,10 @@
 """Attention over a band of keys, backward.
 
-dk, dv: one program per tile of keys and part of the queries that read it; rows
-hold all heads of a group, so the sum over the group is part of the products.
-dq: either the forward kernel's loop once more (two passes, 7 products of
-queries with keys), or shares that the first kernel computes on its way (one
-pass, 5 products) and a second sums over the tiles of keys, in order. No
-atomics: every run gives the same bits.
+dq: the forward kernel's loop once more. dk, dv: one program per tile of keys
+and part of the queries that read it; rows hold all heads of a group, so the sum
+over the group is part of the products. No atomics: every run gives the same
+bits. One kernel for all three would need 5 products instead of 7, but the
+shares of dq that it writes, one per tile of keys, cost more than it saves.
 """
 
 import functools
@@ -13,7 +12,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels.triton import common
@@ -22,12 +20,13 @@ from pallas_kernels.triton.band_attention import (
   Bounds,
   Sizes,
   Spec,
+  accumulators,
   ceil_div,
   flat_rows,
   gather,
   key_span,
-  key_tiles,
   per_head,
+  program,
   tile_rows,
   walk,
   whole,
@@ -90,9 +89,8 @@ def backward(
   )
   _, length, heads, _ = query.shape
   sizes = Sizes(length, heads, heads // key.shape[2])
-  dq, dk, dv = _key_value_gradient(inputs, sizes, spec)
-  if dq is None:
-    dq = _query_gradient(inputs, sizes, spec)
+  dq = _query_gradient(inputs, sizes, spec)
+  dk, dv = _key_value_gradient(inputs, sizes, spec)
 
   def finish(x, like):
     x = jnp.swapaxes(x.reshape(len(key), key.shape[2], *x.shape[1:]), 1, 2)
@@ -122,17 +120,10 @@ def _dq_kernel(
   num_keys, value_dim = v_ref.shape
   head_pieces = common.pieces(q_ref.shape[-1])
   value_pieces = common.pieces(value_dim)
-  block_q = tile.rows // sizes.group
-  i = pl.num_programs(0) - 1 - pl.program_id(0)
-  h, b = pl.program_id(1), pl.program_id(2)
-  rows = tile_rows(i, b, h, tile.rows, sizes)
-  offset, first_row = place_ref[0], place_ref[1]
-  t = offset + rows.query
-  q = gather(q_ref, rows.index, head_pieces)
-  dout = gather(dout_ref, rows.index, value_pieces)
-  lse, delta = lse_ref[rows.index], delta_ref[rows.index]
-  if segments:
-    segment = segments[1][b * sizes.length + rows.query]
+  mine = program(place_ref, segments, band, tile, sizes)
+  q = gather(q_ref, mine.index, head_pieces)
+  dout = gather(dout_ref, mine.index, value_pieces)
+  lse, delta = lse_ref[mine.index], delta_ref[mine.index]
 
   def step(j, dq, masked):
     span_k, token, inside = key_span(j, tile.block_k, num_keys)
@@ -141,33 +132,21 @@ def _dq_kernel(
     v = common.load_pieces(v_ref, span_k, value_pieces, inside)
     s = common.dot_pieces(q, k) * (spec.scale * common.LOG2E)
     if masked:
-      mask = band.readable(token[None, :], t[:, None], first_row)
-      if segments:
-        keys = common.load(segments[0].at[span_k], inside)
-        mask &= keys[None, :] == segment[:, None]
-      s = jnp.where(mask, s, common.MASK)
+      s = jnp.where(mine.mask(span_k, token, inside), s, common.MASK)
     p = jnp.exp2(s - lse[:, None])
     dp = common.dot_pieces(dout, v)
     ds = (p * (dp - delta[:, None])).astype(q_ref.dtype)
     return tuple(d + common.dot(ds, x) for d, x in zip(dq, k, strict=True))
 
-  bounds = key_tiles(
-    band,
-    offset,
-    first_row,
-    i * block_q,
-    jnp.minimum((i + 1) * block_q, sizes.length),
-    tile.block_k,
-  )
-  dq = tuple(jnp.zeros((tile.rows, w), jnp.float32) for _, w in head_pieces)
-  dq = walk(step, dq, bounds, bool(segments))
+  dq = accumulators(tile.rows, head_pieces)
+  dq = walk(step, dq, mine.bounds, bool(segments))
   for (start, width), d in zip(head_pieces, dq, strict=True):
     d = (d * spec.scale).astype(dq_ref.dtype)
-    dq_ref[rows.index, pl.ds(start, width)] = d
+    dq_ref[mine.index, pl.ds(start, width)] = d
 
 
 def _query_gradient(inputs: Inputs, sizes: Sizes, spec: Spec) -> jax.Array:
-  """dq [B T N, H] by a pass of its own."""
+  """dq [B T N, H]."""
   tile = spec.tiling.dq
   batch, _, kv_heads, value_dim = inputs.value.shape
   place, keys, segments = per_head(inputs.key, inputs.segments)
@@ -188,50 +167,6 @@ def _query_gradient(inputs: Inputs, sizes: Sizes, spec: Spec) -> jax.Array:
     out_specs=whole(inputs.query),
     out_shape=jax.ShapeDtypeStruct(inputs.query.shape, inputs.query.dtype),
   )(inputs.place, *per_query, inputs.key, inputs.value, *inputs.segments)
-
-
-class Chunk(NamedTuple):
-  """What one call of the kernel of dk and dv covers; hashable.
-
-  A head is one of the B K pairs of batch row and key/value head.
-  """
-
-  heads: int  # heads in a chunk
-  tiles: int  # tiles of queries in a chunk
-  starts: tuple[tuple[int, int], ...]  # first head, first tile of each chunk
-  splits: int  # programs that share the queries of one tile of keys
-  shares: int  # tiles of keys that one tile of queries reads; 0: two passes
-
-
-def _chunks(inputs: Inputs, sizes: Sizes, spec: Spec) -> Chunk:
-  """All heads and queries at once, or as many as the shares leave room for."""
-  tiling, tile = spec.tiling, spec.tiling.dkv
-  batch, num_keys, kv_heads, head_dim = inputs.key.shape
-  num_heads = batch * kv_heads
-  num_key_tiles = -(-num_keys // tile.block_k)
-  block_q = tile.rows // sizes.group
-  num_tiles = -(-sizes.length // block_q)
-  heads, tiles, shares = num_heads, num_tiles, 0
-  if tiling.one_pass:
-    shares = num_key_tiles
-    if spec.band.window is not None:
-      keys = block_q + spec.band.window - 1
-      shares = min(shares, -(-(keys - 1) // tile.block_k) + 1)
-    share = tile.rows * head_dim * inputs.query.dtype.itemsize
-    room = max(1, tiling.share_bytes // (share * shares))
-    fit = max(1, room // num_tiles)
-    heads = max(n for n in range(1, fit + 1) if num_heads % n == 0)
-    # Chunks of equal size, so that one program serves all.
-    tiles = -(-num_tiles // -(-num_tiles // room))
-  starts = tuple(
-    (h, i)
-    for h in range(0, num_heads, heads)
-    for i in range(0, num_tiles, tiles)
-  )
-  splits = -(-tiling.programs // (num_key_tiles * heads))
-  # A program that starts must have something to do.
-  splits = max(1, min(splits, tiles // 8))
-  return Chunk(heads, tiles, starts, splits, shares)
 
 
 def query_tiles(
@@ -272,39 +207,40 @@ def query_tiles(
   return Bounds(begin, full_begin, full_end, end)
 
 
+def row_and_head(head: Any, sizes: Sizes) -> tuple[Any, Any]:
+  """Batch row and key/value head of one of the B K pairs."""
+  kv_heads = sizes.heads // sizes.group
+  return common.div(head, kv_heads), common.rem(head, kv_heads)
+
+
 def _dkv_kernel(
-  chunk_ref,  # [2]: first head, first tile of queries
-  place_ref,  # [B, 2]
+  place_ref,  # [2]
   q_ref,  # [B T N, H]
   dout_ref,  # [B T N, V]
   lse_ref,  # [B T N]
   delta_ref,  # [B T N]
-  k_ref,  # [B, S, K, H]
-  v_ref,  # [B, S, K, V]
-  *refs,  # segments [B, S] and [B T], if any; then those named below
+  k_ref,  # [S, H]
+  v_ref,  # [S, V]
+  *refs,  # segments [S] and [B T], if any; dk [block_k, H], dv [block_k, V]
   spec: Spec,
   sizes: Sizes,
-  chunk: Chunk,
+  per_split: int,
 ):
-  # Of this program: [block_k, H], [block_k, V]; of the head, if one pass:
-  # [shares, tiles * rows, H].
-  count = 3 if chunk.shares else 2
-  segments, (dk_ref, dv_ref, *shares) = refs[:-count], refs[-count:]
+  *segments, dk_ref, dv_ref = refs
   band, tile = spec.band, spec.tiling.dkv
-  num_keys, kv_heads, value_dim = v_ref.shape[1:]
+  num_keys, value_dim = v_ref.shape
   head_pieces = common.pieces(q_ref.shape[-1])
   value_pieces = common.pieces(value_dim)
-  block_q = tile.rows // sizes.group
-  j, split = pl.program_id(0), pl.program_id(1)
-  first_head, first_tile = chunk_ref[0], chunk_ref[1]
-  head = first_head + pl.program_id(2)
-  b, h = common.div(head, kv_heads), common.rem(head, kv_heads)
-  offset, first_row = place_ref[b, 0], place_ref[b, 1]
+  # One dimension for both: Triton knows that the only batch row is 0, and keeps
+  # so much of the addresses in registers that the gradients spill.
+  j, split, head = map(pl.program_id, range(3))
+  b, h = row_and_head(head, sizes)
+  offset, first_row = place_ref[0], place_ref[1]
   span_k, token, inside = key_span(j, tile.block_k, num_keys)
-  k = common.load_pieces(k_ref, (b, span_k, h), head_pieces, inside)
-  v = common.load_pieces(v_ref, (b, span_k, h), value_pieces, inside)
+  k = common.load_pieces(k_ref, span_k, head_pieces, inside)
+  v = common.load_pieces(v_ref, span_k, value_pieces, inside)
   if segments:
-    key_segment = common.load(segments[0].at[b, span_k], inside)
+    key_segment = common.load(segments[0].at[span_k], inside)
 
   def step(i, carry, masked):
     dk, dv = carry
@@ -331,37 +267,25 @@ def _dkv_kernel(
     dp = common.dot_pieces(v, dout)
     ds = (p * (dp - delta[None, :])).astype(q_ref.dtype)
     dk = tuple(d + common.dot(ds, x) for d, x in zip(dk, q, strict=True))
-    for dq_ref in shares:
-      begin = _key_tiles_of(i, place, sizes, spec).begin
-      span_q = pl.ds((i - first_tile) * tile.rows, tile.rows)
-      for (start, width), x in zip(head_pieces, k, strict=True):
-        dq = (common.dot(ds.T, x) * spec.scale).astype(dq_ref.dtype)
-        dq_ref[j - begin, span_q, pl.ds(start, width)] = dq
     return dk, dv
 
-  place = (offset, first_row)
   bounds = query_tiles(
-    band, *place, j * tile.block_k, tile.block_k, sizes.length, block_q
+    band,
+    offset,
+    first_row,
+    j * tile.block_k,
+    tile.block_k,
+    sizes.length,
+    tile.rows // sizes.group,
   )
-  per_split = -(-chunk.tiles // chunk.splits)
   start = split * per_split
-  stop = first_tile + jnp.minimum(start + per_split, chunk.tiles)
-  start = first_tile + start
-  full_begin = within(bounds.full_begin, start, stop)
-  end = within(bounds.end, start, stop)
-  bounds = Bounds(
-    within(bounds.begin, start, stop),
-    full_begin,
-    end if band.window is None else within(bounds.full_end, start, stop),
-    end,
-  )
   dk, dv = walk(
     step,
-    tuple(
-      tuple(jnp.zeros((tile.block_k, w), jnp.float32) for _, w in pieces)
-      for pieces in (head_pieces, value_pieces)
+    (
+      accumulators(tile.block_k, head_pieces),
+      accumulators(tile.block_k, value_pieces),
     ),
-    bounds,
+    bounds.clip(start, start + per_split),
     bool(segments),
   )
   for ref, pieces, grads in (
@@ -372,144 +296,47 @@ def _dkv_kernel(
       common.store(ref.at[:, pl.ds(column, width)], d, inside)
 
 
-def _key_tiles_of(
-  i: Any, place: tuple[Any, Any], sizes: Sizes, spec: Spec
-) -> Bounds:
-  """Tiles of keys that tile i of the queries reads, as `dkv` cuts both."""
-  tile = spec.tiling.dkv
-  block_q = tile.rows // sizes.group
-  stop = jnp.minimum((i + 1) * block_q, sizes.length)
-  return key_tiles(
-    spec.band, place[0], place[1], i * block_q, stop, tile.block_k
-  )
-
-
-def _sum_kernel(
-  chunk_ref,  # [2]
-  place_ref,  # [B, 2]
-  share_ref,  # [shares, rows, H]
-  before_ref,  # dq without this chunk, the memory of dq_ref
-  dq_ref,  # [B T N, H]
-  *,
-  spec: Spec,
-  sizes: Sizes,
-):
-  del before_ref
-  num_rows = spec.tiling.dkv.rows
-  block_q = num_rows // sizes.group
-  i = chunk_ref[1] + pl.program_id(0)
-  head = chunk_ref[0] + pl.program_id(1)
-
-  @pl.when(i * block_q < sizes.length)
-  def _():
-    kv_heads = sizes.heads // sizes.group
-    b, h = common.div(head, kv_heads), common.rem(head, kv_heads)
-    rows = tile_rows(i, b, h, num_rows, sizes)
-    # Repeated rows have no shares of their own: they copy the last real row.
-    first = (b * sizes.length + i * block_q) * sizes.heads + h * sizes.group
-    local = rows.query - i * block_q
-    source = local * sizes.group + (rows.index - first - local * sizes.heads)
-    place = (place_ref[b, 0], place_ref[b, 1])
-    bounds = _key_tiles_of(i, place, sizes, spec)
-    count = bounds.end - bounds.begin
-    for start, width in common.pieces(dq_ref.shape[-1]):
-
-      def add(n, dq, start=start, width=width):
-        share = share_ref[n, source, pl.ds(start, width)]
-        return dq + share.astype(jnp.float32)
-
-      dq = jnp.zeros((num_rows, width), jnp.float32)
-      dq = lax.fori_loop(0, count, add, dq)
-      dq_ref[rows.index, pl.ds(start, width)] = dq.astype(dq_ref.dtype)
-
-
 def _key_value_gradient(
   inputs: Inputs, sizes: Sizes, spec: Spec
-) -> tuple[jax.Array | None, jax.Array, jax.Array]:
-  """dq [B T N, H] if one pass; dk / scale [B K, S, H], dv, float32."""
+) -> tuple[jax.Array, jax.Array]:
+  """dk / scale [B K, S, H] and dv [B K, S, V], float32."""
   tile = spec.tiling.dkv
-  chunk = _chunks(inputs, sizes, spec)
-  batch, num_keys, kv_heads, head_dim = inputs.key.shape
-  widths = (head_dim, inputs.value.shape[-1])
-  arrays = (*inputs[:-1], *inputs.segments)
-  start_spec = pl.BlockSpec((2,), lambda *_: (0,))
-  partial_shapes = [
-    jax.ShapeDtypeStruct(
-      (chunk.splits, chunk.heads, num_keys, width), jnp.float32
-    )
-    for width in widths
-  ]
-  partial_specs = [
-    pl.BlockSpec(
-      (None, None, tile.block_k, width), lambda j, s, n: (s, n, j, 0)
-    )
-    for width in widths
-  ]
-  if chunk.shares:
-    share = (chunk.shares, chunk.tiles * tile.rows, head_dim)
-    partial_shapes.append(
-      jax.ShapeDtypeStruct((chunk.heads, *share), inputs.query.dtype)
-    )
-    partial_specs.append(
-      pl.BlockSpec((None, *share), lambda j, s, n: (n, 0, 0, 0))
-    )
-  gradients = common.pallas_call(
-    functools.partial(_dkv_kernel, spec=spec, sizes=sizes, chunk=chunk),
-    name="nsa_band_bwd" if chunk.shares else "nsa_band_dkv",
+  batch, num_keys, kv_heads, _ = inputs.key.shape
+  num_key_tiles = -(-num_keys // tile.block_k)
+  num_tiles = -(-sizes.length // (tile.rows // sizes.group))
+  splits = -(-spec.tiling.programs // (num_key_tiles * kv_heads * batch))
+  # A program that starts must have something to do.
+  splits = max(1, min(splits, num_tiles // 8))
+  widths = (inputs.key.shape[-1], inputs.value.shape[-1])
+  place, keys, segments = per_head(
+    inputs.key, inputs.segments, lambda j, s, n: row_and_head(n, sizes)
+  )
+  per_query = inputs[1:5]
+  partial = common.pallas_call(
+    functools.partial(
+      _dkv_kernel,
+      spec=spec,
+      sizes=sizes,
+      per_split=-(-num_tiles // splits),
+    ),
+    name="nsa_band_dkv",
     num_warps=tile.num_warps,
     num_stages=tile.num_stages,
-    grid=(-(-num_keys // tile.block_k), chunk.splits, chunk.heads),
-    in_specs=[start_spec, *map(whole, arrays)],
-    out_specs=partial_specs,
-    out_shape=partial_shapes,
-  )
-  if not chunk.shares:
-    dk, dv = gradients(jnp.zeros(2, jnp.int32), *arrays)
-    return None, dk.sum(axis=0), dv.sum(axis=0)
-  dq_like = jax.ShapeDtypeStruct(inputs.query.shape, inputs.query.dtype)
-  sum_shares = common.pallas_call(
-    functools.partial(_sum_kernel, spec=spec, sizes=sizes),
-    name="nsa_band_dq_sum",
-    num_warps=4,
-    num_stages=1,
-    grid=(chunk.tiles, chunk.heads),
-    in_specs=[
-      start_spec,
-      whole(inputs.place),
+    grid=(num_key_tiles, splits, batch * kv_heads),
+    in_specs=[place, *map(whole, per_query), *map(keys, widths), *segments],
+    out_specs=[
       pl.BlockSpec(
-        (None, chunk.shares, tile.rows, head_dim), lambda i, n: (n, 0, i, 0)
-      ),
-      whole(inputs.query),
-    ],
-    out_specs=whole(inputs.query),
-    out_shape=dq_like,
-    input_output_aliases={3: 0},
-  )
-
-  def body(carry, start):
-    dq, *totals = carry
-    *partial, shares = gradients(start, *arrays)
-    dq = sum_shares(start, inputs.place, shares, dq)
-
-    def add(total, x):
-      old = lax.dynamic_slice_in_dim(total, start[0], chunk.heads)
-      return lax.dynamic_update_slice_in_dim(
-        total, old + x.sum(axis=0), start[0], 0
+        (None, None, tile.block_k, width),
+        lambda j, s, n: (s, n, j, 0),
       )
-
-    return (dq, *map(add, totals, partial)), None
-
-  carry = (
-    jnp.zeros(dq_like.shape, dq_like.dtype),
-    *(
-      jnp.zeros((batch * kv_heads, num_keys, width), jnp.float32)
       for width in widths
-    ),
-  )
-  starts = jnp.array(chunk.starts, jnp.int32)
-  if len(chunk.starts) == 1:
-    carry, _ = body(carry, starts[0])
-  else:
-    carry, _ = lax.scan(body, carry, starts)
-  dq, dk, dv = carry
-  return dq, dk, dv
+    ],
+    out_shape=[
+      jax.ShapeDtypeStruct(
+        (splits, batch * kv_heads, num_keys, width), jnp.float32
+      )
+      for width in widths
+    ],
+  )(inputs.place, *per_query, inputs.key, inputs.value, *inputs.segments)
+  dk, dv = (x.sum(axis=0) for x in partial)
+  return dk, dv

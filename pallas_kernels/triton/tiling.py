@@ -1,6 +1,6 @@
 """Tile sizes of the kernels and the heuristics that choose them.
 
-The numbers come from sweeps (`benchmarks/sweep_selected.py`); the tables are in
+The numbers come from sweeps (`benchmarks/sweep_*.py`); the tables are in
 `benchmarks/results/`. Nothing here changes a result beyond rounding.
 """
 
@@ -76,34 +76,34 @@ class BandTiling:
 
   Attributes:
     fwd: forward kernel.
-    dq: gradient of the query; not used with `one_pass`.
-    dkv: gradient of keys and values, and with `one_pass` of the query.
-    one_pass: the backward pass computes each score once, and sums shares of
-      the gradient of the query, one per tile of keys.
+    dq: gradient of the query.
+    dkv: gradient of keys and values.
     programs: programs that keep a device busy; the queries are split until
       there are so many of `dkv`.
-    share_bytes: bytes of the shares that exist at a time.
   """
 
   fwd: BandTile
   dq: BandTile
   dkv: BandTile
-  one_pass: bool
   programs: int = 1024
-  share_bytes: int = 2**31
 
 
 def band_tiling(
-  *, group: int, head_dim: int, value_dim: int, dtype: jnp.dtype, one_pass: bool
+  *,
+  windowed: bool,
+  group: int,
+  head_dim: int,
+  value_dim: int,
+  dtype: jnp.dtype,
 ) -> BandTiling:
-  """Tiles of the compressed or the window branch by shape.
+  """Tiles of the compressed branch or the window by shape.
 
   Args:
+    windowed: a query reads a window, not all earlier keys.
     group: G, heads per key/value head.
     head_dim: H.
     value_dim: V.
     dtype: of query, key and value.
-    one_pass: see `BandTiling`.
   """
   width = max(head_dim, value_dim)
   least = common.padded_rows(group)
@@ -114,16 +114,25 @@ def band_tiling(
     fwd = dq = BandTile(16, 8, stages, rows=max(32, least))
     dkv = BandTile(32 if least <= 16 else 16, 8, stages, rows=least)
   elif width <= 128:
-    fwd = BandTile(64, 8, 3, rows=128)
-    dq = BandTile(64, 8, 2, rows=128)
+    # With 32 keys, or 64 narrow ones, two programs fit on a multiprocessor: one
+    # computes while the other waits. Large tiles read less.
+    if width <= 64:
+      fwd = BandTile(64, 8, 3, rows=128)
+    elif windowed:
+      fwd = BandTile(32, 8, 4, rows=128)
+    else:
+      fwd = BandTile(64, 8, 2, rows=256)
+    dq = BandTile(32, 8, 3, rows=128)
     dkv = BandTile(128, 8, 3, rows=64)
+  elif width <= 192:
+    fwd = BandTile(64, 8, 3, rows=128)
+    dq = BandTile(32, 8, 3, rows=128)
+    dkv = BandTile(64, 8, 2, rows=64)
   else:
     fwd = BandTile(64, 8, 2, rows=128)
     dq = BandTile(32, 8, 2, rows=128)
-    # A product with fewer than 64 rows is slow, and `one_pass` has one.
-    wide = width <= 192 or one_pass
-    dkv = BandTile(64, 8, 2, rows=64 if wide else max(32, least))
-  return BandTiling(fwd, dq, dkv, one_pass)
+    dkv = BandTile(64, 8, 2, rows=max(32, least))
+  return BandTiling(fwd, dq, dkv)
 
 
 def selected_tiling(
