@@ -106,12 +106,16 @@ def _scores_kernel(
   @pl.when(needed)
   def _():
     key_mask = key < num_keys if num_keys % block_k else None
-    k = common.load_pieces(k_ref, slice(None), head_pieces, key_mask)
+    # Transposed out here, keys go to shared memory once, not once per head.
+    k = [
+      x.T for x in common.load_pieces(k_ref, slice(None), head_pieces, key_mask)
+    ]
 
     def head(g, acc):
       q = common.load_pieces(q_ref, (span_q, g), head_pieces, row_mask)
       lse = common.load(lse_ref.at[g, span_q], row_mask)
-      s = common.dot_pieces(q, k) * (spec.scale * common.LOG2E)
+      products = [common.dot(x, y) for x, y in zip(q, k, strict=True)]
+      s = sum(products[1:], products[0]) * (spec.scale * common.LOG2E)
       return acc + jnp.exp2(s - lse[:, None])
 
     p = lax.fori_loop(
