@@ -344,7 +344,6 @@ def select_blocks(
   if tiles is None:
     tiles = tiling.selection_tiling(
       length=length,
-      head_dim=query.shape[-1],
       dtype=query.dtype,
       ratio=selection_block // compression_stride,
     )

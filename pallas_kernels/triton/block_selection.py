@@ -92,8 +92,6 @@ def _scores_kernel(
   span_q = pl.ds(start, block_q)
   row_mask = start + _arange(block_q) < length if masked else None
   t = offset_ref[0] + start + _arange(block_q)
-  key = step_k * block_k + _arange(block_k)
-  end = key * spec.stride + spec.compression - 1
 
   first_end = step_k * (block_k * spec.stride) + spec.compression - 1
   needed = first_end <= offset_ref[0] + start + block_q - 1
@@ -105,20 +103,26 @@ def _scores_kernel(
 
   @pl.when(needed)
   def _():
+    key = step_k * block_k + _arange(block_k)
     key_mask = key < num_keys if num_keys % block_k else None
-    k = common.load_pieces(k_ref, slice(None), head_pieces, key_mask)
+    # Transposed out here, keys go to shared memory once, not once per head.
+    k = [
+      x.T for x in common.load_pieces(k_ref, slice(None), head_pieces, key_mask)
+    ]
 
     def head(g, acc):
       q = common.load_pieces(q_ref, (span_q, g), head_pieces, row_mask)
       lse = common.load(lse_ref.at[g, span_q], row_mask)
-      s = common.dot_pieces(q, k) * (spec.scale * common.LOG2E)
-      return acc + jnp.exp2(s - lse[:, None])
+      products = [common.dot(x, y) for x, y in zip(q, k, strict=True)]
+      s = sum(products[1:], products[0]) * (spec.scale * common.LOG2E)
+      return acc + common.exp2(s - lse[:, None])
 
     p = lax.fori_loop(
       0, group, head, jnp.zeros((block_q, block_k), jnp.float32)
     )
     # What a query does not see may be anything, inf and NaN as well, but never
     # leaves its place.
+    end = key * spec.stride + spec.compression - 1
     visible = end[None, :] <= t[:, None]
     if refs:
       key_segment = common.load(refs[0], key_mask)
@@ -190,13 +194,19 @@ def _top_n_kernel(
   hi = jnp.where(crowded, last - spec.num_local, -1)
 
   def free_scores(j, scores):
-    """Scores of the blocks j [rows or 1, X]; -1 unless free."""
+    """Scores of the blocks j [rows or 1, X], as integers; -1 unless free.
+
+    Scores are not negative: their bits are in order, and for integers a warp
+    finds the largest in one instruction.
+    """
     x = scores[0]
     if num_scores == 2:
-      # Blocks of other segments may not have been written.
-      x += jnp.where(j > first[:, None], scores[1], 0)
-    x = jnp.where(x >= 0, x, 0)  # a NaN must not lead astray
-    return jnp.where((lo[:, None] <= j) & (j <= hi[:, None]), x, -1.0)
+      # Nothing carries over to the first block: that may not be written.
+      always = spec.num_initial > 0  # the first block is not free
+      x += scores[1] if always else jnp.where(j > first[:, None], scores[1], 0)
+    x = lax.bitcast_convert_type(x, jnp.int32)
+    x = jnp.maximum(x, 0)  # a NaN must not lead astray
+    return jnp.where((lo[:, None] <= j) & (j <= hi[:, None]), x, -1)
 
   def visit(step, high):
     span = pl.ds(step * block_m, block_m)
@@ -212,7 +222,7 @@ def _top_n_kernel(
     common.div(jnp.maximum(jnp.min(lo), 0), block_m),
     common.div(jnp.max(hi) + block_m, block_m),
     visit,
-    jnp.full((rows, num_steps, per_step), -1.0, jnp.float32),
+    jnp.full((rows, num_steps, per_step), -1, jnp.int32),
   ).reshape(rows, num_steps * per_step)
 
   row = jnp.broadcast_to(_arange(rows)[:, None], (rows, size))
@@ -222,14 +232,14 @@ def _top_n_kernel(
 
   def choose(i, carry):
     high, chosen, last_score, last_block = carry
-    best = jnp.argmax(high, axis=1).astype(jnp.int32)[:, None]
     score = high.max(axis=1)[:, None]
-    j = jnp.minimum(best * size + _arange(size)[None, :], width - 1)
+    best = jnp.where(high == score, group, _NEVER).min(axis=1)[:, None]
+    j = best * size + _arange(size)[None, :]
     x = free_scores(j, [ref[row, j] for ref in score_refs])
     equal = (x == score) & ((score < last_score) | (j > last_block))
     block = jnp.where(equal, j, _NEVER).min(axis=1)[:, None]
     left = (x < score) | ((x == score) & (j > block))
-    rest = jnp.where(left, x, -1.0).max(axis=1)[:, None]
+    rest = jnp.where(left, x, -1).max(axis=1)[:, None]
     high = jnp.where(group == best, rest, high)
     return high, jnp.where(place == i, block, chosen), score, block
 
@@ -241,7 +251,7 @@ def _top_n_kernel(
     (
       high,
       jnp.full((rows, place.shape[1]), _NEVER, jnp.int32),
-      jnp.full((rows, 1), jnp.inf, jnp.float32),
+      jnp.full((rows, 1), jnp.iinfo(jnp.int32).max, jnp.int32),
       jnp.full((rows, 1), -1, jnp.int32),
     ),
   )

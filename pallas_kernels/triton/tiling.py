@@ -216,24 +216,21 @@ class SelectionTiling:
 
 
 def selection_tiling(
-  *, length: int, head_dim: int, dtype: jnp.dtype, ratio: int
+  *, length: int, dtype: jnp.dtype, ratio: int
 ) -> SelectionTiling:
   """Tiles of block selection by shape.
 
   Args:
     length: T.
-    head_dim: H.
     dtype: of query and key.
     ratio: l' / d, compressed blocks that begin in one selection block.
   """
-  # Bytes of a key. The keys of a tile stay in shared memory, its queries are
-  # streamed head by head; scores and their sum over heads are in registers.
-  cost = head_dim * jnp.dtype(dtype).itemsize
+  # The keys of a tile stay in shared memory, its queries are streamed head by
+  # head; scores and their sum over heads are in registers. A program waits for
+  # its products, so three on a multiprocessor overlap them with exponentials:
+  # two stages and 64 scores per thread leave room for that at H = 128.
   exact = jnp.dtype(dtype).itemsize == 4  # on the ordinary arithmetic units
   block_q = 32 if exact else 64
   block_q = min(block_q, common.padded_rows(length))
   block_k = 32 if exact else 128
-  num_stages = 3 if cost <= 256 else 2
-  return SelectionTiling(
-    block_q, Tile(max(block_k, ratio), 4, num_stages), 8, 128, 1
-  )
+  return SelectionTiling(block_q, Tile(max(block_k, ratio), 4, 2), 4, 128, 1)
