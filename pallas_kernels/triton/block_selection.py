@@ -115,7 +115,7 @@ def _scores_kernel(
       lse = common.load(lse_ref.at[g, span_q], row_mask)
       products = [common.dot(x, y) for x, y in zip(q, k, strict=True)]
       s = sum(products[1:], products[0]) * (spec.scale * common.LOG2E)
-      return acc + common.exp2(s - lse[:, None])
+      return acc + jnp.exp2(s - lse[:, None])
 
     p = lax.fori_loop(
       0, group, head, jnp.zeros((block_q, block_k), jnp.float32)

@@ -3,7 +3,6 @@
 Nothing here knows what attention is selected, compressed or windowed.
 """
 
-import contextvars
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -21,8 +20,6 @@ LOG2E = math.log2(math.e)
 # and needs no second mask; real scores lie far above both.
 MASK = -1e30
 MAX_INIT = -1e20
-# Whether the kernel being traced will be compiled; no part of its arguments.
-_compiled = contextvars.ContextVar("compiled", default=False)
 
 
 def pallas_call(
@@ -40,15 +37,8 @@ def pallas_call(
   """
 
   def call(interpret: bool) -> Callable[..., Any]:
-    def traced(*refs: Any) -> None:  # anew for each, so nothing caches it
-      token = _compiled.set(not interpret)
-      try:
-        kernel(*refs)
-      finally:
-        _compiled.reset(token)
-
     return pl.pallas_call(
-      traced,
+      kernel,
       name=name,
       interpret=interpret,
       compiler_params=plgpu.CompilerParams(
@@ -121,23 +111,6 @@ def load_pieces(
     load(ref.at[(*index, pl.ds(start, width))], mask)
     for start, width in columns
   )
-
-
-def exp2(x: jax.Array) -> jax.Array:
-  """2^x of float32; results below 2^-126 are 0.
-
-  `jnp.exp2` keeps those, which costs XLA's code three more instructions each.
-  """
-  if not _compiled.get():
-    return jnp.exp2(x)
-  [y] = plgpu.elementwise_inline_asm(
-    "ex2.approx.ftz.f32 $0, $1;",
-    args=[x],
-    constraints="=f,f",
-    pack=1,
-    result_shape_dtypes=[jax.ShapeDtypeStruct(x.shape, x.dtype)],
-  )
-  return y
 
 
 def dot(x: jax.Array, y: jax.Array) -> jax.Array:

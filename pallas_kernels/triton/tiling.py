@@ -119,9 +119,9 @@ def band_tiling(
     if width <= 64:
       fwd = BandTile(64, 8, 3, rows=128)
     elif windowed:
-      fwd = BandTile(32, 8, 4, rows=128)
+      fwd = BandTile(32, 8, 3, rows=128)
     else:
-      fwd = BandTile(64, 8, 2, rows=256)
+      fwd = BandTile(64, 8, 3, rows=256)
     dq = BandTile(32, 8, 3, rows=128)
     dkv = BandTile(128, 8, 3, rows=64)
   elif width <= 192:
@@ -233,4 +233,4 @@ def selection_tiling(
   block_q = 32 if exact else 64
   block_q = min(block_q, common.padded_rows(length))
   block_k = 32 if exact else 128
-  return SelectionTiling(block_q, Tile(max(block_k, ratio), 4, 2), 4, 128, 1)
+  return SelectionTiling(block_q, Tile(max(block_k, ratio), 4, 2), 2, 128, 1)
