@@ -649,7 +649,7 @@ def _dispatch(op, implementation, rows, query, *args, **kwargs):
 
 
 def _branch(op, implementation, rows, read, query, key, value, *args, **kwargs):
-  """One softmax branch: masks what nobody reads, names what remat may keep."""
+  """One softmax branch: masks what nobody reads."""
   out, lse = _dispatch(
     op,
     implementation,
@@ -660,11 +660,7 @@ def _branch(op, implementation, rows, read, query, key, value, *args, **kwargs):
     *args,
     **kwargs,
   )
-  name = op.removesuffix("_attention")
-  return (
-    checkpoint_name(_keep(out, rows.real), f"nsa_{name}_out"),
-    checkpoint_name(_keep(lse, rows.real, -jnp.inf), f"nsa_{name}_lse"),
-  )
+  return _keep(out, rows.real), _keep(lse, rows.real, -jnp.inf)
 
 
 def _compressed(query, key, value, rows, *, config, scale, implementation):

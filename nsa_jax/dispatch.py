@@ -8,12 +8,12 @@ asked for may.
 from collections.abc import Callable, Sequence
 from typing import Any, get_args
 
+import jax
+from jax.ad_checkpoint import checkpoint_name
+
 from nsa_jax import compression, reference, xla
 from nsa_jax.config import NSAConfig
 from nsa_jax.typing import Array, Implementation, ImplementationName, Queries
-
-# The order in which `implementation=None` tries them.
-DEFAULT_ORDER: tuple[ImplementationName, ...] = ("xla",)
 
 
 def _triton_compressed_attention(
@@ -25,6 +25,7 @@ def _triton_compressed_attention(
   key_length: int,
   scale: float,
   queries: Queries,
+  elsewhere: Any = None,
 ) -> tuple[Array, Array]:
   # Imported at the first use, so that importing nsa_jax imports no Pallas.
   import pallas_kernels
@@ -43,6 +44,7 @@ def _triton_compressed_attention(
     query_offset=queries.positions[:, 0],
     key_segments=segments,
     query_segments=queries.query_segments,
+    elsewhere=elsewhere,
   )
 
 
@@ -55,6 +57,7 @@ def _triton_selected_attention(
   config: NSAConfig,
   scale: float,
   queries: Queries,
+  elsewhere: Any = None,
 ) -> tuple[Array, Array]:
   import pallas_kernels
 
@@ -68,6 +71,7 @@ def _triton_selected_attention(
     query_offset=queries.positions[:, 0],
     key_segments=queries.key_segments,
     query_segments=queries.query_segments,
+    elsewhere=elsewhere,
   )
 
 
@@ -80,6 +84,7 @@ def _triton_window_attention(
   scale: float,
   key_offset: int | Array,
   queries: Queries,
+  elsewhere: Any = None,
 ) -> tuple[Array, Array]:
   import pallas_kernels
 
@@ -93,6 +98,7 @@ def _triton_window_attention(
     key_offset=key_offset,
     key_segments=queries.key_segments,
     query_segments=queries.query_segments,
+    elsewhere=elsewhere,
   )
 
 
@@ -105,6 +111,7 @@ def _triton_select_blocks(
   key_length: int,
   scale: float,
   queries: Queries,
+  elsewhere: Any = None,
 ) -> Array:
   import pallas_kernels
 
@@ -133,6 +140,7 @@ def _triton_select_blocks(
     scale=scale,
     query_offset=queries.positions[:, 0],
     **segments,
+    elsewhere=elsewhere,
   )
 
 
@@ -160,7 +168,7 @@ def names(implementation: Implementation) -> Sequence[ImplementationName]:
   """
   known = get_args(ImplementationName)
   if implementation is None:
-    return DEFAULT_ORDER
+    return ("triton", "xla")
   if isinstance(implementation, str):
     tried: Sequence[Any] = (implementation,)
   elif isinstance(implementation, Sequence) and implementation:
@@ -181,6 +189,9 @@ def call(
 ) -> Any:
   """Calls the first implementation of `op` that can do it.
 
+  None is "triton" on NVIDIA GPUs with "xla" in place of the kernels everywhere
+  else, in one traced program; or "xla" alone, if the kernels cannot do it.
+
   Raises:
     NotImplementedError: if none of those asked for can, with every reason.
   """
@@ -190,11 +201,45 @@ def call(
     if function is None:
       reasons.append(f"{name!r} has no `{op}` in this version")
       continue
+    own: dict[str, Any] = {}
+    if name == "triton" and implementation is None:
+      own["elsewhere"] = _elsewhere(op, args[3:], kwargs)
     try:
-      return function(*args, **kwargs)
+      result = function(*args, **kwargs, **own)
     except NotImplementedError as error:
       reasons.append(f"{name!r}: {error}")
+      continue
+    # The rules of the kernels name what they keep themselves.
+    return result if name == "triton" else _named(op, result)
   raise NotImplementedError(
     f"`implementation`={implementation!r} cannot do this call of `{op}`: "
     f"{'; '.join(reasons)}."
+  )
+
+
+def _elsewhere(op: str, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+  """`xla` in place of the kernels; the arrays among its arguments apart."""
+  import pallas_kernels
+
+  arrays: dict[str, Any] = {}
+  static: dict[str, Any] = {}
+  for name, value in kwargs.items():
+    kind = arrays if isinstance(value, jax.Array | Queries) else static
+    kind[name] = value
+  function = _OPS[op]["xla"]
+  return pallas_kernels.Elsewhere(
+    lambda a, b, c, rest, arrays: function(a, b, c, *rest, **arrays, **static),
+    (rest, arrays),
+  )
+
+
+def _named(op: str, result: Any) -> Any:
+  """Names out and lse of a branch for remat policies."""
+  branch = op.removesuffix("_attention")
+  if branch == op:
+    return result
+  out, lse = result
+  return (
+    checkpoint_name(out, f"nsa_{branch}_out"),
+    checkpoint_name(lse, f"nsa_{branch}_lse"),
   )

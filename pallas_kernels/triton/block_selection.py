@@ -222,7 +222,7 @@ def _top_n_kernel(
 
   def choose(i, carry):
     high, chosen, last_score, last_block = carry
-    best = jnp.argmax(high, axis=1).astype(jnp.int32)[:, None]
+    best = lax.argmax(high, axis=1, index_dtype=jnp.int32)[:, None]
     score = high.max(axis=1)[:, None]
     j = jnp.minimum(best * size + _arange(size)[None, :], width - 1)
     x = free_scores(j, [ref[row, j] for ref in score_refs])
