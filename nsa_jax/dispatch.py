@@ -9,11 +9,20 @@ from collections.abc import Callable, Sequence
 from typing import Any, get_args
 
 import jax
+from jax import export
 from jax.ad_checkpoint import checkpoint_name
 
 from nsa_jax import compression, reference, xla
 from nsa_jax.config import NSAConfig
 from nsa_jax.typing import Array, Implementation, ImplementationName, Queries
+
+# `disabled_checks` of `jax.export.export` for programs that hold the kernels,
+# whose custom calls jax does not promise to keep: run such a program with the
+# version of jax that exported it. The target depends on that version.
+EXPORT_DISABLED_CHECKS = tuple(
+  export.DisabledSafetyCheck.custom_call(target)
+  for target in ("__gpu$xla.gpu.triton", "triton_kernel_call_ffi")
+)
 
 
 def _triton_compressed_attention(

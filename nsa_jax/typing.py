@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from typing import Literal, NamedTuple, TypeAlias
 
 import jax
+from jax import export
 
 Array: TypeAlias = jax.Array
 
@@ -39,6 +40,10 @@ class KV(NamedTuple):
 
   key: Array
   value: Array
+
+
+# So that exported functions may take or return pairs.
+export.register_namedtuple_serialization(KV, serialized_name="nsa_jax.KV")
 
 
 class Queries(NamedTuple):
