@@ -169,6 +169,7 @@ def native_sparse_attention(
     config=config,
     scale=scale,
     implementation=implementation,
+    with_lse=False,
   )
   acc = jnp.promote_types(jnp.float32, query.dtype)
   gates = _keep(gates, rows.real).astype(acc)
@@ -715,7 +716,13 @@ def _selected(query, key, value, ids, rows, *, config, scale, implementation):
   )
 
 
-def _window(query, key, value, rows, *, config, scale, implementation):
+def _window(
+  query, key, value, rows, *, config, scale, implementation, with_lse=True
+):
+  """Returns (out, lse), or (out, anything) if lse is not asked for."""
+  same_rows = query.shape[1] == key.shape[1] and rows.real is rows.read is None
+  # A traced offset of 0 would not be known to be one.
+  plain = same_rows and isinstance(rows.key_offset, int)
   return _branch(
     "window_attention",
     implementation,
@@ -727,6 +734,7 @@ def _window(query, key, value, rows, *, config, scale, implementation):
     config=config,
     scale=scale,
     key_offset=rows.key_offset,
+    cudnn={"plain": plain, "with_lse": with_lse},
   )
 
 

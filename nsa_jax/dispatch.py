@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, get_args
 
 import jax
+import jax.numpy as jnp
 from jax import export
 from jax.ad_checkpoint import checkpoint_name
 
@@ -111,6 +112,53 @@ def _triton_window_attention(
   )
 
 
+def _cudnn_window_attention(
+  query: Array,
+  key: Array,
+  value: Array,
+  *,
+  config: NSAConfig,
+  scale: float,
+  key_offset: int | Array,
+  queries: Queries,
+  plain: bool,
+  with_lse: bool,
+) -> tuple[Array, None]:
+  del key_offset, queries
+  if with_lse:
+    raise NotImplementedError(
+      "`window_attention` returns lse, and cuDNN gives none that is "
+      "differentiable; it serves the window of `native_sparse_attention`"
+    )
+  if query.dtype not in (jnp.float16, jnp.bfloat16):
+    raise NotImplementedError(
+      f"`query` of dtype {query.dtype}: cuDNN takes float16 and bfloat16"
+    )
+  if query.shape[-1] != value.shape[-1]:
+    raise NotImplementedError(
+      f"`value` has head dimension {value.shape[-1]}, which must be "
+      f"{query.shape[-1]}, that of `query`"
+    )
+  if not plain:
+    raise NotImplementedError(
+      "cuDNN's window takes as many queries as keys, and no `query_offset`, "
+      "`segment_ids` or `key_offset`"
+    )
+  try:
+    out = jax.nn.dot_product_attention(
+      query,
+      key,
+      value,
+      scale=scale,
+      is_causal=True,
+      local_window_size=(min(config.window, key.shape[1]) - 1, 0),
+      implementation="cudnn",
+    )
+  except RuntimeError as error:  # No cuDNN is installed.
+    raise NotImplementedError(str(error).rstrip(".")) from error
+  return out, None
+
+
 def _triton_select_blocks(
   query: Array,
   compressed_key: Array,
@@ -166,6 +214,7 @@ _OPS: dict[str, dict[str, Callable[..., Any]]] = {
 _OPS["compressed_attention"]["triton"] = _triton_compressed_attention
 _OPS["selected_attention"]["triton"] = _triton_selected_attention
 _OPS["window_attention"]["triton"] = _triton_window_attention
+_OPS["window_attention"]["cudnn"] = _cudnn_window_attention
 _OPS["select_blocks"]["triton"] = _triton_select_blocks
 
 
@@ -194,9 +243,15 @@ def names(implementation: Implementation) -> Sequence[ImplementationName]:
 
 
 def call(
-  op: str, implementation: Implementation, *args: Any, **kwargs: Any
+  op: str,
+  implementation: Implementation,
+  *args: Any,
+  cudnn: dict[str, Any] | None = None,
+  **kwargs: Any,
 ) -> Any:
   """Calls the first implementation of `op` that can do it.
+
+  `cudnn` are arguments that only "cudnn" takes.
 
   None is "triton" on NVIDIA GPUs with "xla" in place of the kernels everywhere
   else, in one traced program; or "xla" alone, if the kernels cannot do it.
@@ -212,7 +267,9 @@ def call(
       continue
     own: dict[str, Any] = {}
     if name == "triton" and implementation is None:
-      own["elsewhere"] = _elsewhere(op, args[3:], kwargs)
+      own = {"elsewhere": _elsewhere(op, args[3:], kwargs)}
+    elif name == "cudnn":
+      own = cudnn or {}
     try:
       result = function(*args, **kwargs, **own)
     except NotImplementedError as error:
@@ -248,7 +305,7 @@ def _named(op: str, result: Any) -> Any:
   if branch == op:
     return result
   out, lse = result
-  return (
-    checkpoint_name(out, f"nsa_{branch}_out"),
-    checkpoint_name(lse, f"nsa_{branch}_lse"),
-  )
+  out = checkpoint_name(out, f"nsa_{branch}_out")
+  if lse is not None:
+    lse = checkpoint_name(lse, f"nsa_{branch}_lse")
+  return out, lse
