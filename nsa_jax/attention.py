@@ -6,6 +6,7 @@ positions of the queries, and the removal of everything that no query may read
 Letters in shapes are explained in `nsa_jax.typing`.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -171,14 +172,10 @@ def native_sparse_attention(
     implementation=implementation,
     with_lse=False,
   )
-  acc = jnp.promote_types(jnp.float32, query.dtype)
-  gates = _keep(gates, rows.real).astype(acc)
-  branches = (out_compressed, out_selected, out_window)
-  out = sum(
-    gates[..., c, None] * branch.astype(acc)
-    for c, branch in enumerate(branches)
+  out = _gated_sum(
+    _keep(gates, rows.real), (out_compressed, out_selected, out_window)
   )
-  out = _keep(out.astype(query.dtype), rows.real)
+  out = _keep(out, rows.real)
   return (out, block_ids) if return_block_ids else out
 
 
@@ -736,6 +733,25 @@ def _window(
     key_offset=rows.key_offset,
     cudnn={"plain": plain, "with_lse": with_lse},
   )
+
+
+@functools.partial(jax.checkpoint, prevent_cse=False)
+def _gated_sum(gates, branches):
+  """Sum of gates[..., c] * branches[c], in float32 at least.
+
+  Forward it is one pass that reads three [T, N, V] tensors and writes one, the
+  least there is. Backward the least is 7: the cotangent and the three outputs
+  read, three cotangents written. XLA makes it 12 where it fuses the three
+  products and the three sums over V apart, as on a CPU: each of them reads the
+  cotangent. The checkpoint keeps float32 copies of the outputs from being
+  stored between the passes.
+  """
+  acc = jnp.promote_types(jnp.float32, branches[0].dtype)
+  out = sum(
+    gates[..., c, None].astype(acc) * branch.astype(acc)
+    for c, branch in enumerate(branches)
+  )
+  return out.astype(branches[0].dtype)
 
 
 def _pair(name, query, pair, min_length=1):
