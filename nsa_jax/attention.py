@@ -64,7 +64,10 @@ def native_sparse_attention(
     block_ids: int32 [B, T, K, m] to skip the selection: block ids strictly
       ascending, then -1.
     return_block_ids: also return the ids of the selected blocks.
-    implementation: None, a name, or a sequence of names to try in order.
+    implementation: a name ("triton", "xla", "reference"), or a sequence of
+      names to try in order; in one, "cudnn" may serve the window alone. None
+      is "triton" on NVIDIA GPUs and "xla" elsewhere, in one traced program and
+      with reverse mode only; or "xla" alone, if the kernels cannot do the call.
 
   Returns:
     out [B, T, N, V] in the dtype of `query`, or (out, block_ids) with block_ids
@@ -206,7 +209,8 @@ def compressed_attention(
     segment_ids: int32 [B, S], of the tokens; 0 is padding.
     query_segment_ids: int32 [B, T]; by default `segment_ids` at the queries'
       positions.
-    implementation: None, a name, or a sequence of names to try in order.
+    implementation: None, a name, or a sequence, as in
+      `native_sparse_attention`.
 
   Returns:
     out [B, T, N, V] in the dtype of `query` and the natural-log lse [B, T, N]
@@ -273,7 +277,8 @@ def block_scores(
     segment_ids: int32 [B, S], of the tokens; 0 is padding.
     query_segment_ids: int32 [B, T]; by default `segment_ids` at the queries'
       positions.
-    implementation: None, a name, or a sequence of names to try in order.
+    implementation: None, a name, or a sequence, as in
+      `native_sparse_attention`.
 
   Returns:
     [B, T, K, M], float32 (float64 for float64): attention probability of the
@@ -345,7 +350,8 @@ def select_blocks(
     segment_ids: int32 [B, S], of the tokens; 0 is padding.
     query_segment_ids: int32 [B, T]; by default `segment_ids` at the queries'
       positions.
-    implementation: None, a name, or a sequence of names to try in order.
+    implementation: None, a name, or a sequence, as in
+      `native_sparse_attention`.
 
   Returns:
     int32 [B, T, K, n]: block ids strictly ascending, then -1.
@@ -409,7 +415,8 @@ def selected_attention(
     segment_ids: int32 [B, S]; 0 is padding.
     query_segment_ids: int32 [B, T]; by default `segment_ids` at the queries'
       positions.
-    implementation: None, a name, or a sequence of names to try in order.
+    implementation: None, a name, or a sequence, as in
+      `native_sparse_attention`.
 
   Returns:
     out [B, T, N, V] in the dtype of `query` and the natural-log lse [B, T, N]
@@ -475,7 +482,8 @@ def window_attention(
       padding.
     query_segment_ids: int32 [B, T]; by default `segment_ids` at the queries'
       positions.
-    implementation: None, a name, or a sequence of names to try in order.
+    implementation: None, a name, or a sequence, as in
+      `native_sparse_attention`.
 
   Returns:
     out [B, T, N, V] in the dtype of `query` and the natural-log lse [B, T, N]

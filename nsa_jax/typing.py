@@ -23,8 +23,9 @@ from jax import export
 Array: TypeAlias = jax.Array
 
 ImplementationName: TypeAlias = Literal["reference", "xla", "triton", "cudnn"]
-# None: the fastest that supports the call. A name: exactly that one. A
-# sequence: the first that can.
+# None: the kernels on NVIDIA GPUs, XLA elsewhere and for what the kernels
+# cannot do. A name: exactly that one. A sequence: the first that can. "cudnn"
+# serves the window of the whole op.
 Implementation: TypeAlias = (
   ImplementationName | Sequence[ImplementationName] | None
 )
