@@ -20,6 +20,7 @@ from nsa_jax.compression import (
   num_selection_blocks,
 )
 from nsa_jax.config import NSAConfig
+from nsa_jax.dispatch import EXPORT_DISABLED_CHECKS
 from nsa_jax.layers import NativeSparseAttention
 from nsa_jax.rope import RopeConfig, apply_rope
 from nsa_jax.transformer import TransformerConfig, TransformerLM
@@ -28,6 +29,7 @@ from nsa_jax.typing import KV, Implementation
 __version__ = "0.1.0"
 
 __all__ = [
+  "EXPORT_DISABLED_CHECKS",
   "KV",
   "Implementation",
   "NSAConfig",

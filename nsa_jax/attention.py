@@ -6,6 +6,7 @@ positions of the queries, and the removal of everything that no query may read
 Letters in shapes are explained in `nsa_jax.typing`.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -63,7 +64,10 @@ def native_sparse_attention(
     block_ids: int32 [B, T, K, m] to skip the selection: block ids strictly
       ascending, then -1.
     return_block_ids: also return the ids of the selected blocks.
-    implementation: None, a name, or a sequence of names to try in order.
+    implementation: a name ("triton", "xla", "reference"), or a sequence of
+      names to try in order; in one, "cudnn" may serve the window alone. None
+      is "triton" on NVIDIA GPUs and "xla" elsewhere, in one traced program and
+      with reverse mode only; or "xla" alone, if the kernels cannot do the call.
 
   Returns:
     out [B, T, N, V] in the dtype of `query`, or (out, block_ids) with block_ids
@@ -169,15 +173,12 @@ def native_sparse_attention(
     config=config,
     scale=scale,
     implementation=implementation,
+    with_lse=False,
   )
-  acc = jnp.promote_types(jnp.float32, query.dtype)
-  gates = _keep(gates, rows.real).astype(acc)
-  branches = (out_compressed, out_selected, out_window)
-  out = sum(
-    gates[..., c, None] * branch.astype(acc)
-    for c, branch in enumerate(branches)
+  out = _gated_sum(
+    _keep(gates, rows.real), (out_compressed, out_selected, out_window)
   )
-  out = _keep(out.astype(query.dtype), rows.real)
+  out = _keep(out, rows.real)
   return (out, block_ids) if return_block_ids else out
 
 
@@ -208,7 +209,8 @@ def compressed_attention(
     segment_ids: int32 [B, S], of the tokens; 0 is padding.
     query_segment_ids: int32 [B, T]; by default `segment_ids` at the queries'
       positions.
-    implementation: None, a name, or a sequence of names to try in order.
+    implementation: None, a name, or a sequence, as in
+      `native_sparse_attention`.
 
   Returns:
     out [B, T, N, V] in the dtype of `query` and the natural-log lse [B, T, N]
@@ -275,7 +277,8 @@ def block_scores(
     segment_ids: int32 [B, S], of the tokens; 0 is padding.
     query_segment_ids: int32 [B, T]; by default `segment_ids` at the queries'
       positions.
-    implementation: None, a name, or a sequence of names to try in order.
+    implementation: None, a name, or a sequence, as in
+      `native_sparse_attention`.
 
   Returns:
     [B, T, K, M], float32 (float64 for float64): attention probability of the
@@ -347,7 +350,8 @@ def select_blocks(
     segment_ids: int32 [B, S], of the tokens; 0 is padding.
     query_segment_ids: int32 [B, T]; by default `segment_ids` at the queries'
       positions.
-    implementation: None, a name, or a sequence of names to try in order.
+    implementation: None, a name, or a sequence, as in
+      `native_sparse_attention`.
 
   Returns:
     int32 [B, T, K, n]: block ids strictly ascending, then -1.
@@ -411,7 +415,8 @@ def selected_attention(
     segment_ids: int32 [B, S]; 0 is padding.
     query_segment_ids: int32 [B, T]; by default `segment_ids` at the queries'
       positions.
-    implementation: None, a name, or a sequence of names to try in order.
+    implementation: None, a name, or a sequence, as in
+      `native_sparse_attention`.
 
   Returns:
     out [B, T, N, V] in the dtype of `query` and the natural-log lse [B, T, N]
@@ -477,7 +482,8 @@ def window_attention(
       padding.
     query_segment_ids: int32 [B, T]; by default `segment_ids` at the queries'
       positions.
-    implementation: None, a name, or a sequence of names to try in order.
+    implementation: None, a name, or a sequence, as in
+      `native_sparse_attention`.
 
   Returns:
     out [B, T, N, V] in the dtype of `query` and the natural-log lse [B, T, N]
@@ -649,7 +655,7 @@ def _dispatch(op, implementation, rows, query, *args, **kwargs):
 
 
 def _branch(op, implementation, rows, read, query, key, value, *args, **kwargs):
-  """One softmax branch: masks what nobody reads, names what remat may keep."""
+  """One softmax branch: masks what nobody reads."""
   out, lse = _dispatch(
     op,
     implementation,
@@ -660,11 +666,7 @@ def _branch(op, implementation, rows, read, query, key, value, *args, **kwargs):
     *args,
     **kwargs,
   )
-  name = op.removesuffix("_attention")
-  return (
-    checkpoint_name(_keep(out, rows.real), f"nsa_{name}_out"),
-    checkpoint_name(_keep(lse, rows.real, -jnp.inf), f"nsa_{name}_lse"),
-  )
+  return _keep(out, rows.real), _keep(lse, rows.real, -jnp.inf)
 
 
 def _compressed(query, key, value, rows, *, config, scale, implementation):
@@ -719,7 +721,13 @@ def _selected(query, key, value, ids, rows, *, config, scale, implementation):
   )
 
 
-def _window(query, key, value, rows, *, config, scale, implementation):
+def _window(
+  query, key, value, rows, *, config, scale, implementation, with_lse=True
+):
+  """Returns (out, lse), or (out, anything) if lse is not asked for."""
+  same_rows = query.shape[1] == key.shape[1] and rows.real is rows.read is None
+  # A traced offset of 0 would not be known to be one.
+  plain = same_rows and isinstance(rows.key_offset, int)
   return _branch(
     "window_attention",
     implementation,
@@ -731,7 +739,27 @@ def _window(query, key, value, rows, *, config, scale, implementation):
     config=config,
     scale=scale,
     key_offset=rows.key_offset,
+    cudnn={"plain": plain, "with_lse": with_lse},
   )
+
+
+@functools.partial(jax.checkpoint, prevent_cse=False)
+def _gated_sum(gates, branches):
+  """Sum of gates[..., c] * branches[c], in float32 at least.
+
+  Forward it is one pass that reads three [T, N, V] tensors and writes one, the
+  least there is. Backward the least is 7: the cotangent and the three outputs
+  read, three cotangents written. XLA makes it 12 where it fuses the three
+  products and the three sums over V apart, as on a CPU: each of them reads the
+  cotangent. The checkpoint keeps float32 copies of the outputs from being
+  stored between the passes.
+  """
+  acc = jnp.promote_types(jnp.float32, branches[0].dtype)
+  out = sum(
+    gates[..., c, None].astype(acc) * branch.astype(acc)
+    for c, branch in enumerate(branches)
+  )
+  return out.astype(branches[0].dtype)
 
 
 def _pair(name, query, pair, min_length=1):

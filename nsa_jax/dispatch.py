@@ -8,12 +8,22 @@ asked for may.
 from collections.abc import Callable, Sequence
 from typing import Any, get_args
 
+import jax
+import jax.numpy as jnp
+from jax import export
+from jax.ad_checkpoint import checkpoint_name
+
 from nsa_jax import compression, reference, xla
 from nsa_jax.config import NSAConfig
 from nsa_jax.typing import Array, Implementation, ImplementationName, Queries
 
-# The order in which `implementation=None` tries them.
-DEFAULT_ORDER: tuple[ImplementationName, ...] = ("xla",)
+# `disabled_checks` of `jax.export.export` for programs that hold the kernels,
+# whose custom calls jax does not promise to keep: run such a program with the
+# version of jax that exported it. The target depends on that version.
+EXPORT_DISABLED_CHECKS = tuple(
+  export.DisabledSafetyCheck.custom_call(target)
+  for target in ("__gpu$xla.gpu.triton", "triton_kernel_call_ffi")
+)
 
 
 def _triton_compressed_attention(
@@ -25,6 +35,7 @@ def _triton_compressed_attention(
   key_length: int,
   scale: float,
   queries: Queries,
+  elsewhere: Any = None,
 ) -> tuple[Array, Array]:
   # Imported at the first use, so that importing nsa_jax imports no Pallas.
   import pallas_kernels
@@ -43,6 +54,7 @@ def _triton_compressed_attention(
     query_offset=queries.positions[:, 0],
     key_segments=segments,
     query_segments=queries.query_segments,
+    elsewhere=elsewhere,
   )
 
 
@@ -55,6 +67,7 @@ def _triton_selected_attention(
   config: NSAConfig,
   scale: float,
   queries: Queries,
+  elsewhere: Any = None,
 ) -> tuple[Array, Array]:
   import pallas_kernels
 
@@ -68,6 +81,7 @@ def _triton_selected_attention(
     query_offset=queries.positions[:, 0],
     key_segments=queries.key_segments,
     query_segments=queries.query_segments,
+    elsewhere=elsewhere,
   )
 
 
@@ -80,6 +94,7 @@ def _triton_window_attention(
   scale: float,
   key_offset: int | Array,
   queries: Queries,
+  elsewhere: Any = None,
 ) -> tuple[Array, Array]:
   import pallas_kernels
 
@@ -93,7 +108,55 @@ def _triton_window_attention(
     key_offset=key_offset,
     key_segments=queries.key_segments,
     query_segments=queries.query_segments,
+    elsewhere=elsewhere,
   )
+
+
+def _cudnn_window_attention(
+  query: Array,
+  key: Array,
+  value: Array,
+  *,
+  config: NSAConfig,
+  scale: float,
+  key_offset: int | Array,
+  queries: Queries,
+  plain: bool,
+  with_lse: bool,
+) -> tuple[Array, None]:
+  del key_offset, queries
+  if with_lse:
+    raise NotImplementedError(
+      "`window_attention` returns lse, and cuDNN gives none that is "
+      "differentiable; it serves the window of `native_sparse_attention`"
+    )
+  if query.dtype not in (jnp.float16, jnp.bfloat16):
+    raise NotImplementedError(
+      f"`query` of dtype {query.dtype}: cuDNN takes float16 and bfloat16"
+    )
+  if query.shape[-1] != value.shape[-1]:
+    raise NotImplementedError(
+      f"`value` has head dimension {value.shape[-1]}, which must be "
+      f"{query.shape[-1]}, that of `query`"
+    )
+  if not plain:
+    raise NotImplementedError(
+      "cuDNN's window takes as many queries as keys, and no `query_offset`, "
+      "`segment_ids` or `key_offset`"
+    )
+  try:
+    out = jax.nn.dot_product_attention(
+      query,
+      key,
+      value,
+      scale=scale,
+      is_causal=True,
+      local_window_size=(min(config.window, key.shape[1]) - 1, 0),
+      implementation="cudnn",
+    )
+  except RuntimeError as error:  # No cuDNN is installed.
+    raise NotImplementedError(str(error).rstrip(".")) from error
+  return out, None
 
 
 def _triton_select_blocks(
@@ -105,6 +168,7 @@ def _triton_select_blocks(
   key_length: int,
   scale: float,
   queries: Queries,
+  elsewhere: Any = None,
 ) -> Array:
   import pallas_kernels
 
@@ -133,6 +197,7 @@ def _triton_select_blocks(
     scale=scale,
     query_offset=queries.positions[:, 0],
     **segments,
+    elsewhere=elsewhere,
   )
 
 
@@ -149,6 +214,7 @@ _OPS: dict[str, dict[str, Callable[..., Any]]] = {
 _OPS["compressed_attention"]["triton"] = _triton_compressed_attention
 _OPS["selected_attention"]["triton"] = _triton_selected_attention
 _OPS["window_attention"]["triton"] = _triton_window_attention
+_OPS["window_attention"]["cudnn"] = _cudnn_window_attention
 _OPS["select_blocks"]["triton"] = _triton_select_blocks
 
 
@@ -160,7 +226,7 @@ def names(implementation: Implementation) -> Sequence[ImplementationName]:
   """
   known = get_args(ImplementationName)
   if implementation is None:
-    return DEFAULT_ORDER
+    return ("triton", "xla")
   if isinstance(implementation, str):
     tried: Sequence[Any] = (implementation,)
   elif isinstance(implementation, Sequence) and implementation:
@@ -177,9 +243,18 @@ def names(implementation: Implementation) -> Sequence[ImplementationName]:
 
 
 def call(
-  op: str, implementation: Implementation, *args: Any, **kwargs: Any
+  op: str,
+  implementation: Implementation,
+  *args: Any,
+  cudnn: dict[str, Any] | None = None,
+  **kwargs: Any,
 ) -> Any:
   """Calls the first implementation of `op` that can do it.
+
+  `cudnn` are arguments that only "cudnn" takes.
+
+  None is "triton" on NVIDIA GPUs with "xla" in place of the kernels everywhere
+  else, in one traced program; or "xla" alone, if the kernels cannot do it.
 
   Raises:
     NotImplementedError: if none of those asked for can, with every reason.
@@ -190,11 +265,47 @@ def call(
     if function is None:
       reasons.append(f"{name!r} has no `{op}` in this version")
       continue
+    own: dict[str, Any] = {}
+    if name == "triton" and implementation is None:
+      own = {"elsewhere": _elsewhere(op, args[3:], kwargs)}
+    elif name == "cudnn":
+      own = cudnn or {}
     try:
-      return function(*args, **kwargs)
+      result = function(*args, **kwargs, **own)
     except NotImplementedError as error:
       reasons.append(f"{name!r}: {error}")
+      continue
+    # The rules of the kernels name what they keep themselves.
+    return result if name == "triton" else _named(op, result)
   raise NotImplementedError(
     f"`implementation`={implementation!r} cannot do this call of `{op}`: "
     f"{'; '.join(reasons)}."
   )
+
+
+def _elsewhere(op: str, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+  """`xla` in place of the kernels; the arrays among its arguments apart."""
+  import pallas_kernels
+
+  arrays: dict[str, Any] = {}
+  static: dict[str, Any] = {}
+  for name, value in kwargs.items():
+    kind = arrays if isinstance(value, jax.Array | Queries) else static
+    kind[name] = value
+  function = _OPS[op]["xla"]
+  return pallas_kernels.Elsewhere(
+    lambda a, b, c, rest, arrays: function(a, b, c, *rest, **arrays, **static),
+    (rest, arrays),
+  )
+
+
+def _named(op: str, result: Any) -> Any:
+  """Names out and lse of a branch for remat policies."""
+  branch = op.removesuffix("_attention")
+  if branch == op:
+    return result
+  out, lse = result
+  out = checkpoint_name(out, f"nsa_{branch}_out")
+  if lse is not None:
+    lse = checkpoint_name(lse, f"nsa_{branch}_lse")
+  return out, lse

@@ -18,12 +18,14 @@ from collections.abc import Sequence
 from typing import Literal, NamedTuple, TypeAlias
 
 import jax
+from jax import export
 
 Array: TypeAlias = jax.Array
 
 ImplementationName: TypeAlias = Literal["reference", "xla", "triton", "cudnn"]
-# None: the fastest that supports the call. A name: exactly that one. A
-# sequence: the first that can.
+# None: the kernels on NVIDIA GPUs, XLA elsewhere and for what the kernels
+# cannot do. A name: exactly that one. A sequence: the first that can. "cudnn"
+# serves the window of the whole op.
 Implementation: TypeAlias = (
   ImplementationName | Sequence[ImplementationName] | None
 )
@@ -39,6 +41,10 @@ class KV(NamedTuple):
 
   key: Array
   value: Array
+
+
+# So that exported functions may take or return pairs.
+export.register_namedtuple_serialization(KV, serialized_name="nsa_jax.KV")
 
 
 class Queries(NamedTuple):

@@ -5,11 +5,14 @@ there. What a kernel cannot take raises `NotImplementedError`.
 """
 
 import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from pallas_kernels.platforms import by_platform
 from pallas_kernels.triton import band_attention as _band
 from pallas_kernels.triton import band_attention_vjp as _band_vjp
 from pallas_kernels.triton import block_selection as _selection
@@ -29,6 +32,7 @@ from pallas_kernels.triton.tiling import (
 __all__ = [
   "BandTile",
   "BandTiling",
+  "Elsewhere",
   "SelectedTiling",
   "SelectionTiling",
   "Tile",
@@ -37,6 +41,20 @@ __all__ = [
   "selected_attention",
   "window_attention",
 ]
+
+
+class Elsewhere(NamedTuple):
+  """What runs in place of the kernels where no NVIDIA GPU is.
+
+  Attributes:
+    function: f(query, key, value, *arguments) -> (out, lse), differentiable by
+      jax; of `select_blocks`: f(query, compressed_key, lse, *arguments) -> ids.
+      It must not close over traced values.
+    arguments: pytrees of arrays that have no gradients.
+  """
+
+  function: Callable[..., Any]
+  arguments: tuple[Any, ...]
 
 
 def compressed_attention(
@@ -52,6 +70,7 @@ def compressed_attention(
   key_segments: jax.Array | None = None,
   query_segments: jax.Array | None = None,
   tiles: BandTiling | None = None,
+  elsewhere: Elsewhere | None = None,
 ) -> tuple[jax.Array, jax.Array]:
   """Attention over compressed blocks (Eq. 7), those wholly at or before t.
 
@@ -70,6 +89,8 @@ def compressed_attention(
     key_segments: int32 [B, C], 0 for blocks that nobody reads; or None.
     query_segments: int32 [B, T]; 0 reads nothing. None iff `key_segments` is.
     tiles: tile sizes; None for the heuristic.
+    elsewhere: what runs where no NVIDIA GPU is; None for the kernels,
+      interpreted.
 
   Returns:
     out [B, T, N, V] in the dtype of `query` and the natural-log lse [B, T, N],
@@ -91,6 +112,7 @@ def compressed_attention(
     key_segments,
     query_segments,
     tiles,
+    elsewhere,
   )
 
 
@@ -106,6 +128,7 @@ def window_attention(
   key_segments: jax.Array | None = None,
   query_segments: jax.Array | None = None,
   tiles: BandTiling | None = None,
+  elsewhere: Elsewhere | None = None,
 ) -> tuple[jax.Array, jax.Array]:
   """Attention over the last w tokens, max(0, t - w + 1) .. t.
 
@@ -125,6 +148,8 @@ def window_attention(
     key_segments: int32 [B, S], or None.
     query_segments: int32 [B, T]; 0 reads nothing. None iff `key_segments` is.
     tiles: tile sizes; None for the heuristic.
+    elsewhere: what runs where no NVIDIA GPU is; None for the kernels,
+      interpreted.
 
   Returns:
     out [B, T, N, V] in the dtype of `query` and the natural-log lse [B, T, N],
@@ -148,6 +173,7 @@ def window_attention(
     key_segments,
     query_segments,
     tiles,
+    elsewhere,
   )
 
 
@@ -163,7 +189,9 @@ def _band_call(
   key_segments,
   query_segments,
   tiles,
+  elsewhere,
 ):
+  support.check_where()
   support.check_heads(query, key, value)
   if tiles is None:
     tiles = tiling.band_tiling(
@@ -180,27 +208,13 @@ def _band_call(
     segments = (key_segments, nowhere.reshape(-1))
   place = jnp.stack([offset, first_row], axis=-1).astype(jnp.int32)
   spec = _band.Spec(band, scale, tiles)
-  return _band_attention(spec, branch, query, key, value, place, segments)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _band_attention(spec, branch, query, key, value, place, segments):
-  return _band.forward(query, key, value, place, segments, spec=spec)
-
-
-def _band_attention_fwd(spec, branch, *args):
-  out, lse = _band_attention(spec, branch, *args)
-  out = checkpoint_name(out, f"nsa_{branch}_out")
-  lse = checkpoint_name(lse, f"nsa_{branch}_lse")
-  return (out, lse), (*args, out, lse)
-
-
-def _band_attention_bwd(spec, branch, residuals, cotangents):
-  dq, dk, dv = _band_vjp.backward(*residuals, *cotangents, spec=spec)
-  return dq, dk, dv, None, (None,) * len(residuals[4])
-
-
-_band_attention.defvjp(_band_attention_fwd, _band_attention_bwd)
+  kernels = _Kernels(
+    functools.partial(_band.forward, spec=spec),
+    functools.partial(_band_vjp.backward, spec=spec),
+  )
+  return _attend(
+    branch, kernels, query, key, value, (place, segments), elsewhere
+  )
 
 
 def selected_attention(
@@ -215,6 +229,7 @@ def selected_attention(
   key_segments: jax.Array | None = None,
   query_segments: jax.Array | None = None,
   tiles: SelectedTiling | None = None,
+  elsewhere: Elsewhere | None = None,
 ) -> tuple[jax.Array, jax.Array]:
   """Attention over the tokens s <= t of the given blocks (Eq. 12).
 
@@ -233,6 +248,8 @@ def selected_attention(
     key_segments: int32 [B, S], or None.
     query_segments: int32 [B, T]; 0 reads nothing. None iff `key_segments` is.
     tiles: tile sizes; None for the heuristic.
+    elsewhere: what runs where no NVIDIA GPU is; None for the kernels,
+      interpreted.
 
   Returns:
     out [B, T, N, V] in the dtype of `query` and the natural-log lse [B, T, N],
@@ -241,6 +258,7 @@ def selected_attention(
   Raises:
     NotImplementedError: if the kernels cannot take the shapes or the dtype.
   """
+  support.check_where()
   support.check_heads(query, key, value)
   support.check_selection_block(selection_block)
   if tiles is None:
@@ -258,32 +276,79 @@ def selected_attention(
     nowhere = jnp.where(query_segments > 0, query_segments, -1)
     segments = (key_segments, nowhere)
   spec = _by_query.Spec(selection_block, scale, tiles)
-  return _selected_attention(
-    spec, query, key, value, block_ids, query_offset, segments
+  forward = (_by_block if tiles.by_block else _by_query).forward
+  backward = (_by_block_vjp if tiles.by_block else _by_query_vjp).backward
+  kernels = _Kernels(
+    functools.partial(forward, spec=spec),
+    functools.partial(backward, spec=spec),
+  )
+  return _attend(
+    "selected",
+    kernels,
+    query,
+    key,
+    value,
+    (block_ids, query_offset, segments),
+    elsewhere,
   )
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _selected_attention(spec, query, key, value, ids, offset, segments):
-  forward = (_by_block if spec.tiling.by_block else _by_query).forward
-  return forward(query, key, value, ids, offset, segments, spec=spec)
+class _Kernels(NamedTuple):
+  """A branch: of query, key, value, *integers, and then of the cotangents."""
+
+  forward: Callable[..., Any]
+  backward: Callable[..., Any]
 
 
-def _selected_attention_fwd(spec, *args):
-  out, lse = _selected_attention(spec, *args)
-  out = checkpoint_name(out, "nsa_selected_out")
-  lse = checkpoint_name(lse, "nsa_selected_lse")
+def _attend(branch, kernels, query, key, value, integers, elsewhere):
+  function, arguments = elsewhere or (None, ())
+  return _attention(
+    branch, kernels, function, query, key, value, integers, arguments
+  )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _attention(
+  branch, kernels, elsewhere, query, key, value, integers, arguments
+):
+  del branch
+  if elsewhere is None:
+    return kernels.forward(query, key, value, *integers)
+  return by_platform(
+    cuda=lambda qkv, integers, _: kernels.forward(*qkv, *integers),
+    default=lambda qkv, _, arguments: elsewhere(*qkv, *arguments),
+  )((query, key, value), integers, arguments)
+
+
+def _attention_fwd(branch, kernels, elsewhere, *args):
+  out, lse = _attention(branch, kernels, elsewhere, *args)
+  out = checkpoint_name(out, f"nsa_{branch}_out")
+  lse = checkpoint_name(lse, f"nsa_{branch}_lse")
   return (out, lse), (*args, out, lse)
 
 
-def _selected_attention_bwd(spec, residuals, cotangents):
-  module = _by_block_vjp if spec.tiling.by_block else _by_query_vjp
-  dq, dk, dv = module.backward(*residuals, *cotangents, spec=spec)
-  segments = residuals[5]
-  return dq, dk, dv, None, None, (None,) * len(segments)
+def _attention_bwd(branch, kernels, elsewhere, residuals, cotangents):
+  del branch
+  *qkv, integers, arguments, out, lse = residuals
+
+  def backward(qkv, integers, _, results, cotangents):
+    return tuple(kernels.backward(*qkv, *integers, *results, *cotangents))
+
+  def autodiff(qkv, _, arguments, results, cotangents):
+    # It runs the forward pass again, which the compiler finds to be the one it
+    # has; so there is one kind of residuals, and a GPU stores none in vain.
+    del results
+    return jax.vjp(lambda *qkv: elsewhere(*qkv, *arguments), *qkv)[1](
+      cotangents
+    )
+
+  if elsewhere is not None:
+    backward = by_platform(cuda=backward, default=autodiff)
+  grads = backward(qkv, integers, arguments, (out, lse), cotangents)
+  return *grads, None, None
 
 
-_selected_attention.defvjp(_selected_attention_fwd, _selected_attention_bwd)
+_attention.defvjp(_attention_fwd, _attention_bwd)
 
 
 def select_blocks(
@@ -304,6 +369,7 @@ def select_blocks(
   query_segments: jax.Array | None = None,
   segment_starts: jax.Array | None = None,
   tiles: SelectionTiling | None = None,
+  elsewhere: Elsewhere | None = None,
 ) -> jax.Array:
   """The forced blocks and the most important of the others (Eq. 8-11).
 
@@ -331,6 +397,8 @@ def select_blocks(
     segment_starts: int32 [B, T], position of the first token of every query's
       segment.
     tiles: tile sizes; None for the heuristic.
+    elsewhere: what runs where no NVIDIA GPU is; None for the kernels,
+      interpreted.
 
   Returns:
     int32 [B, T, K, n], ascending ids, then -1.
@@ -338,6 +406,7 @@ def select_blocks(
   Raises:
     NotImplementedError: if the kernels cannot take the shapes or the dtype.
   """
+  support.check_where()
   support.check_heads(query, compressed_key, compressed_key)
   support.check_selection_block(selection_block)
   length, (num_keys, kv_heads) = query.shape[1], compressed_key.shape[1:3]
@@ -372,10 +441,21 @@ def select_blocks(
     tiles,
   )
   num_blocks = -(-key_length // selection_block)
-  if not spec.num_free or num_blocks <= num_selected or not num_keys:
-    return _selection.without_scores(
-      length, kv_heads, query_offset, segments, spec=spec
-    )
-  return _selection.forward(
-    query, compressed_key, lse, query_offset, segments, spec=spec
-  )
+
+  def kernels(query, key, lse, offset, segments, _=()):
+    if not spec.num_free or num_blocks <= num_selected or not num_keys:
+      return _selection.without_scores(
+        length, kv_heads, offset, segments, spec=spec
+      )
+    return _selection.forward(query, key, lse, offset, segments, spec=spec)
+
+  args = (query, compressed_key, lse, query_offset, segments)
+  if elsewhere is None:
+    return kernels(*args)
+  function = elsewhere.function
+  return by_platform(
+    cuda=kernels,
+    default=lambda query, key, lse, offset, segments, arguments: function(
+      query, key, lse, *arguments
+    ),
+  )(*args, elsewhere.arguments)

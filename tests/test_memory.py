@@ -17,6 +17,7 @@ import pytest
 
 import nsa_jax
 from nsa_jax import KV, NSAConfig
+from nsa_jax.attention import _gated_sum
 
 CONFIG = NSAConfig(16, 8, 32, 4, 1, 1, 128)
 HEADS, KV_HEADS, HEAD_DIM = 4, 1, 8
@@ -160,3 +161,28 @@ def test_the_reference_is_not(backward: bool) -> None:
   )
   assert 3.5 < ratio < 4.5, ratio
   assert _largest(twice) >= 1024 * 1024
+
+
+def test_gates_read_and_write_no_more_than_said() -> None:
+  """In units of one [T, N, V] tensor, by the compiler's account."""
+  branches = 3 * [jax.ShapeDtypeStruct((1, 2048, 4, 64), jnp.float32)]
+  gates = jax.ShapeDtypeStruct((1, 2048, 4, 3), jnp.float32)
+
+  def backward(gates: Any, branches: Any, dout: Any) -> Any:
+    return jax.vjp(_gated_sum, gates, branches)[1](dout)
+
+  for function, args, units in (
+    (_gated_sum, (gates, branches), 4),
+    (backward, (gates, branches, branches[0]), 12),
+  ):
+    cost: Any = jax.jit(function).lower(*args).compile().cost_analysis()
+    moved = cost["bytes accessed"]
+    assert moved / (4 * branches[0].size) < units + 0.3
+
+
+def test_gates_keep_no_copy_in_another_dtype() -> None:
+  branches = 3 * [jax.ShapeDtypeStruct((1, 256, 4, 64), jnp.bfloat16)]
+  gates = jax.ShapeDtypeStruct((1, 256, 4, 3), jnp.bfloat16)
+  kept = jax.eval_shape(lambda *x: jax.vjp(_gated_sum, *x)[1], gates, branches)
+  size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(kept))
+  assert size <= 2 * (gates.size + 3 * branches[0].size)

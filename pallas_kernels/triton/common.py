@@ -13,6 +13,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from pallas_kernels.platforms import with_interpreted_kernels
+
 # Softmax runs on exp2, which is one instruction; log2(e) goes into the scale.
 LOG2E = math.log2(math.e)
 # Masked scores, and where running maxima start. The maximum starts far above
@@ -35,22 +37,16 @@ def pallas_call(
   The platform is that of the lowering, so one traced program serves both, and
   a program lowered for a CPU holds no kernel.
   """
-
-  def call(interpret: bool) -> Callable[..., Any]:
-    return pl.pallas_call(
+  return with_interpreted_kernels(
+    pl.pallas_call(
       kernel,
       name=name,
-      interpret=interpret,
       compiler_params=plgpu.CompilerParams(
         num_warps=num_warps, num_stages=num_stages
       ),
       **kwargs,
     )
-
-  def run(*args: jax.Array) -> Any:
-    return lax.platform_dependent(*args, cuda=call(False), default=call(True))
-
-  return run
+  )
 
 
 def pieces(size: int) -> tuple[tuple[int, int], ...]:

@@ -2,11 +2,42 @@
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 _DTYPES = (jnp.float16, jnp.bfloat16, jnp.float32)
 _BLOCKS = (16, 32, 64, 128)
 _MAX_GROUP = 64
 _MAX_HEAD_DIM = 256
+_MIN_CAPABILITY = 8.0
+
+
+def check_where() -> None:
+  """The devices that are visible, and the mesh that the call is in.
+
+  Without a visible NVIDIA GPU (lowering for one elsewhere) any that the kernels
+  need is assumed.
+
+  Raises:
+    NotImplementedError: naming the limit.
+  """
+  try:
+    devices = jax.local_devices(backend="cuda")
+  except RuntimeError:  # There are none.
+    devices = []
+  for device in devices:
+    if float(device.compute_capability) < _MIN_CAPABILITY:
+      raise NotImplementedError(
+        f"{device.device_kind} has compute capability "
+        f"{device.compute_capability}: the kernels take {_MIN_CAPABILITY} and "
+        "newer"
+      )
+  for axis in jax.sharding.get_abstract_mesh().manual_axes:
+    # Nothing varies in the type of a value if its type does not say so.
+    if jax.typeof(lax.axis_index(axis)).manual_axis_type.varying:
+      raise NotImplementedError(
+        "the kernels do not track what varies over a mesh: pass "
+        "`check_vma=False` to `jax.shard_map`"
+      )
 
 
 def check_heads(query: jax.Array, key: jax.Array, value: jax.Array) -> None:

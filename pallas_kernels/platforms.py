@@ -1,0 +1,113 @@
+"""One traced program for NVIDIA GPUs and everything else.
+
+`jax.lax.platform_dependent` would do, if `jax.export` did not lower each of its
+branches for every platform when it is asked for several: a compiled kernel does
+not lower for a CPU. The primitive here lowers each branch for its own platform
+only, and no switch is left in a program for a single one.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax import lax
+from jax.extend import core
+from jax.interpreters import batching, mlir
+
+
+def by_platform(
+  *, cuda: Callable[..., Any], default: Callable[..., Any]
+) -> Callable[..., Any]:
+  """A function that is `cuda` on NVIDIA GPUs and `default` elsewhere.
+
+  It has no derivatives: use it inside the rules of a `jax.custom_vjp`.
+
+  Args:
+    cuda: a function of arrays, in any pytrees; it must not close over traced
+      values. Both functions are traced, one is lowered.
+    default: another one that returns the same shapes and dtypes.
+
+  Returns:
+    The function, with the signature of both.
+  """
+
+  def run(*args: Any) -> Any:
+    on_cuda, shape = _trace(cuda, args)
+    elsewhere, other_shape = _trace(default, args)
+    assert shape == other_shape, (shape, other_shape)
+    return _bind(args, on_cuda, elsewhere, shape)
+
+  return run
+
+
+def with_interpreted_kernels(
+  function: Callable[..., Any],
+) -> Callable[..., Any]:
+  """`function` on NVIDIA GPUs; elsewhere with its Pallas kernels interpreted.
+
+  Like `by_platform` of both, but the kernels are traced once.
+  """
+
+  def interpreted(eqn: Any) -> Any:
+    if eqn.primitive.name != "pallas_call":
+      return eqn
+    return eqn.replace(params=eqn.params | {"interpret": True})
+
+  def run(*args: Any) -> Any:
+    traced, shape = _trace(function, args)
+    eqns = [interpreted(eqn) for eqn in traced.jaxpr.eqns]
+    elsewhere = traced.replace(jaxpr=traced.jaxpr.replace(eqns=eqns))
+    return _bind(args, traced, elsewhere, shape)
+
+  return run
+
+
+def _trace(function, args):
+  """`function` as a jaxpr of the leaves of `args`, and what it returns."""
+  flat, tree = jax.tree.flatten(args)
+
+  def flattened(*flat: jax.Array) -> Any:
+    return function(*jax.tree.unflatten(tree, flat))
+
+  return jax.make_jaxpr(flattened, return_shape=True)(*flat)
+
+
+def _bind(args, cuda, default, shape):
+  # As functions: the primitive is opaque to what jax does with jaxprs.
+  outs = _by_platform_p.bind(
+    *jax.tree.leaves(args),
+    cuda=core.jaxpr_as_fun(cuda),
+    default=core.jaxpr_as_fun(default),
+    avals=tuple(cuda.out_avals),
+  )
+  return jax.tree.unflatten(jax.tree.structure(shape), outs)
+
+
+_by_platform_p = core.Primitive("nsa_by_platform")
+_by_platform_p.multiple_results = True
+_by_platform_p.def_abstract_eval(lambda *_, avals, **__: avals)
+
+
+@_by_platform_p.def_impl
+def _impl(*args, cuda, default, avals):
+  del avals
+  return lax.platform_dependent(*args, cuda=cuda, default=default)
+
+
+def _batch(args, axes, *, cuda, default, avals):
+  del avals
+  cuda, default = (jax.vmap(f, in_axes=tuple(axes)) for f in (cuda, default))
+  outs = by_platform(cuda=cuda, default=default)(*args)
+  return outs, [0] * len(outs)
+
+
+batching.primitive_batchers[_by_platform_p] = _batch
+mlir.register_lowering(
+  _by_platform_p,
+  mlir.lower_fun(lambda *args, cuda, default, avals: cuda(*args)),
+  platform="cuda",
+)
+mlir.register_lowering(
+  _by_platform_p,
+  mlir.lower_fun(lambda *args, cuda, default, avals: default(*args)),
+)

@@ -1,0 +1,326 @@
+"""`implementation=None`: kernels on NVIDIA GPUs, XLA elsewhere, one program."""
+
+import functools
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AbstractDevice, AbstractMesh, Mesh
+from jax.sharding import PartitionSpec as P
+
+import nsa_jax
+from nsa_jax import NSAConfig
+from tests import helpers, test_ops
+from tests.helpers import Dims
+
+CONFIG = NSAConfig(8, 4, 16, 3, 1, 1, 16)
+DIMS = Dims(CONFIG, 2, 70, 70, 2, 2, 16, 16)
+KERNELS = (
+  "nsa_band_fwd",
+  "nsa_block_scores",
+  "nsa_top_n",
+  "nsa_selected_by_block_fwd",
+  "nsa_selected_by_block_bwd",
+  "nsa_band_dq",
+  "nsa_band_dkv",
+)
+
+
+@pytest.fixture(autouse=True)
+def cpu() -> Iterator[None]:
+  """Also where a GPU is."""
+  with jax.default_device(jax.devices("cpu")[0]):
+    yield
+
+
+def _arguments(dims: Dims = DIMS, dtype: str = "float32") -> tuple[Any, ...]:
+  return (
+    helpers.make_inputs(dims, dtype),
+    {},
+    helpers.make_cotangent(dims, dtype),
+  )
+
+
+def _cuda(function: Any, *args: Any) -> str:
+  """The program of a jitted function, lowered for an H200."""
+  device = AbstractDevice(
+    device_kind="NVIDIA H200", num_cores=132, platform="gpu"
+  )
+  with jax.sharding.use_abstract_mesh(
+    AbstractMesh((), (), abstract_device=device)
+  ):
+    return function.trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+
+
+# ------------------------------------------------------------ what is computed
+
+
+@pytest.mark.parametrize(
+  "mode, dtype",
+  [("full", "float32"), ("rows", "bfloat16"), ("packed", "float16")],
+)
+def test_a_cpu_gets_the_bits_of_xla(mode: str, dtype: str) -> None:
+  """Compiled with all optimisations."""
+  dims = DIMS
+  integers: dict[str, Any] = {}
+  if mode == "rows":
+    dims = Dims(CONFIG, 2, 5, 70, 2, 2, 16, 16)
+    integers["query_offset"] = helpers.int32([-2, 67])
+  if mode == "packed":
+    integers["segment_ids"] = helpers.packed_segments(dims)
+  inputs, _, dout = _arguments(dims, dtype)
+  actual, expected = (
+    helpers.native_vjp(implementation, CONFIG)(inputs, integers, dout)
+    for implementation in (None, "xla")
+  )
+  helpers.assert_same_bits(actual, expected)
+
+
+def test_without_jit() -> None:
+  inputs, _, dout = _arguments(Dims(CONFIG, 1, 9, 9, 1, 2, 16, 16))
+
+  def run(implementation: Any) -> Any:
+    (out, lse), pullback = jax.vjp(
+      lambda query, key, value: nsa_jax.window_attention(
+        query, key, value, config=CONFIG, implementation=implementation
+      ),
+      inputs["query"],
+      *inputs["window"],
+    )
+    return (out, lse), pullback((dout, lse))
+
+  (actual, grads), (expected, expected_grads) = run(None), run("xla")
+  helpers.assert_same_bits(actual, expected)
+  # Without jit, jax compiles other pieces of the backward pass.
+  helpers.assert_close(grads, expected_grads, "float32", gradient=1)
+
+
+@pytest.mark.parametrize(
+  "case",
+  [
+    {
+      "mode": "rows",
+      "groups": (2, 2),
+      "dtype": "float16",
+      "extra": "own_query",
+    },
+    {"mode": "packed", "groups": (1, 5), "dtype": "float64", "extra": "none"},
+    {
+      "mode": "tail",
+      "groups": (1, 1),
+      "dtype": "float32",
+      "extra": "block_ids",
+    },
+  ],
+  ids=lambda case: case["mode"],
+)
+def test_matches_oracle(case: dict[str, Any]) -> None:
+  """float64 falls back to XLA, inside a program with 64-bit types."""
+  test_ops._check_case(
+    None, {"config": CONFIG, "widths": (16, 32), "keys": 40, **case}
+  )
+
+
+def test_64_bit_types(x64: None) -> None:
+  run: Any = helpers.native_vjp.__wrapped__(None, CONFIG)
+  out, ids, _ = jax.eval_shape(run, *_arguments())
+  assert (out.dtype, ids.dtype) == (jnp.float32, jnp.int32)
+  text = _cuda(run, *_arguments())
+  assert all(name in text for name in KERNELS)
+
+
+def test_block_scores_is_xla() -> None:
+  query, key = _arguments()[0]["query"], _arguments()[0]["compressed"].key
+  lse: Any = np.zeros(query.shape[:3], np.float32)
+  names: Any = (None, "xla")
+  actual, expected = (
+    nsa_jax.block_scores(
+      query, key, lse, config=CONFIG, key_length=70, implementation=name
+    )
+    for name in names
+  )
+  helpers.assert_same_bits(actual, expected)
+
+
+# -------------------------------------------------------- what is in a program
+
+
+def test_cpu_programs_hold_no_kernel() -> None:
+  run: Any = helpers.native_vjp(None, CONFIG)
+  traced = run.trace(*_arguments())
+  assert "triton" not in traced.lower(lowering_platforms=("cpu",)).as_text()
+
+
+def test_cuda_programs_are_those_of_the_kernels() -> None:
+  """Forward and backward, to the letter: no switch and nothing of XLA's."""
+  inputs = _arguments(dtype="bfloat16")
+  text, triton, xla = (
+    _cuda(helpers.native_vjp(name, CONFIG), *inputs)
+    for name in (None, "triton", "xla")
+  )
+  assert text == triton
+  assert all(name in text for name in KERNELS)
+  assert "triton" not in xla
+
+
+def test_calls_that_the_kernels_cannot_take_are_those_of_xla() -> None:
+  inputs = _arguments(Dims(CONFIG, 2, 70, 70, 2, 2, 8, 16))
+  text, xla = (
+    _cuda(helpers.native_vjp(name, CONFIG), *inputs) for name in (None, "xla")
+  )
+  assert text == xla
+
+
+def test_old_gpus_get_xla(monkeypatch: pytest.MonkeyPatch) -> None:
+  def devices(backend: str) -> list[Any]:
+    assert backend == "cuda"
+    return [SimpleNamespace(device_kind="Tesla T4", compute_capability="7.5")]
+
+  run: Any = helpers.native_vjp.__wrapped__
+  monkeypatch.setattr(jax, "local_devices", devices)
+  with pytest.raises(NotImplementedError, match=r"Tesla T4 has .* 7\.5.*8\.0"):
+    run("triton", CONFIG).trace(*_arguments())
+  traced = run(None, CONFIG).trace(*_arguments())
+  monkeypatch.undo()
+  text = traced.lower(lowering_platforms=("cuda",)).as_text()
+  assert "triton" not in text
+
+
+def test_residuals_are_those_of_the_kernels() -> None:
+  """What crosses from one program to another: nothing of XLA's on a GPU."""
+  inputs, _, _ = _arguments()
+
+  def kept(implementation: Any) -> int:
+    @jax.jit
+    def run(inputs: Any) -> Any:
+      return nsa_jax.native_sparse_attention(
+        **inputs, config=CONFIG, implementation=implementation
+      )
+
+    pullback = jax.eval_shape(lambda x: jax.vjp(run, x)[1], inputs)
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(pullback))
+
+  # Positions, int32 [B, T], for each of three branches.
+  assert kept(None) <= kept("triton") + 3 * 4 * 2 * 70
+
+
+def _count(jaxpr: Any) -> int:
+  """Passes of a branch or of the selection in a program."""
+  inner = [
+    getattr(leaf, "jaxpr", leaf)
+    for eqn in jaxpr.eqns
+    for leaf in jax.tree.leaves(eqn.params)
+  ]
+  return sum(
+    eqn.primitive.name == "nsa_by_platform" for eqn in jaxpr.eqns
+  ) + sum(_count(jaxpr) for jaxpr in inner if hasattr(jaxpr, "eqns"))
+
+
+def test_remat_of_named_values_runs_no_forward_pass_twice() -> None:
+  policies = jax.checkpoint_policies
+  names = (f"nsa_{b}_{x}" for b in helpers.BRANCHES for x in ("out", "lse"))
+  keep = policies.save_only_these_names(*names, "nsa_block_ids")
+  # Three branches and the selection forward, three branches backward.
+  for policy, calls in ((keep, 4 + 3), (policies.nothing_saveable, 8 + 3)):
+
+    def run(inputs: Any, dout: Any, policy: Any = policy) -> Any:
+      @functools.partial(jax.checkpoint, policy=policy)
+      def attend(inputs: Any) -> Any:
+        return nsa_jax.native_sparse_attention(**inputs, config=CONFIG)
+
+      out, pullback = jax.vjp(attend, inputs)
+      return out, pullback(dout)
+
+    inputs, _, dout = _arguments()
+    assert _count(jax.make_jaxpr(run)(inputs, dout).jaxpr) == calls
+
+
+# ------------------------------------------------------------- transformations
+
+
+def _vjp(inputs: Any, dout: Any, implementation: Any = None) -> Any:
+  """(out, ids, gradients)."""
+
+  def attend(inputs: Any) -> Any:
+    return nsa_jax.native_sparse_attention(
+      **inputs,
+      config=CONFIG,
+      implementation=implementation,
+      return_block_ids=True,
+    )
+
+  out, pullback, ids = jax.vjp(attend, inputs, has_aux=True)
+  return out, ids, pullback(dout)[0]
+
+
+def _check(actual: Any, expected: Any) -> None:
+  np.testing.assert_array_equal(actual[1], expected[1])
+  helpers.assert_close(actual[::2], expected[::2], "float32", gradient=1)
+
+
+def test_vmap() -> None:
+  inputs, _, dout = _arguments()
+  split = jax.tree.map(lambda x: x[:, None], (inputs, dout))
+  mapped = jax.jit(jax.vmap(_vjp))
+  actual = jax.tree.map(lambda x: x[:, 0], mapped(*split))
+  _check(actual, jax.jit(_vjp)(inputs, dout))
+  text = _cuda(mapped, *split)
+  assert all(name in text for name in KERNELS)
+
+
+def test_pmap() -> None:
+  inputs, _, dout = _arguments()
+  split = jax.tree.map(lambda x: x[:, None], (inputs, dout))
+  mapped = jax.pmap(_vjp, devices=jax.devices("cpu")[:2])
+  actual = jax.tree.map(lambda x: np.asarray(x)[:, 0], mapped(*split))
+  _check(actual, jax.jit(_vjp)(inputs, dout))
+
+
+@pytest.mark.parametrize("check_vma", [False, True])
+def test_shard_map(check_vma: bool) -> None:
+  """With check_vma=True it is XLA on every platform."""
+  inputs, _, dout = _arguments()
+  mesh = Mesh(np.array(jax.devices("cpu")[:4]).reshape(2, 2), ("batch", "head"))
+  spec = P("batch", None, "head")
+
+  def sharded(implementation: Any) -> Any:
+    return jax.jit(
+      jax.shard_map(
+        functools.partial(_vjp, implementation=implementation),
+        mesh=mesh,
+        in_specs=spec,
+        out_specs=spec,
+        check_vma=check_vma,
+      )
+    )
+
+  run = sharded(None)
+  _check(run(inputs, dout), jax.jit(_vjp)(inputs, dout))
+  with jax.default_device(None):
+    traced = run.trace(inputs, dout)
+    text = traced.lower(lowering_platforms=("cpu",)).as_text()
+    assert "triton" not in text
+    if check_vma:
+      with pytest.raises(NotImplementedError, match="check_vma=False"):
+        sharded("triton").trace(inputs, dout)
+
+
+def test_forward_mode_needs_the_name_xla() -> None:
+  query, (key, value) = _arguments()[0]["query"], _arguments()[0]["window"]
+
+  def push(implementation: Any) -> Any:
+    return jax.jvp(
+      lambda query: nsa_jax.window_attention(
+        query, key, value, config=CONFIG, implementation=implementation
+      ),
+      (query,),
+      (query,),
+    )
+
+  assert push("xla")
+  with pytest.raises(TypeError, match="forward-mode"):
+    push(None)

@@ -1,0 +1,91 @@
+"""Training steps through `jax.export`: for CUDA, a CPU, both at once."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+from jax import export
+from jax.sharding import AbstractDevice, AbstractMesh
+
+import nsa_jax
+from nsa_jax import NSAConfig
+from tests import helpers
+
+pytestmark = pytest.mark.usefixtures("fast_compilation")
+
+CONFIG = NSAConfig(8, 4, 16, 3, 1, 1, 16)
+
+
+@pytest.fixture(autouse=True)
+def h200() -> Iterator[None]:
+  """What programs for CUDA are lowered for, with or without a GPU here."""
+  device = AbstractDevice(
+    device_kind="NVIDIA H200", num_cores=132, platform="gpu"
+  )
+  mesh = AbstractMesh((), (), abstract_device=device)
+  with jax.sharding.use_abstract_mesh(mesh):
+    yield
+
+
+def _step(implementation: Any) -> Any:
+  """A jitted training step of one layer, and its arguments."""
+  layer = nsa_jax.NativeSparseAttention(
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=16,
+    config=CONFIG,
+    implementation=implementation,
+  )
+  x = jax.random.normal(jax.random.key(0), (1, 40, 32))
+  params = layer.init(jax.random.key(1), x)
+
+  @jax.jit
+  def step(params: Any, x: Any) -> Any:
+    def loss(params: Any) -> Any:
+      return jnp.square(layer.apply(params, x) - x).mean()
+
+    loss, grads = jax.value_and_grad(loss)(params)
+    return loss, optax.apply_updates(params, grads)
+
+  return step, (params, x)
+
+
+def _round_trip(step: Any, args: Any, *platforms: str) -> Any:
+  exported = export.export(
+    step,
+    platforms=platforms,
+    disabled_checks=nsa_jax.EXPORT_DISABLED_CHECKS,
+  )(*args)
+  return export.deserialize(exported.serialize())
+
+
+@pytest.mark.parametrize("implementation", [None, "triton"])
+def test_training_step(implementation: Any) -> None:
+  step, args = _step(implementation)
+  for platforms in (("cuda",), ("cpu",), ("cpu", "cuda")):
+    program = _round_trip(step, args, *platforms)
+    assert program.platforms == platforms
+    text = program.mlir_module()
+    assert ("xla.gpu.triton" in text) == ("cuda" in platforms)
+    if "cpu" in platforms and implementation is None:
+      with jax.default_device(jax.devices("cpu")[0]):
+        helpers.assert_close(
+          jax.jit(program.call)(*args), step(*args), "float32"
+        )
+
+
+def test_pairs_are_serialized() -> None:
+  pair = nsa_jax.KV(jnp.ones(2), jnp.zeros(3))
+  program = _round_trip(jax.jit(lambda kv: kv), (pair,), "cpu")
+  assert isinstance(
+    jax.tree.unflatten(program.in_tree, range(2))[0][0], nsa_jax.KV
+  )
+
+
+def test_without_the_checks_disabled() -> None:
+  step, args = _step(None)
+  with pytest.raises(ValueError, match=r"custom call.*(.|\n)*triton"):
+    export.export(step, platforms=("cuda",))(*args)
