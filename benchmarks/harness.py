@@ -98,10 +98,12 @@ def device_ms(
   """
   from jax.experimental.mosaic.gpu import profiler
 
+  times: Any
   result, times = profiler.measure(function, iterations=repeats)(*args)
   if times is None:
     raise RuntimeError("the profiler saw no kernel")
-  return result, statistics.median(times)
+  # One repeat gives a number, several a list.
+  return result, statistics.median([times] if repeats == 1 else times)
 
 
 def kernel_ms(function: Callable[..., Any], *args: Any) -> dict[str, float]:

@@ -111,9 +111,10 @@ def candidates(base: tiling.SelectedTiling, block: int) -> list[Any]:
     pairs = itertools.zip_longest(BY_BLOCK_FWD, BY_BLOCK_BWD)
     found = []
     for fwd, bwd in pairs:
-      for (*tile, rows), name in ((fwd, "fwd"), (bwd, "dkv")):
-        if tile[0] > block:
+      for entry, name in ((fwd, "fwd"), (bwd, "dkv")):
+        if entry is None or entry[0] > block:
           continue
+        *tile, rows = entry
         new: dict[str, Any] = {name: Tile(*tile), "rows": rows}
         found.append(dataclasses.replace(base, **new))
     return found

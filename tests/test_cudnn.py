@@ -23,7 +23,7 @@ def _native(implementation: Any, dims: Dims = DIMS, **kwargs: Any) -> Any:
 
   def run(inputs: Any) -> Any:
     return nsa_jax.native_sparse_attention(
-      **inputs, config=CONFIG, implementation=implementation, **kwargs
+      **inputs, config=dims.config, implementation=implementation, **kwargs
     )
 
   inputs = helpers.make_inputs(dims, dtype)

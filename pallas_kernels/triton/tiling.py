@@ -165,10 +165,13 @@ def selected_tiling(
 
   if group <= 8:
     # Registers: accumulators of a block, 64 x (H + V), beside a step's rows.
-    if exact or width > 192:
+    if exact:
       small = tile(32, 4, 1) if width <= 128 else tile(16, 4, 1)
       return SelectedTiling(True, small, small, small, rows=32)
-    bwd = tile(64, 4, 2 if wide else 1 if group == 8 else 3)
+    if width > 192:
+      bwd = tile(64, 8, 1)
+    else:
+      bwd = tile(64, 4, 2 if wide else 1 if group == 8 else 3)
     return SelectedTiling(True, tile(64, 4, 1), bwd, bwd, rows=64)
 
   if exact:
