@@ -10,7 +10,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-from jax import lax
 from jax.extend import core
 from jax.interpreters import batching, mlir
 
@@ -24,7 +23,8 @@ def by_platform(
 
   Args:
     cuda: a function of arrays, in any pytrees; it must not close over traced
-      values. Both functions are traced, one is lowered.
+      values. It is traced when a program is lowered for an NVIDIA GPU, so that
+      other machines do not wait for it.
     default: another one that returns the same shapes and dtypes.
 
   Returns:
@@ -32,9 +32,16 @@ def by_platform(
   """
 
   def run(*args: Any) -> Any:
-    on_cuda, shape = _trace(cuda, args)
-    elsewhere, other_shape = _trace(default, args)
-    assert shape == other_shape, (shape, other_shape)
+    elsewhere, shape = _trace(default, args)
+    tree = jax.tree.structure(args)
+
+    def on_cuda(*flat: Any) -> Any:
+      outs = jax.tree.leaves(cuda(*jax.tree.unflatten(tree, flat)))
+      found = [(x.shape, x.dtype) for x in outs]
+      wanted = [(x.shape, x.dtype) for x in elsewhere.out_avals]
+      assert found == wanted, (found, wanted)
+      return outs
+
     return _bind(args, on_cuda, elsewhere, shape)
 
   return run
@@ -57,7 +64,7 @@ def with_interpreted_kernels(
     traced, shape = _trace(function, args)
     eqns = [interpreted(eqn) for eqn in traced.jaxpr.eqns]
     elsewhere = traced.replace(jaxpr=traced.jaxpr.replace(eqns=eqns))
-    return _bind(args, traced, elsewhere, shape)
+    return _bind(args, core.jaxpr_as_fun(traced), elsewhere, shape)
 
   return run
 
@@ -76,9 +83,9 @@ def _bind(args, cuda, default, shape):
   # As functions: the primitive is opaque to what jax does with jaxprs.
   outs = _by_platform_p.bind(
     *jax.tree.leaves(args),
-    cuda=core.jaxpr_as_fun(cuda),
+    cuda=cuda,
     default=core.jaxpr_as_fun(default),
-    avals=tuple(cuda.out_avals),
+    avals=tuple(default.out_avals),
   )
   return jax.tree.unflatten(jax.tree.structure(shape), outs)
 
@@ -89,9 +96,9 @@ _by_platform_p.def_abstract_eval(lambda *_, avals, **__: avals)
 
 
 @_by_platform_p.def_impl
-def _impl(*args, cuda, default, avals):
-  del avals
-  return lax.platform_dependent(*args, cuda=cuda, default=default)
+def _impl(*args, **params):
+  # Compiled for the platform at hand alone.
+  return jax.jit(lambda *args: _by_platform_p.bind(*args, **params))(*args)
 
 
 def _batch(args, axes, *, cuda, default, avals):

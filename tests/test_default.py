@@ -1,6 +1,7 @@
 """`implementation=None`: kernels on NVIDIA GPUs, XLA elsewhere, one program."""
 
 import functools
+import re
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -162,7 +163,12 @@ def test_cuda_programs_are_those_of_the_kernels() -> None:
     _cuda(helpers.native_vjp(name, CONFIG), *inputs)
     for name in (None, "triton", "xla")
   )
-  assert text == triton
+
+  def without_kernels(text: str) -> str:
+    # Their code holds the stack of its tracing.
+    return re.sub(r'ir = "[^"]*"', "", text)
+
+  assert without_kernels(text) == without_kernels(triton)
   assert all(name in text for name in KERNELS)
   assert "triton" not in xla
 
