@@ -273,7 +273,7 @@ def measure(
       times = harness.kernel_ms(program, *inputs)
     for name in KERNELS:
       tile = getattr(tiles, name)
-      ms = times.get(f"nsa_band_{name}", program)
+      ms = times.get(f"nsa_{branch}_{name}", program)
       before = found[name].get(tile, ms)
       # A tile may be in several programs, and some of them may not compile.
       found[name][tile] = min(ms, before, key=rank)

@@ -33,7 +33,6 @@ STEPS = 5  # timed by the clock
 NAMED = (
   ("NSA: compressed", r"nsa_compressed"),
   ("NSA: window", r"nsa_window"),
-  ("NSA: compressed and window", r"nsa_band"),
   ("NSA: scores and top-n", r"nsa_(block_scores|top_n)"),
   ("NSA: selected", r"nsa_(selected|sum_pieces)"),
   ("NSA: selected, sorts", r"radix_?sort|\bcub\b|^sort"),

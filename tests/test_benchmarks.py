@@ -240,7 +240,7 @@ def test_kinds_of_kernels():
     "gates_1": "attention: RoPE, gates, layout",
     "silu_2": "norms, SwiGLU, embedding, loss",
     "nsa_selected_dq": "NSA: selected",
-    "nsa_band_fwd": "NSA: compressed and window",
+    "nsa_window_fwd": "NSA: window",
     "nsa_compressed_fwd": "NSA: compressed",
     "nsa_top_n": "NSA: scores and top-n",
     "nsa_anything": "NSA: other kernels",

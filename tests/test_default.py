@@ -21,13 +21,16 @@ from tests.helpers import Dims
 CONFIG = NSAConfig(8, 4, 16, 3, 1, 1, 16)
 DIMS = Dims(CONFIG, 2, 70, 70, 2, 2, 16, 16)
 KERNELS = (
-  "nsa_band_fwd",
+  "nsa_compressed_fwd",
   "nsa_block_scores",
   "nsa_top_n",
   "nsa_selected_by_block_fwd",
   "nsa_selected_by_block_bwd",
-  "nsa_band_dq",
-  "nsa_band_dkv",
+  "nsa_compressed_dq",
+  "nsa_compressed_dkv",
+  "nsa_window_fwd",
+  "nsa_window_dq",
+  "nsa_window_dkv",
 )
 
 

@@ -296,7 +296,7 @@ def test_lowers_for_cuda(branch: str) -> None:
   text = _lower(
     branch, group=12, head_dim=192, value_dim=128, dtype=jnp.bfloat16
   )
-  assert all(f'nsa_band_{name}"' in text for name in ("fwd", "dq", "dkv"))
+  assert all(f'nsa_{branch}_{name}"' in text for name in ("fwd", "dq", "dkv"))
 
 
 @pytest.mark.slow

@@ -59,6 +59,11 @@ class Spec(NamedTuple):
   scale: float
   tiling: BandTiling
 
+  @property
+  def branch(self) -> str:
+    """For the names of kernels."""
+    return "compressed" if self.band.window is None else "window"
+
 
 class Sizes(NamedTuple):
   """Sizes that the flat arrays of queries do not show."""
@@ -378,7 +383,7 @@ def forward(
   ]
   out, lse = common.pallas_call(
     functools.partial(_fwd_kernel, spec=spec, sizes=sizes),
-    name="nsa_band_fwd",
+    name=f"nsa_{spec.branch}_fwd",
     num_warps=tile.num_warps,
     num_stages=tile.num_stages,
     grid=(-(-length // (tile.rows // sizes.group)), kv_heads, batch),

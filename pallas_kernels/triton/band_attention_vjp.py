@@ -153,7 +153,7 @@ def _query_gradient(inputs: Inputs, sizes: Sizes, spec: Spec) -> jax.Array:
   per_query = inputs[1:5]
   return common.pallas_call(
     functools.partial(_dq_kernel, spec=spec, sizes=sizes),
-    name="nsa_band_dq",
+    name=f"nsa_{spec.branch}_dq",
     num_warps=tile.num_warps,
     num_stages=tile.num_stages,
     grid=(-(-sizes.length // (tile.rows // sizes.group)), kv_heads, batch),
@@ -319,7 +319,7 @@ def _key_value_gradient(
       sizes=sizes,
       per_split=-(-num_tiles // splits),
     ),
-    name="nsa_band_dkv",
+    name=f"nsa_{spec.branch}_dkv",
     num_warps=tile.num_warps,
     num_stages=tile.num_stages,
     grid=(num_key_tiles, splits, batch * kv_heads),
