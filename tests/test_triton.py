@@ -154,6 +154,29 @@ def test_out_and_lse_are_differentiable(group: int) -> None:
   helpers.assert_close(actual[1], expected[1], "float32", gradient=4)
 
 
+@pytest.mark.parametrize("implementation", ["triton", "xla"])
+def test_traced_ids_far_beyond_the_keys(implementation: Any) -> None:
+  """Times the block length they leave int32, and may name block 0."""
+  query, key, value, *_ = _inputs(length=24)
+
+  @jax.jit
+  def run(ids: Any) -> Any:
+    return nsa_jax.selected_attention(
+      query,
+      key,
+      value,
+      ids,
+      config=NSAConfig(16, 16, 16, 4),
+      implementation=implementation,
+    )
+
+  near, far = (
+    jnp.zeros((1, 24, 1, 3), jnp.int32).at[..., 1:].set(jnp.array(rest))
+    for rest in ([-1, -1], [2**28, 2**31 - 1])
+  )
+  helpers.assert_same_bits(run(far), run(near))
+
+
 @pytest.mark.parametrize("group", [4, 16])
 def test_a_second_run_has_the_same_bits(group: int) -> None:
   run = _pullback("triton", NSAConfig(16, 16, 16, 4))
