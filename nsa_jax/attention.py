@@ -852,7 +852,8 @@ def _block_ids(ids, query, key, config):
     )
   num_blocks = compression.num_selection_blocks(key.shape[1], config)
   _checks.block_ids(given, num_blocks)
-  return ids.astype(jnp.int32)
+  # Nobody reads a block beyond the keys, but a token in it may leave int32.
+  return jnp.minimum(ids, jnp.int32(num_blocks)).astype(jnp.int32)
 
 
 def _compressed_rows(

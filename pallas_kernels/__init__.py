@@ -332,7 +332,10 @@ def _attention_bwd(branch, kernels, elsewhere, residuals, cotangents):
   *qkv, integers, arguments, out, lse = residuals
 
   def backward(qkv, integers, _, results, cotangents):
-    return tuple(kernels.backward(*qkv, *integers, *results, *cotangents))
+    dout, dlse = cotangents
+    # Rows that read nothing have no gradient, and NaN times 0 would be one.
+    dlse = jnp.where(results[1] == -jnp.inf, 0, dlse)
+    return tuple(kernels.backward(*qkv, *integers, *results, dout, dlse))
 
   def autodiff(qkv, _, arguments, results, cotangents):
     # It runs the forward pass again, which the compiler finds to be the one it

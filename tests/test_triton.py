@@ -136,13 +136,45 @@ def _pullback(implementation: Any, config: NSAConfig, **call: Any) -> Any:
 
 @pytest.mark.parametrize("group", [4, 16])
 def test_out_and_lse_are_differentiable(group: int) -> None:
-  inputs = _inputs(group=group)
+  query, key, value, ids, dout, dlse = _inputs(group=group)
+  # The last rows read nothing: the block they chose is another segment's. What
+  # the cotangent of an lse of -inf is does not matter.
+  ids = ids.at[:, 48:].set(jnp.array([0, -1, -1, -1]))
+  dlse = dlse.at[:, 48:].set(jnp.nan)
+  inputs = (query, key, value, ids, dout, dlse)
   config = NSAConfig(16, 16, 16, 4)
-  expected = _pullback("reference", config)(*inputs)
-  actual = _pullback("triton", config)(*inputs)
+  segment_ids = jnp.where(jnp.arange(72) < 48, 1, 2)[None]
+  expected, actual = (
+    _pullback(name, config, segment_ids=segment_ids)(*inputs)
+    for name in ("reference", "triton")
+  )
+  assert (np.asarray(expected[0][1])[:, 48:] == -np.inf).all()
   helpers.assert_close(actual[0], expected[0], "float32")
   # dk and dv of the initial block are sums over all queries.
   helpers.assert_close(actual[1], expected[1], "float32", gradient=4)
+
+
+@pytest.mark.parametrize("implementation", ["triton", "xla"])
+def test_traced_ids_far_beyond_the_keys(implementation: Any) -> None:
+  """Times the block length they leave int32, and may name block 0."""
+  query, key, value, *_ = _inputs(length=24)
+
+  @jax.jit
+  def run(ids: Any) -> Any:
+    return nsa_jax.selected_attention(
+      query,
+      key,
+      value,
+      ids,
+      config=NSAConfig(16, 16, 16, 4),
+      implementation=implementation,
+    )
+
+  near, far = (
+    jnp.zeros((1, 24, 1, 3), jnp.int32).at[..., 1:].set(jnp.array(rest))
+    for rest in ([-1, -1], [2**28, 2**31 - 1])
+  )
+  helpers.assert_same_bits(run(far), run(near))
 
 
 @pytest.mark.parametrize("group", [4, 16])

@@ -92,8 +92,8 @@ def _pullback(
   @jax.jit
   def run(query, key, value, dout, dlse):
     (out, lse), pullback = jax.vjp(op, query, key, value)
-    # An lse of -inf has no gradient.
-    dlse = jnp.where(lse == -jnp.inf, 0, dlse)
+    # An lse of -inf has no gradient, whatever its cotangent.
+    dlse = jnp.where(lse == -jnp.inf, jnp.nan, dlse)
     return (out, lse), pullback((dout, dlse))
 
   def traced(*args):
