@@ -335,6 +335,15 @@ def test_chunks_keep_the_sort_key_short() -> None:
     assert short == (length <= 262144)
 
 
+@pytest.mark.parametrize("group", [4, 16])
+def test_x64_changes_no_bit(group: int) -> None:
+  inputs = _inputs(group=group, length=40, dtype=jnp.bfloat16)
+  expected = _pullback("triton", NSAConfig(16, 16, 16, 4))(*inputs)
+  with jax.enable_x64(True):
+    actual = _pullback("triton", NSAConfig(16, 16, 16, 4))(*inputs)
+  helpers.assert_same_bits(actual, expected)
+
+
 def test_two_operand_sort() -> None:
   """Rows and items that do not fit one 32-bit key are sorted as a pair."""
   from pallas_kernels.triton.inverse_lists import invert

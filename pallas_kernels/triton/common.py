@@ -72,6 +72,14 @@ def padding_mask(size: int, padded: int) -> jax.Array | None:
   return None if size == padded else jnp.arange(padded) < size
 
 
+def index(i: int) -> jax.Array:
+  """A Python integer as an index; interpreted loads do not take it as it is.
+
+  Of the type of the other indices, which depends on jax_enable_x64.
+  """
+  return jnp.full((), i, int)
+
+
 def load(ref: Any, mask: jax.Array | None = None, other: int = 0) -> jax.Array:
   """Loads a ref of any rank; `other` in the rows off the mask."""
   if mask is None:

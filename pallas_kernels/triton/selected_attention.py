@@ -76,7 +76,7 @@ def _pair_kernel(
   ids, masks = [], []
   for i in range(2):
     inside = (jnp.arange(width) < m) & (first + i < sizes.length)
-    ids.append(common.load(ids_ref.at[jnp.int32(i)], inside, other=-1))
+    ids.append(common.load(ids_ref.at[common.index(i)], inside, other=-1))
     t = offset_ref[0] + first + i
     masks.append(attended(ids[i], t, key_length, block))
   full, diagonal = zip(*masks, strict=True)
@@ -330,7 +330,7 @@ def _fwd_kernel(
     block=spec.block,
   )
   q = [
-    common.load_pieces(q_ref, (jnp.int32(i), slice(None)), head_pieces, mask)
+    common.load_pieces(q_ref, (common.index(i), slice(None)), head_pieces, mask)
     for i, mask in enumerate(mine.rows)
   ]
 
@@ -370,9 +370,9 @@ def _fwd_kernel(
     for (column, width), a in zip(value_pieces, acc, strict=True):
       out = (a / total[:, None]).astype(out_ref.dtype)
       common.store(
-        out_ref.at[jnp.int32(i), :, pl.ds(column, width)], out, mine.rows[i]
+        out_ref.at[common.index(i), :, pl.ds(column, width)], out, mine.rows[i]
       )
-    common.store(lse_ref.at[jnp.int32(i)], lse, mine.rows[i])
+    common.store(lse_ref.at[common.index(i)], lse, mine.rows[i])
 
 
 class Layout(NamedTuple):

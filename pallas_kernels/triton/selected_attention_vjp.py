@@ -92,18 +92,18 @@ def _dq_kernel(
 
   def load(ref, pieces, i):
     return common.load_pieces(
-      ref, (jnp.int32(i), slice(None)), pieces, mine.rows[i]
+      ref, (common.index(i), slice(None)), pieces, mine.rows[i]
     )
 
   q = [load(q_ref, head_pieces, i) for i in range(queries)]
   dout = [load(dout_ref, value_pieces, i) for i in range(queries)]
   deltas, lses = [], []
   for i, mask in enumerate(mine.rows):
-    delta = -common.load(dlse_ref.at[jnp.int32(i)], mask)
+    delta = -common.load(dlse_ref.at[common.index(i)], mask)
     for x, y in zip(dout[i], load(out_ref, value_pieces, i), strict=True):
       delta += jnp.sum(x.astype(jnp.float32) * y.astype(jnp.float32), axis=1)
-    common.store(delta_ref.at[jnp.int32(i)], delta, mask)
-    lse = common.load(lse_ref.at[jnp.int32(i)], mask)
+    common.store(delta_ref.at[common.index(i)], delta, mask)
+    lse = common.load(lse_ref.at[common.index(i)], mask)
     deltas.append(delta)
     lses.append(jnp.where(lse == -jnp.inf, 0, lse) * common.LOG2E)
 
@@ -130,7 +130,7 @@ def _dq_kernel(
     for (column, width), d in zip(head_pieces, dq, strict=True):
       d = (d * spec.scale).astype(dq_ref.dtype)
       common.store(
-        dq_ref.at[jnp.int32(i), :, pl.ds(column, width)], d, mine.rows[i]
+        dq_ref.at[common.index(i), :, pl.ds(column, width)], d, mine.rows[i]
       )
 
 
