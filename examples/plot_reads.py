@@ -35,6 +35,7 @@ COLOURS = {
 }
 
 
+@jax.jit
 def reads():
   """Compressed probabilities, chosen blocks and window of every query."""
   keys = jax.random.split(jax.random.key(3), 2)
@@ -52,12 +53,12 @@ def reads():
   ends = jnp.arange(blocks.shape[1]) * 8 + 15
   visible = ends <= jnp.arange(LENGTH)[:, None]
   p_cmp = jnp.where(visible, jnp.exp(scores[0] - lse[0]), 0)
-  return np.asarray(p_cmp), np.asarray(ids[0, :, 0])
+  return p_cmp, ids[0, :, 0]
 
 
 def draw(path):
   """Writes the figure to `path`."""
-  p_cmp, ids = reads()
+  p_cmp, ids = jax.device_get(reads())
   block = CONFIG.selection_block
   figure, (strips, everyone) = plt.subplots(
     2, 1, figsize=(8, 8.2), height_ratios=(1, 3), constrained_layout=True

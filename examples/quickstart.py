@@ -6,6 +6,8 @@ On an NVIDIA GPU the kernels are compiled; anywhere else they are interpreted,
 which is slow and shows the same numbers.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -15,14 +17,22 @@ config = nsa_jax.NSAConfig(16, 16, 16, num_selected=4, window=16)
 keys = jax.random.split(jax.random.key(0), 3)
 query = jax.random.normal(keys[0], (1, 96, 16, 32))  # 16 query heads
 key, value = jax.random.normal(keys[1], (2, 1, 96, 1, 32))  # one for them all
-blocks = nsa_jax.compress_mean(key, config=config)
-_, lse = nsa_jax.compressed_attention(
-  query, blocks, blocks, config=config, key_length=96
-)
-ids = nsa_jax.select_blocks(query, blocks, lse, config=config, key_length=96)
+
+NAMES = ("out", "dq", "dk", "dv")
 
 
-def run(implementation, query, key, value):
+@jax.jit
+def select(query, key):
+  """The blocks that each query reads, by its scores of their means."""
+  blocks = nsa_jax.compress_mean(key, config=config)
+  _, lse = nsa_jax.compressed_attention(
+    query, blocks, blocks, config=config, key_length=96
+  )
+  return nsa_jax.select_blocks(query, blocks, lse, config=config, key_length=96)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def run(implementation, query, key, value, ids):
   """Output of the selected branch and the gradients of its square."""
 
   def loss(query, key, value):
@@ -34,7 +44,7 @@ def run(implementation, query, key, value):
   grads, out = jax.grad(loss, argnums=(0, 1, 2), has_aux=True)(
     query, key, value
   )
-  return dict(zip(("out", "dq", "dk", "dv"), (out, *grads), strict=True))
+  return out, *grads
 
 
 def relative(x, want):
@@ -42,15 +52,16 @@ def relative(x, want):
 
 
 def main():
-  expected = run("reference", query, key, value)
+  ids = select(query, key)
+  expected = run("reference", query, key, value, ids)
   print(f"{jax.devices()[0].device_kind}: relative difference to the oracle")
   for implementation in ("xla", "triton"):
-    actual = jax.jit(run, static_argnums=0)(implementation, query, key, value)
+    actual = run(implementation, query, key, value, ids)
     print(
       f"{implementation:8}"
       + "  ".join(
-        f"{name} {relative(actual[name], want):.1e}"
-        for name, want in expected.items()
+        f"{name} {relative(x, want):.1e}"
+        for name, x, want in zip(NAMES, actual, expected, strict=True)
       )
     )
 

@@ -14,6 +14,7 @@ if _DEVICE_COUNT not in os.environ.get("XLA_FLAGS", ""):
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 from collections.abc import Iterator
+from typing import Any
 
 import hypothesis
 import jax
@@ -51,9 +52,21 @@ def x64() -> Iterator[None]:
     yield
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
+def script_environment(tmp_path_factory: pytest.TempPathFactory) -> Any:
+  """For scripts in processes of their own: they share what they compile."""
+  folder = tmp_path_factory.getbasetemp()
+  if "PYTEST_XDIST_WORKER" in os.environ:
+    folder = folder.parent  # that of all workers of this run
+  return os.environ | {
+    "JAX_COMPILATION_CACHE_DIR": str(folder / "jax_cache"),
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
+  }
+
+
+@pytest.fixture
 def fast_compilation() -> Iterator[None]:
-  """Programs of a module compile in a half or a third of the time."""
+  """Programs compile in a half or a third of the time."""
   name = "jax_disable_most_optimizations"
   before = jax.config.read(name)
   jax.config.update(name, True)

@@ -84,6 +84,7 @@ def test_a_cpu_gets_the_bits_of_xla(mode: str, dtype: str) -> None:
   helpers.assert_same_bits(actual, expected)
 
 
+@pytest.mark.usefixtures("fast_compilation")
 def test_without_jit() -> None:
   inputs, _, dout = _arguments(Dims(CONFIG, 1, 9, 9, 1, 2, 16, 16))
 
@@ -137,14 +138,17 @@ def test_64_bit_types(x64: None) -> None:
   assert all(name in text for name in KERNELS)
 
 
+@pytest.mark.usefixtures("fast_compilation")
 def test_block_scores_is_xla() -> None:
   query, key = _arguments()[0]["query"], _arguments()[0]["compressed"].key
   lse: Any = np.zeros(query.shape[:3], np.float32)
   names: Any = (None, "xla")
   actual, expected = (
-    nsa_jax.block_scores(
-      query, key, lse, config=CONFIG, key_length=70, implementation=name
-    )
+    jax.jit(
+      functools.partial(
+        nsa_jax.block_scores, config=CONFIG, key_length=70, implementation=name
+      )
+    )(query, key, lse)
     for name in names
   )
   helpers.assert_same_bits(actual, expected)
@@ -266,31 +270,41 @@ def _vjp(inputs: Any, dout: Any, implementation: Any = None) -> Any:
   return out, ids, pullback(dout)[0]
 
 
+@pytest.fixture(scope="module")
+def plain() -> Any:
+  """(out, ids, gradients) on one device."""
+  inputs, _, dout = _arguments()
+  with jax.default_device(jax.devices("cpu")[0]):
+    return jax.jit(_vjp)(inputs, dout)
+
+
 def _check(actual: Any, expected: Any) -> None:
   np.testing.assert_array_equal(actual[1], expected[1])
   helpers.assert_close(actual[::2], expected[::2], "float32", gradient=1)
 
 
-def test_vmap() -> None:
+@pytest.mark.usefixtures("fast_compilation")
+def test_vmap(plain: Any) -> None:
   inputs, _, dout = _arguments()
   split = jax.tree.map(lambda x: x[:, None], (inputs, dout))
   mapped = jax.jit(jax.vmap(_vjp))
-  actual = jax.tree.map(lambda x: x[:, 0], mapped(*split))
-  _check(actual, jax.jit(_vjp)(inputs, dout))
+  _check(jax.tree.map(lambda x: x[:, 0], mapped(*split)), plain)
   text = _cuda(mapped, *split)
   assert all(name in text for name in KERNELS)
 
 
-def test_pmap() -> None:
+@pytest.mark.usefixtures("fast_compilation")
+def test_pmap(plain: Any) -> None:
   inputs, _, dout = _arguments()
   split = jax.tree.map(lambda x: x[:, None], (inputs, dout))
   mapped = jax.pmap(_vjp, devices=jax.devices("cpu")[:2])
   actual = jax.tree.map(lambda x: np.asarray(x)[:, 0], mapped(*split))
-  _check(actual, jax.jit(_vjp)(inputs, dout))
+  _check(actual, plain)
 
 
+@pytest.mark.usefixtures("fast_compilation")
 @pytest.mark.parametrize("check_vma", [False, True])
-def test_shard_map(check_vma: bool) -> None:
+def test_shard_map(check_vma: bool, plain: Any) -> None:
   """With check_vma=True it is XLA on every platform."""
   inputs, _, dout = _arguments()
   mesh = Mesh(np.array(jax.devices("cpu")[:4]).reshape(2, 2), ("batch", "head"))
@@ -308,7 +322,7 @@ def test_shard_map(check_vma: bool) -> None:
     )
 
   run = sharded(None)
-  _check(run(inputs, dout), jax.jit(_vjp)(inputs, dout))
+  _check(run(inputs, dout), plain)
   with jax.default_device(None):
     traced = run.trace(inputs, dout)
     text = traced.lower(lowering_platforms=("cpu",)).as_text()
@@ -322,13 +336,12 @@ def test_forward_mode_needs_the_name_xla() -> None:
   query, (key, value) = _arguments()[0]["query"], _arguments()[0]["window"]
 
   def push(implementation: Any) -> Any:
-    return jax.jvp(
-      lambda query: nsa_jax.window_attention(
+    def attend(query: Any) -> Any:
+      return nsa_jax.window_attention(
         query, key, value, config=CONFIG, implementation=implementation
-      ),
-      (query,),
-      (query,),
-    )
+      )
+
+    return jax.jit(lambda x: jax.jvp(attend, (x,), (x,))).lower(query)
 
   assert push("xla")
   with pytest.raises(TypeError, match="forward-mode"):

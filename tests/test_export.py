@@ -40,7 +40,7 @@ def _step(implementation: Any) -> Any:
     implementation=implementation,
   )
   x = jax.random.normal(jax.random.key(0), (1, 40, 32))
-  params = layer.init(jax.random.key(1), x)
+  params = jax.jit(layer.init)(jax.random.key(1), x)
 
   @jax.jit
   def step(params: Any, x: Any) -> Any:
@@ -62,10 +62,20 @@ def _round_trip(step: Any, args: Any, *platforms: str) -> Any:
   return export.deserialize(exported.serialize())
 
 
-@pytest.mark.parametrize("implementation", [None, "triton"])
-def test_training_step(implementation: Any) -> None:
+PLATFORMS = (("cuda",), ("cpu",), ("cpu", "cuda"))
+
+
+@pytest.mark.parametrize(
+  "implementation, every",
+  [
+    (None, PLATFORMS),
+    ("triton", PLATFORMS[2:]),  # lowers the kernels for both
+    pytest.param("triton", PLATFORMS[:2], marks=pytest.mark.slow),
+  ],
+)
+def test_training_step(implementation: Any, every: Any) -> None:
   step, args = _step(implementation)
-  for platforms in (("cuda",), ("cpu",), ("cpu", "cuda")):
+  for platforms in every:
     program = _round_trip(step, args, *platforms)
     assert program.platforms == platforms
     text = program.mlir_module()

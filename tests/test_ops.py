@@ -23,6 +23,14 @@ from tests.helpers import Dims, Oracle
 
 pytestmark = pytest.mark.parametrize("implementation", helpers.IMPLEMENTATIONS)
 
+
+@pytest.fixture(autouse=True)
+def quick_reference(request: pytest.FixtureRequest) -> None:
+  """All implementations but the oracle are compiled as users compile them."""
+  if request.getfixturevalue("implementation") == "reference":
+    request.getfixturevalue("fast_compilation")
+
+
 #                     l, d, l', n, init, local, w
 CONFIGS = (
   NSAConfig(4, 2, 8, 3, 1, 1, 5),

@@ -27,7 +27,8 @@ COMMANDS = [
 # Flags that make a documented run short; its other flags stay.
 SHORT = {
   "train_lm.py": (
-    "--steps=2 --seq-len=384 --batch-size=1 --max-bytes=200000"
+    # As in test_train_lm.py: the same programs are compiled once.
+    "--steps=6 --seq-len=384 --batch-size=1 --max-bytes=200000"
     " --eval-batches=1 --sample-bytes=8"
   ),
 }
@@ -43,7 +44,7 @@ def test_python(code):
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_command(command, tmp_path):
+def test_command(command, tmp_path, script_environment):
   program, *arguments = shlex.split(command)
   if program == "python":
     script = ROOT / arguments[0]
@@ -53,6 +54,7 @@ def test_command(command, tmp_path):
     subprocess.run(
       [sys.executable, script, *arguments[1:], *short],
       cwd=tmp_path,
+      env=script_environment,
       check=True,
       capture_output=True,
     )

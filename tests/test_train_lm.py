@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import orbax.checkpoint as ocp
@@ -17,6 +18,7 @@ SCRIPT = Path(train_lm.__file__)
 # Short, but long enough for the preset's attention to be sparse.
 SMALL = ["--seq-len=384", "--batch-size=1", "--steps=6"]
 SMALL += ["--eval-batches=2", "--eval-every=2", "--checkpoint-every=2"]
+SMALL += ["--sample-bytes=8"]
 
 # Runs the script, and sends it SIGINT while it prepares its fourth step.
 INTERRUPT = """
@@ -34,21 +36,24 @@ sys.exit(train_lm.main(sys.argv[1:]))
 """
 
 
-def run_process(*args: object) -> subprocess.CompletedProcess[str]:
+def run_process(
+  *args: object, env: Any = None
+) -> subprocess.CompletedProcess[str]:
   return subprocess.run(
     [sys.executable, *map(str, args)],
     capture_output=True,
     text=True,
     cwd=SCRIPT.parents[1],
+    env=env,
     timeout=600,
   )
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
+def finished(tmp_path_factory, script_environment):
   """A run that nothing interrupted, and what it printed."""
   out = tmp_path_factory.mktemp("finished")
-  run = run_process(SCRIPT, *SMALL, f"--out={out}")
+  run = run_process(SCRIPT, *SMALL, f"--out={out}", env=script_environment)
   assert run.returncode == 0, run.stderr
   return out, run
 
@@ -86,7 +91,7 @@ def test_a_finished_run_leaves_everything_it_names(finished):
     assert str(out / name) in run.stdout
     assert (out / name).stat().st_size > 0
   assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
-  assert len((out / "sample.txt").read_bytes()) == 384
+  assert len((out / "sample.txt").read_bytes()) == 64 + 8
   assert (out / "checkpoints" / "6").is_dir()
 
   text = (out / "metrics.jsonl").read_text()
@@ -99,9 +104,17 @@ def test_a_finished_run_leaves_everything_it_names(finished):
   ]
 
 
-def test_resume_is_exact_across_processes(finished, tmp_path):
+# What each process compiles anew is the same too; that takes longer.
+@pytest.mark.parametrize(
+  "cached", [True, pytest.param(False, marks=pytest.mark.slow)]
+)
+def test_resume_is_exact_across_processes(
+  cached, finished, tmp_path, script_environment
+):
   expected, _ = finished
-  stopped = run_process("-c", INTERRUPT, *SMALL, f"--out={tmp_path}")
+  env = script_environment if cached else None
+  args = (*SMALL, f"--out={tmp_path}")
+  stopped = run_process("-c", INTERRUPT, *args, env=env)
   assert stopped.returncode == 130, stopped.stderr
   assert "stopped at step 4 of 6; continue with" in stopped.stdout
   assert "--resume" in stopped.stdout
@@ -110,7 +123,7 @@ def test_resume_is_exact_across_processes(finished, tmp_path):
   with (tmp_path / "metrics.jsonl").open("a") as file:
     file.write('{"step": 5, "train_loss": 0.0}\n')
 
-  resumed = run_process(SCRIPT, *SMALL, f"--out={tmp_path}", "--resume")
+  resumed = run_process(SCRIPT, *args, "--resume", env=env)
   assert resumed.returncode == 0, resumed.stderr
   assert "steps 4 to 6" in resumed.stdout
   for name in ("metrics.jsonl", "sample.txt"):

@@ -1,5 +1,6 @@
 """Data parallelism changes neither the loss nor the gradients."""
 
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,11 @@ from examples import train_pmap
 EXAMPLES = Path(train_pmap.__file__).parent
 
 
-def test_pmap_agrees_with_one_device():
+@pytest.mark.usefixtures("fast_compilation")
+def test_pmap_agrees_with_one_device(monkeypatch):
+  """One layer here, two in the script."""
+  one_layer = dataclasses.replace(train_pmap.CONFIG, num_layers=1)
+  monkeypatch.setattr(train_pmap, "CONFIG", one_layer)
   assert jax.local_device_count() > 1
   rows = train_pmap.compare(steps=3)
   for one, many, difference, largest in rows:

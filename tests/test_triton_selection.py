@@ -20,6 +20,8 @@ from pallas_kernels import SelectionTiling, Tile
 from tests import helpers
 from tests.helpers import Dims, Oracle
 
+pytestmark = pytest.mark.usefixtures("fast_compilation")
+
 BASE = NSAConfig(8, 4, 16, 3, 1, 1)
 # Every loop of both kernels takes several steps at test sizes.
 SMALL = SelectionTiling(16, Tile(16, 1, 1), 4, 4, 1)
