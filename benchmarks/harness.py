@@ -234,6 +234,11 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
   return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def rank(ms: Any) -> float:
+  """Sorts times; what is no time but a reason why there is none goes last."""
+  return ms if isinstance(ms, float) else float("inf")
+
+
 def recorded(out: pathlib.Path, name: str) -> dict[str, list[dict]]:
   """The tables of name.json; none if there is no such record."""
   path = out / f"{name}.json"

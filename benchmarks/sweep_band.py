@@ -234,10 +234,6 @@ def compile_one(branch: str, shape: Shape, tiles: tiling.BandTiling) -> Any:
     return str(error).splitlines()[0][:60]
 
 
-def rank(ms: Any) -> float:
-  return ms if isinstance(ms, float) else float("inf")
-
-
 def compile_row(branch: str, shape: Shape, tiles: tiling.BandTiling) -> Any:
   """Pairs of tiling and `compile_one`; one tile apiece if not all compile."""
   program = compile_one(branch, shape, tiles)
@@ -265,7 +261,6 @@ def measure(
     jax.random.normal(key, x.shape, x.dtype)
     for key, x in zip(keys, arrays, strict=True)
   ]
-  base = chosen(branch, shape)
   found: dict[str, dict[Any, Any]] = {name: {} for name in KERNELS}
   for tiles, program in (x for future in futures for x in future.result()):
     times: dict[str, float] = {}
@@ -276,7 +271,7 @@ def measure(
       ms = times.get(f"nsa_{branch}_{name}", program)
       before = found[name].get(tile, ms)
       # A tile may be in several programs, and some of them may not compile.
-      found[name][tile] = min(ms, before, key=rank)
+      found[name][tile] = min(ms, before, key=harness.rank)
   label = (
     f"{branch}, G={shape.group} H={shape.head_dim} V={shape.value_dim} "
     f"{jnp.dtype(shape.dtype).name}"
@@ -284,12 +279,8 @@ def measure(
 
   return {
     f"{label}, {name}: (keys, warps, stages, rows)": [
-      {
-        "tile": f"{dataclasses.astuple(tile)}"
-        f"{' chosen' if tile == getattr(base, name) else ''}",
-        "ms": ms,
-      }
-      for tile, ms in sorted(tiles.items(), key=lambda item: rank(item[1]))
+      {"tile": str(dataclasses.astuple(tile)), "ms": ms}
+      for tile, ms in sorted(tiles.items(), key=lambda x: harness.rank(x[1]))
     ]
     for name, tiles in found.items()
   }
@@ -306,7 +297,8 @@ def main():
     for shape in SHAPES[args.first : last]
     for branch in BRANCHES
   ]
-  tables: dict[str, list[dict[str, Any]]] = {}
+  # Shapes that are not measured now keep what an earlier run found.
+  tables = harness.recorded(args.out, "sweep_band")
   with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
     programs = [
       [pool.submit(compile_row, *job, tiles) for tiles in tilings(*job)]

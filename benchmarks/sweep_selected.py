@@ -204,27 +204,23 @@ def measure(shape: Shape) -> dict[str, list[dict[str, Any]]]:
       tile = dataclasses.astuple(getattr(tiles, name))
       if tiles.by_block:
         tile = (*tile[:3], tiles.rows)
-      if isinstance(times, str):
-        found[name].setdefault(tile, times)
-        continue
-      ms = [x for kernel, x in times.items() if kernel in kernels]
-      if ms:
-        before = found[name].get(tile)
-        best = ms[0] if not isinstance(before, float) else min(ms[0], before)
-        found[name][tile] = best
+      every: list[Any] = [times]
+      if not isinstance(times, str):
+        every = [x for kernel, x in times.items() if kernel in kernels]
+      # A tile may be in several programs, and some of them may not compile.
+      for ms in every:
+        before = found[name].get(tile, ms)
+        found[name][tile] = min(ms, before, key=harness.rank)
   label = (
     f"G={shape.group} H={shape.head_dim} V={shape.value_dim} "
     f"{jnp.dtype(shape.dtype).name} l'={shape.block}"
   )
   last = "rows" if base.by_block else "queries"
 
-  def rank(entry):
-    return entry[1] if isinstance(entry[1], float) else float("inf")
-
   return {
     f"{label}, {name}: (keys, warps, stages, {last})": [
       {"tile": str(tile), "ms": ms}
-      for tile, ms in sorted(times.items(), key=rank)
+      for tile, ms in sorted(times.items(), key=lambda x: harness.rank(x[1]))
     ]
     for name, times in found.items()
     if times

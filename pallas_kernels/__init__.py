@@ -101,7 +101,6 @@ def compressed_attention(
   """
   band = _band.Band(stride, span, None, key_length)
   return _band_call(
-    "compressed",
     query,
     key,
     value,
@@ -161,7 +160,6 @@ def window_attention(
   num_keys = key.shape[1]
   first_row = -jnp.clip(key_offset, -num_keys, 0)
   return _band_call(
-    "window",
     query,
     key,
     value,
@@ -178,7 +176,6 @@ def window_attention(
 
 
 def _band_call(
-  branch,
   query,
   key,
   value,
@@ -201,11 +198,9 @@ def _band_call(
       value_dim=value.shape[-1],
       dtype=query.dtype,
     )
-  segments: tuple[jax.Array, ...] = ()
-  if key_segments is not None and query_segments is not None:
-    # A segment that no key has, for queries that read nothing.
-    nowhere = jnp.where(query_segments > 0, query_segments, -1)
-    segments = (key_segments, nowhere.reshape(-1))
+  segments = _segments(key_segments, query_segments)
+  if segments:
+    segments = (segments[0], segments[1].reshape(-1))  # as the queries are
   place = jnp.stack([offset, first_row], axis=-1).astype(jnp.int32)
   spec = _band.Spec(band, scale, tiles)
   kernels = _Kernels(
@@ -213,8 +208,18 @@ def _band_call(
     functools.partial(_band_vjp.backward, spec=spec),
   )
   return _attend(
-    branch, kernels, query, key, value, (place, segments), elsewhere
+    spec.branch, kernels, query, key, value, (place, segments), elsewhere
   )
+
+
+def _segments(
+  key_segments: jax.Array | None, query_segments: jax.Array | None
+) -> tuple[jax.Array, ...]:
+  """What the kernels take: both, or neither."""
+  if key_segments is None or query_segments is None:
+    return ()
+  # A segment that no key has, for queries that read nothing.
+  return key_segments, jnp.where(query_segments > 0, query_segments, -1)
 
 
 def selected_attention(
@@ -270,11 +275,7 @@ def selected_attention(
       block=selection_block,
       num_ids=block_ids.shape[-1],
     )
-  segments: tuple[jax.Array, ...] = ()
-  if key_segments is not None and query_segments is not None:
-    # A segment that no key has, for queries that read nothing.
-    nowhere = jnp.where(query_segments > 0, query_segments, -1)
-    segments = (key_segments, nowhere)
+  segments = _segments(key_segments, query_segments)
   spec = _by_query.Spec(selection_block, scale, tiles)
   forward = (_by_block if tiles.by_block else _by_query).forward
   backward = (_by_block_vjp if tiles.by_block else _by_query_vjp).backward
@@ -419,19 +420,10 @@ def select_blocks(
       dtype=query.dtype,
       ratio=selection_block // compression_stride,
     )
-  segments: tuple[jax.Array, ...] = ()
-  if (
-    block_segments is not None
-    and query_segments is not None
-    and segment_starts is not None
-  ):
-    reads = query_segments > 0
+  segments = _segments(block_segments, query_segments)
+  if query_segments is not None and segment_starts is not None:
     first = segment_starts // selection_block
-    segments = (
-      block_segments,
-      jnp.where(reads, query_segments, -1),
-      jnp.where(reads, first, key_length),
-    )
+    segments += (jnp.where(query_segments > 0, first, key_length),)
   spec = _selection.Spec(
     compression_block,
     compression_stride,

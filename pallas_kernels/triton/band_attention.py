@@ -195,13 +195,6 @@ def key_span(j: Any, block_k: int, num_keys: int) -> tuple[Any, Any, Any]:
   return pl.ds(j * block_k, block_k), token, inside
 
 
-def accumulators(
-  rows: int, columns: tuple[tuple[int, int], ...]
-) -> tuple[jax.Array, ...]:
-  """Zeros [rows, H], one tile for each piece of H."""
-  return tuple(jnp.zeros((rows, w), jnp.float32) for _, w in columns)
-
-
 class Program(NamedTuple):
   """The queries of a program of the forward or the dq kernel."""
 
@@ -293,7 +286,7 @@ def _fwd_kernel(
     return acc, m_next, l_next
 
   carry = (
-    accumulators(tile.rows, value_pieces),
+    common.accumulators(tile.rows, value_pieces),
     jnp.full((tile.rows,), common.MAX_INIT, jnp.float32),
     jnp.zeros((tile.rows,), jnp.float32),
   )
@@ -306,11 +299,6 @@ def _fwd_kernel(
     out = jnp.where(some[:, None], a / total[:, None], 0)
     out_ref[mine.index, pl.ds(start, width)] = out.astype(out_ref.dtype)
   lse_ref[mine.index] = lse
-
-
-def whole(x: jax.Array | jax.ShapeDtypeStruct) -> pl.BlockSpec:
-  """The whole array, whatever the program."""
-  return pl.BlockSpec(x.shape, lambda *_: (0,) * x.ndim)
 
 
 def flat_rows(x: jax.Array) -> jax.Array:
@@ -346,7 +334,7 @@ def per_head(
 
     return pl.BlockSpec((None, num_keys, None, width), index)
 
-  per_row = (spec(num_keys), whole(segments[1])) if segments else ()
+  per_row = (spec(num_keys), common.whole(segments[1])) if segments else ()
   return spec(2), keys, per_row
 
 
@@ -389,12 +377,12 @@ def forward(
     grid=(-(-length // (tile.rows // sizes.group)), kv_heads, batch),
     in_specs=[
       place_spec,
-      whole(flat),
+      common.whole(flat),
       keys(query.shape[-1]),
       keys(value_dim),
       *segment_specs,
     ],
-    out_specs=[whole(x) for x in shapes],
+    out_specs=[common.whole(x) for x in shapes],
     out_shape=shapes,
   )(place, flat, key, value, *segments)
   return (

@@ -20,7 +20,6 @@ from pallas_kernels.triton.band_attention import (
   Bounds,
   Sizes,
   Spec,
-  accumulators,
   ceil_div,
   flat_rows,
   gather,
@@ -29,7 +28,6 @@ from pallas_kernels.triton.band_attention import (
   program,
   tile_rows,
   walk,
-  whole,
   within,
 )
 
@@ -138,7 +136,7 @@ def _dq_kernel(
     ds = (p * (dp - delta[:, None])).astype(q_ref.dtype)
     return tuple(d + common.dot(ds, x) for d, x in zip(dq, k, strict=True))
 
-  dq = accumulators(tile.rows, head_pieces)
+  dq = common.accumulators(tile.rows, head_pieces)
   dq = walk(step, dq, mine.bounds, bool(segments))
   for (start, width), d in zip(head_pieces, dq, strict=True):
     d = (d * spec.scale).astype(dq_ref.dtype)
@@ -159,12 +157,12 @@ def _query_gradient(inputs: Inputs, sizes: Sizes, spec: Spec) -> jax.Array:
     grid=(-(-sizes.length // (tile.rows // sizes.group)), kv_heads, batch),
     in_specs=[
       place,
-      *map(whole, per_query),
+      *map(common.whole, per_query),
       keys(inputs.key.shape[-1]),
       keys(value_dim),
       *segments,
     ],
-    out_specs=whole(inputs.query),
+    out_specs=common.whole(inputs.query),
     out_shape=jax.ShapeDtypeStruct(inputs.query.shape, inputs.query.dtype),
   )(inputs.place, *per_query, inputs.key, inputs.value, *inputs.segments)
 
@@ -282,8 +280,8 @@ def _dkv_kernel(
   dk, dv = walk(
     step,
     (
-      accumulators(tile.block_k, head_pieces),
-      accumulators(tile.block_k, value_pieces),
+      common.accumulators(tile.block_k, head_pieces),
+      common.accumulators(tile.block_k, value_pieces),
     ),
     bounds.clip(start, start + per_split),
     bool(segments),
@@ -323,7 +321,12 @@ def _key_value_gradient(
     num_warps=tile.num_warps,
     num_stages=tile.num_stages,
     grid=(num_key_tiles, splits, batch * kv_heads),
-    in_specs=[place, *map(whole, per_query), *map(keys, widths), *segments],
+    in_specs=[
+      place,
+      *map(common.whole, per_query),
+      *map(keys, widths),
+      *segments,
+    ],
     out_specs=[
       pl.BlockSpec(
         (None, None, tile.block_k, width),

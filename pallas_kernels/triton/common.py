@@ -49,6 +49,11 @@ def pallas_call(
   )
 
 
+def whole(x: jax.Array | jax.ShapeDtypeStruct) -> pl.BlockSpec:
+  """The whole array, whatever the program."""
+  return pl.BlockSpec(x.shape, lambda *_: (0,) * len(x.shape))
+
+
 def pieces(size: int) -> tuple[tuple[int, int], ...]:
   """A dimension as (start, width) of powers of two, 192 = 128 + 64.
 
@@ -115,6 +120,13 @@ def load_pieces(
     load(ref.at[(*index, pl.ds(start, width))], mask)
     for start, width in columns
   )
+
+
+def accumulators(
+  rows: int, columns: Sequence[tuple[int, int]]
+) -> tuple[jax.Array, ...]:
+  """Zeros [rows, H] in float32, one tile for each piece of H."""
+  return tuple(jnp.zeros((rows, width), jnp.float32) for _, width in columns)
 
 
 def dot(x: jax.Array, y: jax.Array) -> jax.Array:

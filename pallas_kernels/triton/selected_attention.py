@@ -66,16 +66,17 @@ def _pair_kernel(
   lists_ref,  # [3 m + 1]: common, first's own, second's own, unused
   counts_ref,  # [8]: full blocks and diagonal of each list, two unused
   *,
-  sizes: Sizes,
+  length: int,
+  num_ids: int,
   key_length: int,
   block: int,
 ):
-  m = sizes.num_ids
+  m = num_ids
   width = ids_ref.shape[1]
   first = 2 * pl.program_id(0)
   ids, masks = [], []
   for i in range(2):
-    inside = (jnp.arange(width) < m) & (first + i < sizes.length)
+    inside = (jnp.arange(width) < m) & (first + i < length)
     ids.append(common.load(ids_ref.at[common.index(i)], inside, other=-1))
     t = offset_ref[0] + first + i
     masks.append(attended(ids[i], t, key_length, block))
@@ -130,7 +131,8 @@ def pair_lists(
   lists, counts = common.pallas_call(
     functools.partial(
       _pair_kernel,
-      sizes=Sizes(length, 0, num_ids),
+      length=length,
+      num_ids=num_ids,
       key_length=key_length,
       block=block,
     ),
@@ -350,7 +352,7 @@ def _fwd_kernel(
     return acc, m_next, l_next
 
   start = (
-    tuple(jnp.zeros((rows, w), jnp.float32) for _, w in value_pieces),
+    common.accumulators(rows, value_pieces),
     jnp.full((rows,), common.MAX_INIT, jnp.float32),
     jnp.zeros((rows,), jnp.float32),
   )

@@ -116,7 +116,7 @@ def _dq_kernel(
     ds = (p * (dp - deltas[i][:, None])).astype(q_ref.dtype)
     return tuple(d + common.dot(ds, x) for d, x in zip(dq, k, strict=True))
 
-  start = tuple(jnp.zeros((rows, w), jnp.float32) for _, w in head_pieces)
+  start = common.accumulators(rows, head_pieces)
   states = walk_blocks(
     tile,
     (start,) * queries,
@@ -244,9 +244,9 @@ def _dkv_kernel(
       first,
       last,
       body,
-      tuple(
-        tuple(jnp.zeros((block_k, width), jnp.float32) for _, width in pieces)
-        for pieces in (head_pieces, value_pieces)
+      (
+        common.accumulators(block_k, head_pieces),
+        common.accumulators(block_k, value_pieces),
       ),
     )
     span = pl.ds(local, block_k)
@@ -284,9 +284,9 @@ def key_value_gradient(
   )
   per_row = [group_heads(x, kv_heads) for x in (query, dout, lse, delta)]
 
-  def whole(x, rows=None):
-    shape = x.shape if rows is None else (*x.shape[:3], rows, *x.shape[4:])
-    return pl.BlockSpec(shape, lambda *_: (0,) * x.ndim)
+  def padded(x):  # to whole tiles of a group
+    shape = (*x.shape[:3], rows, *x.shape[4:])
+    return common.whole(jax.ShapeDtypeStruct(shape, x.dtype))
 
   num_pieces = lists.pieces.shape[0]
   widths = (key.shape[-1], value.shape[-1])
@@ -298,8 +298,8 @@ def key_value_gradient(
     grid=(num_pieces, spec.block // tiling.dkv.block_k),
     in_specs=[
       pl.BlockSpec((None, 3), lambda p, _: (p, 0)),
-      *map(whole, (lists.items, offset, key, value, *segments)),
-      *(whole(x, rows) for x in per_row),
+      *map(common.whole, (lists.items, offset, key, value, *segments)),
+      *map(padded, per_row),
     ],
     out_specs=[
       pl.BlockSpec((None, spec.block, width), lambda p, _: (p, 0, 0))

@@ -186,11 +186,6 @@ def scan_chunks(
   return lax.scan(step, totals, first_rows)
 
 
-def whole(x: Any) -> pl.BlockSpec:
-  """The whole array, whatever the program."""
-  return pl.BlockSpec(x.shape, lambda *_: (0,) * x.ndim)
-
-
 class Piece(NamedTuple):
   """What a program works on: a block, and a part of the list of its pairs."""
 
@@ -416,7 +411,7 @@ def _merge_kernel(
     count_chosen(ids_ref, first_row_ref, offset_ref, plan),
     body,
     (
-      tuple(jnp.zeros((group, w), jnp.float32) for _, w in columns),
+      common.accumulators(group, columns),
       jnp.full((group,), common.MAX_INIT, jnp.float32),
       jnp.zeros((group,), jnp.float32),
     ),
@@ -473,8 +468,8 @@ def call_by_piece(
     num_warps=tile.num_warps,
     num_stages=tile.num_stages,
     grid=(num_pieces,),
-    in_specs=[one((3,)), *map(whole, inputs)],
-    out_specs=[*map(one, per_piece), *map(whole, outs)],
+    in_specs=[one((3,)), *map(common.whole, inputs)],
+    out_specs=[*map(one, per_piece), *map(common.whole, outs)],
     out_shape=[
       *(jax.ShapeDtypeStruct((num_pieces, *x), jnp.float32) for x in per_piece),
       *outs,
@@ -515,8 +510,8 @@ def call_by_query(
     grid=(rows,),
     in_specs=[
       pl.BlockSpec((None, pl.next_power_of_2(plan.num_ids)), lambda t: (t, 0)),
-      whole(chunk.first_row),
-      whole(offset),
+      common.whole(chunk.first_row),
+      common.whole(offset),
       *(rows_of(plan.num_ids, x) for x in parts),
     ],
     out_specs=[rows_of(None, x) for x in parts],

@@ -54,10 +54,7 @@ def _bwd_kernel(
   group = q_ref.shape[1]
 
   def zeros(ref):
-    return tuple(
-      jnp.zeros((plan.block, width), jnp.float32)
-      for _, width in common.pieces(ref.shape[-1])
-    )
+    return common.accumulators(plan.block, common.pieces(ref.shape[-1]))
 
   @pl.when(piece_ref[2] > piece_ref[1])
   def _():
@@ -124,7 +121,7 @@ def _sum_dq_kernel(
     0,
     count_chosen(ids_ref, first_row_ref, offset_ref, plan),
     body,
-    tuple(jnp.zeros((group, w), jnp.float32) for _, w in columns),
+    common.accumulators(group, columns),
   )
   for (start, w), a in zip(columns, acc, strict=True):
     dq_ref[:, pl.ds(start, w)] = a.astype(dq_ref.dtype)
