@@ -47,28 +47,6 @@ def by_platform(
   return run
 
 
-def with_interpreted_kernels(
-  function: Callable[..., Any],
-) -> Callable[..., Any]:
-  """`function` on NVIDIA GPUs; elsewhere with its Pallas kernels interpreted.
-
-  Like `by_platform` of both, but the kernels are traced once.
-  """
-
-  def interpreted(eqn: Any) -> Any:
-    if eqn.primitive.name != "pallas_call":
-      return eqn
-    return eqn.replace(params=eqn.params | {"interpret": True})
-
-  def run(*args: Any) -> Any:
-    traced, shape = _trace(function, args)
-    eqns = [interpreted(eqn) for eqn in traced.jaxpr.eqns]
-    elsewhere = traced.replace(jaxpr=traced.jaxpr.replace(eqns=eqns))
-    return _bind(args, core.jaxpr_as_fun(traced), elsewhere, shape)
-
-  return run
-
-
 def _trace(function, args):
   """`function` as a jaxpr of the leaves of `args`, and what it returns."""
   flat, tree = jax.tree.flatten(args)

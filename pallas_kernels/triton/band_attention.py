@@ -252,6 +252,7 @@ def _fwd_kernel(
   *refs,  # segments [S] and [B T], if any; out [B T N, V], lse [B T N]
   spec: Spec,
   sizes: Sizes,
+  exp2: Callable[[jax.Array], jax.Array],
 ):
   *segments, out_ref, lse_ref = refs
   band, tile = spec.band, spec.tiling.fwd
@@ -275,8 +276,8 @@ def _fwd_kernel(
     fused = not masked and factor > 0
     high = raw.max(axis=1) * factor if fused else s.max(axis=1)
     m_next = jnp.maximum(m_i, high)
-    p = jnp.exp2(s - m_next[:, None])
-    correction = jnp.exp2(m_i - m_next)
+    p = exp2(s - m_next[:, None])
+    correction = exp2(m_i - m_next)
     l_next = l_i * correction + p.sum(axis=1)
     v = common.load_pieces(v_ref, span_k, value_pieces, inside)
     acc = tuple(
@@ -374,6 +375,7 @@ def forward(
     name=f"nsa_{spec.branch}_fwd",
     num_warps=tile.num_warps,
     num_stages=tile.num_stages,
+    with_exp2=True,
     grid=(-(-length // (tile.rows // sizes.group)), kv_heads, batch),
     in_specs=[
       place_spec,

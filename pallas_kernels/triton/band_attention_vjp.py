@@ -8,6 +8,7 @@ shares of dq that it writes, one per tile of keys, cost more than it saves.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -112,6 +113,7 @@ def _dq_kernel(
   *refs,  # segments [S] and [B T], if any; dq [B T N, H]
   spec: Spec,
   sizes: Sizes,
+  exp2: Callable[[jax.Array], jax.Array],
 ):
   *segments, dq_ref = refs
   band, tile = spec.band, spec.tiling.dq
@@ -131,7 +133,7 @@ def _dq_kernel(
     s = common.dot_pieces(q, k) * (spec.scale * common.LOG2E)
     if masked:
       s = jnp.where(mine.mask(span_k, token, inside), s, common.MASK)
-    p = jnp.exp2(s - lse[:, None])
+    p = exp2(s - lse[:, None])
     dp = common.dot_pieces(dout, v)
     ds = (p * (dp - delta[:, None])).astype(q_ref.dtype)
     return tuple(d + common.dot(ds, x) for d, x in zip(dq, k, strict=True))
@@ -154,6 +156,7 @@ def _query_gradient(inputs: Inputs, sizes: Sizes, spec: Spec) -> jax.Array:
     name=f"nsa_{spec.branch}_dq",
     num_warps=tile.num_warps,
     num_stages=tile.num_stages,
+    with_exp2=True,
     grid=(-(-sizes.length // (tile.rows // sizes.group)), kv_heads, batch),
     in_specs=[
       place,
@@ -223,6 +226,7 @@ def _dkv_kernel(
   spec: Spec,
   sizes: Sizes,
   per_split: int,
+  exp2: Callable[[jax.Array], jax.Array],
 ):
   *segments, dk_ref, dv_ref = refs
   band, tile = spec.band, spec.tiling.dkv
@@ -257,7 +261,7 @@ def _dkv_kernel(
         segment = segments[1][b * sizes.length + rows.query]
         mask &= key_segment[:, None] == segment[None, :]
       s = jnp.where(mask, s, common.MASK)
-    p = jnp.exp2(s - lse[None, :])
+    p = exp2(s - lse[None, :])
     dv = tuple(
       d + common.dot(p.astype(x.dtype), x)
       for d, x in zip(dv, dout, strict=True)
@@ -320,6 +324,7 @@ def _key_value_gradient(
     name=f"nsa_{spec.branch}_dkv",
     num_warps=tile.num_warps,
     num_stages=tile.num_stages,
+    with_exp2=True,
     grid=(num_key_tiles, splits, batch * kv_heads),
     in_specs=[
       place,

@@ -3,6 +3,7 @@
 Nothing here knows what attention is selected, compressed or windowed.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,7 +14,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels.platforms import with_interpreted_kernels
+from pallas_kernels.platforms import by_platform
 
 # Softmax runs on exp2, which is one instruction; log2(e) goes into the scale.
 LOG2E = math.log2(math.e)
@@ -30,23 +31,51 @@ def pallas_call(
   name: str,
   num_warps: int,
   num_stages: int,
+  with_exp2: bool = False,
   **kwargs: Any,
 ) -> Callable[..., Any]:
   """`pl.pallas_call` for the Triton backend; interpreted where no GPU is.
 
   The platform is that of the lowering, so one traced program serves both, and
   a program lowered for a CPU holds no kernel.
+
+  Args:
+    kernel: the kernel.
+    name: for profiles.
+    num_warps: warps per program.
+    num_stages: depth of the pipelines of its loops.
+    with_exp2: pass the kernel `exp2`, the fastest there is.
+    **kwargs: of `pl.pallas_call`.
   """
-  return with_interpreted_kernels(
-    pl.pallas_call(
-      kernel,
+
+  def call(interpret: bool) -> Callable[..., Any]:
+    exp2 = {"exp2": jnp.exp2 if interpret else _exp2} if with_exp2 else {}
+    return pl.pallas_call(
+      functools.partial(kernel, **exp2),
       name=name,
       compiler_params=plgpu.CompilerParams(
         num_warps=num_warps, num_stages=num_stages
       ),
+      interpret=interpret,
       **kwargs,
     )
+
+  return by_platform(cuda=call(False), default=call(True))
+
+
+def _exp2(x: jax.Array) -> jax.Array:
+  """2^x of float32, 0 where that is denormal; only for compiled kernels.
+
+  One instruction; `jnp.exp2` keeps denormal numbers, which takes three.
+  """
+  (out,) = plgpu.elementwise_inline_asm(
+    "ex2.approx.ftz.f32 $0, $1;",
+    args=[x],
+    constraints="=f,f",
+    pack=1,
+    result_shape_dtypes=[jax.ShapeDtypeStruct(x.shape, jnp.float32)],
   )
+  return out
 
 
 def whole(x: jax.Array | jax.ShapeDtypeStruct) -> pl.BlockSpec:
