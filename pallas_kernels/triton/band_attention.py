@@ -85,11 +85,6 @@ class Bounds(NamedTuple):
   full_end: Any
   end: Any
 
-  def clip(self, low: Any, high: Any) -> "Bounds":
-    """Those in [low, high)."""
-    inside = {id(x): within(x, low, high) for x in self}
-    return Bounds(*(inside[id(x)] for x in self))
-
 
 def walk(
   step: Callable[[Any, Any, bool], Any], carry: Any, bounds: Bounds, mask: bool

@@ -13,12 +13,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels.triton import common
 from pallas_kernels.triton.band_attention import (
   Band,
-  Bounds,
   Sizes,
   Spec,
   ceil_div,
@@ -29,7 +29,6 @@ from pallas_kernels.triton.band_attention import (
   program,
   tile_rows,
   walk,
-  within,
 )
 
 
@@ -178,8 +177,8 @@ def query_tiles(
   block_k: int,
   length: int,
   block_q: int,
-) -> Bounds:
-  """Tiles of queries that read a tile of keys: the inverse of `key_tiles`.
+) -> tuple[Any, Any]:
+  """Range of the tiles of queries that read a tile of keys.
 
   Args:
     band: the band.
@@ -192,20 +191,13 @@ def query_tiles(
   """
   last_k = start_k + block_k - 1
   first = start_k * band.stride + (band.span - 1) - offset
-  all_first = last_k * band.stride + (band.span - 1) - offset
   stop = jnp.minimum(length, band.length - offset)
   if band.window is not None:
     stop = jnp.minimum(stop, last_k + band.window - offset)
     stop = jnp.where(last_k < first_row, 0, stop)
   begin = common.div(jnp.maximum(first, 0), block_q)
   end = jnp.where(first < stop, ceil_div(jnp.maximum(stop, 0), block_q), 0)
-  full_begin = within(ceil_div(jnp.maximum(all_first, 0), block_q), begin, end)
-  full_end = end
-  if band.window is not None:
-    all_stop = jnp.maximum(start_k + band.window - offset, 0)
-    all_stop = jnp.where(start_k < first_row, 0, all_stop)
-    full_end = within(common.div(all_stop, block_q), full_begin, end)
-  return Bounds(begin, full_begin, full_end, end)
+  return begin, end
 
 
 def row_and_head(head: Any, sizes: Sizes) -> tuple[Any, Any]:
@@ -244,7 +236,9 @@ def _dkv_kernel(
   if segments:
     key_segment = common.load(segments[0].at[span_k], inside)
 
-  def step(i, carry, masked):
+  # Every step is masked: it waits for its products, not for the mask, and a
+  # loop of its own for the steps without one would begin by waiting for loads.
+  def step(i, carry):
     dk, dv = carry
     rows = tile_rows(i, b, h, tile.rows, sizes)
     q = gather(q_ref, rows.index, head_pieces)
@@ -253,15 +247,14 @@ def _dkv_kernel(
     if rows.real is not None:
       lse = jnp.where(rows.real, lse, -common.MASK)
     # Transposed: keys are the rows, so that dk and dv need no transpose.
-    s = common.dot_pieces(k, q) * (spec.scale * common.LOG2E)
-    if masked:
-      t = offset + rows.query
-      mask = band.readable(token[:, None], t[None, :], first_row)
-      if segments:
-        segment = segments[1][b * sizes.length + rows.query]
-        mask &= key_segment[:, None] == segment[None, :]
-      s = jnp.where(mask, s, common.MASK)
-    p = exp2(s - lse[None, :])
+    s = common.dot_pieces(k, q)
+    p = exp2(s * (spec.scale * common.LOG2E) - lse[None, :])
+    t = offset + rows.query
+    mask = band.readable(token[:, None], t[None, :], first_row)
+    if segments:
+      segment = segments[1][b * sizes.length + rows.query]
+      mask &= key_segment[:, None] == segment[None, :]
+    p = jnp.where(mask, p, 0)
     dv = tuple(
       d + common.dot(p.astype(x.dtype), x)
       for d, x in zip(dv, dout, strict=True)
@@ -271,7 +264,7 @@ def _dkv_kernel(
     dk = tuple(d + common.dot(ds, x) for d, x in zip(dk, q, strict=True))
     return dk, dv
 
-  bounds = query_tiles(
+  begin, end = query_tiles(
     band,
     offset,
     first_row,
@@ -281,14 +274,14 @@ def _dkv_kernel(
     tile.rows // sizes.group,
   )
   start = split * per_split
-  dk, dv = walk(
+  dk, dv = lax.fori_loop(
+    jnp.maximum(begin, start),
+    jnp.minimum(end, start + per_split),
     step,
     (
       common.accumulators(tile.block_k, head_pieces),
       common.accumulators(tile.block_k, value_pieces),
     ),
-    bounds.clip(start, start + per_split),
-    bool(segments),
   )
   for ref, pieces, grads in (
     (dk_ref, head_pieces, dk),
