@@ -69,10 +69,15 @@ def forward_and_backward(function: Callable[..., Any]) -> Callable[..., Any]:
   return run
 
 
-def cudnn(query, key, value):
-  """Dense causal attention by cuDNN, and None."""
+def cudnn(query, key, value, window=None):
+  """Causal attention by cuDNN, dense or in a window, and None."""
   return jax.nn.dot_product_attention(
-    query, key, value, is_causal=True, implementation="cudnn"
+    query,
+    key,
+    value,
+    is_causal=True,
+    local_window_size=window and (window - 1, 0),
+    implementation="cudnn",
   ), None
 
 

@@ -135,6 +135,10 @@ def parts(shape: Shape, x: Inputs, lse: Any, ids: Any) -> dict[str, Part]:
     "scores and top-n": Part(select, (x.query, x.compressed.key), (lse,)),
     "selected": Part(selected, (x.query, x.selected), (ids,)),
     "window": Part(window, (x.query, x.window)),
+    "window, cuDNN": Part(
+      functools.partial(harness.cudnn, window=shape.config.window),
+      (x.query, *x.window),
+    ),
     "cuDNN": Part(harness.cudnn, (x.query, *x.selected)),
     "Triton FA": Part(harness.triton_fa, (x.query, *x.selected)),
   }
@@ -430,6 +434,16 @@ def part_row(length: int, times: Times) -> dict:
   return row
 
 
+def window_row(length: int, times: Times) -> dict:
+  """This op's kernels and cuDNN's, which `"cudnn"` asks for by name."""
+  row: dict[str, Any] = {"tokens": length}
+  for name, label in (("window", "kernels"), ("window, cuDNN", "cuDNN")):
+    for kind in ("fwd", "bwd"):
+      row[f"{label} {kind}"] = times.get((name, kind))
+    row[f"{label} fwd+bwd"] = total(times, name)
+  return row
+
+
 def break_even(
   lengths: Sequence[int], ratios: Sequence[float | None]
 ) -> float | str:
@@ -476,6 +490,11 @@ def tables(
     ],
     "Parts, ms (timed alone)": [
       part_row(n, times)
+      for n, (times, _) in measured.items()
+      if has_parts(times)
+    ],
+    "The window, ms": [
+      window_row(n, times)
       for n, (times, _) in measured.items()
       if has_parts(times)
     ],

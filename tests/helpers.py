@@ -15,8 +15,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+import optax
 
 import nsa_jax
 from nsa_jax import KV, NSAConfig
@@ -579,6 +581,29 @@ def native_vjp(implementation: Any, config: NSAConfig) -> Callable:
     return out, ids, pullback(dout)[0]
 
   return run
+
+
+def training_step(implementation: Any) -> Any:
+  """A jitted training step of one layer, and its arguments."""
+  layer = nsa_jax.NativeSparseAttention(
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=16,
+    config=NSAConfig(8, 4, 16, 3, 1, 1, 16),
+    implementation=implementation,
+  )
+  x = jax.random.normal(jax.random.key(0), (1, 40, 32))
+  params = jax.jit(layer.init)(jax.random.key(1), x)
+
+  @jax.jit
+  def step(params: Any, x: Any) -> Any:
+    def loss(params: Any) -> Any:
+      return jnp.square(layer.apply(params, x) - x).mean()
+
+    loss, grads = jax.value_and_grad(loss)(params)
+    return loss, optax.apply_updates(params, grads)
+
+  return step, (params, x)
 
 
 @functools.cache

@@ -5,18 +5,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 import pytest
 from jax import export
 from jax.sharding import AbstractDevice, AbstractMesh
 
 import nsa_jax
-from nsa_jax import NSAConfig
 from tests import helpers
 
 pytestmark = pytest.mark.usefixtures("fast_compilation")
-
-CONFIG = NSAConfig(8, 4, 16, 3, 1, 1, 16)
 
 
 @pytest.fixture(autouse=True)
@@ -28,29 +24,6 @@ def h200() -> Iterator[None]:
   mesh = AbstractMesh((), (), abstract_device=device)
   with jax.sharding.use_abstract_mesh(mesh):
     yield
-
-
-def _step(implementation: Any) -> Any:
-  """A jitted training step of one layer, and its arguments."""
-  layer = nsa_jax.NativeSparseAttention(
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=16,
-    config=CONFIG,
-    implementation=implementation,
-  )
-  x = jax.random.normal(jax.random.key(0), (1, 40, 32))
-  params = jax.jit(layer.init)(jax.random.key(1), x)
-
-  @jax.jit
-  def step(params: Any, x: Any) -> Any:
-    def loss(params: Any) -> Any:
-      return jnp.square(layer.apply(params, x) - x).mean()
-
-    loss, grads = jax.value_and_grad(loss)(params)
-    return loss, optax.apply_updates(params, grads)
-
-  return step, (params, x)
 
 
 def _round_trip(step: Any, args: Any, *platforms: str) -> Any:
@@ -74,7 +47,7 @@ PLATFORMS = (("cuda",), ("cpu",), ("cpu", "cuda"))
   ],
 )
 def test_training_step(implementation: Any, every: Any) -> None:
-  step, args = _step(implementation)
+  step, args = helpers.training_step(implementation)
   for platforms in every:
     program = _round_trip(step, args, *platforms)
     assert program.platforms == platforms
@@ -96,6 +69,6 @@ def test_pairs_are_serialized() -> None:
 
 
 def test_without_the_checks_disabled() -> None:
-  step, args = _step(None)
+  step, args = helpers.training_step(None)
   with pytest.raises(ValueError, match=r"custom call.*(.|\n)*triton"):
     export.export(step, platforms=("cuda",))(*args)

@@ -1,0 +1,185 @@
+"""Times the tilings of block selection; `tiling.py` is chosen from this.
+
+    python -m benchmarks.sweep_selection
+    python -m benchmarks.sweep_selection --quick
+
+Every program holds one tiling of each kernel, and the kernels are timed one by
+one: the best tile of a kernel does not depend on the other.
+"""
+
+import dataclasses
+import itertools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+import nsa_jax
+import pallas_kernels
+from benchmarks import harness
+from pallas_kernels.triton import tiling
+from pallas_kernels.triton.tiling import SelectionTiling, Tile
+
+LENGTH = 65536
+KV_HEADS = 4
+
+
+class Shape(NamedTuple):
+  group: int
+  head_dim: int
+  dtype: Any = jnp.bfloat16
+
+
+SHAPES = (
+  Shape(16, 128),
+  Shape(4, 128),
+  Shape(16, 64),
+  Shape(16, 192),
+  Shape(64, 128),
+  Shape(4, 128, jnp.float32),
+)
+# (queries, keys, warps, stages) of the scores.
+SCORES = (
+  (64, 128, 4, 2),
+  (64, 128, 4, 3),
+  (64, 128, 8, 2),
+  (64, 64, 4, 2),
+  (128, 64, 4, 2),
+  (128, 64, 8, 2),
+  (128, 128, 8, 2),
+  (128, 128, 8, 3),
+)
+EXACT = (
+  (32, 32, 4, 2),
+  (16, 32, 4, 2),
+  (32, 64, 4, 2),
+  (64, 32, 4, 2),
+  (32, 32, 8, 2),
+)
+# (queries, scores per step, warps) of the top-n.
+TOP_N = (
+  (1, 128, 1),
+  (2, 128, 1),
+  (4, 128, 1),
+  (2, 256, 1),
+  (2, 128, 2),
+  (4, 128, 4),
+  (1, 256, 2),
+)
+
+
+def candidates(base: SelectionTiling, shape: Shape) -> list[SelectionTiling]:
+  """The chosen tiling, then those that hold every candidate of a kernel."""
+  exact = jnp.dtype(shape.dtype).itemsize > 2
+  found = [base]
+  for scores, top_n in itertools.zip_longest(EXACT if exact else SCORES, TOP_N):
+    changes: dict[str, Any] = {}
+    if scores:
+      block_q, *tile = scores
+      changes |= {"block_q": block_q, "scores": Tile(*tile)}
+    if top_n:
+      changes |= zip(("rows", "block_m", "top_n_warps"), top_n, strict=True)
+    found.append(dataclasses.replace(base, **changes))
+  return found
+
+
+def program(shape: Shape, tiles: SelectionTiling) -> Any:
+  """A job of `harness.compile_all`, on shapes."""
+  config = nsa_jax.NSAConfig()
+  blocks = nsa_jax.num_compressed_blocks(LENGTH, config)
+  heads = KV_HEADS * shape.group
+
+  def run(query, key, lse):
+    return pallas_kernels.select_blocks(
+      query,
+      key,
+      lse,
+      key_length=LENGTH,
+      compression_block=config.compression_block,
+      compression_stride=config.compression_stride,
+      selection_block=config.selection_block,
+      num_selected=config.num_selected,
+      num_initial=config.num_initial,
+      num_local=config.num_local,
+      scale=shape.head_dim**-0.5,
+      query_offset=jnp.zeros(1, jnp.int32),
+      tiles=tiles,
+    )
+
+  arrays = (
+    jax.ShapeDtypeStruct((1, LENGTH, heads, shape.head_dim), shape.dtype),
+    jax.ShapeDtypeStruct((1, blocks, KV_HEADS, shape.head_dim), shape.dtype),
+    jax.ShapeDtypeStruct((1, LENGTH, heads), jnp.float32),
+  )
+  return run, arrays
+
+
+def measure(
+  shape: Shape, programs: dict[SelectionTiling, Any], arrays: Any
+) -> dict[str, list[dict[str, Any]]]:
+  """One table for each kernel."""
+  keys = jax.random.split(jax.random.key(0), len(arrays))
+  inputs = [
+    jax.random.normal(key, x.shape, x.dtype)
+    for key, x in zip(keys, arrays, strict=True)
+  ]
+  # The scores do not depend on it, but they must not overflow.
+  inputs[-1] = jnp.full_like(inputs[-1], 10)
+  found: dict[str, dict[Any, Any]] = {"scores": {}, "top-n": {}}
+  for tiles, compiled in programs.items():
+    times: Any = {}
+    if not isinstance(compiled, Exception):
+      times = harness.kernel_ms(compiled, *inputs)
+    for name, kernel, tile in (
+      (
+        "scores",
+        "nsa_block_scores",
+        (tiles.block_q, *dataclasses.astuple(tiles.scores)[:3]),
+      ),
+      ("top-n", "nsa_top_n", (tiles.rows, tiles.block_m, tiles.top_n_warps)),
+    ):
+      # A tiling that does not fit the card is a result, not a failure.
+      ms = times.get(kernel, str(compiled).splitlines()[0][:60])
+      before = found[name].get(tile, ms)
+      found[name][tile] = min(ms, before, key=harness.rank)
+  label = f"G={shape.group} H={shape.head_dim} {jnp.dtype(shape.dtype).name}"
+  columns = {
+    "scores": "(queries, keys, warps, stages)",
+    "top-n": "(queries, scores per step, warps)",
+  }
+  return {
+    f"{label}, {name}: {columns[name]}": [
+      {"tile": str(tile), "ms": ms}
+      for tile, ms in sorted(times.items(), key=lambda x: harness.rank(x[1]))
+    ]
+    for name, times in found.items()
+  }
+
+
+def main():
+  args = harness.arguments(__doc__.splitlines()[0]).parse_args()
+  harness.require_gpu()
+  ratio = nsa_jax.NSAConfig().selection_block // 16
+  jobs: dict[Any, Any] = {}
+  for shape in SHAPES[: 1 if args.quick else None]:
+    base = tiling.selection_tiling(
+      length=LENGTH, dtype=shape.dtype, ratio=ratio
+    )
+    for tiles in candidates(base, shape):
+      jobs[shape, tiles] = program(shape, tiles)
+  programs = harness.compile_all(jobs)
+  tables: dict[str, Any] = {}
+  for shape in dict.fromkeys(shape for shape, _ in jobs):
+    mine = {key[1]: found for key, found in programs.items() if key[0] == shape}
+    arrays = next(job[1] for key, job in jobs.items() if key[0] == shape)
+    tables |= measure(shape, mine, arrays)
+  harness.record(
+    args.out,
+    "sweep_selection",
+    f"Tilings of block selection, {LENGTH} tokens, {KV_HEADS} key/value heads",
+    tables,
+  )
+
+
+if __name__ == "__main__":
+  main()

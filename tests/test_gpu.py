@@ -1,0 +1,130 @@
+"""The whole op compiled for a GPU, through the transformations of JAX."""
+
+import functools
+import re
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from jax import export
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+import nsa_jax
+from nsa_jax import NSAConfig
+from tests import helpers
+from tests.helpers import Dims
+
+pytestmark = pytest.mark.gpu
+
+CONFIG = NSAConfig(8, 4, 16, 3, 1, 1, 16)
+GROUPS = (2, 16)  # each design of the selected branch
+FORWARD = ("compressed_fwd", "block_scores", "top_n", "window_fwd")
+RUN: Any = helpers.native_vjp(None, CONFIG)  # (out, ids, gradients)
+
+
+@functools.cache
+def _case(group: int) -> Any:
+  """Arguments of `RUN`, and what it makes of them."""
+  dims = Dims(CONFIG, 2, 150, 150, 2, group, 32, 16)
+  args: Any = (
+    helpers.make_inputs(dims, "float32"),
+    {},
+    helpers.make_cotangent(dims, "float32"),
+  )
+  args = jax.device_put(args)
+  return args, RUN(*args)
+
+
+def _split(args: Any) -> Any:
+  """[B, ...] -> [1, B, ...]."""
+  return jax.tree.map(lambda x: x[None], args)
+
+
+def _sharded(*args: Any) -> Any:
+  spec = P("batch", None, "head")
+  mesh = Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("batch", "head"))
+  run = jax.shard_map(
+    RUN, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False
+  )
+  return jax.jit(run)(*args)
+
+
+def _first(x: Any) -> Any:
+  return jax.tree.map(lambda x: x[0], x)
+
+
+WAYS: dict[str, Any] = {
+  "again": RUN,
+  "eager": RUN.__wrapped__,
+  "vmap": lambda *args: _first(jax.jit(jax.vmap(RUN))(*_split(args))),
+  "pmap": lambda *args: _first(
+    jax.pmap(RUN, devices=jax.devices()[:1])(*_split(args))
+  ),
+  "shard_map": _sharded,
+}
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_matches_xla(group: int) -> None:
+  args, (out, ids, grads) = _case(group)
+  want_out, want_ids, want_grads = helpers.native_vjp("xla", CONFIG)(*args)
+  # Random scores of float32 are far enough apart for one order.
+  np.testing.assert_array_equal(ids, want_ids)
+  helpers.assert_close(out, want_out, "float32")
+  helpers.assert_close(grads, want_grads, "float32", gradient=4)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("group", GROUPS)
+def test_every_way_gives_the_same(group: int, way: str) -> None:
+  args, want = _case(group)
+  actual = WAYS[way](*args)
+  np.testing.assert_array_equal(actual[1], want[1])
+  # XLA may fuse the sums around the kernels otherwise.
+  helpers.assert_close(actual[::2], want[::2], "float32")
+  if way == "again":
+    helpers.assert_same_bits(actual, want)
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_remat_of_named_values_runs_no_forward_kernel_twice(
+  group: int,
+) -> None:
+  """Counted in the compiled program."""
+  policies = jax.checkpoint_policies
+  names = (f"nsa_{b}_{x}" for b in helpers.BRANCHES for x in ("out", "lse"))
+  keep = policies.save_only_these_names(*names, "nsa_block_ids")
+  (inputs, _, dout), _ = _case(group)
+  selected = "selected_fwd" if group > 8 else "selected_by_block_fwd"
+  for policy, times in ((keep, 1), (policies.nothing_saveable, 2)):
+
+    @jax.jit
+    def run(inputs: Any, dout: Any, policy: Any = policy) -> Any:
+      @functools.partial(jax.checkpoint, policy=policy)
+      def attend(inputs: Any) -> Any:
+        return nsa_jax.native_sparse_attention(**inputs, config=CONFIG)
+
+      out, pullback = jax.vjp(attend, inputs)
+      return out, pullback(dout)
+
+    text = run.lower(inputs, dout).compile().as_text() or ""
+    calls = re.findall(r"(?m)^.*? = .*custom-call\(", text)
+    for kernel in (*FORWARD, selected):
+      named = rf"^\W*(ROOT )?\W*nsa_{kernel}\b"
+      found = [call for call in calls if re.search(named, call)]
+      assert len(found) == times, (kernel, calls)
+
+
+@pytest.mark.parametrize("platforms", [("cuda",), ("cpu", "cuda")])
+def test_exported_programs_run(platforms: tuple[str, ...]) -> None:
+  step, args = helpers.training_step(None)
+  exported = export.export(
+    step, platforms=platforms, disabled_checks=nsa_jax.EXPORT_DISABLED_CHECKS
+  )(*args)
+  program = export.deserialize(exported.serialize())
+  assert "xla.gpu.triton" in program.mlir_module()
+  helpers.assert_close(jax.jit(program.call)(*args), step(*args), "float32")
+  xla, _ = helpers.training_step("xla")
+  helpers.assert_close(step(*args), xla(*args), "float32")
