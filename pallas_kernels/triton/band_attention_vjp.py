@@ -200,8 +200,23 @@ def query_tiles(
   return begin, end
 
 
+def share_of(i: Any, splits: int, heads: int) -> tuple[Any, Any, Any]:
+  """Tile of keys, part of its queries, head [B K] of program i.
+
+  The first tiles have most readers and begin first. One dimension of the grid:
+  the others end at 65535.
+  """
+  rest = common.rem(i, splits * heads)
+  j = common.div(i, splits * heads)
+  return j, common.rem(rest, splits), common.div(rest, splits)
+
+
 def row_and_head(head: Any, sizes: Sizes) -> tuple[Any, Any]:
-  """Batch row and key/value head of one of the B K pairs."""
+  """Batch row and key/value head of one of the B K pairs.
+
+  From one number: Triton knows that the only batch row is 0, and keeps so much
+  of the addresses in registers that the gradients spill.
+  """
   kv_heads = sizes.heads // sizes.group
   return common.div(head, kv_heads), common.rem(head, kv_heads)
 
@@ -217,7 +232,8 @@ def _dkv_kernel(
   *refs,  # segments [S] and [B T], if any; dk [block_k, H], dv [block_k, V]
   spec: Spec,
   sizes: Sizes,
-  per_split: int,
+  splits: int,
+  assign: Callable[[Any], tuple[Any, Any, Any]],
   exp2: Callable[[jax.Array], jax.Array],
 ):
   *segments, dk_ref, dv_ref = refs
@@ -225,9 +241,7 @@ def _dkv_kernel(
   num_keys, value_dim = v_ref.shape
   head_pieces = common.pieces(q_ref.shape[-1])
   value_pieces = common.pieces(value_dim)
-  # One dimension for both: Triton knows that the only batch row is 0, and keeps
-  # so much of the addresses in registers that the gradients spill.
-  j, split, head = map(pl.program_id, range(3))
+  j, split, head = assign(pl.program_id(0))
   b, h = row_and_head(head, sizes)
   offset, first_row = place_ref[0], place_ref[1]
   span_k, token, inside = key_span(j, tile.block_k, num_keys)
@@ -273,10 +287,12 @@ def _dkv_kernel(
     sizes.length,
     tile.rows // sizes.group,
   )
-  start = split * per_split
+  # Equal shares of what reads these keys: no program is left over at the end.
+  share = ceil_div(jnp.maximum(end - begin, 0), splits)
+  begin += split * share
   dk, dv = lax.fori_loop(
-    jnp.maximum(begin, start),
-    jnp.minimum(end, start + per_split),
+    begin,
+    jnp.minimum(end, begin + share),
     step,
     (
       common.accumulators(tile.block_k, head_pieces),
@@ -302,23 +318,26 @@ def _key_value_gradient(
   splits = -(-spec.tiling.programs // (num_key_tiles * kv_heads * batch))
   # A program that starts must have something to do.
   splits = max(1, min(splits, num_tiles // 8))
+  assign = functools.partial(share_of, splits=splits, heads=batch * kv_heads)
   widths = (inputs.key.shape[-1], inputs.value.shape[-1])
   place, keys, segments = per_head(
-    inputs.key, inputs.segments, lambda j, s, n: row_and_head(n, sizes)
+    inputs.key, inputs.segments, lambda i: row_and_head(assign(i)[2], sizes)
   )
+
+  def partial_block(i):
+    j, split, head = assign(i)
+    return split, head, j, 0
+
   per_query = inputs[1:5]
   partial = common.pallas_call(
     functools.partial(
-      _dkv_kernel,
-      spec=spec,
-      sizes=sizes,
-      per_split=-(-num_tiles // splits),
+      _dkv_kernel, spec=spec, sizes=sizes, splits=splits, assign=assign
     ),
     name=f"nsa_{spec.branch}_dkv",
     num_warps=tile.num_warps,
     num_stages=tile.num_stages,
     with_exp2=True,
-    grid=(num_key_tiles, splits, batch * kv_heads),
+    grid=(num_key_tiles * splits * batch * kv_heads,),
     in_specs=[
       place,
       *map(common.whole, per_query),
@@ -326,10 +345,7 @@ def _key_value_gradient(
       *segments,
     ],
     out_specs=[
-      pl.BlockSpec(
-        (None, None, tile.block_k, width),
-        lambda j, s, n: (s, n, j, 0),
-      )
+      pl.BlockSpec((None, None, tile.block_k, width), partial_block)
       for width in widths
     ],
     out_shape=[

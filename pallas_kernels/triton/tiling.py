@@ -236,4 +236,4 @@ def selection_tiling(
   block_q = 32 if exact else 64
   block_q = min(block_q, common.padded_rows(length))
   block_k = 32 if exact else 128
-  return SelectionTiling(block_q, Tile(max(block_k, ratio), 4, 2), 2, 128, 1)
+  return SelectionTiling(block_q, Tile(max(block_k, ratio), 4, 2), 2, 128, 2)
