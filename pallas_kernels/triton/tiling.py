@@ -110,28 +110,37 @@ def band_tiling(
   # Accumulators are in registers: tiles are as large as spills nothing.
   if jnp.dtype(dtype).itemsize > 2:
     # Exact float32 products run without tensor cores and hold operands too.
-    stages = 2 if width <= 128 else 1
-    fwd = dq = BandTile(16, 8, stages, rows=max(32, least))
-    dkv = BandTile(32 if least <= 16 else 16, 8, stages, rows=least)
-  elif width <= 128:
-    # With 32 keys, or 64 narrow ones, two programs fit on a multiprocessor: one
-    # computes while the other waits. Large tiles read less.
-    if width <= 64:
-      fwd = BandTile(64, 8, 3, rows=128)
-    elif windowed:
-      fwd = BandTile(32, 8, 3, rows=128)
+    rows = max(32, least)
+    if width <= 128:
+      fwd, dq = BandTile(32, 4, 2, rows), BandTile(32, 8, 2, rows)
+      dkv = BandTile(32 if rows == 32 else 16, 8, 2, rows)
     else:
-      fwd = BandTile(64, 8, 3, rows=256)
-    dq = BandTile(32, 8, 3, rows=128)
-    dkv = BandTile(128, 8, 3, rows=64)
-  elif width <= 192:
-    fwd = BandTile(64, 8, 3, rows=128)
-    dq = BandTile(32, 8, 3, rows=128)
-    dkv = BandTile(64, 8, 2, rows=64)
+      fwd = dq = BandTile(16, 8, 1, rows)
+      dkv = BandTile(32 if least == 16 else 16, 8, 1, least)
+  elif windowed and group <= 4 and width <= 128:
+    # Few heads make few rows per position: large tiles would reach far beyond
+    # the windows of their first and last queries.
+    fwd = BandTile(32, 4, 3, rows=64)
+    dq = dkv = BandTile(64, 4, 2, rows=64)
+  elif width <= 64:
+    fwd = dq = BandTile(64, 8, 3, rows=128)
+    dkv = BandTile(64, 4, 3, rows=64)
   else:
-    fwd = BandTile(64, 8, 2, rows=128)
-    dq = BandTile(32, 8, 2, rows=128)
-    dkv = BandTile(64, 8, 2, rows=max(32, least))
+    # With 32 keys two programs fit on a multiprocessor: one computes while the
+    # other waits. Large tiles read less.
+    dq = BandTile(32, 8, 3, rows=128)
+    if width <= 192 and windowed:
+      fwd = BandTile(32, 8, 3, rows=128)
+    elif width <= 192:
+      fwd = BandTile(64, 8, 3, rows=256 if width <= 128 else 128)
+    else:
+      fwd = BandTile(64, 8, 2, rows=128)
+    if width <= 128:
+      dkv = BandTile(128, 8, 3, rows=64)
+    elif width <= 192 and least <= 32:
+      dkv = BandTile(64, 4, 2, rows=32)
+    else:
+      dkv = BandTile(64, 8, 2, rows=64)
   return BandTiling(fwd, dq, dkv)
 
 
