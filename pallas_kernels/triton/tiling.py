@@ -237,3 +237,100 @@ def selection_tiling(
   block_q = min(block_q, common.padded_rows(length))
   block_k = 32 if exact else 128
   return SelectionTiling(block_q, Tile(max(block_k, ratio), 4, 2), 2, 128, 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodeTiling:
+  """Tiles of the decode kernels.
+
+  Attributes:
+    rows: rows (queries x heads of a group) of a program of the compressed
+      kernel; a power of two, at least 16 and G.
+    compressed: compressed kernel; its `block_k` is a multiple of l' / d.
+    splits: pieces of what is visible of the compressed keys.
+    block_m: scores per step of the selection kernel, a multiple of
+      `compressed.block_k` / (l' / d).
+    select_warps: warps per program of the selection kernel.
+    pieces: kernel of the selected blocks and the window; its `block_k` divides
+      l'.
+    steps: steps of a piece, of `pieces.block_k` keys.
+    merge_warps: warps per program of the merge.
+  """
+
+  rows: int
+  compressed: Tile
+  splits: int
+  block_m: int
+  select_warps: int
+  pieces: Tile
+  steps: int
+  merge_warps: int
+
+
+# Programs of a decode kernel: three on each of 132 multiprocessors, all of the
+# same size, so that none waits for a second round.
+_DECODE_PROGRAMS = 396
+
+
+def decode_tiling(
+  *,
+  batch: int,
+  length: int,
+  kv_heads: int,
+  group: int,
+  head_dim: int,
+  value_dim: int,
+  dtype: jnp.dtype,
+  block: int,
+  ratio: int,
+  num_compressed: int,
+  num_read: int,
+) -> DecodeTiling:
+  """Tiles of decoding by shape.
+
+  Args:
+    batch: B.
+    length: T.
+    kv_heads: K.
+    group: G, heads per key/value head.
+    head_dim: H.
+    value_dim: V.
+    dtype: of query, keys and values.
+    block: l'.
+    ratio: l' / d, compressed blocks that begin in one selection block.
+    num_compressed: C.
+    num_read: keys of the selected blocks and the window.
+  """
+  width = max(head_dim, value_dim)
+  least = common.padded_rows(group)
+  exact = jnp.dtype(dtype).itemsize > 2
+  rows = common.padded_rows(length * group)
+  rows = max(least, min(rows, 32 if exact else 64))
+  programs = -(-length // (rows // group)) * kv_heads * batch
+  if exact:
+    keys, warps, stages = 32 if rows <= 16 else 16, 4 if rows <= 32 else 8, 2
+  else:
+    keys, warps, stages = 64, 4, 3 if width <= 128 else 2
+  keys = max(keys, ratio)
+  splits = min(_DECODE_PROGRAMS // programs, -(-num_compressed // keys))
+  columns = keys // ratio
+
+  piece = min(32 if exact else 64, block)
+  steps = -(-num_read // piece)
+  # The window is half of the selected keys, or so: three pieces are equal.
+  heads = batch * length * kv_heads
+  steps = max(1, steps // max(3, _DECODE_PROGRAMS // heads))
+  if exact:
+    piece_tile = Tile(piece if least <= 16 else min(piece, 16), 4, 2)
+  else:
+    piece_tile = Tile(piece, 4, 3 if width <= 128 else 2)
+  return DecodeTiling(
+    rows,
+    Tile(keys, warps, stages),
+    max(1, splits),
+    max(512 if group <= 16 else 128, columns),
+    8,
+    piece_tile,
+    steps,
+    2,
+  )
