@@ -311,6 +311,7 @@ def _select_kernel(
   offset_ref,  # [1]
   length_ref,  # [1]
   *refs,  # top and total [splits, G], tops [G, tiles], sums [G, M]; ids [n]
+  num_blocks: int,
   num_splits: int,
   group: int,
   spec: Spec,
@@ -334,7 +335,9 @@ def _select_kernel(
   # do not overlap.
   crowded = count > n
   hi = jnp.where(crowded, last - spec.num_local, -1)
-  scores = _importance(refs, hi, num_splits, group, spec, exp2)
+  scores = _importance(
+    refs, hi, num_blocks, num_splits, group, spec, exp2
+  )
   block = _arange(scores.shape[0])
   free = (block >= spec.num_initial) & (block <= hi)
   # Scores are not negative: their bits are in order, and for integers a warp
@@ -359,7 +362,7 @@ def _select_kernel(
   forced = jnp.where(slot < spec.num_initial, slot, last - (n - 1) + slot)
   _, chosen, rank = lax.fori_loop(
     0,
-    jnp.where(crowded, spec.num_free, 0),
+    crowded.astype(jnp.int32) * spec.num_free,
     choose,
     (bits, jnp.where(is_free, _NEVER, forced), slot),
   )
@@ -369,6 +372,7 @@ def _select_kernel(
 def _importance(
   refs: Any,
   hi: Any,
+  num_blocks: int,
   num_splits: int,
   group: int,
   spec: Spec,
@@ -379,7 +383,7 @@ def _importance(
   splits, rows = top_ref.shape
   block_m, columns = spec.tiling.block_m, spec.columns
   tiles = block_m // columns
-  chunks = pl.next_power_of_2(sums_refs[0].shape[1] // block_m)
+  chunks = pl.next_power_of_2(pl.cdiv(num_blocks, block_m))
   row_mask = common.padding_mask(group, rows)
 
   exists = _arange(splits)[:, None] < num_splits
@@ -440,6 +444,7 @@ def _select(
   *,
   length: int,
   kv_heads: int,
+  num_blocks: int,
   spec: Spec,
 ) -> jax.Array:
   """Ids int32 [B, T, K, n]; without weights the number of candidates decides.
@@ -473,7 +478,11 @@ def _select(
       )
   return common.pallas_call(
     functools.partial(
-      _select_kernel, num_splits=num_splits, group=group, spec=spec
+      _select_kernel,
+      num_blocks=num_blocks,
+      num_splits=num_splits,
+      group=group,
+      spec=spec,
     ),
     name="nsa_decode_select",
     num_warps=spec.tiling.select_warps if args else 1,
@@ -797,6 +806,7 @@ def forward(
     lengths,
     length=length,
     kv_heads=kv_heads,
+    num_blocks=num_blocks,
     spec=spec,
   )
   pieces, num_selected = _pieces(

@@ -315,22 +315,20 @@ def decode_tiling(
   splits = min(_DECODE_PROGRAMS // programs, -(-num_compressed // keys))
   columns = keys // ratio
 
-  piece = min(32 if exact else 64, block)
-  steps = -(-num_read // piece)
-  # The window is half of the selected keys, or so: three pieces are equal.
-  heads = batch * length * kv_heads
-  steps = max(1, steps // max(3, _DECODE_PROGRAMS // heads))
   if exact:
-    piece_tile = Tile(piece if least <= 16 else min(piece, 16), 4, 2)
+    piece = Tile(min(32 if least <= 16 else 16, block), 4, 2)
   else:
-    piece_tile = Tile(piece, 4, 3 if width <= 128 else 2)
+    piece = Tile(min(64, block), 4, 3 if width <= 128 else 2)
+  # The window is half of the selected keys, or so: three pieces are equal.
+  pieces = max(3, _DECODE_PROGRAMS // (batch * length * kv_heads))
+  steps = -(-num_read // piece.block_k) // pieces
   return DecodeTiling(
     rows,
     Tile(keys, warps, stages),
     max(1, splits),
-    max(512 if group <= 16 else 128, columns),
+    max(512 if group <= 16 else 128, keys // ratio),
     8,
-    piece_tile,
-    steps,
+    piece,
+    max(1, steps),
     2,
   )
