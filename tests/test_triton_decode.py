@@ -1,8 +1,8 @@
-"""The decode kernels against the reference, which knows neither caches nor
-lengths: it gets a full row of keys and the positions of the queries.
+"""The decode kernels against the reference.
 
-What no query may read is poisoned: rows after the last query, rows of the ring
-that no window covers, padding of queries and gates.
+It knows neither caches nor lengths: it gets full rows of keys and the positions
+of the queries. What no query may read is poisoned: rows after the last query,
+rows of the ring that no window covers, padding of queries and gates.
 """
 
 import dataclasses
@@ -19,7 +19,6 @@ import nsa_jax
 import pallas_kernels
 from nsa_jax import KV, NSAConfig
 from pallas_kernels import DecodeTiling, Tile
-from pallas_kernels.triton import tiling
 from tests import helpers
 from tests.helpers import Dims, Oracle
 
@@ -58,11 +57,12 @@ def _decode(config: NSAConfig, tiles: DecodeTiling | None) -> Any:
 
   @jax.jit
   def run(inputs, ring, offset, lengths):
+    arrays: Any = *inputs["compressed"], *inputs["selected"]
+    window: Any = ring or (None, None)
     return pallas_kernels.decode_attention(
       inputs["query"],
-      *inputs["compressed"],
-      *inputs["selected"],
-      *(ring or (None, None)),
+      *arrays,
+      *window,
       inputs["gates"],
       offset,
       lengths,
@@ -332,8 +332,8 @@ def test_ties_go_to_the_lower_index() -> None:
   row = np.ones((1, 160, 1, 16), np.float32)
   inputs = {
     "query": np.ones((1, 2, 2, 16), np.float32),
-    "compressed": KV(row[:, :39], row[:, :39]),
-    "selected": KV(row, row),
+    "compressed": helpers.pair(row[:, :39], row[:, :39]),
+    "selected": helpers.pair(row, row),
     "gates": np.ones((1, 2, 2, 3), np.float32),
   }
   offset, lengths = helpers.int32([143]), helpers.int32([145])
@@ -521,9 +521,9 @@ def _plain(inputs, window, ids, offset, lengths, config):
     end = jnp.arange(pair.key.shape[1]) * stride + span - 1
     return (end <= t[..., None])[:, :, None]
 
-  d, l = config.compression_stride, config.compression_block
+  d, span = config.compression_stride, config.compression_block
   block, length = config.selection_block, inputs["selected"].key.shape[1]
-  p, out = attend(inputs["compressed"], ends(inputs["compressed"], d, l))
+  p, out = attend(inputs["compressed"], ends(inputs["compressed"], d, span))
   token = jnp.arange(length)
   chosen = (ids[..., None] == jnp.arange(-(-length // block))).any(-2)
   chosen = jnp.repeat(chosen, block, axis=-1)[..., :length]
@@ -539,7 +539,7 @@ def _plain(inputs, window, ids, offset, lengths, config):
   # Tokens of a compressed block in each selection block.
   first = np.arange(p.shape[-1])[:, None] * d
   edge = np.arange(-(-length // block)) * block
-  shared = np.minimum(first + l, edge + block) - np.maximum(first, edge)
+  shared = np.minimum(first + span, edge + block) - np.maximum(first, edge)
   overlap = jnp.asarray(np.maximum(shared, 0) / d, jnp.float32)
   return total.reshape(batch, queries, heads, -1), p.sum(3) @ overlap
 

@@ -318,7 +318,7 @@ def _select_kernel(
   exp2: Callable[[jax.Array], jax.Array],
 ):
   """The forced blocks and the best of the others, ascending, then -1."""
-  *refs, ids_ref = refs
+  *weight_refs, ids_ref = refs
   n = spec.num_selected
   t = offset_ref[0] + pl.program_id(0)
   last = common.div(jnp.maximum(t, 0), spec.block)
@@ -326,7 +326,7 @@ def _select_kernel(
   # Places that there are not repeat the last one: they store the same.
   slot = jnp.minimum(_arange(pl.next_power_of_2(n)), n - 1)
   few = jnp.where(slot < count, slot, -1)
-  if not refs:
+  if not weight_refs:
     local = jnp.where(slot < spec.num_initial, slot, last - (n - 1) + slot)
     ids_ref[slot] = jnp.where(count > n, local, few)
     return
@@ -335,9 +335,7 @@ def _select_kernel(
   # do not overlap.
   crowded = count > n
   hi = jnp.where(crowded, last - spec.num_local, -1)
-  scores = _importance(
-    refs, hi, num_blocks, num_splits, group, spec, exp2
-  )
+  scores = _importance(refs, hi, num_blocks, num_splits, group, spec, exp2)
   block = _arange(scores.shape[0])
   free = (block >= spec.num_initial) & (block <= hi)
   # Scores are not negative: their bits are in order, and for integers a warp
@@ -590,11 +588,12 @@ def _pieces_kernel(
       position = length - 1 - jnp.where(age < 0, age + ring, age)
       return (position <= t) & (position >= low) & (row < ring)
 
+    refs: Any = ring_refs or (k_ref, v_ref)
     if ring_refs:
-      refs, base = ring_refs, jnp.int32(0)
+      base = jnp.int32(0)
       end = jnp.int32(pl.cdiv(ring_refs[0].shape[0], block_k))
     else:
-      refs, base = (k_ref, v_ref), low
+      base = low
       end = ceil_div(jnp.maximum(t - low + 1, 0), block_k)
     end = jnp.minimum(jnp.where(real, end, 0), first + steps)
 
@@ -698,14 +697,15 @@ def _merge_kernel(
   Args of shape: of each branch its gate, its array, and its first piece and
   their number.
   """
-  *refs, out_ref = refs
+  *partial_refs, out_ref = refs
   value_pieces = common.pieces(out_ref.shape[0])
   out = [jnp.zeros((width,), jnp.float32) for _, width in value_pieces]
   for gate, array, first, count in branches:
-    acc_ref, top_ref, total_ref = refs[3 * array : 3 * array + 3]
-    span = pl.ds(first, pl.next_power_of_2(count))
-    mask = common.padding_mask(count, span.size)
-    top = common.load(top_ref.at[span], mask, common.MAX_INIT)
+    acc_ref, top_ref, total_ref = partial_refs[3 * array : 3 * array + 3]
+    padded = pl.next_power_of_2(count)
+    span = pl.ds(first, padded)
+    mask = common.padding_mask(count, padded)
+    top = plgpu.load(top_ref.at[span], mask=mask, other=common.MAX_INIT)
     total = common.load(total_ref.at[span], mask)
     weight = exp2(top - top.max())
     total = (weight * total).sum()

@@ -7,6 +7,7 @@ The numbers come from sweeps (`benchmarks/sweep_*.py`); the tables are in
 import dataclasses
 
 import jax.numpy as jnp
+from jax.experimental import pallas as pl
 
 from pallas_kernels.triton import common
 
@@ -305,30 +306,39 @@ def decode_tiling(
   least = common.padded_rows(group)
   exact = jnp.dtype(dtype).itemsize > 2
   rows = common.padded_rows(length * group)
-  rows = max(least, min(rows, 32 if exact else 64))
-  programs = -(-length // (rows // group)) * kv_heads * batch
-  if exact:
-    keys, warps, stages = 32 if rows <= 16 else 16, 4 if rows <= 32 else 8, 2
-  else:
-    keys, warps, stages = 64, 4, 3 if width <= 128 else 2
-  keys = max(keys, ratio)
-  splits = min(_DECODE_PROGRAMS // programs, -(-num_compressed // keys))
-  columns = keys // ratio
+  rows = max(least, min(rows, 16 if exact else 64 if width <= 128 else 32))
 
-  if exact:
-    piece = Tile(min(32 if least <= 16 else 16, block), 4, 2)
-  else:
-    piece = Tile(min(64, block), 4, 3 if width <= 128 else 2)
+  def tile(rows, most):
+    # What is on its way from memory bounds the time: two tiles for each of
+    # three programs of a multiprocessor, and no spilled registers.
+    if exact:
+      return Tile(min(16, most), 8, 2)
+    return Tile(min(64, most), 8 if rows >= 64 else 4, 3 if width <= 128 else 2)
+
+  compressed = tile(rows, 64)
+  compressed = dataclasses.replace(
+    compressed, block_k=max(compressed.block_k, ratio)
+  )
+  programs = -(-length // (rows // group)) * kv_heads * batch
+  splits = min(
+    _DECODE_PROGRAMS // programs,
+    -(-num_compressed // compressed.block_k),
+    128,  # the merge holds one row of all of them
+  )
+
+  piece = tile(least, block)
   # The window is half of the selected keys, or so: three pieces are equal.
   pieces = max(3, _DECODE_PROGRAMS // (batch * length * kv_heads))
-  steps = -(-num_read // piece.block_k) // pieces
+  steps = max(1, -(-num_read // piece.block_k) // pieces)
+  most = max(splits, -(-num_read // (piece.block_k * steps)))
+  merge_warps = pl.next_power_of_2(most) * value_dim // 2048
   return DecodeTiling(
     rows,
-    Tile(keys, warps, stages),
+    compressed,
     max(1, splits),
-    max(512 if group <= 16 else 128, keys // ratio),
+    max(512 if group <= 16 else 128, compressed.block_k // ratio),
     8,
     piece,
-    max(1, steps),
-    2,
+    steps,
+    min(max(1, pl.next_power_of_2(merge_warps)), 16),
   )
