@@ -57,15 +57,14 @@ def _decode(config: NSAConfig, tiles: DecodeTiling | None) -> Any:
 
   @jax.jit
   def run(inputs, ring, offset, lengths):
-    arrays: Any = *inputs["compressed"], *inputs["selected"]
-    window: Any = ring or (None, None)
+    pairs = inputs["compressed"], inputs["selected"], ring or (None, None)
+    arrays: Any = [x for pair in pairs for x in pair]
     return pallas_kernels.decode_attention(
       inputs["query"],
       *arrays,
-      *window,
-      inputs["gates"],
-      offset,
-      lengths,
+      gates=inputs["gates"],
+      query_offset=offset,
+      lengths=lengths,
       **_static(config, inputs["query"].shape[-1]),
       compressed_query=inputs.get("compressed_query"),
       tiles=tiles,

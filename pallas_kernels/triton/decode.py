@@ -335,7 +335,9 @@ def _select_kernel(
   # do not overlap.
   crowded = count > n
   hi = jnp.where(crowded, last - spec.num_local, -1)
-  scores = _importance(refs, hi, num_blocks, num_splits, group, spec, exp2)
+  scores = _importance(
+    weight_refs, hi, num_blocks, num_splits, group, spec, exp2
+  )
   block = _arange(scores.shape[0])
   free = (block >= spec.num_initial) & (block <= hi)
   # Scores are not negative: their bits are in order, and for integers a warp
@@ -705,7 +707,7 @@ def _merge_kernel(
     padded = pl.next_power_of_2(count)
     span = pl.ds(first, padded)
     mask = common.padding_mask(count, padded)
-    top = plgpu.load(top_ref.at[span], mask=mask, other=common.MAX_INIT)
+    top = common.load(top_ref.at[span], mask, common.MAX_INIT)
     total = common.load(total_ref.at[span], mask)
     weight = exp2(top - top.max())
     total = (weight * total).sum()
