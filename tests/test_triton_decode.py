@@ -57,14 +57,18 @@ def _decode(config: NSAConfig, tiles: DecodeTiling | None) -> Any:
 
   @jax.jit
   def run(inputs, ring, offset, lengths):
-    pairs = inputs["compressed"], inputs["selected"], ring or (None, None)
-    arrays: Any = [x for pair in pairs for x in pair]
+    window: Any = ring or (None, None)
     return pallas_kernels.decode_attention(
       inputs["query"],
-      *arrays,
-      gates=inputs["gates"],
-      query_offset=offset,
-      lengths=lengths,
+      inputs["compressed"].key,
+      inputs["compressed"].value,
+      inputs["selected"].key,
+      inputs["selected"].value,
+      window[0],
+      window[1],
+      inputs["gates"],
+      offset,
+      lengths,
       **_static(config, inputs["query"].shape[-1]),
       compressed_query=inputs.get("compressed_query"),
       tiles=tiles,
