@@ -320,6 +320,7 @@ def test_a_second_run_has_the_same_bits() -> None:
   helpers.assert_same_bits(_run(case)[1:], _run(case)[1:])
 
 
+@pytest.mark.slow
 def test_splits_and_pieces_change_rounding_only() -> None:
   case = CASES["one token"]
   other = dataclasses.replace(SMALL, splits=1, block_m=16, steps=7)
@@ -369,10 +370,8 @@ def test_vmap() -> None:
 def test_x64_changes_no_bit() -> None:
   case = CASES["one token"]
   expected = _run(case)[1:]
-  _decode.cache_clear()
   with jax.enable_x64(True):
     helpers.assert_same_bits(_run(case)[1:], expected)
-  _decode.cache_clear()
 
 
 def test_has_no_derivative() -> None:

@@ -320,8 +320,12 @@ def decode_tiling(
     compressed, block_k=max(compressed.block_k, ratio)
   )
   programs = -(-length // (rows // group)) * kv_heads * batch
+  splits = _DECODE_PROGRAMS // programs
+  if not splits:
+    # More than fit at once: small ones, so that the last round is short.
+    splits = -(-4 * _DECODE_PROGRAMS // programs)
   splits = min(
-    _DECODE_PROGRAMS // programs,
+    splits,
     -(-num_compressed // compressed.block_k),
     128,  # the merge holds one row of all of them
   )
