@@ -306,14 +306,16 @@ def decode_tiling(
   least = common.padded_rows(group)
   exact = jnp.dtype(dtype).itemsize > 2
   rows = common.padded_rows(length * group)
-  rows = max(least, min(rows, 16 if exact else 64 if width <= 128 else 32))
+  rows = max(least, min(rows, 16 if exact else 128 if width <= 128 else 32))
 
   def tile(rows, most):
     # What is on its way from memory bounds the time: two tiles for each of
-    # three programs of a multiprocessor, and no spilled registers.
+    # three programs of a multiprocessor, or for one with many rows; and no
+    # spilled registers.
     if exact:
       return Tile(min(16, most), 8, 2)
-    return Tile(min(64, most), 8 if rows >= 64 else 4, 3 if width <= 128 else 2)
+    warps = 4 if rows * width <= 32 * 192 else 8
+    return Tile(min(64, most), warps, 3 if width <= 128 else 2)
 
   compressed = tile(rows, 64)
   compressed = dataclasses.replace(
