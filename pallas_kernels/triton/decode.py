@@ -517,7 +517,7 @@ def _pieces_kernel(
 ):
   """One piece of the selected blocks, or of the window.
 
-  Args of shape: `num_selected` pieces are of selected blocks, the window's
+  The first `num_selected` pieces are of selected blocks, the window's
   follow them.
   """
   *ring_refs, acc_ref, top_ref, total_ref = refs
@@ -696,7 +696,7 @@ def _merge_kernel(
 ):
   """One query and head.
 
-  Args of shape: of each branch its gate, its array, and its first piece and
+  `branches`: of each branch its gate, its array, and its first piece and
   their number.
   """
   *partial_refs, out_ref = refs
