@@ -16,6 +16,7 @@ from pallas_kernels.platforms import by_platform
 from pallas_kernels.triton import band_attention as _band
 from pallas_kernels.triton import band_attention_vjp as _band_vjp
 from pallas_kernels.triton import block_selection as _selection
+from pallas_kernels.triton import decode as _decode
 from pallas_kernels.triton import selected_attention as _by_query
 from pallas_kernels.triton import selected_attention_vjp as _by_query_vjp
 from pallas_kernels.triton import selected_by_block as _by_block
@@ -24,6 +25,7 @@ from pallas_kernels.triton import support, tiling
 from pallas_kernels.triton.tiling import (
   BandTile,
   BandTiling,
+  DecodeTiling,
   SelectedTiling,
   SelectionTiling,
   Tile,
@@ -32,11 +34,13 @@ from pallas_kernels.triton.tiling import (
 __all__ = [
   "BandTile",
   "BandTiling",
+  "DecodeTiling",
   "Elsewhere",
   "SelectedTiling",
   "SelectionTiling",
   "Tile",
   "compressed_attention",
+  "decode_attention",
   "select_blocks",
   "selected_attention",
   "window_attention",
@@ -48,8 +52,9 @@ class Elsewhere(NamedTuple):
 
   Attributes:
     function: f(query, key, value, *arguments) -> (out, lse), differentiable by
-      jax; of `select_blocks`: f(query, compressed_key, lse, *arguments) -> ids.
-      It must not close over traced values.
+      jax; of `select_blocks`: f(query, compressed_key, lse, *arguments) -> ids;
+      of `decode_attention`: f(*arguments) -> (out, ids). It must not close over
+      traced values.
     arguments: pytrees of arrays that have no gradients.
   """
 
@@ -454,3 +459,138 @@ def select_blocks(
       query, key, lse, *arguments
     ),
   )(*args, elsewhere.arguments)
+
+
+def decode_attention(
+  query: jax.Array,
+  compressed_key: jax.Array,
+  compressed_value: jax.Array,
+  selected_key: jax.Array,
+  selected_value: jax.Array,
+  window_key: jax.Array | None,
+  window_value: jax.Array | None,
+  gates: jax.Array,
+  query_offset: jax.Array,
+  lengths: jax.Array,
+  *,
+  stride: int,
+  span: int,
+  selection_block: int,
+  num_selected: int,
+  num_initial: int,
+  num_local: int,
+  window: int,
+  scale: float,
+  compressed_query: jax.Array | None = None,
+  tiles: DecodeTiling | None = None,
+  elsewhere: Elsewhere | None = None,
+) -> tuple[jax.Array, jax.Array]:
+  """All of Native Sparse Attention for the newest tokens over a cache.
+
+  No gradients. Made for a handful of queries: every query reads its selected
+  blocks and its window by itself.
+
+  Args:
+    query: [B, T, N, H], float16, bfloat16 or float32; H a multiple of 16, at
+      most 256. Query i of row b has position query_offset[b] + i.
+    compressed_key: [B, C, K, H]; row i is read once the tokens from i * stride
+      to i * stride + span - 1 are there. C may be 0.
+    compressed_value: [B, C, K, V]; V like H, but it may be another.
+    selected_key: [B, S, K, H], rows by position; S >= lengths.
+    selected_value: [B, S, K, V].
+    window_key: [B, R, K, H], a ring: the row r holds the largest position
+      p < lengths with p % R == r. None if the window reads the rows of
+      `selected_key`.
+    window_value: [B, R, K, V]; None iff `window_key` is.
+    gates: [B, T, N, 3]: of the compressed blocks, the selected, the window.
+    query_offset: int32 [B].
+    lengths: int32 [B], tokens that each row holds. Queries outside
+      [0, lengths) get 0 and select nothing.
+    stride: d.
+    span: l, tokens of a compressed block.
+    selection_block: l': 16, 32, 64 or 128.
+    num_selected: n.
+    num_initial: forced blocks at the start of the sequence.
+    num_local: forced blocks that end at the query's own; at least 1.
+    window: w.
+    scale: softmax scale.
+    compressed_query: [B, T, N, H], what the compressed branch and selection
+      read in place of `query`.
+    tiles: tile sizes; None for the heuristic.
+    elsewhere: what runs where no NVIDIA GPU is; None for the kernels,
+      interpreted.
+
+  Returns:
+    out [B, T, N, V] in the dtype of `query`, and block ids int32 [B, T, K, n],
+    ascending, then -1.
+
+  Raises:
+    NotImplementedError: if the kernels cannot take the shapes or the dtype, or
+      on differentiation.
+  """
+  support.check_where()
+  support.check_heads(query, selected_key, selected_value)
+  support.check_selection_block(selection_block)
+  support.check_blocks_of_a_row(selected_key.shape[1], selection_block)
+  batch, length, heads, head_dim = query.shape
+  key_length, kv_heads, value_dim = selected_value.shape[1:]
+  if tiles is None:
+    rows = key_length if window_key is None else window_key.shape[1]
+    tiles = tiling.decode_tiling(
+      batch=batch,
+      length=length,
+      kv_heads=kv_heads,
+      group=heads // kv_heads,
+      head_dim=head_dim,
+      value_dim=value_dim,
+      dtype=query.dtype,
+      block=selection_block,
+      ratio=selection_block // stride,
+      num_compressed=compressed_key.shape[1],
+      num_read=min(num_selected * selection_block, key_length)
+      + min(window, rows),
+    )
+  spec = _decode.Spec(
+    stride,
+    span,
+    selection_block,
+    num_selected,
+    num_initial,
+    num_local,
+    window,
+    scale,
+    tiles,
+  )
+  ring = None
+  if window_key is not None and window_value is not None:
+    ring = _decode.Keys(window_key, window_value)
+  arrays = (
+    query,
+    query if compressed_query is None else compressed_query,
+    _decode.Keys(compressed_key, compressed_value),
+    _decode.Keys(selected_key, selected_value),
+    ring,
+    gates,
+    query_offset,
+    lengths,
+  )
+  forward = functools.partial(_decode.forward, spec=spec)
+
+  @jax.custom_jvp
+  def run(arrays, arguments):
+    if elsewhere is None:
+      return forward(*arrays)
+    function = elsewhere.function
+    return by_platform(
+      cuda=lambda arrays, _: forward(*arrays),
+      default=lambda _, arguments: function(*arguments),
+    )(arrays, arguments)
+
+  @run.defjvp
+  def _(primals, tangents):
+    raise NotImplementedError(
+      "decode_attention has no derivatives: differentiate "
+      "native_sparse_attention"
+    )
+
+  return run(arrays, elsewhere.arguments if elsewhere else ())

@@ -9,14 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import harness, loss_curve, train_step, whole_op
+from benchmarks import decode, harness, loss_curve, train_step, whole_op
 from examples import train_lm
 from nsa_jax import NSAConfig, TransformerConfig
 
 pytestmark = pytest.mark.usefixtures("fast_compilation")
 
 NSA = NSAConfig(8, 4, 16, num_selected=4, window=32)
-COMMANDS = (whole_op, train_step, loss_curve)
+COMMANDS = (whole_op, train_step, loss_curve, decode)
 
 
 @pytest.mark.parametrize("module", COMMANDS)
@@ -336,3 +336,51 @@ def test_curves_start_alike_and_are_compared(tmp_path):
   assert rows[1]["last loss"] == 1.25
   loss_curve.plot(tmp_path / "plot.png", {"xla": base, "triton": other})
   assert (tmp_path / "plot.png").stat().st_size > 5_000
+
+
+# Decoding.
+
+
+def test_tables_of_decoding(tmp_path):
+  shape = decode.Shape(32, 65536)
+  size = decode.bytes_read(shape)
+  mib = 2**20 * 32
+  assert size["dense"] == 128 * mib
+  assert size["compressed"] == pytest.approx(8 * mib, rel=1e-3)
+  assert (size["selected"], size["window"]) == (2 * mib, mib)
+  measured: dict[Any, dict[str, Any]] = {
+    shape: {
+      "times": {
+        "NSA": {"kernels": 0.125, "wall": 0.25},
+        "cuDNN": "not here",
+        "XLA": {"kernels": 2.0, "wall": 2.5},
+        "XLA, heads first": {"kernels": 1.0, "wall": 3.0},
+      },
+      "kernels": {"nsa_decode_merge": 0.004},
+      "error": {"context": 65536, "relative error of out": 0.003},
+    }
+  }
+  tables = decode.tables(measured)
+  (row,) = tables["One step"]
+  assert (row["times faster, kernels"], row["times faster, wall"]) == (8, 10)
+  assert row["cuDNN wall ms"] is None
+  assert row["limit (bytes)"] == pytest.approx(11.6, abs=0.06)
+  assert row["dense, of the bandwidth"] == pytest.approx(0.895, abs=1e-3)
+  assert tables["Did not run"][0]["reason"] == "not here"
+  assert any("Kernels of a step" in name for name in tables)
+  decode.plot(tmp_path / "plot.png", measured)
+  assert (tmp_path / "plot.png").stat().st_size > 10_000
+
+
+def test_dense_decoding():
+  shape = decode.Shape(2, 48, 4, 2, 16, NSA, jnp.float32)
+  x = decode.inputs(0, shape)
+  key, value = x.selected
+  swapped = [jnp.swapaxes(a, 1, 2) for a in x.selected]
+  got = [
+    decode.dense("XLA", shape)(x.query, key, value),
+    decode.dense("XLA, heads first", shape)(x.query, *swapped),
+  ]
+  want = jax.nn.dot_product_attention(x.query, key, value)
+  for out in got:
+    np.testing.assert_allclose(out, want, atol=1e-5)

@@ -114,7 +114,9 @@ def index(i: int) -> jax.Array:
   return jnp.full((), i, int)
 
 
-def load(ref: Any, mask: jax.Array | None = None, other: int = 0) -> jax.Array:
+def load(
+  ref: Any, mask: jax.Array | None = None, other: float = 0
+) -> jax.Array:
   """Loads a ref of any rank; `other` in the rows off the mask."""
   if mask is None:
     return plgpu.load(ref)

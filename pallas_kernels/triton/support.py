@@ -9,6 +9,8 @@ _BLOCKS = (16, 32, 64, 128)
 _MAX_GROUP = 64
 _MAX_HEAD_DIM = 256
 _MIN_CAPABILITY = 8.0
+# Scores of one query in the registers of one program, 64 in each thread.
+_MAX_BLOCKS_OF_A_ROW = 2**14
 
 
 def check_where() -> None:
@@ -80,4 +82,17 @@ def check_selection_block(block: int) -> None:
     raise NotImplementedError(
       f"`selection_block`={block}: the kernels take "
       f"{', '.join(map(str, _BLOCKS))}"
+    )
+
+
+def check_blocks_of_a_row(key_length: int, block: int) -> None:
+  """How many selection blocks a query of decoding may choose from.
+
+  Raises:
+    NotImplementedError: naming the value and the limit.
+  """
+  if -(-key_length // block) > _MAX_BLOCKS_OF_A_ROW:
+    raise NotImplementedError(
+      f"`selected_key` of length {key_length}: decoding takes at most "
+      f"{_MAX_BLOCKS_OF_A_ROW} selection blocks of {block}"
     )

@@ -7,6 +7,7 @@ The numbers come from sweeps (`benchmarks/sweep_*.py`); the tables are in
 import dataclasses
 
 import jax.numpy as jnp
+from jax.experimental import pallas as pl
 
 from pallas_kernels.triton import common
 
@@ -246,3 +247,113 @@ def selection_tiling(
   block_q = min(block_q, common.padded_rows(length))
   block_k = 32 if exact else 128
   return SelectionTiling(block_q, Tile(max(block_k, ratio), 4, 2), 2, 128, 2)
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodeTiling:
+  """Tiles of the decode kernels.
+
+  Attributes:
+    rows: rows (queries x heads of a group) of a program of the compressed
+      kernel; a power of two, at least 16 and G.
+    compressed: compressed kernel; its `block_k` is a multiple of l' / d.
+    splits: pieces of what is visible of the compressed keys.
+    block_m: scores per step of the selection kernel, a multiple of
+      `compressed.block_k` / (l' / d).
+    select_warps: warps per program of the selection kernel.
+    pieces: kernel of the selected blocks and the window; its `block_k` divides
+      l'.
+    steps: steps of a piece, of `pieces.block_k` keys.
+    merge_warps: warps per program of the merge.
+  """
+
+  rows: int
+  compressed: Tile
+  splits: int
+  block_m: int
+  select_warps: int
+  pieces: Tile
+  steps: int
+  merge_warps: int
+
+
+# Programs of a decode kernel: three on each of 132 multiprocessors, all of the
+# same size, so that none waits for a second round.
+_DECODE_PROGRAMS = 396
+
+
+def decode_tiling(
+  *,
+  batch: int,
+  length: int,
+  kv_heads: int,
+  group: int,
+  head_dim: int,
+  value_dim: int,
+  dtype: jnp.dtype,
+  block: int,
+  ratio: int,
+  num_compressed: int,
+  num_read: int,
+) -> DecodeTiling:
+  """Tiles of decoding by shape.
+
+  Args:
+    batch: B.
+    length: T.
+    kv_heads: K.
+    group: G, heads per key/value head.
+    head_dim: H.
+    value_dim: V.
+    dtype: of query, keys and values.
+    block: l'.
+    ratio: l' / d, compressed blocks that begin in one selection block.
+    num_compressed: C.
+    num_read: keys of the selected blocks and the window.
+  """
+  width = max(head_dim, value_dim)
+  least = common.padded_rows(group)
+  exact = jnp.dtype(dtype).itemsize > 2
+  rows = common.padded_rows(length * group)
+  rows = max(least, min(rows, 16 if exact else 128 if width <= 128 else 32))
+
+  def tile(rows, most):
+    # What is on its way from memory bounds the time: two tiles for each of
+    # three programs of a multiprocessor, or for one with many rows; and no
+    # spilled registers.
+    if exact:
+      return Tile(min(16, most), 8, 2)
+    warps = 4 if rows * width <= 32 * 192 else 8
+    return Tile(min(64, most), warps, 3 if width <= 128 else 2)
+
+  compressed = tile(rows, 64)
+  compressed = dataclasses.replace(
+    compressed, block_k=max(compressed.block_k, ratio)
+  )
+  programs = -(-length // (rows // group)) * kv_heads * batch
+  splits = _DECODE_PROGRAMS // programs
+  if not splits:
+    # More than fit at once: small ones, so that the last round is short.
+    splits = -(-4 * _DECODE_PROGRAMS // programs)
+  splits = min(
+    splits,
+    -(-num_compressed // compressed.block_k),
+    128,  # the merge holds one row of all of them
+  )
+
+  piece = tile(least, block)
+  # The window is half of the selected keys, or so: three pieces are equal.
+  pieces = max(3, _DECODE_PROGRAMS // (batch * length * kv_heads))
+  steps = max(1, -(-num_read // piece.block_k) // pieces)
+  most = max(splits, -(-num_read // (piece.block_k * steps)))
+  merge_warps = pl.next_power_of_2(most) * value_dim // 2048
+  return DecodeTiling(
+    rows,
+    compressed,
+    max(1, splits),
+    max(512 if group <= 16 else 128, compressed.block_k // ratio),
+    8,
+    piece,
+    steps,
+    min(max(1, pl.next_power_of_2(merge_warps)), 16),
+  )

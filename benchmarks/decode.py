@@ -1,0 +1,595 @@
+"""One step of decoding on a GPU, against dense attention over the cache.
+
+    python -m benchmarks.decode
+    python -m benchmarks.decode --quick
+    python -m benchmarks.decode --sweep
+
+Headline shape: 64 query and 4 key/value heads, H = V = 128, the paper's
+configuration, bfloat16, one new token per row, the window with keys of its own.
+`--sweep` times the tilings of the kernels at two batch sizes;
+`pallas_kernels/triton/tiling.py` is chosen from it.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import io
+import itertools
+import pathlib
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import matplotlib
+
+import nsa_jax
+import pallas_kernels
+from benchmarks import harness
+from nsa_jax import KV
+from pallas_kernels import DecodeTiling, Tile
+from pallas_kernels.triton import tiling
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+BATCHES = (1, 8, 32, 64)
+CONTEXTS = (8192, 32768, 65536, 131072)
+QUICK = ((1, 65536), (32, 65536))
+SHOWN = (32, 65536)  # whose kernels are listed
+BANDWIDTH = 4.8e12  # bytes per second, of an H200
+STEPS = 64  # dependent steps of one call
+DENSE = ("cuDNN", "XLA", "XLA, heads first")
+
+
+class Shape(NamedTuple):
+  batch: int
+  context: int
+  heads: int = 64
+  kv_heads: int = 4
+  head_dim: int = 128
+  config: nsa_jax.NSAConfig = nsa_jax.NSAConfig()
+  dtype: Any = jnp.bfloat16
+  tiles: DecodeTiling | None = None
+
+  @property
+  def ring(self) -> int:
+    """Rows of the ring of a cache that takes eight tokens at a time."""
+    return self.config.window + 7
+
+
+class Inputs(NamedTuple):
+  query: Any  # [B, 1, N, H]
+  compressed: KV
+  selected: KV
+  window: KV
+  gates: Any
+
+
+def inputs(seed: Any, shape: Shape) -> Inputs:
+  """Random inputs; to be called under `jit`."""
+  keys = iter(jax.random.split(jax.random.key(seed), 8))
+  blocks = nsa_jax.num_compressed_blocks(shape.context, shape.config)
+
+  def normal(rows, heads, width=shape.head_dim, dtype=shape.dtype):
+    # Row by row: the bits of all at once would be the largest array.
+    draw = functools.partial(
+      jax.random.normal, shape=(rows, heads, width), dtype=dtype
+    )
+    return jax.lax.map(draw, jax.random.split(next(keys), shape.batch))
+
+  def pair(rows):
+    return KV(normal(rows, shape.kv_heads), normal(rows, shape.kv_heads))
+
+  return Inputs(
+    normal(1, shape.heads),
+    pair(blocks),
+    pair(shape.context),
+    pair(shape.ring),
+    jax.nn.sigmoid(normal(1, shape.heads, 3, jnp.float32)),
+  )
+
+
+def lengths(shape: Shape) -> Any:
+  return jnp.full((shape.batch,), shape.context, jnp.int32)
+
+
+def sparse(shape: Shape) -> Callable[..., Any]:
+  """f(query, rest of the inputs) -> (out, ids)."""
+  config = shape.config
+
+  def run(query, compressed, selected, window, gates):
+    return pallas_kernels.decode_attention(
+      query,
+      compressed.key,
+      compressed.value,
+      selected.key,
+      selected.value,
+      window.key,
+      window.value,
+      gates,
+      lengths(shape) - 1,
+      lengths(shape),
+      stride=config.compression_stride,
+      span=config.compression_block,
+      selection_block=config.selection_block,
+      num_selected=config.num_selected,
+      num_initial=config.num_initial,
+      num_local=config.num_local,
+      window=config.window,
+      scale=shape.head_dim**-0.5,
+      tiles=shape.tiles,
+    )
+
+  return run
+
+
+def dense(name: str, shape: Shape) -> Callable[..., Any]:
+  """f(query, key, value) -> out, of as many keys as a row holds."""
+
+  def cudnn(query, key, value):
+    return jax.nn.dot_product_attention(
+      query,
+      key,
+      value,
+      query_seq_lengths=jnp.ones((shape.batch,), jnp.int32),
+      key_value_seq_lengths=lengths(shape),
+      implementation="cudnn",
+    )
+
+  def xla(keys):
+    def run(query, key, value):
+      q = query.reshape(shape.batch, shape.kv_heads, -1, shape.head_dim)
+      wide = {"preferred_element_type": jnp.float32}
+      s = jnp.einsum(f"bkgh,{keys}h->bkgs", q, key, **wide)
+      token = jnp.arange(shape.context)
+      inside = token < lengths(shape)[:, None, None, None]
+      s = jnp.where(inside, s * shape.head_dim**-0.5, -jnp.inf)
+      p = jax.nn.softmax(s, axis=-1).astype(value.dtype)
+      out = jnp.einsum(f"bkgs,{keys}h->bkgh", p, value, **wide)
+      return out.astype(query.dtype).reshape(query.shape)
+
+    return run
+
+  return {"cuDNN": cudnn, "XLA": xla("bsk"), "XLA, heads first": xla("bks")}[
+    name
+  ]
+
+
+def steps(function: Callable[..., Any]) -> Callable[..., Any]:
+  """Many steps, each of which needs the one before."""
+
+  def run(query, *rest):
+    def step(_, query):
+      out = jax.tree.leaves(function(query, *rest))[0]
+      return query + out * 2**-10
+
+    return jax.lax.fori_loop(0, STEPS, step, query)
+
+  return run
+
+
+def expected(shape: Shape, x: Inputs, window: KV, ids: Any) -> Any:
+  """Out by `xla` in float32 with these ids, and the ids that it chooses."""
+  wide = jax.tree.map(lambda a: a.astype(jnp.float32), x)
+  wide = wide._replace(
+    window=jax.tree.map(lambda a: a.astype(jnp.float32), window)
+  )
+  op = functools.partial(
+    nsa_jax.native_sparse_attention,
+    *wide,
+    config=shape.config,
+    query_offset=shape.context - 1,
+    implementation="xla",
+  )
+  with jax.default_matmul_precision("highest"):
+    return op(block_ids=ids), op(return_block_ids=True)[1]
+
+
+def ring_of(shape: Shape, window: KV) -> KV:
+  """The newest rows of a window [B, S, K, H], each at its place."""
+  newest = shape.context - 1
+  rows = jnp.arange(shape.ring)
+  position = newest - (newest - rows) % shape.ring
+  return KV(*(x[:, position] for x in window))
+
+
+def heads_first(shape: Shape) -> Any:
+  return jax.ShapeDtypeStruct(
+    (shape.batch, shape.kv_heads, shape.context, shape.head_dim), shape.dtype
+  )
+
+
+def checked(shape: Shape) -> bool:
+  """Whether the numerics are checked: one row takes little memory."""
+  return shape.batch == 1
+
+
+def jobs(shape: Shape) -> dict[Any, Any]:
+  """What `measure` runs, by (shape, what)."""
+  x = jax.eval_shape(functools.partial(inputs, shape=shape), 0)
+  found: dict[Any, Any] = {
+    (shape, "inputs"): (functools.partial(inputs, shape=shape), (0,))
+  }
+  for name in ("NSA", *DENSE):
+    pair = x.selected
+    if name == "XLA, heads first":
+      pair = KV(heads_first(shape), heads_first(shape))
+    if name == "NSA":
+      function, args = sparse(shape), tuple(x)
+    else:
+      function, args = dense(name, shape), (x.query, *pair)
+    found[shape, name] = function, args
+    found[shape, name, "steps"] = steps(function), args
+  if checked(shape):
+    config = shape.config
+    ids = (1, 1, shape.kv_heads, config.num_selected)
+    found[shape, "expected"] = (
+      functools.partial(expected, shape),
+      (x, x.selected, jax.ShapeDtypeStruct(ids, jnp.int32)),
+    )
+  return found
+
+
+def wall_ms(function: Callable[..., Any], *args: Any, repeats: int) -> float:
+  """Wall time of one of the steps of a call, in ms."""
+  jax.block_until_ready(function(*args))
+  times = []
+  for _ in range(repeats):
+    start = time.perf_counter()
+    jax.block_until_ready(function(*args))
+    times.append(time.perf_counter() - start)
+  return statistics.median(times) * 1e3 / STEPS
+
+
+def bytes_read(shape: Shape) -> dict[str, int]:
+  """Keys and values that a step must read."""
+  config = shape.config
+  row = 2 * shape.head_dim * jnp.dtype(shape.dtype).itemsize
+  row *= shape.kv_heads * shape.batch
+  keys = {
+    "compressed": nsa_jax.num_compressed_blocks(shape.context, config),
+    "selected": config.num_selected * config.selection_block,
+    "window": config.window,
+    "dense": shape.context,
+  }
+  return {name: rows * row for name, rows in keys.items()}
+
+
+def measure(
+  programs: Mapping[Any, Any], shape: Shape, repeats: int
+) -> dict[str, Any]:
+  """Milliseconds by name, or the reason why there are none; and the rest."""
+
+  def program(*name):
+    found = programs[(shape, *name)]
+    if isinstance(found, Exception):
+      raise found
+    return found
+
+  x = program("inputs")(0)
+  found: dict[str, Any] = {"times": {}}
+
+  def take(name, *args):
+    out, ms = harness.device_ms(program(name), *args, repeats=repeats)
+    wall = wall_ms(program(name, "steps"), *args, repeats=repeats)
+    found["times"][name] = {"kernels": ms, "wall": wall}
+    return out
+
+  out, ids = take("NSA", *x)
+  if (shape.batch, shape.context) == SHOWN:
+    found["kernels"] = harness.kernel_ms(program("NSA"), *x)
+  if checked(shape):
+    # The window's own keys are other rows of the same distribution.
+    ring = ring_of(shape, x.selected)
+    out, ids = program("NSA")(*x._replace(window=ring))
+    want, want_ids = program("expected")(x, x.selected, ids)
+    found["error"] = {
+      "context": shape.context,
+      "relative error of out": harness.relative_error(out, want),
+      "share of equal ids": float(jnp.mean(ids == want_ids)),
+    }
+  del out, ids
+  outs: dict[str, Any] = {}
+  for name in DENSE:
+    try:
+      pair: Any = x.selected
+      if name == "XLA, heads first":
+        pair = jax.jit(lambda kv: [jnp.swapaxes(a, 1, 2) for a in kv])(pair)
+        x = x._replace(selected=None)
+      outs[name] = take(name, x.query, *pair)
+    except Exception as error:
+      found["times"][name] = f"{type(error).__name__}: {error}"[:200]
+  first = next(iter(outs), "")
+  for name in outs:
+    difference = harness.relative_error(outs[name], outs[first])
+    if difference > 0.02:
+      found["times"][name] = f"differs from {first} by {difference:.3f}"
+  return found
+
+
+# Tables.
+
+
+def time_of(found: dict[str, Any], name: str, kind: str) -> float | None:
+  times = found["times"].get(name)
+  return times[kind] if isinstance(times, dict) else None
+
+
+def fastest(found: dict[str, Any], kind: str) -> tuple[str, float] | None:
+  """Name and time of the fastest dense attention."""
+  times = [
+    (name, ms)
+    for name in DENSE
+    if (ms := time_of(found, name, kind)) is not None
+  ]
+  return min(times, key=lambda item: item[1], default=None)
+
+
+def row_of(shape: Shape, found: dict[str, Any]) -> dict[str, Any]:
+  size = bytes_read(shape)
+  sparse_bytes = sum(size.values()) - size["dense"]
+  row: dict[str, Any] = {"batch": shape.batch, "context": shape.context}
+  for kind in ("kernels", "wall"):
+    ms = time_of(found, "NSA", kind)
+    row[f"NSA {kind} ms"] = ms
+    for name in DENSE:
+      row[f"{name} {kind} ms"] = time_of(found, name, kind)
+    best = fastest(found, kind)
+    row[f"times faster, {kind}"] = best[1] / ms if best and ms else None
+  ms = row["NSA kernels ms"]
+  row["NSA MiB"] = sparse_bytes / 2**20
+  row["of the bandwidth"] = sparse_bytes / (ms * 1e-3) / BANDWIDTH
+  best = fastest(found, "kernels")
+  row["dense, of the bandwidth"] = (
+    size["dense"] / (best[1] * 1e-3) / BANDWIDTH if best else None
+  )
+  # Against dense attention that would reach all of the bandwidth.
+  row["times faster than the bytes of dense"] = (
+    size["dense"] / BANDWIDTH * 1e3 / ms
+  )
+  row["limit (bytes)"] = size["dense"] / sparse_bytes
+  return row
+
+
+def tables(measured: Mapping[Shape, dict[str, Any]]) -> dict[str, Any]:
+  found: dict[str, Any] = {
+    "One step": [row_of(*item) for item in measured.items()]
+  }
+  for shape, facts in measured.items():
+    if "kernels" in facts:
+      label = f"Kernels of a step, batch {shape.batch}, {shape.context} tokens"
+      found[label] = [
+        {"kernel": name[:80], "us": 1e3 * ms}
+        for name, ms in facts["kernels"].items()
+      ]
+  errors = [facts["error"] for facts in measured.values() if "error" in facts]
+  if errors:
+    found["Against xla in float32, the same blocks"] = errors
+  failures = [
+    {"what": f"{name}, batch {s.batch}, {s.context} tokens", "reason": reason}
+    for s, facts in measured.items()
+    for name, reason in facts["times"].items()
+    if isinstance(reason, str)
+  ]
+  if failures:
+    found["Did not run"] = failures
+  return found
+
+
+def plot(path, measured: Mapping[Shape, dict[str, Any]]) -> None:
+  """Time of a step and ratio, against the context."""
+  figure, (left, right) = plt.subplots(
+    1, 2, figsize=(11, 4.2), constrained_layout=True
+  )
+  batches = sorted({shape.batch for shape in measured})
+  for i, batch in enumerate(batches):
+    rows = [
+      row_of(*item) | {"dense": fastest(item[1], "kernels")}
+      for item in measured.items()
+      if item[0].batch == batch
+    ]
+    contexts = [row["context"] for row in rows]
+    style: Any = {"marker": "o", "markersize": 3, "color": f"C{i}"}
+    ms = [row["NSA kernels ms"] for row in rows]
+    left.loglog(contexts, ms, "-", label=f"NSA, batch {batch}", **style)
+    pairs = [(r["context"], r["dense"][1]) for r in rows if r["dense"]]
+    if pairs:
+      label = f"dense, batch {batch}"
+      left.loglog(*zip(*pairs, strict=True), "--", label=label, **style)
+    ratios = [
+      (r["context"], r["times faster, kernels"])
+      for r in rows
+      if r["times faster, kernels"]
+    ]
+    if ratios:
+      right.plot(*zip(*ratios, strict=True), label=f"batch {batch}", **style)
+  limits = {
+    shape.context: row_of(shape, found)["limit (bytes)"]
+    for shape, found in measured.items()
+  }
+  limits = dict(sorted(limits.items()))
+  right.plot(*zip(*limits.items(), strict=True), "k:", label="bytes")
+  for axes, label in ((left, "ms per step"), (right, "times faster")):
+    axes.set_xscale("log", base=2)
+    axes.set_xlabel("tokens in the cache")
+    axes.set_ylabel(label)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=7)
+  figure.savefig(path, dpi=120)
+  plt.close(figure)
+
+
+# Sweep.
+
+# (keys, warps, stages), and programs per multiprocessor.
+COMPRESSED = (
+  *itertools.product(((64, 4, 3), (64, 4, 4), (64, 4, 2)), (2, 3, 4, 6)),
+  *itertools.product(((128, 4, 3), (128, 8, 3), (128, 8, 2)), (1, 2, 3)),
+  *itertools.product(((32, 2, 4), (32, 2, 3), (64, 2, 3)), (3, 4, 6)),
+)
+# (keys, warps, stages), and keys of a piece.
+PIECES = (
+  *itertools.product(((64, 4, 3), (64, 4, 2)), (64, 128, 256, 512)),
+  *itertools.product(((64, 2, 3), (64, 4, 4)), (64, 128, 256, 512)),
+  *itertools.product(((32, 2, 3), (32, 2, 4), (32, 4, 3)), (32, 64, 256, 512)),
+)
+SELECT = tuple(itertools.product((128, 256, 512, 1024), (4, 8, 16)))
+MERGE = (1, 2, 4, 8)
+KERNELS = ("compressed", "select", "pieces", "merge")
+
+
+def default_tiles(shape: Shape) -> DecodeTiling:
+  config = shape.config
+  selected = config.num_selected * config.selection_block
+  return tiling.decode_tiling(
+    batch=shape.batch,
+    length=1,
+    kv_heads=shape.kv_heads,
+    group=shape.heads // shape.kv_heads,
+    head_dim=shape.head_dim,
+    value_dim=shape.head_dim,
+    dtype=shape.dtype,
+    block=config.selection_block,
+    ratio=config.selection_block // config.compression_stride,
+    num_compressed=nsa_jax.num_compressed_blocks(shape.context, config),
+    num_read=selected + config.window,
+  )
+
+
+def candidates(shape: Shape) -> list[DecodeTiling]:
+  """Tilings that between them hold every candidate of every kernel."""
+  base = default_tiles(shape)
+  heads = shape.batch * shape.kv_heads
+  blocks = nsa_jax.num_compressed_blocks(shape.context, shape.config)
+  found = [base]
+  rows = itertools.zip_longest(COMPRESSED, PIECES, SELECT, MERGE)
+  for compressed, pieces, select, merge in rows:
+    new: dict[str, Any] = {}
+    if compressed:
+      tile, per_device = compressed
+      splits = min(132 * per_device // heads, -(-blocks // tile[0]), 128)
+      new |= {"compressed": Tile(*tile), "splits": max(1, splits)}
+    if pieces:
+      tile, keys = pieces
+      new |= {"pieces": Tile(*tile), "steps": keys // tile[0]}
+    if select:
+      new |= {"block_m": select[0], "select_warps": select[1]}
+    if merge:
+      new["merge_warps"] = merge
+    found.append(dataclasses.replace(base, **new))
+  return found
+
+
+def label(tiles: DecodeTiling, kernel: str) -> str:
+  """What of a tiling decides the time of a kernel."""
+
+  def text(tile):
+    return f"keys {tile.block_k} warps {tile.num_warps} st {tile.num_stages}"
+
+  return {
+    "compressed": f"{text(tiles.compressed)} splits {tiles.splits}",
+    "select": f"block_m {tiles.block_m} warps {tiles.select_warps} "
+    f"(splits {tiles.splits} keys {tiles.compressed.block_k})",
+    "pieces": f"{text(tiles.pieces)} steps {tiles.steps}",
+    "merge": f"warps {tiles.merge_warps} (splits {tiles.splits} pieces of "
+    f"{tiles.pieces.block_k * tiles.steps})",
+  }[kernel]
+
+
+def sweep(shapes: Sequence[Shape]) -> dict[str, list[dict[str, Any]]]:
+  """Times of every kernel in every tiling, in us."""
+  wanted: dict[Any, Any] = {}
+  for shape in shapes:
+    x = jax.eval_shape(functools.partial(inputs, shape=shape), 0)
+    wanted[shape, None] = functools.partial(inputs, shape=shape), (0,)
+    for tiles in candidates(shape):
+      function = sparse(shape._replace(tiles=tiles))
+      wanted[shape, tiles] = function, tuple(x)
+  start = time.perf_counter()
+  programs = harness.compile_all(wanted)
+  seconds = time.perf_counter() - start
+  print(f"compiled {len(programs)} programs in {seconds:.0f} s", flush=True)
+  found: dict[str, list[dict[str, Any]]] = {}
+  for shape in shapes:
+    x = programs[shape, None](0)
+    best: dict[str, dict[str, Any]] = {kernel: {} for kernel in KERNELS}
+    for tiles in candidates(shape):
+      program = programs[shape, tiles]
+      if isinstance(program, Exception):
+        for kernel in ("compressed", "pieces"):
+          reason = str(program).splitlines()[0][:60]
+          best[kernel].setdefault(label(tiles, kernel), reason)
+        continue
+      program(*x)
+      times = harness.kernel_ms(program, *x)
+      for kernel in KERNELS:
+        ms = sum(t for k, t in times.items() if f"nsa_decode_{kernel}" in k)
+        name = label(tiles, kernel)
+        before = best[kernel].get(name, ms)
+        best[kernel][name] = min(ms, before, key=harness.rank)
+    del x
+    default = default_tiles(shape)
+    for kernel, times in best.items():
+      title = f"batch {shape.batch}, {shape.context} tokens, {kernel}"
+      found[title] = [
+        {
+          "tile": name + " *" * (name == label(default, kernel)),
+          "us": 1e3 * ms if isinstance(ms, float) else ms,
+        }
+        for name, ms in sorted(times.items(), key=lambda x: harness.rank(x[1]))
+      ]
+  return found
+
+
+def save(out: pathlib.Path, measured: Mapping[Shape, dict[str, Any]]) -> None:
+  title = "Native Sparse Attention, one step of decoding"
+  harness.record(out, "decode", title, tables(measured))
+  plot(out / "decode.png", measured)
+
+
+def parser():
+  result = harness.arguments(__doc__.splitlines()[0])
+  result.add_argument(
+    "--batches", type=int, nargs="+", help=f"rows (default: {BATCHES})"
+  )
+  result.add_argument(
+    "--contexts", type=int, nargs="+", help=f"tokens (default: {CONTEXTS})"
+  )
+  result.add_argument(
+    "--sweep", action="store_true", help="time tilings instead, about a minute"
+  )
+  return result
+
+
+def main(argv: Sequence[str] | None = None):
+  args = parser().parse_args(argv)
+  harness.require_gpu()
+  sizes = QUICK if args.quick else itertools.product(BATCHES, CONTEXTS)
+  if args.batches or args.contexts:
+    sizes = itertools.product(
+      args.batches or BATCHES, args.contexts or CONTEXTS
+    )
+  if args.sweep:
+    sizes = QUICK if not (args.batches or args.contexts) else sizes
+    found = sweep([Shape(*size) for size in sizes])
+    title = "Tilings of the decode kernels (*: the default)"
+    harness.record(args.out, "sweep_decode", title, found)
+    return
+  shapes = [Shape(*size) for size in sizes]
+  measured: dict[Shape, dict[str, Any]] = {}
+  for shape in shapes:
+    # Not all at once: XLA tunes its products on arrays of their sizes.
+    programs = harness.compile_all(jobs(shape))
+    measured[shape] = measure(programs, shape, 3 if args.quick else 5)
+    print(row_of(shape, measured[shape]), flush=True)
+    # A run that is cut short keeps what it has.
+    with contextlib.redirect_stdout(io.StringIO()):
+      save(args.out, measured)
+  print((args.out / "decode.md").read_text())
+
+
+if __name__ == "__main__":
+  main()
