@@ -25,7 +25,7 @@ from jax import export
 
 from nsa_jax import _checks, attention, compression, dispatch
 from nsa_jax.config import NSAConfig, check_config
-from nsa_jax.typing import KV, Array, Implementation
+from nsa_jax.typing import KV, Array, Implementation, Queries
 from nsa_jax.xla.decode import keep_rows, ring, take_rows
 
 KINDS = ("nsa", "full", "window")
@@ -514,7 +514,7 @@ def attend(
     out_window = _attend_window(query, window, cache.lengths, **common)
   out = attention._gated_sum(gates, (out_compressed, out_selected, out_window))
   positions = compression.query_positions(query_offset, batch, length)
-  real = (positions >= 0) & (positions < held)
+  real = _real(positions, cache.lengths)
   out = attention._keep(out, real)
   return (out, attention._keep(ids, real, -1)) if return_block_ids else out
 
@@ -586,8 +586,63 @@ def attend_window(
     implementation=implementation,
   )
   positions = compression.query_positions(query_offset, batch, length)
-  real = (positions >= 0) & (positions < cache.lengths[:, None])
-  return attention._keep(out, real)
+  return attention._keep(out, _real(positions, cache.lengths))
+
+
+def attend_full(
+  query: Array,
+  cache: Cache,
+  *,
+  query_offset: int | Array,
+  scale: float | None = None,
+) -> Array:
+  """Causal attention of the newest tokens to all tokens that a row holds.
+
+  Plain XLA in chunks of queries, for layers without a window.
+
+  Args:
+    query: [B, T, N, H], of tokens that the cache already holds.
+    cache: of kind "full" (or "nsa"), after `append` or `prefill`.
+    query_offset: as in `attend`.
+    scale: static softmax scale, 1/sqrt(H) by default.
+
+  Returns:
+    out [B, T, N, V]; 0 at positions < 0 or >= `lengths`.
+
+  Raises:
+    ValueError: if an argument does not fit, with its name, value and the rule.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> from nsa_jax import NSAConfig, cache
+    >>> held = cache.init(
+    ...   1, 64, config=NSAConfig(), num_kv_heads=1, head_dim=8, kind="full"
+    ... )._replace(lengths=jnp.array([9]))
+    >>> query = jnp.ones((1, 1, 4, 8))
+    >>> cache.attend_full(query, held, query_offset=8).shape
+    (1, 1, 4, 8)
+  """
+  if cache.selected is None:
+    raise ValueError("`cache` must be of kind 'full': it has no `selected`.")
+  query, selected = attention._pair("cache.selected", query, cache.selected)
+  batch, length = query.shape[:2]
+  query_offset = attention._offset("query_offset", query_offset, ((), (batch,)))
+  key_length = selected.key.shape[1]
+  if isinstance(query_offset, int):
+    key_length = min(max(query_offset + length, 1), key_length)
+  positions = compression.query_positions(query_offset, batch, length)
+  # Blocks of one token, all that end at or before the query: full attention.
+  out, _ = dispatch.call(
+    "compressed_attention",
+    "xla",
+    query,
+    *_first(selected, key_length),
+    config=NSAConfig(1, 1, 1),
+    key_length=key_length,
+    scale=_checks.scale(scale, query.shape[-1]),
+    queries=Queries(positions, None, None),
+  )
+  return attention._keep(out, _real(positions, cache.lengths))
 
 
 def max_append(cache: Cache, config: NSAConfig) -> int | None:
@@ -627,7 +682,7 @@ def _attend_window(
   token = compression.query_positions(
     query_offset - before, lengths.shape[0], before + length
   )
-  known = (token >= 0) & (token < lengths[:, None])
+  known = _real(token, lengths)
   # Of a static offset it is known that no position is negative, and padding at
   # the end is in nobody's past.
   static = isinstance(query_offset, int) and query_offset >= 0
@@ -773,6 +828,11 @@ def _with_last(held, new, lengths, count):
   token = compression.query_positions(lengths - count, lengths.shape[0], count)
   last = ring(held, token)
   return jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=1), last, new)
+
+
+def _real(positions, lengths):
+  """Which positions [B, n] a row holds."""
+  return (positions >= 0) & (positions < lengths[:, None])
 
 
 def _first(pair, length):
