@@ -263,7 +263,8 @@ def append(
     [1]
   """
   new = (selected, compressed, window)
-  length, counts = _check_new(cache, new, compress, counts, config)
+  cache, new, counts = _check_new(cache, new, compress, counts, config)
+  length = jax.tree.leaves(new)[0].shape[1]
   most = max_append(cache, config)
   if most is not None and length > most:
     raise ValueError(
@@ -322,10 +323,10 @@ def prefill(
     ([40, 3], (2, 55, 1, 8))
   """
   new = (selected, compressed, window)
-  _, counts = _check_new(cache, new, compress, counts, config)
+  cache, new, counts = _check_new(cache, new, compress, counts, config)
   chunk = None
-  if cache.window is not None and window is not None:
-    chunk = _with_last(cache.window, window, cache.lengths, config.window - 1)
+  if cache.window is not None:
+    chunk = _with_last(cache.window, new[2], cache.lengths, config.window - 1)
   return _append(cache, new, compress, counts, config), chunk
 
 
@@ -454,6 +455,8 @@ def attend(
   query_offset = attention._offset("query_offset", query_offset, ((), (batch,)))
   most = max_append(cache, config)
   few = most is not None and length <= most
+  if window is not None:
+    window = _window_rows(query, window)
   if cache.window is not None and window is None and not few:
     raise ValueError(
       f"`query` has {length} tokens, more than `max_append`={most}: `window` "
@@ -578,7 +581,7 @@ def attend_window(
     window = ring(cache.window, token)
   out = _attend_window(
     query,
-    window,
+    _window_rows(query, window),
     cache.lengths,
     config=config,
     scale=scale,
@@ -670,6 +673,17 @@ def max_append(cache: Cache, config: NSAConfig) -> int | None:
   return None
 
 
+def _window_rows(query, window):
+  """The argument `window` of `attend`, validated."""
+  _, window = attention._pair("window", query, window)
+  if window.key.shape[1] < query.shape[1]:
+    raise ValueError(
+      f"`window.key` of shape {window.key.shape} must have a row for each of "
+      f"the {query.shape[1]} queries: what `prefill` returned with them."
+    )
+  return window
+
+
 def _attend_window(
   query, rows, lengths, *, config, scale, query_offset, implementation
 ):
@@ -699,8 +713,9 @@ def _attend_window(
 
 
 def _check_new(cache, new, compress, counts, config):
-  """Length and counts of appended tokens, validated."""
+  """The cache, the appended tokens and `counts`, validated."""
   check_config(config)
+  cache = jax.tree.map(jnp.asarray, cache)
   batch = cache.lengths.shape[0]
   fields = {
     "selected": (cache.selected, new[0]),
@@ -738,7 +753,7 @@ def _check_new(cache, new, compress, counts, config):
       f"`compress`={compress!r} must be a function for a cache of kind 'nsa', "
       "and None for others."
     )
-  assert length is not None
+  new = jax.tree.map(jnp.asarray, new)
   known = _checks.concrete(np.full(batch, length) if counts is None else counts)
   if counts is None:
     counts = jnp.full(batch, length, jnp.int32)
@@ -761,7 +776,7 @@ def _check_new(cache, new, compress, counts, config):
         f"`lengths`={held if held is None else held.tolist()} and "
         f"`counts`={known.tolist()} more."
       )
-  return length, counts
+  return cache, new, counts
 
 
 def _append(cache, new, compress, counts, config):
