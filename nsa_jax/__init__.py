@@ -3,6 +3,7 @@
 Importing this package touches no device.
 """
 
+from nsa_jax import cache
 from nsa_jax.attention import (
   block_scores,
   compressed_attention,
@@ -39,6 +40,7 @@ __all__ = [
   "TransformerLM",
   "apply_rope",
   "block_scores",
+  "cache",
   "compress_linear",
   "compress_mean",
   "compress_mlp",

@@ -209,6 +209,7 @@ _OPS: dict[str, dict[str, Callable[..., Any]]] = {
     "select_blocks",
     "selected_attention",
     "window_attention",
+    "decode_attention",
   )
 }
 _OPS["compressed_attention"]["triton"] = _triton_compressed_attention
@@ -302,7 +303,7 @@ def _elsewhere(op: str, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 def _named(op: str, result: Any) -> Any:
   """Names out and lse of a branch for remat policies."""
   branch = op.removesuffix("_attention")
-  if branch == op:
+  if branch not in ("compressed", "selected", "window"):
     return result
   out, lse = result
   out = checkpoint_name(out, f"nsa_{branch}_out")

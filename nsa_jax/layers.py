@@ -5,14 +5,15 @@ What the parameters are is decided here; what is computed from them is in
 """
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax.typing import Dtype, Initializer, PrecisionLike
 
-from nsa_jax import _checks, compression, dispatch
+from nsa_jax import _checks, cache, compression, dispatch
 from nsa_jax.attention import native_sparse_attention
 from nsa_jax.config import NSAConfig, check_config
 from nsa_jax.rope import RopeConfig, apply_rope, check_head_dim
@@ -60,12 +61,17 @@ class NativeSparseAttention(nn.Module):
       The parameters of phi have initialisers of their own, not partitioned.
     use_bias: biases in the projections.
     implementation: as in `native_sparse_attention`.
-    decode: must be False; the decode cache is not in this version.
+    decode: append to a decode cache and attend over it. `init` with
+      x [B, capacity, D] makes it in the collection `cache`; then
+      `apply({"params": ..., "cache": ...}, x, mutable=["cache"])` takes the
+      next T >= 1 tokens of every row, a prompt or one token alike.
+      `nsa_jax.cache` has the functions below that, and `rewind`.
+    max_append: tokens that `cache.rewind` can take back; up to as many are
+      attended by the kernels for decoding, more as a prompt.
 
   Raises:
     ValueError: if an attribute or argument does not fit.
-    NotImplementedError: if `decode` is True, or no implementation asked for
-      can do the call.
+    NotImplementedError: if no implementation asked for can do the call.
 
   Example:
     >>> import jax, jax.numpy as jnp
@@ -97,21 +103,19 @@ class NativeSparseAttention(nn.Module):
   use_bias: bool = False
   implementation: Implementation = None
   decode: bool = False
+  max_append: int = 1
 
   def __post_init__(self):
     check_attributes(self)
     check_config(self.config)
     _checks.flag("use_bias", self.use_bias)
     _checks.flag("decode", self.decode)
+    _checks.static_int("max_append", self.max_append, 1)
     if self.dtype is not None:
       _checks.dtype("dtype", self.dtype)
     if not callable(self.kernel_init):
       raise ValueError(
         f"`kernel_init`={self.kernel_init!r} must be an initialiser function."
-      )
-    if self.decode:
-      raise NotImplementedError(
-        "`decode`=True: the decode cache is not in this version."
       )
     super().__post_init__()
 
@@ -128,6 +132,7 @@ class NativeSparseAttention(nn.Module):
     deterministic: bool | None = None,
     dropout_rng: Array | None = None,
     sow_weights: bool = False,
+    prefix_length: int | None = None,
   ) -> Array:
     """Attends from every token to the tokens before it.
 
@@ -137,14 +142,23 @@ class NativeSparseAttention(nn.Module):
       inputs_v: must be None.
       mask: must be None; the attention is causal, `segment_ids` does the rest.
       positions: int32 [B, T] for RoPE; by default 0, 1, ... in each segment.
+        With `decode` consecutive, by default from each row's length on.
       segment_ids: int32 [B, T] for packed or padded sequences: contiguous runs
-        that start at multiples of `config.selection_block`; 0 is padding.
+        that start at multiples of `config.selection_block`; 0 is padding. With
+        `decode` one run per row from its first token on, and padding after it,
+        which is not appended.
       deterministic: accepted for drop-in use, without effect: no dropout.
       dropout_rng: likewise.
       sow_weights: must be False; `gates` and `block_ids` are sown instead.
+      prefix_length: with `decode`, tokens that every row holds which gets new
+        ones, where that is known when tracing: what lies beyond them is then
+        not read, and a prompt costs what it costs without a cache. 0 starts all
+        such rows anew.
 
     Returns:
-      [B, T, D]. At padding: 0, or the bias.
+      [B, T, D]. At padding: 0, or the bias. With `decode`, NaN for tokens that
+      the cache has no room for or that do not follow `prefix_length` others,
+      where no ValueError could be raised because lengths are traced.
 
     Raises:
       ValueError: if an argument does not fit.
@@ -168,6 +182,9 @@ class NativeSparseAttention(nn.Module):
     del deterministic, dropout_rng
     x = _checks.array("x", x, 3, "[B, T, D]")
     _checks.floating("x", x)
+    decoding = begin_decoding(self, x, segment_ids, prefix_length)
+    if decoding is not None and positions is None:
+      positions = decoding.positions
     positions, segment_ids = complete_positions(
       x, positions, segment_ids, self.config.selection_block
     )
@@ -204,29 +221,68 @@ class NativeSparseAttention(nn.Module):
     query = self._normalize("query_norm", query)
     rotated_query = self._rotate(query, positions)
     selected_key, window_key = self._token_keys(keys, positions)
-    compressed = KV(
-      self._compressed_key(keys["compressed"], positions, segment_ids),
-      self._compress("compress_value", values["compressed"], segment_ids),
-    )
+    tokens = KV(keys["compressed"], values["compressed"])
+    if self.rope_compressed == "tokens":
+      tokens = tokens._replace(key=self._rotate(tokens.key, positions))
+    selected = KV(selected_key, values["selected"])
+    window = KV(window_key, values["window"])
+    compressed_query = query if self.rope_compressed == "none" else None
     # The ids are asked for only if somebody collects them.
     collected = self.is_mutable_collection("intermediates")
-    out = native_sparse_attention(
-      rotated_query,
-      compressed,
-      KV(selected_key, values["selected"]),
-      KV(window_key, values["window"]),
-      gates,
-      config=self.config,
-      segment_ids=segment_ids,
-      compressed_query=query if self.rope_compressed == "none" else None,
-      return_block_ids=collected,
-      implementation=self.implementation,
-    )
+    options: dict[str, Any] = {
+      "config": self.config,
+      "compressed_query": compressed_query,
+      "return_block_ids": collected,
+      "implementation": self.implementation,
+    }
+    if decoding is None:
+      compressed = self._phi(
+        tokens, positions[:, :: self.config.compression_stride], segment_ids
+      )
+      out = native_sparse_attention(
+        rotated_query,
+        compressed,
+        selected,
+        window,
+        gates,
+        segment_ids=segment_ids,
+        **options,
+      )
+      if self.decode:
+        self._create_cache(tokens)
+    else:
+      shift = positions - decoding.positions
+      held, chunk = decoding.add(
+        self,
+        self.config,
+        compressed=tokens,
+        selected=selected,
+        window=None if self.share_kv else window,
+        compress=lambda tokens, first: self._phi(tokens, first + shift[:, :1]),
+      )
+      out = cache.attend(
+        rotated_query,
+        held,
+        gates,
+        query_offset=decoding.offset,
+        window=chunk,
+        **options,
+      )
     if collected:
       out, block_ids = out
       self.sow("intermediates", "gates", gates)
       self.sow("intermediates", "block_ids", block_ids)
-    return dense(x.shape[-1], axis=(-2, -1), name="out")(out)
+    out = dense(x.shape[-1], axis=(-2, -1), name="out")(out)
+    return out if decoding is None else decoding.mark_lost(out)
+
+  def _create_cache(self, tokens):
+    create_cache(
+      self,
+      tokens,
+      config=self.config,
+      max_append=self.max_append,
+      share_kv=self.share_kv,
+    )
 
   def _token_keys(self, keys, positions):
     """Keys of the selected and of the window branch."""
@@ -240,15 +296,13 @@ class NativeSparseAttention(nn.Module):
       for branch in ("selected", "window")
     )
 
-  def _compressed_key(self, key, positions, segment_ids):
-    if self.rope_compressed == "tokens":
-      key = self._rotate(key, positions)
-    key = self._compress("compress_key", key, segment_ids)
+  def _phi(self, tokens, first, segment_ids=None):
+    """Compressed keys and values of blocks with first tokens at `first`."""
+    key = self._compress("compress_key", tokens.key, segment_ids)
     key = self._normalize("key_compressed_norm", key)
     if self.rope_compressed == "block":
-      first = positions[:, :: self.config.compression_stride]
       key = self._rotate(key, first[:, : key.shape[1]])
-    return key
+    return KV(key, self._compress("compress_value", tokens.value, segment_ids))
 
   def _compress(self, name, x, segment_ids):
     return CompressBlocks(
@@ -323,6 +377,127 @@ class CompressBlocks(nn.Module):
     ]
     function = getattr(compression, f"compress_{self.kind}")
     return function(x, *params, config=self.config, segment_ids=segment_ids)
+
+
+class Decoding(NamedTuple):
+  """A call that appends to a cache: where its tokens go.
+
+  Attributes:
+    held: the cache before them.
+    counts: int32 [B], tokens each row gets: the first ones.
+    offset: position of the first one, static or int32 [B].
+    positions: int32 [B, T].
+  """
+
+  held: cache.Cache
+  counts: Array
+  offset: int | Array
+  positions: Array
+
+  def add(
+    self, module: nn.Module, config: NSAConfig, **new: Any
+  ) -> tuple[cache.Cache, KV | None]:
+    """Appends; the new cache, and the argument `window` of `attend`."""
+    most = cache.max_append(self.held, config)
+    few = most is None or self.positions.shape[1] <= most
+    new |= {"config": config, "counts": self.counts}
+    chunk = None
+    if few:
+      held = cache.append(self.held, **new)
+    else:
+      held, chunk = cache.prefill(self.held, **new)
+    module.put_variable("cache", "kv", held)
+    return held, chunk
+
+  def mark_lost(self, out: Array) -> Array:
+    """NaN at tokens that could not be appended where they should be."""
+    held = self.held
+    index = jnp.arange(out.shape[1])
+    lost = jnp.broadcast_to(self.offset != held.lengths, self.counts.shape)
+    lost = lost[:, None]
+    if held.selected is not None:
+      lost |= held.lengths[:, None] + index >= held.selected.key.shape[1]
+    lost &= index < self.counts[:, None]
+    return jnp.where(lost[..., None], jnp.nan, out)
+
+
+def begin_decoding(
+  module: Any,
+  x: Array,
+  segment_ids: Array | None,
+  prefix_length: int | None,
+) -> Decoding | None:
+  """What a layer's call with tokens x [B, T, ...] appends to its cache.
+
+  None if it does not decode, or makes its cache only now.
+  """
+  if prefix_length is not None:
+    prefix_length = _checks.static_int("prefix_length", prefix_length, 0)
+    if not module.decode:
+      raise ValueError(f"`prefix_length`={prefix_length} needs `decode`=True.")
+  if not module.decode or module.is_initializing():
+    return None
+  if not module.has_variable("cache", "kv"):
+    raise ValueError(
+      "`decode`=True needs the collection `cache`: make it by `init` with "
+      "[B, capacity] tokens, and pass it beside the parameters."
+    )
+  if not module.is_mutable_collection("cache"):
+    raise ValueError(
+      '`decode`=True updates the cache: `mutable`=["cache"] must be passed.'
+    )
+  held = module.get_variable("cache", "kv")
+  batch, length = x.shape[:2]
+  if held.lengths.shape != (batch,):
+    raise ValueError(
+      f"`x` has {batch} rows, which must be the {held.lengths.shape[0]} of the "
+      "cache."
+    )
+  counts = jnp.full(batch, length, jnp.int32)
+  if segment_ids is not None:
+    known = _checks.concrete(segment_ids)
+    ids = _checks.integers("segment_ids", segment_ids, (batch, length))
+    follows = jnp.cumprod(ids > 0, axis=1)
+    counts = follows.sum(axis=1).astype(jnp.int32)
+    if known is not None:
+      right = known == known[:, :1] * (np.cumprod(known > 0, axis=1))
+      if not right.all():
+        row = int(np.argmin(right.all(axis=1)))
+        raise ValueError(
+          f"`segment_ids`[{row}]={known[row].tolist()} must be one segment, "
+          "then padding, with `decode`=True."
+        )
+  if prefix_length == 0:
+    held = cache.rewind(held, jnp.zeros((), jnp.int32))
+  offset = held.lengths if prefix_length is None else prefix_length
+  lengths, new = _checks.concrete(held.lengths), _checks.concrete(counts)
+  if prefix_length is not None and lengths is not None and new is not None:
+    wrong = (lengths != prefix_length) & (new > 0)
+    if wrong.any():
+      raise ValueError(
+        f"`prefix_length`={prefix_length} must be what every row with new "
+        f"tokens holds: {lengths.tolist()}."
+      )
+  positions = compression.query_positions(offset, batch, length)
+  return Decoding(held, counts, offset, positions)
+
+
+def create_cache(module: nn.Module, tokens: KV, **options: Any) -> None:
+  """Makes an empty cache for keys and values of [B, capacity] tokens."""
+  batch, capacity, heads, head_dim = tokens.key.shape
+  module.variable(
+    "cache",
+    "kv",
+    lambda: cache.init(
+      batch,
+      capacity,
+      num_kv_heads=heads,
+      head_dim=head_dim,
+      value_head_dim=tokens.value.shape[-1],
+      dtype=tokens.key.dtype,
+      **options,
+    ),
+  )
 
 
 def complete_positions(

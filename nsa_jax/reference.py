@@ -11,7 +11,7 @@ from einops import rearrange
 
 from nsa_jax import compression
 from nsa_jax.config import NSAConfig
-from nsa_jax.typing import Array, Queries
+from nsa_jax.typing import KV, Array, Queries
 
 
 def compressed_attention(
@@ -144,6 +144,87 @@ def window_attention(
     token >= 0
   )
   return _attend(query, key, value, readable[:, :, None], scale)
+
+
+def decode_attention(
+  query: Array,
+  compressed: KV,
+  selected: KV,
+  window: KV | None,
+  gates: Array,
+  query_offset: Array,
+  lengths: Array,
+  *,
+  config: NSAConfig,
+  scale: float,
+  compressed_query: Array,
+) -> tuple[Array, Array]:
+  """The newest queries over a decode cache: the gated sum and the ids."""
+  key_length = selected.key.shape[1]
+  held = lengths[:, None]
+  positions = compression.query_positions(query_offset, *query.shape[:2])
+  real = (positions >= 0) & (positions < held)
+  positions = jnp.where(real, positions, -1)  # which reads nothing
+  queries = Queries(positions, None, None)
+
+  def keep(pair, mask):
+    return KV(*(jnp.where(mask[..., None, None], x, 0) for x in pair))
+
+  ends = compression.compressed_block_ends(key_length, config)
+  compressed = keep(compressed, ends < held)
+  selected = keep(selected, jnp.arange(key_length) < held)
+  out_compressed, lse = compressed_attention(
+    compressed_query,
+    *compressed,
+    config=config,
+    key_length=key_length,
+    scale=scale,
+    queries=queries,
+  )
+  ids = select_blocks(
+    compressed_query,
+    compressed.key,
+    lse,
+    config=config,
+    key_length=key_length,
+    scale=scale,
+    queries=queries,
+  )
+  out_selected, _ = selected_attention(
+    query, *selected, ids, config=config, scale=scale, queries=queries
+  )
+  if window is None:
+    out_window, _ = window_attention(
+      query,
+      *selected,
+      config=config,
+      scale=scale,
+      key_offset=0,
+      queries=queries,
+    )
+  else:
+    # Row r of the ring holds the last position before `held` that is r modulo
+    # its size; negative: none yet.
+    size = window.key.shape[1]
+    token = held - 1 - (held - 1 - jnp.arange(size)) % size
+    first = positions[..., None] - config.window + 1
+    token = token[:, None]
+    readable = (token >= jnp.maximum(first, 0)) & (
+      token <= positions[..., None]
+    )
+    window = keep(window, readable.any(axis=1))
+    out_window, _ = _attend(
+      query, window.key, window.value, readable[:, :, None], scale
+    )
+
+  out = jnp.einsum(
+    "btnc,cbtnv->btnv",
+    gates.astype(lse.dtype),
+    jnp.stack([out_compressed, out_selected, out_window]).astype(lse.dtype),
+    precision=jax.lax.Precision.HIGHEST,
+  )
+  out = jnp.where(real[..., None, None], out, 0)
+  return out.astype(query.dtype), ids
 
 
 def _visible_blocks(config, key_length, queries):

@@ -15,16 +15,18 @@ import jax
 import jax.numpy as jnp
 from flax.typing import Dtype
 
-from nsa_jax import _checks
+from nsa_jax import _checks, cache
 from nsa_jax.attention import window_attention
 from nsa_jax.config import NSAConfig
 from nsa_jax.layers import (
   NativeSparseAttention,
+  begin_decoding,
   check_attributes,
   complete_positions,
+  create_cache,
 )
 from nsa_jax.rope import RopeConfig, apply_rope
-from nsa_jax.typing import Array, Implementation
+from nsa_jax.typing import KV, Array, Implementation
 
 ATTENTIONS = ("nsa", "full", "window")
 REMATS = ("none", "full", "save_attention")
@@ -226,6 +228,9 @@ class TransformerLM(nn.Module):
 
   Attributes:
     config: shape and options.
+    decode: append to a decode cache and attend over it, as in
+      `NativeSparseAttention`; `init` with tokens [B, capacity] makes it.
+    max_append: as in `NativeSparseAttention`.
 
   Example:
     >>> import jax, jax.numpy as jnp
@@ -240,6 +245,13 @@ class TransformerLM(nn.Module):
   """
 
   config: TransformerConfig
+  decode: bool = False
+  max_append: int = 1
+
+  def __post_init__(self):
+    _checks.flag("decode", self.decode)
+    _checks.static_int("max_append", self.max_append, 1)
+    super().__post_init__()
 
   @nn.compact
   def __call__(
@@ -248,6 +260,7 @@ class TransformerLM(nn.Module):
     *,
     positions: Array | None = None,
     segment_ids: Array | None = None,
+    prefix_length: int | None = None,
   ) -> Array:
     """Logits of the token after each token.
 
@@ -255,8 +268,11 @@ class TransformerLM(nn.Module):
       tokens: int32 [B, T], in [0, vocab_size); any other token makes the
         logits at its place NaN, and may do so in all of its row.
       positions: int32 [B, T] for RoPE; by default 0, 1, ... in each segment.
+        With `decode` consecutive, by default from each row's length on.
       segment_ids: int32 [B, T] for packed or padded rows: contiguous runs that
-        start at multiples of `config.nsa.selection_block`; 0 is padding.
+        start at multiples of `config.nsa.selection_block`; 0 is padding. With
+        `decode` one run per row from its first token on, and padding after it.
+      prefix_length: as in `NativeSparseAttention`.
 
     Returns:
       float32 [B, T, vocab_size].
@@ -267,9 +283,11 @@ class TransformerLM(nn.Module):
     config = self.config
     tokens = _checks.array("tokens", tokens, 2, "[B, T]")
     tokens = _checks.integers("tokens", tokens, tokens.shape)
-    positions, segment_ids = complete_positions(
-      tokens, positions, segment_ids, config.nsa.selection_block
-    )
+    # Each layer knows the positions that follow what its cache holds.
+    if positions is not None or not self.decode:
+      positions, segment_ids = complete_positions(
+        tokens, positions, segment_ids, config.nsa.selection_block
+      )
 
     shape = (config.vocab_size, config.model_dim)
     embedding = self.param(
@@ -284,7 +302,7 @@ class TransformerLM(nn.Module):
       .at[tokens]
       .get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
     )
-    x = self._blocks(x, positions, segment_ids)
+    x = self._blocks(x, positions, segment_ids, prefix_length)
     x = _norm(config, "final_norm")(x)
     head = embedding
     if not config.tie_embeddings:
@@ -301,32 +319,33 @@ class TransformerLM(nn.Module):
       preferred_element_type=jnp.float32,
     )
 
-  def _blocks(self, x, positions, segment_ids):
+  def _blocks(self, x, positions, segment_ids, prefix_length):
     config = self.config
     block: Any = TransformerBlock
-    if config.remat != "none":
-      names = SAVED_NAMES if config.remat == "save_attention" else ()
+    if config.remat != "none" and not self.decode:
+      saved = SAVED_NAMES if config.remat == "save_attention" else ()
       block = nn.remat(
         block,
         # Inside a scan XLA cannot merge the two passes anyway.
         prevent_cse=not config.scan_layers,
-        policy=jax.checkpoint_policies.save_only_these_names(*names),
+        policy=jax.checkpoint_policies.save_only_these_names(*saved),
       )
     if config.scan_layers:
       block = nn.scan(
         block,
-        variable_axes={"params": 0, "intermediates": 0},
+        variable_axes={"params": 0, "intermediates": 0, "cache": 0},
         split_rngs={"params": True},
         in_axes=nn.broadcast,
         length=config.num_layers,
         metadata_params={nn.PARTITION_NAME: "layers"},
       )
-      blocks = [block(config, config.layer_kinds[0], name="layers")]
+      names = {"layers": config.layer_kinds[0]}
     else:
-      blocks = [
-        block(config, kind, name=f"layer_{i}")
-        for i, kind in enumerate(config.layer_kinds)
-      ]
+      names = {f"layer_{i}": kind for i, kind in enumerate(config.layer_kinds)}
+    fields = (self.decode, self.max_append, prefix_length)
+    blocks = [
+      block(config, kind, *fields, name=name) for name, kind in names.items()
+    ]
     for one in blocks:
       x, _ = one(x, positions, segment_ids)
     return x
@@ -338,19 +357,30 @@ class TransformerBlock(nn.Module):
   Attributes:
     config: shape and options.
     kind: "nsa", "full" or "window".
+    decode: as in `TransformerLM`; as are the next two.
+    max_append: of the cache.
+    prefix_length: of the call.
   """
 
   config: TransformerConfig
   kind: str
+  decode: bool = False
+  max_append: int = 1
+  prefix_length: int | None = None
 
   @nn.compact
   def __call__(
-    self, x: Array, positions: Array, segment_ids: Array | None
+    self, x: Array, positions: Array | None, segment_ids: Array | None
   ) -> tuple[Array, None]:
     """Maps [B, T, D] to [B, T, D]; the None is what `nn.scan` stacks."""
     config = self.config
     h = _norm(config, "attention_norm")(x)
-    x = x + self._attention()(h, positions=positions, segment_ids=segment_ids)
+    x = x + self._attention()(
+      h,
+      positions=positions,
+      segment_ids=segment_ids,
+      prefix_length=self.prefix_length,
+    )
     h = _norm(config, "mlp_norm")(x)
     dense = functools.partial(
       nn.Dense,
@@ -366,7 +396,9 @@ class TransformerBlock(nn.Module):
   def _attention(self):
     config = self.config
     if self.kind != "nsa":
-      return DenseAttention(config, self.kind, name="attention")
+      return DenseAttention(
+        config, self.kind, self.decode, self.max_append, name="attention"
+      )
     return NativeSparseAttention(
       num_heads=config.num_heads,
       num_kv_heads=config.num_kv_heads,
@@ -381,6 +413,8 @@ class TransformerBlock(nn.Module):
       dtype=config.dtype,
       param_dtype=config.param_dtype,
       implementation=config.implementation,
+      decode=self.decode,
+      max_append=self.max_append,
       name="attention",
     )
 
@@ -391,17 +425,32 @@ class DenseAttention(nn.Module):
   Attributes:
     config: shape and options.
     kind: "full" or "window".
+    decode: as in `TransformerLM`.
+    max_append: of the cache.
   """
 
   config: TransformerConfig
   kind: str
+  decode: bool = False
+  max_append: int = 1
 
   @nn.compact
   def __call__(
-    self, x: Array, *, positions: Array, segment_ids: Array | None
+    self,
+    x: Array,
+    *,
+    positions: Array | None,
+    segment_ids: Array | None,
+    prefix_length: int | None = None,
   ) -> Array:
     """Attends causally within segments, [B, T, D] to [B, T, D]."""
     config = self.config
+    decoding = begin_decoding(self, x, segment_ids, prefix_length)
+    if decoding is not None and positions is None:
+      positions = decoding.positions
+    positions, segment_ids = complete_positions(
+      x, positions, segment_ids, config.nsa.selection_block
+    )
     dense = functools.partial(
       nn.DenseGeneral,
       use_bias=False,
@@ -419,7 +468,9 @@ class DenseAttention(nn.Module):
     if config.rope is not None:
       query = apply_rope(query, positions, config.rope)
       key = apply_rope(key, positions, config.rope)
-    if self.kind == "window":
+    if decoding is not None:
+      out = self._attend_cache(query, KV(key, value), decoding)
+    elif self.kind == "window":
       out, _ = window_attention(
         query,
         key,
@@ -429,9 +480,39 @@ class DenseAttention(nn.Module):
         implementation=config.implementation,
       )
     else:
-      portable = config.implementation in ("xla", "reference")
-      out = _full_attention(query, key, value, segment_ids, portable)
-    return dense(x.shape[-1], axis=(-2, -1), name="out")(out)
+      out = _full_attention(query, key, value, segment_ids, self._portable())
+    if self.decode and decoding is None:
+      create_cache(
+        self,
+        KV(key, value),
+        config=config.nsa,
+        max_append=self.max_append,
+        kind=self.kind,
+      )
+    out = dense(x.shape[-1], axis=(-2, -1), name="out")(out)
+    return out if decoding is None else decoding.mark_lost(out)
+
+  def _attend_cache(self, query, pair, decoding):
+    config = self.config
+    if self.kind == "window":
+      held, chunk = decoding.add(self, config.nsa, window=pair)
+      return cache.attend_window(
+        query,
+        held,
+        config=config.nsa,
+        query_offset=decoding.offset,
+        window=chunk,
+        implementation=config.implementation,
+      )
+    held, _ = decoding.add(self, config.nsa, selected=pair)
+    if isinstance(decoding.offset, int) and decoding.offset == 0:
+      return _full_attention(
+        query, pair.key, pair.value, None, self._portable()
+      )
+    return cache.attend_full(query, held, query_offset=decoding.offset)
+
+  def _portable(self):
+    return self.config.implementation in ("xla", "reference")
 
 
 def _full_attention(query, key, value, segment_ids, portable):

@@ -1,0 +1,854 @@
+"""The decode cache of one attention layer, as pure functions over one pytree.
+
+`init` makes it, `append` and `prefill` add tokens, `attend` reads it, `rewind`
+forgets tokens. Shapes are static and rows have lengths of their own, so that
+everything works under `jit`, `scan` and `vmap`, and in place where the cache is
+donated. What is valid follows from the lengths alone: nothing is ever cleared.
+
+Per token and key/value head an NSA layer keeps one key and one value (H + V
+numbers) for the selection and a d-th part of that for the compressed blocks.
+Beside them each row has two rings whose size does not depend on the capacity:
+w + A - 1 keys and values of the window (none with `share_kv`) and the last
+l + A - 1 inputs of phi, where A is `max_append`. `bytes_per_token` and
+`num_bytes` say it in bytes.
+
+Letters in shapes are explained in `nsa_jax.typing`; here S is the capacity.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import export
+
+from nsa_jax import _checks, attention, compression, dispatch
+from nsa_jax.config import NSAConfig, check_config
+from nsa_jax.typing import KV, Array, Implementation, Queries
+from nsa_jax.xla.decode import keep_rows, ring, take_rows
+
+KINDS = ("nsa", "full", "window")
+
+# phi with the layer's parameters: from the keys and values of
+# (n - 1) d + l tokens and the index of each block's first token, int32 [B, n],
+# to the n compressed blocks.
+Compress = Callable[[KV, Array], KV]
+
+_T = TypeVar("_T")
+
+
+class Cache(NamedTuple):
+  """What one attention layer keeps; fields that its kind has no use for: None.
+
+  Attributes:
+    selected: keys and values [B, S, K, H or V] of all tokens, by position, as
+      the selected branch (or full attention) reads them. S is a multiple of l'.
+    compressed: [B, C, K, H or V], C = num_compressed_blocks(S). Block i is
+      valid once its last token i d + l - 1 is held.
+    window: ring [B, w + A - 1, K, H or V]: position p lies in row
+      p % (w + A - 1). None with `share_kv`: the window reads `selected`.
+    tail: ring [B, l + A - 1, K, H or V] of the inputs of phi.
+    lengths: int32 [B], tokens held by each row.
+  """
+
+  selected: KV | None
+  compressed: KV | None
+  window: KV | None
+  tail: KV | None
+  lengths: Array
+
+
+export.register_namedtuple_serialization(
+  Cache, serialized_name="nsa_jax.cache.Cache"
+)
+
+
+def init(
+  batch: int,
+  capacity: int,
+  *,
+  config: NSAConfig,
+  num_kv_heads: int,
+  head_dim: int,
+  value_head_dim: int | None = None,
+  max_append: int = 1,
+  share_kv: bool = False,
+  kind: str = "nsa",
+  dtype: Any = jnp.float32,
+) -> Cache:
+  """An empty cache, all zeros.
+
+  Args:
+    batch: B, rows.
+    capacity: S, tokens a row can hold; rounded up to a multiple of
+      `selection_block`. A cache of kind "window" has no limit.
+    config: the algorithm's hyper-parameters.
+    num_kv_heads: K.
+    head_dim: H, of keys.
+    value_head_dim: V, of values; H by default.
+    max_append: A, the most tokens that `append` adds at once, and the most
+      that `rewind` takes back.
+    share_kv: the window reads the keys and values of the selected branch.
+    kind: "nsa"; "full", for attention to all tokens; or "window", for
+      attention to the last w.
+    dtype: of keys and values.
+
+  Returns:
+    A Cache with `lengths` 0.
+
+  Raises:
+    ValueError: if an argument breaks a rule.
+
+  Example:
+    >>> from nsa_jax import NSAConfig, cache
+    >>> empty = cache.init(
+    ...   2, 1000, config=NSAConfig(), num_kv_heads=1, head_dim=8
+    ... )
+    >>> empty.selected.key.shape, empty.compressed.key.shape
+    ((2, 1024, 1, 8), (2, 63, 1, 8))
+  """
+  check_config(config)
+  batch = _checks.static_int("batch", batch, 1)
+  capacity = _checks.static_int("capacity", capacity, 1)
+  heads = _checks.static_int("num_kv_heads", num_kv_heads, 1)
+  head_dim = _checks.static_int("head_dim", head_dim, 1)
+  value_dim = head_dim
+  if value_head_dim is not None:
+    value_dim = _checks.static_int("value_head_dim", value_head_dim, 1)
+  extra = _checks.static_int("max_append", max_append, 1) - 1
+  _checks.flag("share_kv", share_kv)
+  _checks.choice("kind", kind, KINDS)
+  dtype = _checks.dtype("dtype", dtype)
+
+  def empty(rows):
+    return KV(
+      jnp.zeros((batch, rows, heads, head_dim), dtype),
+      jnp.zeros((batch, rows, heads, value_dim), dtype),
+    )
+
+  blocks = compression.num_selection_blocks(capacity, config)
+  capacity = blocks * config.selection_block
+  nsa = kind == "nsa"
+  own_window = kind == "window" or (nsa and not share_kv)
+  return Cache(
+    selected=None if kind == "window" else empty(capacity),
+    compressed=empty(compression.num_compressed_blocks(capacity, config))
+    if nsa
+    else None,
+    window=empty(config.window + extra) if own_window else None,
+    tail=empty(config.compression_block + extra) if nsa else None,
+    lengths=jnp.zeros(batch, jnp.int32),
+  )
+
+
+def num_bytes(cache: Any) -> int:
+  """Bytes of a cache, of a model's `cache` collection, or of their shapes.
+
+  Args:
+    cache: a pytree of arrays, or of what `jax.eval_shape` gives for them.
+
+  Example:
+    >>> import functools, jax
+    >>> from nsa_jax import NSAConfig, cache
+    >>> make = functools.partial(
+    ...   cache.init, 1, 65536, config=NSAConfig(), num_kv_heads=4,
+    ...   head_dim=128, dtype="bfloat16"
+    ... )
+    >>> cache.num_bytes(jax.eval_shape(make)) / 2**20  # MiB
+    137.06055068969727
+  """
+  return sum(
+    int(np.prod(leaf.shape)) * leaf.dtype.itemsize
+    for leaf in jax.tree.leaves(cache)
+  )
+
+
+def bytes_per_token(
+  *,
+  config: NSAConfig,
+  num_kv_heads: int,
+  head_dim: int,
+  value_head_dim: int | None = None,
+  kind: str = "nsa",
+  dtype: Any = jnp.float32,
+) -> float:
+  """Bytes by which a row of a cache grows with each token of capacity.
+
+      K (H + V) itemsize (1 + 1 / d)
+
+  without 1 / d for kind "full", and 0 for kind "window".
+
+  Args:
+    config: `compression_stride` (d) is read.
+    num_kv_heads: K.
+    head_dim: H.
+    value_head_dim: V; H by default.
+    kind: as in `init`.
+    dtype: of keys and values.
+
+  Raises:
+    ValueError: if an argument breaks a rule.
+
+  Example:
+    >>> from nsa_jax import NSAConfig, cache
+    >>> cache.bytes_per_token(
+    ...   config=NSAConfig(), num_kv_heads=4, head_dim=128, dtype="bfloat16"
+    ... )
+    2176.0
+  """
+  check_config(config)
+  _checks.choice("kind", kind, KINDS)
+  heads = _checks.static_int("num_kv_heads", num_kv_heads, 1)
+  width = _checks.static_int("head_dim", head_dim, 1)
+  if value_head_dim is None:
+    width *= 2
+  else:
+    width += _checks.static_int("value_head_dim", value_head_dim, 1)
+  row = heads * width * _checks.dtype("dtype", dtype).itemsize
+  rows = {"nsa": 1 + 1 / config.compression_stride, "full": 1, "window": 0}
+  return float(row * rows[kind])
+
+
+def append(
+  cache: Cache,
+  *,
+  config: NSAConfig,
+  compressed: KV | None = None,
+  selected: KV | None = None,
+  window: KV | None = None,
+  compress: Compress | None = None,
+  counts: Array | None = None,
+) -> Cache:
+  """Adds up to `max_append` tokens to every row.
+
+  Only the blocks that these tokens complete are compressed, at most
+  ceil(T / d) a call.
+
+  Args:
+    cache: of B rows.
+    config: that of `init`.
+    compressed: inputs of phi, keys [B, T, K, H] and values [B, T, K, V].
+    selected: keys and values of the selected branch (or of full attention).
+    window: keys and values of the window.
+    compress: phi: maps keys and values of (n - 1) d + l tokens and the index
+      of the first token of each block, int32 [B, n], to n blocks.
+    counts: int32 [B], how many of the T tokens are appended to each row, the
+      first ones; all by default. The others are not read.
+
+  Each of the four is None exactly where the cache has no field for it.
+
+  Returns:
+    The cache with longer rows. Where lengths are traced, tokens beyond the
+    capacity are dropped and `lengths` stays at the capacity: what was held
+    before is not touched. `attend` gives them 0.
+
+  Raises:
+    ValueError: if an argument does not fit, or, where lengths are concrete, if
+      the tokens do not fit into the capacity.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> from nsa_jax import KV, NSAConfig, cache, compress_mean
+    >>> config = NSAConfig(8, 4, 16, num_selected=4, window=16)
+    >>> held = cache.init(1, 64, config=config, num_kv_heads=1, head_dim=8)
+    >>> def phi(tokens, first):
+    ...   return KV(*(compress_mean(x, config=config) for x in tokens))
+    >>> new = KV(jnp.ones((1, 1, 1, 8)), jnp.ones((1, 1, 1, 8)))
+    >>> held = cache.append(
+    ...   held, config=config, compressed=new, selected=new, window=new,
+    ...   compress=phi
+    ... )
+    >>> held.lengths.tolist()
+    [1]
+  """
+  new = (selected, compressed, window)
+  cache, new, counts = _check_new(cache, new, compress, counts, config)
+  length = jax.tree.leaves(new)[0].shape[1]
+  most = max_append(cache, config)
+  if most is not None and length > most:
+    raise ValueError(
+      f"`append` of {length} tokens: at most `max_append`={most}; `prefill` "
+      "takes any number."
+    )
+  return _append(cache, new, compress, counts, config)
+
+
+def prefill(
+  cache: Cache,
+  *,
+  config: NSAConfig,
+  compressed: KV | None = None,
+  selected: KV | None = None,
+  window: KV | None = None,
+  compress: Compress | None = None,
+  counts: Array | None = None,
+) -> tuple[Cache, KV | None]:
+  """Adds any number of tokens to every row: a whole prompt, or a chunk of one.
+
+  The ring of the window keeps the last w + A - 1 tokens, of which the first
+  queries of a longer chunk need others: `attend` is therefore given the
+  window's keys and values that this function returns.
+
+  Args:
+    cache: of B rows.
+    config: that of `init`.
+    compressed: as in `append`, with any T; as are the others.
+    selected: keys and values of the selected branch (or of full attention).
+    window: keys and values of the window.
+    compress: phi.
+    counts: int32 [B], how many of the T tokens each row gets.
+
+  Returns:
+    The cache, as from `append`, and the argument `window` of `attend`: keys
+    and values [B, w - 1 + T, K, H or V] of the w - 1 tokens before the chunk
+    and of the chunk, or None if the cache has no ring for the window.
+
+  Raises:
+    ValueError: as `append`.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> from nsa_jax import KV, NSAConfig, cache, compress_mean
+    >>> config = NSAConfig(8, 4, 16, num_selected=4, window=16)
+    >>> held = cache.init(2, 64, config=config, num_kv_heads=1, head_dim=8)
+    >>> def phi(tokens, first):
+    ...   return KV(*(compress_mean(x, config=config) for x in tokens))
+    >>> new = KV(jnp.ones((2, 40, 1, 8)), jnp.ones((2, 40, 1, 8)))
+    >>> held, window = cache.prefill(
+    ...   held, config=config, compressed=new, selected=new, window=new,
+    ...   compress=phi, counts=jnp.array([40, 3])
+    ... )
+    >>> held.lengths.tolist(), window.key.shape
+    ([40, 3], (2, 55, 1, 8))
+  """
+  new = (selected, compressed, window)
+  cache, new, counts = _check_new(cache, new, compress, counts, config)
+  chunk = None
+  if cache.window is not None:
+    chunk = _with_last(cache.window, new[2], cache.lengths, config.window - 1)
+  return _append(cache, new, compress, counts, config), chunk
+
+
+def rewind(cache: _T, lengths: Array) -> _T:
+  """Forgets the newest tokens, for example rejected speculative ones.
+
+  Only `lengths` changes: blocks that are no longer complete are compressed
+  again when they are complete again.
+
+  The rings still hold what the next token needs if no more than `max_append`
+  tokens are taken back, counted from the longest that the row has been since it
+  was empty. Shorter rows must be rewound to 0, which empties them.
+
+  Args:
+    cache: a Cache, or any pytree of them, as the `cache` collection of a
+      model.
+    lengths: int32 [B] or (), the new lengths. A row that is not longer stays
+      as it is.
+
+  Returns:
+    The same pytree with the new lengths.
+
+  Raises:
+    ValueError: if a shape or dtype does not fit, or a concrete length is
+      negative.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> from nsa_jax import NSAConfig, cache
+    >>> held = cache.init(
+    ...   2, 64, config=NSAConfig(), num_kv_heads=1, head_dim=8
+    ... )._replace(lengths=jnp.array([9, 7]))
+    >>> cache.rewind(held, jnp.array([8, 8])).lengths.tolist()
+    [8, 7]
+  """
+  _checks.not_negative("lengths", lengths)
+  lengths = _checks.array("lengths", lengths, jnp.ndim(lengths), "[B]")
+
+  def one(part: Any) -> Any:
+    if not isinstance(part, Cache):
+      raise ValueError(
+        f"`cache` holds a {type(part).__name__}; it must be a pytree of Cache."
+      )
+    # The layers of a scanned model are stacked before the batch.
+    new = lengths
+    if new.ndim:
+      shape = part.lengths.shape[-1:]
+      new = _checks.integers("lengths", new, shape)
+    new = jnp.clip(new, 0, part.lengths).astype(jnp.int32)
+    return part._replace(lengths=new)
+
+  return jax.tree.map(one, cache, is_leaf=lambda x: isinstance(x, Cache))
+
+
+def attend(
+  query: Array,
+  cache: Cache,
+  gates: Array,
+  *,
+  config: NSAConfig,
+  query_offset: int | Array,
+  scale: float | None = None,
+  compressed_query: Array | None = None,
+  window: KV | None = None,
+  return_block_ids: bool = False,
+  implementation: Implementation = None,
+) -> Array | tuple[Array, Array]:
+  """Native Sparse Attention of the newest tokens over the cache (Eq. 5).
+
+  For inference: gradients are not promised.
+
+  Args:
+    query: [B, T, N, H], of tokens that the cache already holds.
+    cache: of kind "nsa", after `append` or `prefill`.
+    gates: [B, T, N, 3], as in `native_sparse_attention`.
+    config: that of `init`.
+    query_offset: position of the first query of each row, the length before
+      the append: int32 [B] or (). A Python integer is that of all rows; the
+      tokens beyond the last query are then not read at all, so that the prompt
+      at 0 costs what it costs without a cache.
+    scale: static softmax scale, 1/sqrt(H) by default.
+    compressed_query: [B, T, N, H], as in `native_sparse_attention`.
+    window: what `prefill` returned; needed for more than `max_append` queries
+      if the window has keys and values of its own.
+    return_block_ids: also return the ids of the selected blocks.
+    implementation: "xla", "reference", or a sequence of names; None is "xla"
+      for at most `max_append` queries, as in `native_sparse_attention` for
+      more.
+
+  Returns:
+    out [B, T, N, V] in the dtype of `query`, or (out, block_ids) with block_ids
+    int32 [B, T, K, n]. Queries at positions < 0 or >= `lengths`, such as the
+    padding of a ragged batch, get 0 and ids -1.
+
+  Raises:
+    ValueError: if an argument does not fit, with its name, value and the rule.
+    NotImplementedError: if no implementation asked for can do the call.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> from nsa_jax import NSAConfig, cache
+    >>> held = cache.init(
+    ...   1, 64, config=NSAConfig(), num_kv_heads=1, head_dim=8
+    ... )._replace(lengths=jnp.array([9]))
+    >>> query, gates = jnp.ones((1, 1, 4, 8)), jnp.ones((1, 1, 4, 3))
+    >>> cache.attend(
+    ...   query, held, gates, config=NSAConfig(), query_offset=jnp.array([8])
+    ... ).shape
+    (1, 1, 4, 8)
+  """
+  check_config(config)
+  if cache.selected is None or cache.compressed is None or cache.tail is None:
+    raise ValueError("`cache` must be of kind 'nsa': it lacks fields.")
+  query, selected = attention._pair("cache.selected", query, cache.selected)
+  batch, length = query.shape[:2]
+  gates = _checks.array("gates", gates, 4, "[B, T, N, 3]")
+  _checks.floating("gates", gates)
+  _checks.shape("gates", gates, (*query.shape[:3], 3), "[B, T, N, 3]")
+  if compressed_query is None:
+    compressed_query = query
+  else:
+    compressed_query = attention._same_as(
+      "compressed_query", compressed_query, "query", query
+    )
+  scale = _checks.scale(scale, query.shape[-1])
+  query_offset = attention._offset("query_offset", query_offset, ((), (batch,)))
+  most = max_append(cache, config)
+  few = most is not None and length <= most
+  if window is not None:
+    window = _window_rows(query, window)
+  if cache.window is not None and window is None and not few:
+    raise ValueError(
+      f"`query` has {length} tokens, more than `max_append`={most}: `window` "
+      "must be what `prefill` returned."
+    )
+
+  # What a static offset shows to lie beyond the last query is cut off.
+  key_length = selected.key.shape[1]
+  if isinstance(query_offset, int):
+    stop = max(query_offset + length, 1)
+    if few and window is None:  # which takes whole blocks
+      stop += -stop % config.selection_block
+    key_length = min(stop, key_length)
+  blocks = compression.num_compressed_blocks(key_length, config)
+  selected = _first(selected, key_length)
+  compressed = _first(cache.compressed, blocks)
+
+  if few and window is None:
+    out, ids = dispatch.call(
+      "decode_attention",
+      implementation,
+      query,
+      compressed,
+      selected,
+      cache.window,
+      gates,
+      jnp.broadcast_to(jnp.asarray(query_offset, jnp.int32), (batch,)),
+      cache.lengths,
+      config=config,
+      scale=scale,
+      compressed_query=compressed_query,
+    )
+    return (out, ids) if return_block_ids else out
+
+  # Rows beyond a row's length are masked here; a NaN there is read by none.
+  held = cache.lengths[:, None]
+  ends = compression.compressed_block_ends(key_length, config)
+  compressed = keep_rows(compressed, ends < held)
+  selected = keep_rows(selected, jnp.arange(key_length) < held)
+  common: dict[str, Any] = {
+    "config": config,
+    "scale": scale,
+    "query_offset": query_offset,
+    "implementation": implementation,
+  }
+  out_compressed, lse = attention.compressed_attention(
+    compressed_query, *compressed, key_length=key_length, **common
+  )
+  ids = attention.select_blocks(
+    compressed_query, compressed.key, lse, key_length=key_length, **common
+  )
+  out_selected, _ = attention.selected_attention(
+    query, *selected, ids, **common
+  )
+  if window is None:
+    out_window, _ = attention.window_attention(query, *selected, **common)
+  else:
+    out_window = _attend_window(query, window, cache.lengths, **common)
+  out = attention._gated_sum(gates, (out_compressed, out_selected, out_window))
+  positions = compression.query_positions(query_offset, batch, length)
+  real = _real(positions, cache.lengths)
+  out = attention._keep(out, real)
+  return (out, attention._keep(ids, real, -1)) if return_block_ids else out
+
+
+def attend_window(
+  query: Array,
+  cache: Cache,
+  *,
+  config: NSAConfig,
+  query_offset: int | Array,
+  scale: float | None = None,
+  window: KV | None = None,
+  implementation: Implementation = None,
+) -> Array:
+  """Window attention of the newest tokens over a cache of kind "window".
+
+  Args:
+    query: [B, T, N, H], of tokens that the cache already holds.
+    cache: after `append` or `prefill`.
+    config: that of `init`.
+    query_offset: as in `attend`; as are the others.
+    scale: static softmax scale, 1/sqrt(H) by default.
+    window: what `prefill` returned, for more than `max_append` queries.
+    implementation: as in `window_attention`.
+
+  Returns:
+    out [B, T, N, V]; 0 at positions < 0 or >= `lengths`.
+
+  Raises:
+    ValueError: if an argument does not fit, with its name, value and the rule.
+    NotImplementedError: if no implementation asked for can do the call.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> from nsa_jax import NSAConfig, cache
+    >>> held = cache.init(
+    ...   1, 64, config=NSAConfig(), num_kv_heads=1, head_dim=8, kind="window"
+    ... )._replace(lengths=jnp.array([9]))
+    >>> cache.attend_window(
+    ...   jnp.ones((1, 1, 4, 8)), held, config=NSAConfig(), query_offset=8
+    ... ).shape
+    (1, 1, 4, 8)
+  """
+  check_config(config)
+  if cache.window is None:
+    raise ValueError("`cache` must be of kind 'window': it has no `window`.")
+  query, _ = attention._pair("cache.window", query, cache.window)
+  batch, length = query.shape[:2]
+  query_offset = attention._offset("query_offset", query_offset, ((), (batch,)))
+  if window is None:
+    most = max_append(cache, config)
+    if most is not None and length > most:
+      raise ValueError(
+        f"`query` has {length} tokens, more than `max_append`={most}: "
+        "`window` must be what `prefill` returned."
+      )
+    before = config.window - 1
+    token = compression.query_positions(
+      query_offset - before, batch, before + length
+    )
+    window = ring(cache.window, token)
+  out = _attend_window(
+    query,
+    _window_rows(query, window),
+    cache.lengths,
+    config=config,
+    scale=scale,
+    query_offset=query_offset,
+    implementation=implementation,
+  )
+  positions = compression.query_positions(query_offset, batch, length)
+  return attention._keep(out, _real(positions, cache.lengths))
+
+
+def attend_full(
+  query: Array,
+  cache: Cache,
+  *,
+  query_offset: int | Array,
+  scale: float | None = None,
+) -> Array:
+  """Causal attention of the newest tokens to all tokens that a row holds.
+
+  Plain XLA in chunks of queries, for layers without a window.
+
+  Args:
+    query: [B, T, N, H], of tokens that the cache already holds.
+    cache: of kind "full" (or "nsa"), after `append` or `prefill`.
+    query_offset: as in `attend`.
+    scale: static softmax scale, 1/sqrt(H) by default.
+
+  Returns:
+    out [B, T, N, V]; 0 at positions < 0 or >= `lengths`.
+
+  Raises:
+    ValueError: if an argument does not fit, with its name, value and the rule.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> from nsa_jax import NSAConfig, cache
+    >>> held = cache.init(
+    ...   1, 64, config=NSAConfig(), num_kv_heads=1, head_dim=8, kind="full"
+    ... )._replace(lengths=jnp.array([9]))
+    >>> query = jnp.ones((1, 1, 4, 8))
+    >>> cache.attend_full(query, held, query_offset=8).shape
+    (1, 1, 4, 8)
+  """
+  if cache.selected is None:
+    raise ValueError("`cache` must be of kind 'full': it has no `selected`.")
+  query, selected = attention._pair("cache.selected", query, cache.selected)
+  batch, length = query.shape[:2]
+  query_offset = attention._offset("query_offset", query_offset, ((), (batch,)))
+  key_length = selected.key.shape[1]
+  if isinstance(query_offset, int):
+    key_length = min(max(query_offset + length, 1), key_length)
+  positions = compression.query_positions(query_offset, batch, length)
+  # Blocks of one token, all that end at or before the query: full attention.
+  out, _ = dispatch.call(
+    "compressed_attention",
+    "xla",
+    query,
+    *_first(selected, key_length),
+    config=NSAConfig(1, 1, 1),
+    key_length=key_length,
+    scale=_checks.scale(scale, query.shape[-1]),
+    queries=Queries(positions, None, None),
+  )
+  return attention._keep(out, _real(positions, cache.lengths))
+
+
+def max_append(cache: Cache, config: NSAConfig) -> int | None:
+  """A of a cache, from the sizes of its rings; None if it has no ring.
+
+  Args:
+    cache: made by `init`.
+    config: that of `init`.
+
+  Example:
+    >>> from nsa_jax import NSAConfig, cache
+    >>> cache.max_append(
+    ...   cache.init(
+    ...     1, 64, config=NSAConfig(), num_kv_heads=1, head_dim=8, max_append=4
+    ...   ),
+    ...   NSAConfig(),
+    ... )
+    4
+  """
+  check_config(config)
+  if cache.tail is not None:
+    return cache.tail.key.shape[1] - config.compression_block + 1
+  if cache.window is not None:
+    return cache.window.key.shape[1] - config.window + 1
+  return None
+
+
+def _window_rows(query, window):
+  """The argument `window` of `attend`, validated."""
+  _, window = attention._pair("window", query, window)
+  if window.key.shape[1] < query.shape[1]:
+    raise ValueError(
+      f"`window.key` of shape {window.key.shape} must have a row for each of "
+      f"the {query.shape[1]} queries: what `prefill` returned with them."
+    )
+  return window
+
+
+def _attend_window(
+  query, rows, lengths, *, config, scale, query_offset, implementation
+):
+  """Window attention over rows that end where the queries do, per row of B."""
+  length = query.shape[1]
+  before = rows.key.shape[1] - length
+  if isinstance(query_offset, int):  # Fewer tokens may be there at all.
+    before = min(before, max(query_offset, 0))
+    rows = KV(*(x[:, x.shape[1] - before - length :] for x in rows))
+  token = compression.query_positions(
+    query_offset - before, lengths.shape[0], before + length
+  )
+  known = _real(token, lengths)
+  # Of a static offset it is known that no position is negative, and padding at
+  # the end is in nobody's past.
+  static = isinstance(query_offset, int) and query_offset >= 0
+  out, _ = attention.window_attention(
+    query,
+    *keep_rows(rows, known),
+    config=config,
+    scale=scale,
+    query_offset=before,
+    segment_ids=None if static else known.astype(jnp.int32),
+    implementation=implementation,
+  )
+  return out
+
+
+def _check_new(cache, new, compress, counts, config):
+  """The cache, the appended tokens and `counts`, validated."""
+  check_config(config)
+  cache = jax.tree.map(jnp.asarray, cache)
+  batch = cache.lengths.shape[0]
+  fields = {
+    "selected": (cache.selected, new[0]),
+    "compressed": (cache.tail, new[1]),
+    "window": (cache.window, new[2]),
+  }
+  length = None
+  for name, (held, pair) in fields.items():
+    if held is None:
+      if pair is not None:
+        raise ValueError(f"`{name}` must be None: the cache does not keep it.")
+      continue
+    if not isinstance(pair, tuple) or len(pair) != 2:
+      raise ValueError(
+        f"`{name}` of type {type(pair).__name__} must be a KV(key, value) pair."
+      )
+    for part, old, x in zip(KV._fields, held, pair, strict=True):
+      label = f"{name}.{part}"
+      x = _checks.array(label, x, 4, "[B, T, K, H]")
+      length = length or x.shape[1]
+      _checks.shape(
+        label,
+        x,
+        (batch, length, *old.shape[2:]),
+        "B, K, H and V of the cache, and one T for all",
+      )
+      _checks.not_empty(label, x, axes=(1,))
+      if x.dtype != old.dtype:
+        raise ValueError(
+          f"`{label}` of dtype {x.dtype} must have the dtype of the cache, "
+          f"{old.dtype}."
+        )
+  if (compress is None) != (cache.tail is None):
+    raise ValueError(
+      f"`compress`={compress!r} must be a function for a cache of kind 'nsa', "
+      "and None for others."
+    )
+  new = jax.tree.map(jnp.asarray, new)
+  known = _checks.concrete(np.full(batch, length) if counts is None else counts)
+  if counts is None:
+    counts = jnp.full(batch, length, jnp.int32)
+  else:
+    counts = _checks.integers("counts", counts, (batch,))
+    if known is not None and (known.min() < 0 or known.max() > length):
+      raise ValueError(
+        f"`counts`={known.tolist()} must lie in [0, {length}], the tokens "
+        "given."
+      )
+    counts = counts.clip(0, length)
+  if cache.selected is not None and known is not None:
+    capacity = cache.selected.key.shape[1]
+    held = _checks.concrete(cache.lengths)
+    # Rows are at least empty, whatever their traced lengths are.
+    total = known + (0 if held is None else held)
+    if (total > capacity).any():
+      raise ValueError(
+        f"the cache's capacity of {capacity} tokens must hold {total.max()}: "
+        f"`lengths`={held if held is None else held.tolist()} and "
+        f"`counts`={known.tolist()} more."
+      )
+  return cache, new, counts
+
+
+def _append(cache, new, compress, counts, config):
+  selected, compressed, window = new
+  length = jax.tree.leaves(new)[0].shape[1]
+  lengths = cache.lengths
+  stop = lengths + counts
+  fields = {}
+  if cache.selected is not None:
+    capacity = cache.selected.key.shape[1]
+    stop = jnp.minimum(stop, capacity)
+    positions = compression.query_positions(lengths, *selected.key.shape[:2])
+    fields["selected"] = _write(
+      cache.selected, selected, positions, positions < stop[:, None]
+    )
+  if cache.window is not None:
+    fields["window"] = _write_ring(cache.window, window, lengths, stop)
+  if cache.tail is not None:
+    # The first incomplete block of a row starts after position length - l, so
+    # the last l - 1 tokens before the new ones are what is needed of the past.
+    span, stride = config.compression_block, config.compression_stride
+    blocks = -(-length // stride)  # that T tokens can complete
+    first = jnp.maximum((lengths - span) // stride + 1, 0)
+    index = compression.query_positions(first, first.shape[0], blocks)
+    tokens = _with_last(cache.tail, compressed, lengths, span - 1)
+    rows = compression.query_positions(
+      first * stride - lengths + span - 1,
+      first.shape[0],
+      (blocks - 1) * stride + span,
+    )
+    done = compress(take_rows(tokens, rows), index * stride)
+    complete = index * stride + span <= stop[:, None]
+    fields["compressed"] = _write(cache.compressed, done, index, complete)
+    fields["tail"] = _write_ring(cache.tail, compressed, lengths, stop)
+  return cache._replace(lengths=stop, **fields)
+
+
+def _write(held, new, rows, valid):
+  """Writes rows [B, n] of keys and values where they are valid."""
+
+  def one(held, new):
+    size = held.shape[1]
+    # Out of range is dropped. All different, so that the writes need no order.
+    place = jnp.where(valid, rows, size + jnp.arange(rows.shape[1]))
+    batch = jnp.arange(held.shape[0])[:, None]
+    return held.at[batch, place].set(new, mode="drop", unique_indices=True)
+
+  return jax.tree.map(one, held, new)
+
+
+def _write_ring(held, new, lengths, stop):
+  """Writes the newest rows, position p to row p % R."""
+  size, length = held.key.shape[1], new.key.shape[1]
+  positions = compression.query_positions(lengths, lengths.shape[0], length)
+  if length > size:  # The last ones that are no padding.
+    start = jnp.maximum(stop - size, lengths)
+    positions = compression.query_positions(start, lengths.shape[0], size)
+    new = take_rows(new, positions - lengths[:, None])
+  return _write(held, new, positions % size, positions < stop[:, None])
+
+
+def _with_last(held, new, lengths, count):
+  """The last `count` rows of a ring before the new ones, then those."""
+  token = compression.query_positions(lengths - count, lengths.shape[0], count)
+  last = ring(held, token)
+  return jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=1), last, new)
+
+
+def _real(positions, lengths):
+  """Which positions [B, n] a row holds."""
+  return (positions >= 0) & (positions < lengths[:, None])
+
+
+def _first(pair, length):
+  return KV(*(x[:, :length] for x in pair))
