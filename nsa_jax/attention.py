@@ -750,8 +750,8 @@ def _gated_sum(gates, branches):
   Forward it is one pass that reads three [T, N, V] tensors and writes one, the
   least there is. Backward the least is 7: the cotangent and the three outputs
   read, three cotangents written. On a GPU XLA makes it 7, and the sums over V
-  that the branches' backward passes begin with are in the same pass. On a CPU it
-  is 12: the products and the sums are apart, and each reads the cotangent. The
+  that the branches' backward passes begin with are in the same pass. On a CPU
+  it is 12: products and sums are apart, and each reads the cotangent. The
   checkpoint keeps float32 copies of the outputs from being stored between the
   passes.
   """

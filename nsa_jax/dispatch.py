@@ -15,7 +15,13 @@ from jax.ad_checkpoint import checkpoint_name
 
 from nsa_jax import compression, reference, xla
 from nsa_jax.config import NSAConfig
-from nsa_jax.typing import Array, Implementation, ImplementationName, Queries
+from nsa_jax.typing import (
+  KV,
+  Array,
+  Implementation,
+  ImplementationName,
+  Queries,
+)
 
 # `disabled_checks` of `jax.export.export` for programs that hold the kernels,
 # whose custom calls jax does not promise to keep: run such a program with the
@@ -201,6 +207,43 @@ def _triton_select_blocks(
   )
 
 
+def _triton_decode_attention(
+  query: Array,
+  compressed: KV,
+  selected: KV,
+  window: KV | None,
+  gates: Array,
+  query_offset: Array,
+  lengths: Array,
+  *,
+  config: NSAConfig,
+  scale: float,
+  compressed_query: Array,
+  elsewhere: Any = None,
+) -> tuple[Array, Array]:
+  import pallas_kernels
+
+  return pallas_kernels.decode_attention(
+    query,
+    *compressed,
+    *selected,
+    *(window or (None, None)),
+    gates,
+    query_offset,
+    lengths,
+    stride=config.compression_stride,
+    span=config.compression_block,
+    selection_block=config.selection_block,
+    num_selected=config.num_selected,
+    num_initial=config.num_initial,
+    num_local=config.num_local,
+    window=config.window,
+    scale=scale,
+    compressed_query=compressed_query,
+    elsewhere=elsewhere,
+  )
+
+
 _OPS: dict[str, dict[str, Callable[..., Any]]] = {
   op: {"reference": getattr(reference, op), "xla": getattr(xla, op)}
   for op in (
@@ -217,6 +260,7 @@ _OPS["selected_attention"]["triton"] = _triton_selected_attention
 _OPS["window_attention"]["triton"] = _triton_window_attention
 _OPS["window_attention"]["cudnn"] = _cudnn_window_attention
 _OPS["select_blocks"]["triton"] = _triton_select_blocks
+_OPS["decode_attention"]["triton"] = _triton_decode_attention
 
 
 def names(implementation: Implementation) -> Sequence[ImplementationName]:

@@ -53,8 +53,8 @@ class Elsewhere(NamedTuple):
   Attributes:
     function: f(query, key, value, *arguments) -> (out, lse), differentiable by
       jax; of `select_blocks`: f(query, compressed_key, lse, *arguments) -> ids;
-      of `decode_attention`: f(*arguments) -> (out, ids). It must not close over
-      traced values.
+      of `decode_attention`: f(query, compressed, selected, *arguments) -> (out,
+      ids), of pairs of keys and values. It must not close over traced values.
     arguments: pytrees of arrays that have no gradients.
   """
 
@@ -583,7 +583,9 @@ def decode_attention(
     function = elsewhere.function
     return by_platform(
       cuda=lambda arrays, _: forward(*arrays),
-      default=lambda _, arguments: function(*arguments),
+      default=lambda arrays, arguments: function(
+        arrays[0], *arrays[2:4], *arguments
+      ),
     )(arrays, arguments)
 
   @run.defjvp

@@ -9,14 +9,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import decode, harness, loss_curve, train_step, whole_op
+from benchmarks import (
+  decode,
+  harness,
+  loss_curve,
+  prefill,
+  train_step,
+  whole_op,
+)
 from examples import train_lm
 from nsa_jax import NSAConfig, TransformerConfig
 
 pytestmark = pytest.mark.usefixtures("fast_compilation")
 
 NSA = NSAConfig(8, 4, 16, num_selected=4, window=32)
-COMMANDS = (whole_op, train_step, loss_curve, decode)
+COMMANDS = (whole_op, train_step, loss_curve, decode, prefill)
 
 
 @pytest.mark.parametrize("module", COMMANDS)
@@ -384,3 +391,11 @@ def test_dense_decoding():
   want = jax.nn.dot_product_attention(x.query, key, value)
   for out in got:
     np.testing.assert_allclose(out, want, atol=1e-5)
+
+
+def test_prefill_in_chunks_is_the_whole(monkeypatch):
+  monkeypatch.setattr(harness, "device_ms", lambda f, *x, repeats: (f(*x), 2.0))
+  shape = prefill.Shape(48, 4, 2, 16, NSA, jnp.float32, "xla")
+  whole, chunks = prefill.measure(shape, (16,), 1)
+  assert (whole["ms"], chunks["ms"], chunks["over the whole"]) == (2, 6, 3)
+  assert chunks["relative difference of out"] < 1e-5
