@@ -157,8 +157,9 @@ class NativeSparseAttention(nn.Module):
 
     Returns:
       [B, T, D]. At padding: 0, or the bias. With `decode`, NaN for tokens that
-      the cache has no room for or that do not follow `prefix_length` others,
-      where no ValueError could be raised because lengths are traced.
+      the cache has no room for, that do not follow `prefix_length` others, or
+      that follow a rewind by too much, where no ValueError could be raised
+      because lengths are traced.
 
     Raises:
       ValueError: if an argument does not fit.
@@ -413,7 +414,7 @@ class Decoding(NamedTuple):
     """NaN at tokens that could not be appended where they should be."""
     held = self.held
     index = jnp.arange(out.shape[1])
-    lost = jnp.broadcast_to(self.offset != held.lengths, self.counts.shape)
+    lost = cache.too_short(held, held.lengths) | (self.offset != held.lengths)
     lost = lost[:, None]
     if held.selected is not None:
       lost |= held.lengths[:, None] + index >= held.selected.key.shape[1]
