@@ -64,8 +64,9 @@ class NativeSparseAttention(nn.Module):
     decode: append to a decode cache and attend over it. `init` with
       x [B, capacity, D] makes it in the collection `cache`; then
       `apply({"params": ..., "cache": ...}, x, mutable=["cache"])` takes the
-      next T >= 1 tokens of every row, a prompt or one token alike.
-      `nsa_jax.cache` has the functions below that, and `rewind`.
+      next T >= 1 tokens of every row, a prompt or one token alike. An empty
+      cache is all zeros, so the shapes that `jax.eval_shape` gives for `init`
+      suffice to make one. `nsa_jax.cache` has `rewind` and the functions below.
     max_append: tokens that `cache.rewind` can take back; up to as many are
       attended by the kernels for decoding, more as a prompt.
 
@@ -250,7 +251,13 @@ class NativeSparseAttention(nn.Module):
         **options,
       )
       if self.decode:
-        self._create_cache(tokens)
+        create_cache(
+          self,
+          tokens,
+          config=self.config,
+          max_append=self.max_append,
+          share_kv=self.share_kv,
+        )
     else:
       shift = positions - decoding.positions
       held, chunk = decoding.add(
@@ -275,15 +282,6 @@ class NativeSparseAttention(nn.Module):
       self.sow("intermediates", "block_ids", block_ids)
     out = dense(x.shape[-1], axis=(-2, -1), name="out")(out)
     return out if decoding is None else decoding.mark_lost(out)
-
-  def _create_cache(self, tokens):
-    create_cache(
-      self,
-      tokens,
-      config=self.config,
-      max_append=self.max_append,
-      share_kv=self.share_kv,
-    )
 
   def _token_keys(self, keys, positions):
     """Keys of the selected and of the window branch."""
