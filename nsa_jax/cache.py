@@ -50,6 +50,8 @@ class Cache(NamedTuple):
       p % (w + A - 1). None with `share_kv`: the window reads `selected`.
     tail: ring [B, l + A - 1, K, H or V] of the inputs of phi.
     lengths: int32 [B], tokens held by each row.
+    earliest: int32 [B], the shortest length other than 0 to which a row may be
+      rewound: the rings have lost what shorter ones need.
   """
 
   selected: KV | None
@@ -57,6 +59,7 @@ class Cache(NamedTuple):
   window: KV | None
   tail: KV | None
   lengths: Array
+  earliest: Array
 
 
 export.register_namedtuple_serialization(
@@ -139,6 +142,7 @@ def init(
     window=empty(config.window + extra) if own_window else None,
     tail=empty(config.compression_block + extra) if nsa else None,
     lengths=jnp.zeros(batch, jnp.int32),
+    earliest=jnp.zeros(batch, jnp.int32),
   )
 
 
@@ -156,7 +160,7 @@ def num_bytes(cache: Any) -> int:
     ...   head_dim=128, dtype="bfloat16"
     ... )
     >>> cache.num_bytes(jax.eval_shape(make)) / 2**20  # MiB
-    137.06055068969727
+    137.06055450439453
   """
   return sum(
     int(np.prod(leaf.shape)) * leaf.dtype.itemsize
@@ -338,7 +342,7 @@ def rewind(cache: _T, lengths: Array) -> _T:
 
   The rings still hold what the next token needs if no more than `max_append`
   tokens are taken back, counted from the longest that the row has been since it
-  was empty. Shorter rows must be rewound to 0, which empties them.
+  was empty: to `cache.earliest` at least, or to 0, which empties the row.
 
   Args:
     cache: a Cache, or any pytree of them, as the `cache` collection of a
@@ -351,7 +355,8 @@ def rewind(cache: _T, lengths: Array) -> _T:
 
   Raises:
     ValueError: if a shape or dtype does not fit, or a concrete length is
-      negative.
+      negative or too short. Where lengths are traced and too short, what is
+      attended next is undefined; the layers make it NaN.
 
   Example:
     >>> import jax.numpy as jnp
@@ -376,9 +381,35 @@ def rewind(cache: _T, lengths: Array) -> _T:
       shape = part.lengths.shape[-1:]
       new = _checks.integers("lengths", new, shape)
     new = jnp.clip(new, 0, part.lengths).astype(jnp.int32)
+    wrong = _checks.concrete(too_short(part, new))
+    if wrong is not None and wrong.any():
+      raise ValueError(
+        f"`lengths`={np.asarray(new).tolist()} must be 0 or at least "
+        f"{np.asarray(part.earliest).tolist()}: the rings have lost what "
+        "shorter rows need; a larger `max_append` keeps more."
+      )
     return part._replace(lengths=new)
 
   return jax.tree.map(one, cache, is_leaf=lambda x: isinstance(x, Cache))
+
+
+def too_short(cache: Cache, lengths: Array) -> Array:
+  """Which rows, bool [B], cannot go on from these lengths.
+
+  Args:
+    cache: whose `earliest` is read.
+    lengths: int32 [B].
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> from nsa_jax import NSAConfig, cache
+    >>> held = cache.init(
+    ...   3, 64, config=NSAConfig(), num_kv_heads=1, head_dim=8
+    ... )._replace(earliest=jnp.array([8, 8, 8]))
+    >>> cache.too_short(held, jnp.array([0, 7, 8])).tolist()
+    [False, True, False]
+  """
+  return (lengths > 0) & (lengths < cache.earliest)
 
 
 def attend(
@@ -722,7 +753,7 @@ def _check_new(cache, new, compress, counts, config):
     "compressed": (cache.tail, new[1]),
     "window": (cache.window, new[2]),
   }
-  length = None
+  length = 0
   for name, (held, pair) in fields.items():
     if held is None:
       if pair is not None:
@@ -811,6 +842,12 @@ def _append(cache, new, compress, counts, config):
     complete = index * stride + span <= stop[:, None]
     fields["compressed"] = _write(cache.compressed, done, index, complete)
     fields["tail"] = _write_ring(cache.tail, compressed, lengths, stop)
+  most = max_append(cache, config)
+  if most is not None:
+    new = jnp.maximum(stop - most, 0)
+    fields["earliest"] = jnp.where(
+      lengths > 0, jnp.maximum(cache.earliest, new), new
+    )
   return cache._replace(lengths=stop, **fields)
 
 

@@ -64,8 +64,9 @@ class NativeSparseAttention(nn.Module):
     decode: append to a decode cache and attend over it. `init` with
       x [B, capacity, D] makes it in the collection `cache`; then
       `apply({"params": ..., "cache": ...}, x, mutable=["cache"])` takes the
-      next T >= 1 tokens of every row, a prompt or one token alike.
-      `nsa_jax.cache` has the functions below that, and `rewind`.
+      next T >= 1 tokens of every row, a prompt or one token alike. An empty
+      cache is all zeros, so the shapes that `jax.eval_shape` gives for `init`
+      suffice to make one. `nsa_jax.cache` has `rewind` and the functions below.
     max_append: tokens that `cache.rewind` can take back; up to as many are
       attended by the kernels for decoding, more as a prompt.
 
@@ -157,8 +158,9 @@ class NativeSparseAttention(nn.Module):
 
     Returns:
       [B, T, D]. At padding: 0, or the bias. With `decode`, NaN for tokens that
-      the cache has no room for or that do not follow `prefix_length` others,
-      where no ValueError could be raised because lengths are traced.
+      the cache has no room for, that do not follow `prefix_length` others, or
+      that follow a rewind by too much, where no ValueError could be raised
+      because lengths are traced.
 
     Raises:
       ValueError: if an argument does not fit.
@@ -249,7 +251,13 @@ class NativeSparseAttention(nn.Module):
         **options,
       )
       if self.decode:
-        self._create_cache(tokens)
+        create_cache(
+          self,
+          tokens,
+          config=self.config,
+          max_append=self.max_append,
+          share_kv=self.share_kv,
+        )
     else:
       shift = positions - decoding.positions
       held, chunk = decoding.add(
@@ -274,15 +282,6 @@ class NativeSparseAttention(nn.Module):
       self.sow("intermediates", "block_ids", block_ids)
     out = dense(x.shape[-1], axis=(-2, -1), name="out")(out)
     return out if decoding is None else decoding.mark_lost(out)
-
-  def _create_cache(self, tokens):
-    create_cache(
-      self,
-      tokens,
-      config=self.config,
-      max_append=self.max_append,
-      share_kv=self.share_kv,
-    )
 
   def _token_keys(self, keys, positions):
     """Keys of the selected and of the window branch."""
@@ -413,7 +412,7 @@ class Decoding(NamedTuple):
     """NaN at tokens that could not be appended where they should be."""
     held = self.held
     index = jnp.arange(out.shape[1])
-    lost = jnp.broadcast_to(self.offset != held.lengths, self.counts.shape)
+    lost = cache.too_short(held, held.lengths) | (self.offset != held.lengths)
     lost = lost[:, None]
     if held.selected is not None:
       lost |= held.lengths[:, None] + index >= held.selected.key.shape[1]

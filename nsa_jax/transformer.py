@@ -71,7 +71,8 @@ class TransformerConfig:
     remat: "full" recomputes a block in the backward pass; "save_attention" as
       well, but keeps the results of the sparse attention and of the selection.
     scan_layers: one compiled block for all layers, which then share one kind
-      of attention; parameters get a leading axis of `num_layers`.
+      of attention; parameters get a leading axis of `num_layers`. So does a
+      decode cache, which the scan then copies at every step: better unrolled.
     dtype: of the computation and of the residual stream; norms, softmax and
       logits are in float32.
     param_dtype: of the parameters.

@@ -45,7 +45,7 @@ RAGGED = (
   (3, (1, 1)),
 )
 STEPS = ((1, (1, 1)),) * T
-CHUNKS = ((16, (16, 16)), (16, (16, 16)), (16, (8, 8)))
+CHUNKS = ((20, (20, 20)),) * 2
 
 
 def _draw(shapes, seed=0):
@@ -66,14 +66,16 @@ def _zeros(shapes):
 class Model:
   """A layer or model: the full pass, and calls with its cache."""
 
-  def __init__(self, make: Any, inputs: np.ndarray, capacity: int = T):
-    decoder = make(decode=True, max_append=MAX_APPEND)
+  def __init__(
+    self, make: Any, inputs: np.ndarray, max_append: int = MAX_APPEND
+  ):
+    decoder = make(decode=True, max_append=max_append)
     shapes = jax.eval_shape(
       decoder.init, jax.random.key(0), jnp.asarray(inputs[:, :1])
     )
     self.inputs = inputs
     params = _draw(shapes["params"])
-    sample = jnp.zeros((B, capacity, *inputs.shape[2:]), inputs.dtype)
+    sample = jnp.zeros((B, T, *inputs.shape[2:]), inputs.dtype)
     self.shapes = jax.eval_shape(decoder.init, jax.random.key(0), sample)
     self.empty = _zeros(self.shapes["cache"])
 
@@ -97,7 +99,7 @@ class Model:
     self.want = np.asarray(out)
     self.want_ids = _ids(updated.get("intermediates", {}))
 
-  def call(self, kv, at, size, counts, poison=np.nan, **kwargs):
+  def call(self, kv, at, size, counts, ragged=True, **kwargs):
     """Appends `counts` tokens from positions `at` [B] on; checks the result."""
     counts = np.asarray(counts)
     rows = at[:, None] + np.arange(size)
@@ -105,8 +107,9 @@ class Model:
     index = np.arange(B)[:, None], rows.clip(0, self.inputs.shape[1] - 1)
     new = self.inputs[index]
     if np.issubdtype(new.dtype, np.floating):
-      new = np.where(real[..., None], new, poison)
-    ids = None if counts.min() == size else np.int32(real)
+      new = np.where(real[..., None], new, np.nan)
+    # Rarely without, as each way is compiled.
+    ids = real.astype(np.int32) if ragged else None
     out, kv, sown = self.step(kv, new, ids, **kwargs)
     np.testing.assert_allclose(
       np.asarray(out)[real], self.want[index][real], atol=1e-5, rtol=1e-6
@@ -119,10 +122,10 @@ class Model:
       )
     return kv, at + counts
 
-  def run(self, schedule, kv=None, at=(0, 0)):
+  def run(self, schedule, kv=None, at=(0, 0), **kwargs):
     kv, at = self.empty if kv is None else kv, np.asarray(at)
     for size, counts in schedule:
-      kv, at = self.call(kv, at, size, counts)
+      kv, at = self.call(kv, at, size, counts, **kwargs)
     return kv, at
 
 
@@ -139,7 +142,7 @@ def _x(seed=0):
 
 
 @functools.cache
-def _layer(**overrides: Any) -> Model:
+def _layer(max_append: int = MAX_APPEND, **overrides: Any) -> Model:
   fields = {
     "num_heads": 4,
     "num_kv_heads": 2,
@@ -148,7 +151,8 @@ def _layer(**overrides: Any) -> Model:
     "implementation": "reference",
     **overrides,
   }
-  return Model(functools.partial(NativeSparseAttention, **fields), _x())
+  make = functools.partial(NativeSparseAttention, **fields)
+  return Model(make, _x(), max_append)
 
 
 @functools.cache
@@ -180,10 +184,16 @@ VARIANTS: dict[str, list[Any]] = {
   "value_head_dim": [None, 5],
   "implementation": ["xla", "reference"],
 }
-FAST = helpers.pairwise(VARIANTS)[::2]
-ALL = [
+PAIRWISE = helpers.pairwise(VARIANTS)
+# Every value once.
+FAST = [
   dict(zip(VARIANTS, row, strict=True))
-  for row in itertools.product(*VARIANTS.values())
+  for row in (
+    ("mlp", "block", False, False, None, "xla"),
+    ("linear", "tokens", True, True, 5, "reference"),
+    ("weighted", "none", True, False, 5, "xla"),
+    ("mean", "block", False, True, None, "reference"),
+  )
 ]
 fast_compilation = pytest.mark.usefixtures("fast_compilation")
 
@@ -204,7 +214,7 @@ def test_ragged_appends_equal_one_pass(variant):
 @pytest.mark.slow
 @fast_compilation
 @pytest.mark.parametrize("schedule", [RAGGED, STEPS, CHUNKS])
-@pytest.mark.parametrize("variant", ALL, ids=_name)
+@pytest.mark.parametrize("variant", PAIRWISE, ids=_name)
 def test_every_append_equals_one_pass(variant, schedule):
   _layer(**variant).run(schedule)
 
@@ -212,7 +222,7 @@ def test_every_append_equals_one_pass(variant, schedule):
 @fast_compilation
 @pytest.mark.parametrize("schedule", [STEPS, CHUNKS])
 def test_steps_and_chunks_equal_one_pass(schedule):
-  _layer(**FAST[0]).run(schedule)
+  _layer(**FAST[0]).run(schedule, ragged=False)
 
 
 @fast_compilation
@@ -220,8 +230,19 @@ def test_steps_and_chunks_equal_one_pass(schedule):
   "overrides",
   [
     {},
-    {"scan_layers": True, "attention": "nsa", "remat": "full"},
-    {"implementation": "xla", "value_head_dim": 5, "rope": None},
+    {
+      "scan_layers": True,
+      "num_layers": 2,
+      "attention": "nsa",
+      "remat": "full",
+    },
+    {
+      "implementation": "xla",
+      "num_layers": 2,
+      "attention": ("full", "window"),
+      "value_head_dim": 5,
+      "rope": None,
+    },
   ],
   ids=["mixed", "scan", "xla"],
 )
@@ -232,11 +253,11 @@ def test_model_logits_equal_one_pass(overrides):
 @fast_compilation
 def test_a_prefix_known_when_tracing():
   """Chunks at static starts, in a cache that held something else before."""
-  for model in (_model(), _layer(), _layer(share_kv=True)):
+  for model in (_model(), _layer(**FAST[1])):
     kv, _ = model.run(RAGGED)
     at = np.zeros(B, int)
-    for start, counts in ((0, (16, 9)), (16, (16, 0)), (32, (8, 0))):
-      kv, at = model.call(kv, at, 16, counts, prefix_length=start)
+    for start, counts in ((0, (11, 9)), (11, (11, 0))):
+      kv, at = model.call(kv, at, 11, counts, prefix_length=start)
     # Row 1 goes on where it stopped.
     model.run([(11, (0, 11)), (3, (0, 3))], kv, at)
 
@@ -246,21 +267,97 @@ def test_a_prefix_known_when_tracing():
 def test_rewinding_rejected_tokens(kind):
   """Wrong tokens are appended and taken back, at every kind of boundary."""
   model, poison = (_layer(), np.nan) if kind == "layer" else (_model(), None)
-  for length in (0, 1, 3, 4, 5, 6, 7, 8, 9, 15, 16, 17, 33):
+  for length in (0, 1, 2, 3, 4, 5, 7, 8, 9, 16, 17, 33):
     step = model.step
-    kv, _ = model.run([(16, (min(16, length),) * B)])
-    at = np.full(B, min(16, length))
+    kv, at = model.run([(11, (min(11, length),) * B)])
     while at[0] < length:
       kv, at = model.call(kv, at, 1, (1, 1))
     for kept in (0, 1, 2):
       wrong = model.inputs[:, length : length + 3].copy()
       wrong[:, kept:] = poison or (wrong[:, kept:] + 1) % VOCAB
-      _, kv, _ = step(kv, wrong)
+      _, kv, _ = step(kv, wrong, np.ones((B, 3), np.int32))
       kv = cache.rewind(kv, jnp.array([length + kept, length]))
       kv, at = model.run([(3, (0, kept))], kv, at + np.array([kept, 0]))
       kv = cache.rewind(kv, jnp.full(B, length))
       at = np.full(B, length)
     model.run([(1, (1, 1))] * 4 + [(3, (3, 3))], kv, at)
+
+
+# Geometries with l = d = l', l > 2 d, windows of 1 and beyond the rings, and no
+# initial block.
+GEOMETRIES = [
+  NSAConfig(8, 2, 8, num_selected=3, num_local=1, window=1),
+  NSAConfig(4, 4, 4, num_selected=3, window=5),
+  NSAConfig(2, 2, 4, num_selected=4, num_initial=0, window=20),
+  NSAConfig(1, 1, 1, num_selected=6, window=3),
+  NSAConfig(6, 3, 12, num_selected=2, num_local=1, window=9),
+]
+
+
+def _slow(parameters):
+  return [pytest.param(*p, marks=pytest.mark.slow) for p in parameters]
+
+
+@fast_compilation
+@pytest.mark.parametrize(
+  "config, max_append, rope_compressed, share_kv",
+  [
+    (GEOMETRIES[0], 5, "block", False),
+    (GEOMETRIES[1], 1, "none", True),
+    *_slow(
+      itertools.product(
+        GEOMETRIES, (1, 5), ("block", "tokens", "none"), (False, True)
+      )
+    ),
+  ],
+)
+def test_random_appends_and_rewinds(
+  config, max_append, rope_compressed, share_kv
+):
+  model = _layer(
+    max_append,
+    config=config,
+    rope_compressed=rope_compressed,
+    share_kv=share_kv,
+    implementation="xla",
+  )
+  rng = np.random.default_rng(0)
+  for _ in range(3):
+    kv, at, earliest = model.empty, np.zeros(B, int), np.zeros(B, int)
+    while (at < T).any():
+      size = int(rng.choice([1, max_append, 13]))
+      counts = np.minimum(rng.integers(0, size + 1, B), T - at)
+      kv, now = model.call(kv, at, size, counts)
+      least = np.maximum(now - max_append, 0)
+      earliest = np.where(at > 0, np.maximum(earliest, least), least)
+      np.testing.assert_array_equal(kv["kv"].earliest, earliest)
+      at = now
+      if rng.integers(4) == 0:
+        at = rng.integers(np.minimum(earliest, at), at + 1)
+        kv = cache.rewind(kv, jnp.asarray(at))
+
+
+@fast_compilation
+def test_rewinding_too_far_is_not_silent():
+  model = _layer()
+  kv, _ = model.run([(11, (11, 5))])
+  with pytest.raises(
+    ValueError, match=re.escape("`lengths`=[7, 5] must be 0 or at least [8, 2]")
+  ):
+    cache.rewind(kv, jnp.array([7, 5]))
+  # Not even in two steps; where lengths are traced, by NaN.
+  less = cache.rewind(kv, jnp.array([8, 2]))
+  less, _ = model.run([(1, (1, 1))], less, (8, 2))
+  with pytest.raises(ValueError, match=re.escape("at least [8, 2]")):
+    cache.rewind(less, jnp.array([7, 2]))
+  less = jax.jit(cache.rewind)(kv, jnp.array([7, 5]))
+  out, _, _ = model.step(less, model.inputs[:, 7:8], np.ones((B, 1), np.int32))
+  assert np.isnan(out[0]).all()
+  assert np.isfinite(out[1]).all()
+  # An empty row starts anew.
+  model.run(
+    [(11, (4, 1)), (1, (1, 1))], cache.rewind(kv, jnp.array([0, 5])), (0, 5)
+  )
 
 
 @fast_compilation
@@ -294,9 +391,10 @@ def _empty(capacity=T, **kwargs):
   return cache.init(B, capacity, config=CONFIG, **{**options, **kwargs})
 
 
-def _pair(length, seed=0, lead=(B,)):
+def _pair(length, seed=0):
   rng = np.random.default_rng(seed)
-  return KV(*np.float32(rng.normal(size=(2, *lead, length, 2, 8))))
+  key, value = rng.normal(size=(2, B, length, 2, 8)).astype(np.float32)
+  return KV(jnp.asarray(key), jnp.asarray(value))
 
 
 def _append(held, pair, function=cache.append, counts=None):
@@ -312,15 +410,24 @@ def _append(held, pair, function=cache.append, counts=None):
   )
 
 
-def _attend(held, length, offset, seed=1, **kwargs):
-  rng = np.random.default_rng(seed)
-  query = np.float32(rng.normal(size=(B, length, 4, 8)))
-  gates = np.float32(rng.uniform(size=(B, length, 4, 3)))
+@functools.partial(jax.jit, static_argnames=("length", "implementation"))
+def _attend(held, length, offset, window=None, implementation=None):
+  rng = np.random.default_rng(1)
+  query = rng.normal(size=(B, length, 4, 8)).astype(np.float32)
+  gates = rng.uniform(size=(B, length, 4, 3)).astype(np.float32)
   return cache.attend(
-    query, held, gates, config=CONFIG, query_offset=offset, **kwargs
+    jnp.asarray(query),
+    held,
+    jnp.asarray(gates),
+    config=CONFIG,
+    query_offset=offset,
+    window=window,
+    return_block_ids=True,
+    implementation=implementation,
   )
 
 
+@fast_compilation
 @pytest.mark.parametrize("share_kv", [False, True])
 def test_implementations_agree_on_poisoned_caches(share_kv):
   """Small and large T, through the ring or as a chunk; NaN where none reads."""
@@ -348,7 +455,6 @@ def test_implementations_agree_on_poisoned_caches(share_kv):
           held,
           length,
           jnp.array(offset),
-          return_block_ids=True,
           implementation=implementation,
         )
         at = offset[:, None] + np.arange(length)
@@ -362,7 +468,6 @@ def test_implementations_agree_on_poisoned_caches(share_kv):
         23,
         jnp.zeros(B, jnp.int32),
         window=chunk,
-        return_block_ids=True,
         implementation=implementation,
       )
     )
@@ -372,13 +477,14 @@ def test_implementations_agree_on_poisoned_caches(share_kv):
     helpers.assert_close(got[0], want[0], "float32")
 
 
+@fast_compilation
 def test_scan_vmap_and_jit_equal_a_loop():
   pair = _pair(12)
 
   def step(held, new):
     offset = held.lengths
     held = _append(held, new)
-    return held, _attend(held, 1, offset)
+    return held, _attend(held, 1, offset)[0]
 
   want, outs = _empty(), []
   for t in range(12):
@@ -399,22 +505,22 @@ def test_scan_vmap_and_jit_equal_a_loop():
   assert (mapped[:, 1] != mapped[:, 0]).any()
 
 
+@fast_compilation
 @pytest.mark.parametrize("length", [1, 3, 11])
 def test_only_counted_tokens_are_written(length):
   """The padding of a ragged batch overwrites nothing, wherever a row ends."""
   append = jax.jit(functools.partial(_append, function=cache.prefill))
   held, _ = append(_empty(), _pair(23), counts=np.array([23, 5]))
-  poisoned = KV(*np.full_like(_pair(length), np.nan))
+  poisoned = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), _pair(length))
   same, _ = append(held, poisoned, counts=np.array([0, 0]))
   helpers.assert_same_bits(same, held)
-  one = KV(*(x.copy() for x in poisoned))
-  for x, y in zip(one, _pair(1), strict=True):
-    x[:, :1] = y
+  one = jax.tree.map(lambda x, y: x.at[:, :1].set(y), poisoned, _pair(1))
   got, _ = append(held, one, counts=np.array([1, 1]))
   want, _ = append(held, _pair(1))
   helpers.assert_same_bits(got, want)
 
 
+@fast_compilation
 def test_traced_overflow_drops_what_does_not_fit():
   held, _ = _append(_empty(), _pair(38), cache.prefill)
   step = jax.jit(_append)
@@ -428,11 +534,11 @@ def test_traced_overflow_drops_what_does_not_fit():
     over.selected.key[:, :38], held.selected.key[:, :38]
   )
   np.testing.assert_array_equal(over.selected.key[:, 38:], _pair(3).key[:, :2])
-  assert not np.asarray(_attend(over, 1, jnp.array([T, T]))).any()
+  assert not np.asarray(_attend(over, 1, jnp.array([T, T]))[0]).any()
   # The layer says so.
   model = _layer()
-  kv, at = model.run([(16, (16, 16)), (16, (16, 10)), (16, (7, 7))])
-  out, kv, _ = model.step(kv, model.inputs[:, :3])
+  kv, at = model.run([(11, (11, 11)), *[(11, (11, 9))] * 2, (11, (6, 6))])
+  out, kv, _ = model.step(kv, model.inputs[:, :3], np.ones((B, 3), np.int32))
   assert np.isnan(out[0, 1:]).all()
   assert np.isfinite(out[0, 0]).all()
   assert np.isfinite(out[1]).all()
@@ -459,7 +565,7 @@ def test_a_step_does_not_compress_the_past(length):
 
 def test_phi_gets_no_more_than_the_blocks_that_may_complete():
   for length, blocks in ((1, 1), (2, 1), (3, 2), (11, 6)):
-    seen = []
+    seen: list[int] = []
 
     def compress(tokens, first, seen=seen):
       seen.append(first.shape[1])
@@ -484,7 +590,7 @@ def test_a_donated_cache_is_updated_in_place(share_kv):
   def step(held, new):
     offset = held.lengths
     held = _append(held, new)
-    return held, _attend(held, 1, offset, implementation="xla")
+    return held, _attend(held, 1, offset, implementation="xla")[0]
 
   held = _empty(4096, share_kv=share_kv)
   memory = _compiled(step, held, _pair(1), donate_argnums=0).memory_analysis()
@@ -552,7 +658,7 @@ def test_bytes(kind, share_kv):
   rings = (512 + 4) * own_window + (32 + 4) * (kind == "nsa")
   # The last block has l tokens, not d: one compressed block less.
   blocks = kind == "nsa"
-  assert sizes[0] == 3 * (1024 * per_token + row * (rings - blocks) + 4)
+  assert sizes[0] == 3 * (1024 * per_token + row * (rings - blocks) + 8)
 
 
 def test_capacity_and_append_of_the_cache():
@@ -630,12 +736,18 @@ def test_capacity_and_append_of_the_cache():
       lambda: _attend(_empty(), 1, np.zeros(3, int)),
       "of shape (3,) must be an integer, or an integer array of shape () or",
     ),
-    (lambda: cache.rewind(_empty(), [-1, 0]), "`lengths` has the value -1"),
     (
-      lambda: cache.rewind(_empty(), np.zeros(3, int)),
+      lambda: cache.rewind(_empty(), jnp.array([-1, 0])),
+      "`lengths` has the value -1",
+    ),
+    (
+      lambda: cache.rewind(_empty(), jnp.zeros(3, int)),
       "`lengths` of shape (3,) must have shape (2)",
     ),
-    (lambda: cache.rewind({"a": jnp.ones(2)}, 0), "must be a pytree of Cache"),
+    (
+      lambda: cache.rewind({"a": jnp.ones(2)}, jnp.array(0)),
+      "must be a pytree of Cache",
+    ),
   ],
 )
 def test_messages(call, message):
@@ -657,7 +769,7 @@ def test_layer_messages():
     ({"x": x[:1, :4]}, "`x` has 1 rows, which must be the 2 of the cache"),
     ({"x": np.zeros((B, T + 1, D))}, "capacity of 40 tokens must hold 41"),
     (
-      {"segment_ids": np.int32([[1, 1, 0, 0], [0, 1, 1, 1]])},
+      {"segment_ids": np.array([[1, 1, 0, 0], [0, 1, 1, 1]])},
       "`segment_ids`[1]=[0, 1, 1, 1] must be one segment, then padding",
     ),
     ({"prefix_length": 4}, "`prefix_length`=4 must be what every row"),

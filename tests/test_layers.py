@@ -457,19 +457,12 @@ def test_nnx_recipe():
     ({"use_bias": None}, "`use_bias`=None must be True or False."),
     ({"implementation": "cuda"}, "`implementation`='cuda' must be None, one"),
     ({"decode": 1}, "`decode`=1 must be True or False."),
+    ({"max_append": 0}, "`max_append`=0 must be at least 1."),
   ],
 )
 def test_attribute_messages(fields, message):
   with pytest.raises(ValueError, match=re.escape(message)):
     _layer(**fields)
-
-
-def test_decode_is_not_implemented():
-  with pytest.raises(
-    NotImplementedError,
-    match="`decode`=True: the decode cache is not in this version",
-  ):
-    _layer(decode=True)
 
 
 def test_odd_head_dim_without_rope():
