@@ -52,9 +52,11 @@ def tokens(seed: Any, shape: Shape) -> Tokens:
     size = (1, shape.length, heads, width)
     return jax.random.normal(next(keys), size, dtype)
 
-  pairs = [KV(normal(shape.kv_heads), normal(shape.kv_heads)) for _ in range(3)]
+  def pair():
+    return KV(normal(shape.kv_heads), normal(shape.kv_heads))
+
   gates = jax.nn.sigmoid(normal(shape.heads, 3, jnp.float32))
-  return Tokens(normal(shape.heads), *pairs, gates)
+  return Tokens(normal(shape.heads), pair(), pair(), pair(), gates)
 
 
 def empty(shape: Shape) -> cache.Cache:

@@ -475,7 +475,7 @@ def window_attention(
     value: [B, S, K, V].
     config: only `window` is read.
     scale: static softmax scale, 1/sqrt(H) by default.
-    key_offset: position of the first key, int or int32 of shape ().
+    key_offset: position of the first key, int or int32 () or [B].
     query_offset: position of the first query, int or int32 () or [B];
       key_offset + S - T by default.
     segment_ids: int32 [B, S], contiguous runs, of any alignment here; 0 is
@@ -504,7 +504,7 @@ def window_attention(
   """
   check_config(config)
   query, key, value = _attention_inputs(query, key, value)
-  key_offset = _offset("key_offset", key_offset, ((),))
+  key_offset = _offset("key_offset", key_offset, ((), query.shape[:1]))
   rows = _query_rows(
     query,
     key.shape[1],
@@ -562,11 +562,12 @@ def _query_rows(
   # positions fit int32.
   query_offset = jnp.clip(query_offset, first - length, stop)
   positions = compression.query_positions(query_offset, batch, length)
+  first, stop, start = (_column(x) for x in (first, stop, key_offset))
   real = last = read = None
   if not inside:
     real = (positions >= first) & (positions < stop)
   if not all_read:
-    token = key_offset + jnp.arange(key_length)
+    token = start + jnp.arange(key_length)
     none = positions[:, :1] >= stop
     last = jnp.where(none, -1, positions[:, -1:])
     read = (token >= 0) & (token <= last)
@@ -580,7 +581,7 @@ def _query_rows(
     alignment = config.selection_block if config is not None else 1
     _checks.segments(segment_ids, alignment)
     if query_segment_ids is None:
-      at = (positions - key_offset).clip(0, key_length - 1)
+      at = (positions - start).clip(0, key_length - 1)
       query_segments = jnp.take_along_axis(key_segments, at, axis=1)
     else:
       query_segments = _checks.integers(
@@ -603,6 +604,11 @@ def _query_rows(
     read,
     last,
   )
+
+
+def _column(offset):
+  """An offset that broadcasts against [B, ...]."""
+  return offset[:, None] if jnp.ndim(offset) else offset
 
 
 def _offset(name, value, shapes):

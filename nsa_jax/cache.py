@@ -727,17 +727,13 @@ def _attend_window(
   token = compression.query_positions(
     query_offset - before, lengths.shape[0], before + length
   )
-  known = _real(token, lengths)
-  # Of a static offset it is known that no position is negative, and padding at
-  # the end is in nobody's past.
-  static = isinstance(query_offset, int) and query_offset >= 0
   out, _ = attention.window_attention(
     query,
-    *keep_rows(rows, known),
+    *keep_rows(rows, _real(token, lengths)),
     config=config,
     scale=scale,
-    query_offset=before,
-    segment_ids=None if static else known.astype(jnp.int32),
+    key_offset=query_offset - before,
+    query_offset=query_offset,
     implementation=implementation,
   )
   return out

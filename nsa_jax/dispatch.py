@@ -225,9 +225,12 @@ def _triton_decode_attention(
 
   return pallas_kernels.decode_attention(
     query,
-    *compressed,
-    *selected,
-    *(window or (None, None)),
+    compressed.key,
+    compressed.value,
+    selected.key,
+    selected.value,
+    None if window is None else window.key,
+    None if window is None else window.value,
     gates,
     query_offset,
     lengths,

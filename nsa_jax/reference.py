@@ -138,7 +138,7 @@ def window_attention(
   queries: Queries,
 ) -> tuple[Array, Array]:
   """Softmax attention over the last w tokens, the query's own included."""
-  token = key_offset + jnp.arange(key.shape[1])
+  token = jnp.reshape(key_offset, (-1, 1, 1)) + jnp.arange(key.shape[1])
   readable = _readable(token, *queries)
   readable &= (token > queries.positions[..., None] - config.window) & (
     token >= 0

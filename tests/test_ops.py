@@ -366,6 +366,26 @@ def test_key_offset_of_the_window(implementation: Any) -> None:
   halo = out[:, 3:], lse[:, 3:]
   helpers.assert_close(halo, whole, "float32", what="negative offset")
 
+  # Every row of a batch may have its own.
+  offsets = (first, -3)
+  starts = (start, -3)
+  rows = (inputs["query"][:, start:stop], *inputs["window"])
+  apart = attend(
+    *rows,
+    key_offset=helpers.int32(offsets),
+    query_offset=helpers.int32(starts),
+  )
+  for b, (key_offset, query_offset) in enumerate(
+    zip(offsets, starts, strict=True)
+  ):
+    alone = attend(*rows, key_offset=key_offset, query_offset=query_offset)
+    helpers.assert_close(
+      [x[b] for x in apart],
+      [x[b] for x in alone],
+      "float32",
+      what="offsets of rows",
+    )
+
 
 @pytest.mark.parametrize("key_offset", [4, -3])
 def test_key_offset_with_segments(implementation: Any, key_offset: int) -> None:

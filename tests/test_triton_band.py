@@ -165,12 +165,12 @@ def test_matches_reference_more(case: dict[str, Any]) -> None:
   _check_pair(case)
 
 
-@pytest.mark.parametrize("key_offset", [-6, 5])
-def test_halo_of_the_window(key_offset: int) -> None:
+@pytest.mark.parametrize("key_offset", [-6, [5, -6]], ids=str)
+def test_halo_of_the_window(key_offset: Any) -> None:
   """Keys that do not start at position 0; rows before it are no tokens."""
   call = {
     "key_offset": helpers.int32(key_offset),
-    "query_offset": helpers.int32([key_offset + 2, 20]),
+    "query_offset": helpers.int32([np.max(key_offset) + 2, 20]),
   }
   _check("window", _tiles(), call=call, batch=2, queries=24)
 

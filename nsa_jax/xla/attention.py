@@ -208,7 +208,7 @@ def window_attention(
   chunks = -(-length // rows)
   span = min(key_length, rows + config.window - 1)
   first = positions[:, :1] + rows * jnp.arange(chunks)  # [B, chunks]
-  start = first - (config.window - 1) - key_offset
+  start = first - (config.window - 1) - jnp.reshape(key_offset, (-1, 1))
   start = start.clip(0, key_length - span).T  # [chunks, B]
 
   def slices(x):
