@@ -1,6 +1,7 @@
 """The decode cache: many small appends equal one full pass, and cost little."""
 
 import functools
+import itertools
 import re
 from typing import Any
 
@@ -65,14 +66,16 @@ def _zeros(shapes):
 class Model:
   """A layer or model: the full pass, and calls with its cache."""
 
-  def __init__(self, make: Any, inputs: np.ndarray, capacity: int = T):
-    decoder = make(decode=True, max_append=MAX_APPEND)
+  def __init__(
+    self, make: Any, inputs: np.ndarray, max_append: int = MAX_APPEND
+  ):
+    decoder = make(decode=True, max_append=max_append)
     shapes = jax.eval_shape(
       decoder.init, jax.random.key(0), jnp.asarray(inputs[:, :1])
     )
     self.inputs = inputs
     params = _draw(shapes["params"])
-    sample = jnp.zeros((B, capacity, *inputs.shape[2:]), inputs.dtype)
+    sample = jnp.zeros((B, T, *inputs.shape[2:]), inputs.dtype)
     self.shapes = jax.eval_shape(decoder.init, jax.random.key(0), sample)
     self.empty = _zeros(self.shapes["cache"])
 
@@ -139,7 +142,7 @@ def _x(seed=0):
 
 
 @functools.cache
-def _layer(**overrides: Any) -> Model:
+def _layer(max_append: int = MAX_APPEND, **overrides: Any) -> Model:
   fields = {
     "num_heads": 4,
     "num_kv_heads": 2,
@@ -148,7 +151,8 @@ def _layer(**overrides: Any) -> Model:
     "implementation": "reference",
     **overrides,
   }
-  return Model(functools.partial(NativeSparseAttention, **fields), _x())
+  make = functools.partial(NativeSparseAttention, **fields)
+  return Model(make, _x(), max_append)
 
 
 @functools.cache
@@ -279,6 +283,60 @@ def test_rewinding_rejected_tokens(kind):
     model.run([(1, (1, 1))] * 4 + [(3, (3, 3))], kv, at)
 
 
+# Geometries with l = d = l', l > 2 d, windows of 1 and beyond the rings, and no
+# initial block.
+GEOMETRIES = [
+  NSAConfig(8, 2, 8, num_selected=3, num_local=1, window=1),
+  NSAConfig(4, 4, 4, num_selected=3, window=5),
+  NSAConfig(2, 2, 4, num_selected=4, num_initial=0, window=20),
+  NSAConfig(1, 1, 1, num_selected=6, window=3),
+  NSAConfig(6, 3, 12, num_selected=2, num_local=1, window=9),
+]
+
+
+def _slow(parameters):
+  return [pytest.param(*p, marks=pytest.mark.slow) for p in parameters]
+
+
+@fast_compilation
+@pytest.mark.parametrize(
+  "config, max_append, rope_compressed, share_kv",
+  [
+    (GEOMETRIES[0], 5, "block", False),
+    (GEOMETRIES[1], 1, "none", True),
+    *_slow(
+      itertools.product(
+        GEOMETRIES, (1, 5), ("block", "tokens", "none"), (False, True)
+      )
+    ),
+  ],
+)
+def test_random_appends_and_rewinds(
+  config, max_append, rope_compressed, share_kv
+):
+  model = _layer(
+    max_append,
+    config=config,
+    rope_compressed=rope_compressed,
+    share_kv=share_kv,
+    implementation="xla",
+  )
+  rng = np.random.default_rng(0)
+  for _ in range(3):
+    kv, at, earliest = model.empty, np.zeros(B, int), np.zeros(B, int)
+    while (at < T).any():
+      size = int(rng.choice([1, max_append, 13]))
+      counts = np.minimum(rng.integers(0, size + 1, B), T - at)
+      kv, now = model.call(kv, at, size, counts)
+      least = np.maximum(now - max_append, 0)
+      earliest = np.where(at > 0, np.maximum(earliest, least), least)
+      np.testing.assert_array_equal(kv["kv"].earliest, earliest)
+      at = now
+      if rng.integers(4) == 0:
+        at = rng.integers(np.minimum(earliest, at), at + 1)
+        kv = cache.rewind(kv, jnp.asarray(at))
+
+
 @fast_compilation
 def test_rewinding_too_far_is_not_silent():
   model = _layer()
@@ -369,6 +427,7 @@ def _attend(held, length, offset, window=None, implementation=None):
   )
 
 
+@fast_compilation
 @pytest.mark.parametrize("share_kv", [False, True])
 def test_implementations_agree_on_poisoned_caches(share_kv):
   """Small and large T, through the ring or as a chunk; NaN where none reads."""
@@ -418,6 +477,7 @@ def test_implementations_agree_on_poisoned_caches(share_kv):
     helpers.assert_close(got[0], want[0], "float32")
 
 
+@fast_compilation
 def test_scan_vmap_and_jit_equal_a_loop():
   pair = _pair(12)
 
@@ -445,6 +505,7 @@ def test_scan_vmap_and_jit_equal_a_loop():
   assert (mapped[:, 1] != mapped[:, 0]).any()
 
 
+@fast_compilation
 @pytest.mark.parametrize("length", [1, 3, 11])
 def test_only_counted_tokens_are_written(length):
   """The padding of a ragged batch overwrites nothing, wherever a row ends."""
@@ -459,6 +520,7 @@ def test_only_counted_tokens_are_written(length):
   helpers.assert_same_bits(got, want)
 
 
+@fast_compilation
 def test_traced_overflow_drops_what_does_not_fit():
   held, _ = _append(_empty(), _pair(38), cache.prefill)
   step = jax.jit(_append)
