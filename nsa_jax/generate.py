@@ -94,7 +94,7 @@ def generate(
     key: `jax.random.key`, or a seed in [0, 2**32).
     capacity: tokens that the cache has room for, at least P + max_new_tokens,
       the default. Memory and, without kernels, the time of a step grow with it;
-      but with a fixed one all calls share one compiled loop.
+      but with a fixed one all calls with B rows share one compiled loop.
     prefill_chunk: tokens of the prompts that are read at once, all by default.
       Bounds the memory of long prompts.
     stream: called with the new tokens of every step in turn, int32 [B] on the
@@ -106,8 +106,7 @@ def generate(
       arrive together.
 
   Returns:
-    Generated. A token is -1 where the logits held a NaN, as is the rest of the
-    row.
+    Generated. A token is -1 where the logits held a NaN.
 
   Raises:
     ValueError: if an argument does not fit, before anything runs.

@@ -1,5 +1,6 @@
 """Generation: the loop, the sampler, the example that completes text."""
 
+import dataclasses
 import io
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +14,7 @@ import pytest
 from examples import generate as example
 from examples import train_lm
 from nsa_jax import NSAConfig, TransformerConfig, TransformerLM, generate
-from nsa_jax.generate import _sample, filter_logits
+from nsa_jax.generate import _decode, _init, _sample, _State, filter_logits
 from tests import tiny_run
 
 pytestmark = pytest.mark.usefixtures("fast_compilation")
@@ -234,6 +235,28 @@ def test_the_same_shapes_compile_once():
   # Another length of prompts is read by another program; the loop stays.
   _run(prompts=[[1] * 5] * 3, **options)
   assert len(TRACES) == before + 1
+
+
+def test_the_loop_updates_the_cache_in_place():
+  model = TransformerLM(tiny_run.CONFIG, decode=True)
+  model = model.clone(config=dataclasses.replace(model.config, attention="nsa"))
+  batch, capacity = 2, 4096
+  _, cache = _init.eval_shape(model, batch, capacity)
+  state = _State(
+    cache,
+    tokens=jnp.zeros((batch, capacity), jnp.int32),
+    lengths=jnp.ones(batch, jnp.int32),
+    live=jnp.ones(batch, bool),
+    step=jnp.int32(0),
+  )
+  params = jax.eval_shape(model.init, jax.random.key(0), state.tokens)["params"]
+  lowered = _decode.lower(
+    model, params, state, 1, jax.random.key(0), 1.0, None, None, 3
+  )
+  memory: Any = lowered.compile().memory_analysis()
+  size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache))
+  assert memory.alias_size_in_bytes >= size
+  assert memory.temp_size_in_bytes < size / 4
 
 
 def test_logits_with_nan_give_no_token():
