@@ -34,7 +34,13 @@ import optax
 import orbax.checkpoint as ocp
 import tqdm
 
-from nsa_jax import NSAConfig, TransformerConfig, TransformerLM
+from nsa_jax import (
+  Implementation,
+  NSAConfig,
+  RopeConfig,
+  TransformerConfig,
+  TransformerLM,
+)
 
 Params: TypeAlias = Any
 State: TypeAlias = dict[str, Any]  # "params" and "opt_state"
@@ -433,6 +439,53 @@ def run_config(
     "corpus": corpus.digest(),
     **{name: getattr(args, name) for name in names},
   }
+
+
+def load_model(
+  out: str, implementation: Implementation = None
+) -> tuple[TransformerLM, Params, int]:
+  """The model of a run, and the parameters and step of its last checkpoint.
+
+  Args:
+    out: folder of the run.
+    implementation: of the attention; a checkpoint does not say.
+
+  Raises:
+    UsageError: if there is no checkpoint.
+  """
+  checkpoints = pathlib.Path(out).absolute() / "checkpoints"
+  if not checkpoints.is_dir():
+    raise UsageError(f"no checkpoint in {out}; train_lm.py writes them.")
+  options = ocp.CheckpointManagerOptions(create=False)
+  with ocp.CheckpointManager(checkpoints, options=options) as manager:
+    step = manager.latest_step()
+    if step is None:
+      raise UsageError(f"no checkpoint in {out} yet.")
+    fields = manager.restore(
+      step, args=ocp.args.Composite(config=ocp.args.JsonRestore())
+    ).config["model"]
+    fields["nsa"] = NSAConfig(**fields["nsa"])
+    if fields["rope"] is not None:
+      fields["rope"] = RopeConfig(**fields["rope"])
+    model = TransformerLM(
+      TransformerConfig(**fields, implementation=implementation)
+    )
+    # The optimiser's state stays on the disk. What is read comes to this
+    # device, wherever it was written.
+    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), tokens)
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    like = jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device),
+      {"params": shapes["params"]},
+    )
+    restore = ocp.args.PyTreeRestore(
+      item=like,
+      restore_args=ocp.checkpoint_utils.construct_restore_args(like),
+      partial_restore=True,
+    )
+    state = manager.restore(step, args=ocp.args.Composite(state=restore)).state
+  return model, state["params"], step
 
 
 def plot(run: Run, bigram: float, title: str) -> pathlib.Path:

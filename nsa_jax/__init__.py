@@ -22,6 +22,7 @@ from nsa_jax.compression import (
 )
 from nsa_jax.config import NSAConfig
 from nsa_jax.dispatch import EXPORT_DISABLED_CHECKS
+from nsa_jax.generate import generate
 from nsa_jax.layers import NativeSparseAttention
 from nsa_jax.rope import RopeConfig, apply_rope
 from nsa_jax.transformer import TransformerConfig, TransformerLM
@@ -46,6 +47,7 @@ __all__ = [
   "compress_mlp",
   "compress_weighted",
   "compressed_attention",
+  "generate",
   "native_sparse_attention",
   "num_compressed_blocks",
   "num_selection_blocks",

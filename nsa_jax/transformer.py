@@ -1,8 +1,8 @@
 """Decoder language model (Flax linen) with sparse or dense attention per layer.
 
 Pre-norm RMSNorm and SwiGLU around `NativeSparseAttention`, or around full or
-window attention with the same kind of projections as baselines. Training and
-sampling are in `examples/`.
+window attention with the same kind of projections as baselines. Sampling is in
+`nsa_jax.generate`, training in `examples/`.
 """
 
 import dataclasses

@@ -9,6 +9,8 @@ import tomllib
 
 import pytest
 
+from tests import tiny_run
+
 # What is shown is that the blocks run.
 pytestmark = pytest.mark.usefixtures("fast_compilation")
 
@@ -31,6 +33,7 @@ SHORT = {
     "--steps=6 --seq-len=384 --batch-size=1 --max-bytes=200000"
     " --eval-batches=1 --sample-bytes=8"
   ),
+  "generate.py": "--max-new-tokens=8",
 }
 
 
@@ -38,8 +41,16 @@ def test_blocks_are_of_known_languages():
   assert {language for language, _ in BLOCKS} == {"bash", "python"}
 
 
+def _folder(tmp_path, uses_run):
+  """Where a block runs: beside the trained model that it may read."""
+  if uses_run:
+    tiny_run.save(tmp_path / "runs" / "train_lm")
+  return tmp_path
+
+
 @pytest.mark.parametrize("code", PYTHON, ids=range(len(PYTHON)))
-def test_python(code):
+def test_python(code, tmp_path, monkeypatch):
+  monkeypatch.chdir(_folder(tmp_path, "runs/train_lm" in code))
   exec(compile(code, "README.md", "exec"), {"__name__": "readme"})
 
 
@@ -49,11 +60,11 @@ def test_command(command, tmp_path, script_environment):
   if program == "python":
     script = ROOT / arguments[0]
     short = shlex.split(SHORT.get(script.name, ""))
-    if "--out" not in arguments:
+    if script.name == "train_lm.py" and "--out" not in arguments:
       short.append(f"--out={tmp_path / 'run'}")
     subprocess.run(
       [sys.executable, script, *arguments[1:], *short],
-      cwd=tmp_path,
+      cwd=_folder(tmp_path, script.name == "generate.py"),
       env=script_environment,
       check=True,
       capture_output=True,

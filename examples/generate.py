@@ -1,0 +1,156 @@
+"""Continue text with a model that train_lm.py has trained.
+
+    python examples/train_lm.py
+    python examples/generate.py --prompt "def main"
+    head -c 500 notes.txt | python examples/generate.py --run runs/notes
+
+The text appears while it is sampled, byte by byte.
+"""
+
+import argparse
+import codecs
+import io
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from nsa_jax import generate
+
+if TYPE_CHECKING or __package__:
+  from examples import train_lm
+else:  # As a script: its folder is where modules are looked for.
+  import train_lm
+
+
+def make_printer() -> Callable[[bytes], None]:
+  """A function that shows bytes as they come; with none, it shows the rest.
+
+  A character appears with its last byte. What is no UTF-8, and control
+  characters, which might speak to the terminal, appear as U+FFFD.
+  """
+  decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+  def show(data: bytes) -> None:
+    text = decoder.decode(data, final=not data)
+    safe = (c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
+    print("".join(safe), end="", flush=True)
+
+  return show
+
+
+def complete(args: argparse.Namespace) -> None:
+  """Prints the prompt and what the model makes of it."""
+  model, params, step = train_lm.load_model(args.run, args.implementation)
+  if args.prompt is None:
+    prompt = sys.stdin.buffer.read()
+  else:
+    prompt = os.fsencode(args.prompt)
+  if not prompt:
+    raise train_lm.UsageError("the prompt must have at least one byte.")
+  print(f"{args.run}, step {step}", file=sys.stderr)
+  show = make_printer()
+  started = False
+
+  def stream(tokens: np.ndarray) -> None:
+    nonlocal started
+    if not started:  # Wrong arguments leave no half output.
+      show(prompt)
+      started = True
+    show(bytes([tokens[0]]))
+
+  generate(
+    model,
+    params,
+    [list(prompt)],
+    max_new_tokens=args.max_new_tokens,
+    temperature=args.temperature,
+    top_k=args.top_k,
+    top_p=args.top_p,
+    key=args.seed,
+    stream=stream,
+  )
+  show(b"")
+  print()
+
+
+def make_parser() -> argparse.ArgumentParser:
+  parser = train_lm.Parser(
+    prog="generate.py",
+    description="Continue text with a model that train_lm.py has trained.",
+    allow_abbrev=False,
+  )
+  add = parser.add_argument
+  add(
+    "--run",
+    default="runs/train_lm",
+    metavar="DIR",
+    help="folder of the run, --out of train_lm.py (default: runs/train_lm)",
+  )
+  add(
+    "--prompt",
+    metavar="TEXT",
+    help="text to continue (default: what standard input holds)",
+  )
+  add(
+    "--max-new-tokens",
+    type=train_lm.positive(int),
+    default=400,
+    metavar="N",
+    help="bytes to add (default: 400)",
+  )
+  add(
+    "--temperature",
+    type=float,
+    default=0.8,
+    metavar="X",
+    help="of sampling; 0 takes the most likely byte (default: 0.8)",
+  )
+  add(
+    "--top-k",
+    type=int,
+    metavar="N",
+    help="sample among the N most likely bytes (default: all)",
+  )
+  add(
+    "--top-p",
+    type=float,
+    metavar="X",
+    help="sample among the most likely bytes that together have probability X "
+    "(default: all)",
+  )
+  add(
+    "--seed",
+    type=int,
+    default=0,
+    metavar="N",
+    help="another one gives another text (default: 0)",
+  )
+  add(
+    "--implementation",
+    choices=("reference", "xla", "triton"),
+    help="of the attention (default: the fastest that the device has)",
+  )
+  return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+  parser = make_parser()
+  args = parser.parse_args(argv)
+  if isinstance(sys.stdout, io.TextIOWrapper):  # It may know ASCII only.
+    sys.stdout.reconfigure(errors="replace")
+  try:
+    complete(args)
+  # What the library cannot do, or not with these values, it says in a sentence.
+  except (train_lm.UsageError, ValueError, NotImplementedError) as error:
+    parser.error(str(error))
+  except KeyboardInterrupt:
+    print()
+    return 130
+  return 0
+
+
+if __name__ == "__main__":
+  sys.exit(main())

@@ -1,0 +1,39 @@
+"""A run of train_lm.py that never trained: what reads its checkpoints."""
+
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from examples import train_lm
+from nsa_jax import TransformerConfig, TransformerLM
+
+STEP = 3
+CONFIG = TransformerConfig.preset(
+  "tiny", num_layers=1, model_dim=16, mlp_dim=16, attention="window"
+)
+
+
+def make_state() -> train_lm.State:
+  """Random parameters, large enough to give every byte a chance."""
+  tokens = jax.ShapeDtypeStruct((1, 8), jnp.int32)
+  shapes = jax.eval_shape(TransformerLM(CONFIG).init, jax.random.key(0), tokens)
+  rng = np.random.default_rng(0)
+  params = jax.tree.map(
+    lambda x: jnp.float32(rng.normal(size=x.shape)), shapes["params"]
+  )
+  optimizer = train_lm.make_optimizer(1e-3, 10)
+  return {"params": params, "opt_state": optimizer.init(params)}
+
+
+def save(folder: pathlib.Path) -> pathlib.Path:
+  args = train_lm.make_parser().parse_args([])
+  text = np.zeros(1, np.uint8)
+  config = train_lm.run_config(
+    args, CONFIG, train_lm.Corpus("none", text, text)
+  )
+  run = train_lm.Run(str(folder), config, resume=False)
+  run.save(STEP, make_state())
+  run.close()
+  return folder
