@@ -40,6 +40,7 @@ from nsa_jax import (
   RopeConfig,
   TransformerConfig,
   TransformerLM,
+  generate,
 )
 
 Params: TypeAlias = Any
@@ -266,17 +267,11 @@ def make_optimizer(
   )
 
 
-def next_byte_logits(
-  model: TransformerLM, params: Params, tokens: jax.Array
-) -> jax.Array:
-  return jnp.asarray(model.apply({"params": params}, tokens))
-
-
 def loss_fn(
   model: TransformerLM, params: Params, windows: jax.Array
 ) -> jax.Array:
   """Mean cross-entropy in nats per byte, windows [B, T + 1]."""
-  logits = next_byte_logits(model, params, windows[:, :-1])
+  logits = jnp.asarray(model.apply({"params": params}, windows[:, :-1]))
   losses = optax.softmax_cross_entropy_with_integer_labels(
     logits, windows[:, 1:]
   )
@@ -297,28 +292,6 @@ def make_train_step(
     return {"params": params, "opt_state": opt_state}, loss
 
   return train_step
-
-
-def make_sampler(
-  model: TransformerLM, prompt_len: int, temperature: float
-) -> Callable[[Params, jax.Array, jax.Array], jax.Array]:
-  """Fills a window of bytes from its prompt on.
-
-  Every byte recomputes the whole window: the simplest loop that is right,
-  since causality makes what still stands behind the prompt irrelevant.
-  """
-
-  def sample(params, window, key):
-    def body(i, window):
-      logits = next_byte_logits(model, params, window[None])[0, i - 1]
-      byte = jax.random.categorical(
-        jax.random.fold_in(key, i), logits / temperature
-      )
-      return window.at[i].set(byte)
-
-    return jax.lax.fori_loop(prompt_len, window.shape[0], body, window)
-
-  return sample
 
 
 # Runs.
@@ -740,12 +713,16 @@ def write_sample(
     prompt = corpus.validation[: min(64, args.seq_len // 2)]
   else:
     prompt = np.frombuffer(os.fsencode(args.prompt), np.uint8)
-  length = min(args.seq_len, len(prompt) + args.sample_bytes)
-  window = np.zeros(length, np.int32)
-  window[: len(prompt)] = prompt
-  sampler = jax.jit(make_sampler(model, len(prompt), args.temperature))
-  filled = np.asarray(sampler(params, window, jax.random.key(args.seed)))
-  text = filled.astype(np.uint8).tobytes()
+  room = args.seq_len - len(prompt)
+  out = generate(
+    model,
+    params,
+    [prompt.tolist()],
+    max_new_tokens=min(args.sample_bytes, room),
+    temperature=args.temperature,
+    key=args.seed,
+  )
+  text = np.asarray(out.tokens[0]).astype(np.uint8).tobytes()
   path = run.folder / "sample.txt"
   path.write_bytes(text)
   shown = text[len(prompt) :].decode(errors="replace")
