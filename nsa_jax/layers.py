@@ -278,8 +278,12 @@ class NativeSparseAttention(nn.Module):
       )
     if collected:
       out, block_ids = out
+      if decoding is not None:
+        block_ids = decoding.keep_new(block_ids, -1)
       self.sow("intermediates", "gates", gates)
       self.sow("intermediates", "block_ids", block_ids)
+    if decoding is not None:
+      out = decoding.keep_new(out)
     out = dense(x.shape[-1], axis=(-2, -1), name="out")(out)
     return out if decoding is None else decoding.mark_lost(out)
 
@@ -408,6 +412,14 @@ class Decoding(NamedTuple):
     module.put_variable("cache", "kv", held)
     return held, chunk
 
+  def keep_new(self, x: Array, fill: int = 0) -> Array:
+    """x [B, T, ...] with `fill` at padding.
+
+    With a static offset padding may lie where a row already holds tokens.
+    """
+    new = jnp.arange(x.shape[1]) < self.counts[:, None]
+    return jnp.where(new.reshape(*new.shape, *(1,) * (x.ndim - 2)), x, fill)
+
   def mark_lost(self, out: Array) -> Array:
     """NaN at tokens that could not be appended where they should be."""
     held = self.held
@@ -467,7 +479,7 @@ def begin_decoding(
           "then padding, with `decode`=True."
         )
   if prefix_length == 0:
-    held = cache.rewind(held, jnp.zeros((), jnp.int32))
+    held = cache.rewind(held, jnp.where(counts > 0, 0, held.lengths))
   offset = held.lengths if prefix_length is None else prefix_length
   lengths, new = _checks.concrete(held.lengths), _checks.concrete(counts)
   if prefix_length is not None and lengths is not None and new is not None:

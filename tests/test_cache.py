@@ -263,6 +263,22 @@ def test_a_prefix_known_when_tracing():
 
 
 @fast_compilation
+def test_a_prefix_concerns_rows_with_new_tokens_only():
+  """One row starts anew or goes on; the other keeps what it holds."""
+  model = _layer()
+  kv, _ = model.run([(11, (7, 3))])
+  ids = np.array([[0] * 11, [1] * 5 + [0] * 6], np.int32)
+  for start, end in ((0, 5), (5, 10)):
+    new = np.where(ids[..., None] > 0, model.inputs[:, start : start + 11], 0)
+    out, kv, sown = model.step(kv, new, ids, prefix_length=start)
+    assert kv["kv"].lengths.tolist() == [7, end]
+    np.testing.assert_allclose(out[1, :5], model.want[1, start:end], atol=1e-5)
+    assert not np.asarray(out)[ids == 0].any()
+    assert (np.asarray(sown["block_ids"][0])[ids == 0] == -1).all()
+  model.run([(1, (1, 1))], kv, (7, 10))
+
+
+@fast_compilation
 @pytest.mark.parametrize("kind", ["layer", "model"])
 def test_rewinding_rejected_tokens(kind):
   """Wrong tokens are appended and taken back, at every kind of boundary."""
