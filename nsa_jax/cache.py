@@ -51,7 +51,8 @@ class Cache(NamedTuple):
     tail: ring [B, l + A - 1, K, H or V] of the inputs of phi.
     lengths: int32 [B], tokens held by each row.
     earliest: int32 [B], the shortest length other than 0 to which a row may be
-      rewound: the rings have lost what shorter ones need.
+      rewound: the rings have lost what shorter ones need. The largest int32 if
+      a row went on from a shorter one: only emptying it helps.
   """
 
   selected: KV | None
@@ -367,8 +368,11 @@ def rewind(cache: _T, lengths: Array) -> _T:
     >>> cache.rewind(held, jnp.array([8, 8])).lengths.tolist()
     [8, 7]
   """
-  _checks.not_negative("lengths", lengths)
-  lengths = _checks.array("lengths", lengths, jnp.ndim(lengths), "[B]")
+  known = _checks.concrete(lengths)
+  if known is not None and known.size and known.min() < 0:
+    raise ValueError(
+      f"`lengths` has the value {known.min()}, which must be at least 0."
+    )
 
   def one(part: Any) -> Any:
     if not isinstance(part, Cache):
@@ -376,12 +380,10 @@ def rewind(cache: _T, lengths: Array) -> _T:
         f"`cache` holds a {type(part).__name__}; it must be a pytree of Cache."
       )
     # The layers of a scanned model are stacked before the batch.
-    new = lengths
-    if new.ndim:
-      shape = part.lengths.shape[-1:]
-      new = _checks.integers("lengths", new, shape)
-    new = jnp.clip(new, 0, part.lengths).astype(jnp.int32)
-    wrong = _checks.concrete(too_short(part, new))
+    shape = part.lengths.shape[-1:] if jnp.ndim(lengths) else ()
+    new = _checks.integers("lengths", lengths, shape)
+    new = jnp.clip(new, 0, part.lengths)
+    wrong = _checks.concrete(too_short(part, new) & (new < part.lengths))
     if wrong is not None and wrong.any():
       raise ValueError(
         f"`lengths`={np.asarray(new).tolist()} must be 0 or at least "
@@ -841,9 +843,12 @@ def _append(cache, new, compress, counts, config):
   most = max_append(cache, config)
   if most is not None:
     new = jnp.maximum(stop - most, 0)
-    fields["earliest"] = jnp.where(
-      lengths > 0, jnp.maximum(cache.earliest, new), new
-    )
+    earliest = jnp.where(lengths > 0, jnp.maximum(cache.earliest, new), new)
+    if cache.tail is not None:
+      # Blocks completed without what the tail has lost stay wrong.
+      lost = too_short(cache, lengths)
+      earliest = jnp.where(lost, _checks.INT32.max, earliest)
+    fields["earliest"] = earliest
   return cache._replace(lengths=stop, **fields)
 
 

@@ -367,13 +367,19 @@ def test_rewinding_too_far_is_not_silent():
   with pytest.raises(ValueError, match=re.escape("at least [8, 2]")):
     cache.rewind(less, jnp.array([7, 2]))
   less = jax.jit(cache.rewind)(kv, jnp.array([7, 5]))
-  out, _, _ = model.step(less, model.inputs[:, 7:8], np.ones((B, 1), np.int32))
-  assert np.isnan(out[0]).all()
-  assert np.isfinite(out[1]).all()
+  # It stays so once the row is long again: its blocks were completed wrongly.
+  for start in range(7, 22, 3):
+    new = model.inputs[:, start : start + 3]
+    out, less, _ = model.step(less, new, np.ones((B, 3), np.int32))
+    assert np.isnan(out[0]).all()
+    assert np.isfinite(out[1]).all()
   # An empty row starts anew.
   model.run(
     [(11, (4, 1)), (1, (1, 1))], cache.rewind(kv, jnp.array([0, 5])), (0, 5)
   )
+  # Rows may be rewound beside one that is lost.
+  less = cache.rewind(less, jnp.array([22, 19]))
+  assert less["kv"].lengths.tolist() == [22, 19]
 
 
 @fast_compilation
@@ -754,7 +760,11 @@ def test_capacity_and_append_of_the_cache():
     ),
     (
       lambda: cache.rewind(_empty(), jnp.array([-1, 0])),
-      "`lengths` has the value -1",
+      "`lengths` has the value -1, which must be at least 0",
+    ),
+    (
+      lambda: cache.rewind(_empty(), 1.5),
+      "`lengths` of dtype float32 must have an integer dtype",
     ),
     (
       lambda: cache.rewind(_empty(), jnp.zeros(3, int)),
