@@ -471,6 +471,7 @@ def attend(
     (1, 1, 4, 8)
   """
   check_config(config)
+  cache = jax.tree.map(jnp.asarray, cache)
   if cache.selected is None or cache.compressed is None or cache.tail is None:
     raise ValueError("`cache` must be of kind 'nsa': it lacks fields.")
   query, selected = attention._pair("cache.selected", query, cache.selected)
@@ -595,6 +596,7 @@ def attend_window(
     (1, 1, 4, 8)
   """
   check_config(config)
+  cache = jax.tree.map(jnp.asarray, cache)
   if cache.window is None:
     raise ValueError("`cache` must be of kind 'window': it has no `window`.")
   query, _ = attention._pair("cache.window", query, cache.window)
@@ -658,6 +660,7 @@ def attend_full(
     >>> cache.attend_full(query, held, query_offset=8).shape
     (1, 1, 4, 8)
   """
+  cache = jax.tree.map(jnp.asarray, cache)
   if cache.selected is None:
     raise ValueError("`cache` must be of kind 'full': it has no `selected`.")
   query, selected = attention._pair("cache.selected", query, cache.selected)
@@ -667,12 +670,15 @@ def attend_full(
   if isinstance(query_offset, int):
     key_length = min(max(query_offset + length, 1), key_length)
   positions = compression.query_positions(query_offset, batch, length)
+  # What a rewound token left behind may be NaN, and 0 * NaN is NaN.
+  held = jnp.arange(key_length) < cache.lengths[:, None]
+  selected = keep_rows(_first(selected, key_length), held)
   # Blocks of one token, all that end at or before the query: full attention.
   out, _ = dispatch.call(
     "compressed_attention",
     "xla",
     query,
-    *_first(selected, key_length),
+    *selected,
     config=NSAConfig(1, 1, 1),
     key_length=key_length,
     scale=_checks.scale(scale, query.shape[-1]),

@@ -1,5 +1,6 @@
 """The decode cache: many small appends equal one full pass, and cost little."""
 
+import dataclasses
 import functools
 import itertools
 import re
@@ -497,6 +498,66 @@ def test_implementations_agree_on_poisoned_caches(share_kv):
   for got, want in zip(results[half:], results[:half], strict=True):
     np.testing.assert_array_equal(got[1], want[1])
     helpers.assert_close(got[0], want[0], "float32")
+
+
+@fast_compilation
+@pytest.mark.parametrize("kind", ["nsa", "window", "full"])
+def test_rewound_nan_and_numpy_caches(kind):
+  """What a rewound token left behind is not read; arrays may be NumPy's."""
+  own = kind != "full"
+
+  def extend(held, pair):
+    if kind == "nsa":
+      return _append(held, pair)
+    return cache.append(
+      held, config=CONFIG, **{"window" if own else "selected": pair}
+    )
+
+  def attend(held, **kwargs):
+    query = jnp.ones((B, 1, 4, 8))
+    kwargs["query_offset"] = held.lengths - 1
+    if kind == "full":
+      return cache.attend_full(query, held, **kwargs)
+    kwargs |= {"config": CONFIG, "implementation": "xla"}
+    if kind == "window":
+      return cache.attend_window(query, held, **kwargs)
+    return cache.attend(query, held, jnp.ones((B, 1, 4, 3)), **kwargs)
+
+  held = _empty(kind=kind)
+  for seed in range(4):
+    held = extend(held, _pair(3, seed))
+  want = attend(held)
+  poison = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), _pair(2))
+  spoilt = cache.rewind(extend(held, poison), 12)
+  for read in (spoilt, jax.tree.map(np.asarray, held)):
+    helpers.assert_close(attend(read), want, "float32")
+
+
+@fast_compilation
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+def test_a_window_beyond_the_capacity_is_not_read(implementation):
+  def step(config):
+    held = cache.init(
+      B, T, config=config, num_kv_heads=2, head_dim=8, share_kv=True
+    )
+    held, _ = _append(held, _pair(23), cache.prefill)
+    return jax.jit(
+      lambda held: cache.attend(
+        jnp.ones((B, 1, 4, 8)),
+        held,
+        jnp.ones((B, 1, 4, 3)),
+        config=config,
+        query_offset=held.lengths - 1,
+        implementation=implementation,
+      )
+    )(held)
+
+  all_tokens = dataclasses.replace(CONFIG, window=T)
+  helpers.assert_close(
+    step(dataclasses.replace(CONFIG, window=2**31 - 1)),
+    step(all_tokens),
+    "float32",
+  )
 
 
 @fast_compilation

@@ -53,9 +53,9 @@ def decode_attention(
   out_selected = _selected_attention(query, selected, ids, positions, config,
                                      scale)  # fmt: skip
 
-  # The w - 1 tokens before the new ones and the new ones, in order: row j of
-  # them is at position query_offset - (w - 1) + j.
-  before = config.window - 1
+  # The w - 1 tokens before the new ones, or as many as there can be, and the
+  # new ones, in order: row j of them is at position query_offset - before + j.
+  before = min(config.window, key_length) - 1
   token = compression.query_positions(
     query_offset - before, batch, before + length
   )
