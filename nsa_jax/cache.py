@@ -439,15 +439,17 @@ def attend(
     query_offset: position of the first query of each row, the length before
       the append: int32 [B] or (). A Python integer is that of all rows; the
       tokens beyond the last query are then not read at all, so that the prompt
-      at 0 costs what it costs without a cache.
+      at 0 costs what it costs without a cache. The ring of the window has all
+      that the last `max_append` tokens of a row read, as long as nothing is
+      rewound; earlier queries miss keys without a word.
     scale: static softmax scale, 1/sqrt(H) by default.
     compressed_query: [B, T, N, H], as in `native_sparse_attention`.
     window: what `prefill` returned; needed for more than `max_append` queries
       if the window has keys and values of its own.
     return_block_ids: also return the ids of the selected blocks.
-    implementation: "xla", "reference", or a sequence of names; None is "xla"
-      for at most `max_append` queries, as in `native_sparse_attention` for
-      more.
+    implementation: "triton", "xla", "reference", or a sequence of names, as in
+      `native_sparse_attention`; None is the decode kernels on NVIDIA GPUs, if
+      they support the call, and "xla" elsewhere.
 
   Returns:
     out [B, T, N, V] in the dtype of `query`, or (out, block_ids) with block_ids

@@ -561,6 +561,17 @@ def test_a_window_beyond_the_capacity_is_not_read(implementation):
 
 
 @fast_compilation
+def test_no_other_token_stands_for_one_that_the_ring_has_lost():
+  held, _ = _append(_empty(), _pair(23), cache.prefill)
+  for offset in (20, 15, 2, -1):
+    want, got = (
+      _attend(held, 3, jnp.array([offset, 20]), implementation=name)
+      for name in ("reference", "xla")
+    )
+    helpers.assert_close(got, want, "float32")
+
+
+@fast_compilation
 def test_scan_vmap_and_jit_equal_a_loop():
   pair = _pair(12)
 

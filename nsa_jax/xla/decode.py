@@ -60,7 +60,12 @@ def decode_attention(
     query_offset - before, batch, before + length
   )
   known = (token >= 0) & (token < lengths[:, None])
-  rows = take_rows(selected, token) if window is None else ring(window, token)
+  if window is None:
+    rows = take_rows(selected, token)
+  else:
+    rows = ring(window, token)
+    # Earlier ones are overwritten by others.
+    known &= token >= lengths[:, None] - window.key.shape[1]
   out_window, _ = attention.window_attention(
     query,
     *keep_rows(rows, known),
