@@ -696,6 +696,9 @@ def max_append(cache: Cache, config: NSAConfig) -> int | None:
     cache: made by `init`.
     config: that of `init`.
 
+  Raises:
+    ValueError: if the sizes of the cache are those of another `config`.
+
   Example:
     >>> from nsa_jax import NSAConfig, cache
     >>> cache.max_append(
@@ -707,11 +710,28 @@ def max_append(cache: Cache, config: NSAConfig) -> int | None:
     4
   """
   check_config(config)
+  most = set()
   if cache.tail is not None:
-    return cache.tail.key.shape[1] - config.compression_block + 1
+    most.add(cache.tail.key.shape[1] - config.compression_block + 1)
   if cache.window is not None:
-    return cache.window.key.shape[1] - config.window + 1
-  return None
+    most.add(cache.window.key.shape[1] - config.window + 1)
+  fits = not most or (len(most) == 1 and min(most) > 0)
+  if cache.selected is not None and cache.compressed is not None:
+    capacity = cache.selected.key.shape[1]
+    blocks = compression.num_compressed_blocks(capacity, config)
+    fits &= blocks == cache.compressed.key.shape[1]
+    fits &= not capacity % config.selection_block
+  if not fits:
+    sizes = {
+      name: pair.key.shape[1]
+      for name, pair in zip(Cache._fields, cache, strict=True)
+      if isinstance(pair, KV)
+    }
+    raise ValueError(
+      f"`config`={config} must be that of `init`: it does not fit the rows of "
+      f"the cache, {sizes}."
+    )
+  return min(most, default=None)
 
 
 def _window_rows(query, window):

@@ -818,6 +818,20 @@ def test_capacity_and_append_of_the_cache():
       ),
       "must be a function for a cache of kind 'nsa', and None for others",
     ),
+    *(
+      (
+        functools.partial(
+          cache.max_append, _empty(), dataclasses.replace(CONFIG, **other)
+        ),
+        "must be that of `init`: it does not fit the rows of the cache, {'sel",
+      )
+      for other in (
+        {"window": 7},
+        {"compression_block": 6},
+        {"compression_stride": 4},
+        {"selection_block": 16},
+      )
+    ),
     (
       lambda: _attend(_empty(), 4, 0),
       "`query` has 4 tokens, more than `max_append`=3: `window` must be what",
