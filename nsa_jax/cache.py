@@ -493,6 +493,12 @@ def attend(
   few = most is not None and length <= most
   if window is not None:
     window = _window_rows(query, window)
+    _checks.shape(
+      "window.value",
+      window.value,
+      (None, None, None, selected.value.shape[-1]),
+      "V of the cache",
+    )
   if cache.window is not None and window is None and not few:
     raise ValueError(
       f"`query` has {length} tokens, more than `max_append`={most}: `window` "
@@ -865,6 +871,13 @@ def _append(cache, new, compress, counts, config):
       (blocks - 1) * stride + span,
     )
     done = compress(take_rows(tokens, rows), index * stride)
+    for name, x, old in zip(KV._fields, done, cache.compressed, strict=True):
+      _checks.shape(
+        f"compress(...).{name}",
+        x,
+        (first.shape[0], blocks, *old.shape[2:]),
+        "a block for each first token, with K, H and V of the cache",
+      )
     complete = index * stride + span <= stop[:, None]
     fields["compressed"] = _write(cache.compressed, done, index, complete)
     fields["tail"] = _write_ring(cache.tail, compressed, lengths, stop)

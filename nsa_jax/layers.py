@@ -237,6 +237,7 @@ class NativeSparseAttention(nn.Module):
       "return_block_ids": collected,
       "implementation": self.implementation,
     }
+    out: Any
     if decoding is None:
       compressed = self._phi(
         tokens, positions[:, :: self.config.compression_stride], segment_ids

@@ -833,6 +833,23 @@ def test_capacity_and_append_of_the_cache():
       )
     ),
     (
+      lambda: cache.append(
+        _empty(),
+        config=CONFIG,
+        compressed=_pair(1),
+        selected=_pair(1),
+        window=_pair(1),
+        compress=lambda tokens, first: tokens,
+      ),
+      "`compress(...).key` of shape (2, 4, 2, 8) must have shape (2, 1, 2, 8)",
+    ),
+    (
+      lambda: _attend(
+        _empty(), 1, 0, KV(_pair(6).key, _pair(6).value[..., :4])
+      ),
+      "`window.value` of shape (2, 6, 2, 4) must have shape (any, any, any, 8)",
+    ),
+    (
       lambda: _attend(_empty(), 4, 0),
       "`query` has 4 tokens, more than `max_append`=3: `window` must be what",
     ),
