@@ -158,9 +158,9 @@ class NativeSparseAttention(nn.Module):
 
     Returns:
       [B, T, D]. At padding: 0, or the bias. With `decode`, NaN for tokens that
-      the cache has no room for, that do not follow `prefix_length` others, or
-      that follow a rewind by too much, where no ValueError could be raised
-      because lengths are traced.
+      the cache has no room for or that do not follow `prefix_length` others,
+      which are not appended, and for those that follow a rewind by too much,
+      where no ValueError could be raised because lengths are traced.
 
     Raises:
       ValueError: if an argument does not fit.
@@ -404,7 +404,9 @@ class Decoding(NamedTuple):
     """Appends; the new cache, and the argument `window` of `attend`."""
     most = cache.max_append(self.held, config)
     few = most is None or self.positions.shape[1] <= most
-    new |= {"config": config, "counts": self.counts}
+    # What does not follow has keys rotated to other positions.
+    counts = jnp.where(self.offset == self.held.lengths, self.counts, 0)
+    new |= {"config": config, "counts": counts}
     chunk = None
     if few:
       held = cache.append(self.held, **new)

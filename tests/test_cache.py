@@ -277,6 +277,13 @@ def test_a_prefix_concerns_rows_with_new_tokens_only():
     assert not np.asarray(out)[ids == 0].any()
     assert (np.asarray(sown["block_ids"][0])[ids == 0] == -1).all()
   model.run([(1, (1, 1))], kv, (7, 10))
+  # Tokens that follow nothing are not appended.
+  ids = np.array([[1] * 2 + [0] * 9] * 2, np.int32)
+  out, kv, _ = model.step(kv, model.inputs[:, 7:18], ids, prefix_length=7)
+  assert np.isnan(out[1, :2]).all()
+  assert np.isfinite(out[0]).all()
+  assert kv["kv"].lengths.tolist() == [9, 10]
+  model.run([(1, (1, 1))], kv, (9, 10))
 
 
 @fast_compilation
