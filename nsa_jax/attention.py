@@ -626,7 +626,13 @@ def _offset(name, value, shapes):
       f"`{name}`={value!r} of shape {offset.shape} must be an integer, or an "
       f"integer array of shape {' or '.join(map(str, shapes))}."
     )
-  return offset
+  # Arithmetic in a narrow or an unsigned type would wrap around. What does not
+  # fit int32 lies outside as much as its ends do.
+  limits = jnp.iinfo(offset.dtype)
+  if limits.max > _checks.INT32.max:
+    low = max(limits.min, int(_checks.INT32.min))
+    offset = jnp.clip(offset, low, _checks.INT32.max)
+  return offset.astype(jnp.int32)
 
 
 def _read_blocks(rows: _Rows, config: NSAConfig) -> Array | None:

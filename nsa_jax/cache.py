@@ -51,7 +51,8 @@ class Cache(NamedTuple):
     tail: ring [B, l + A - 1, K, H or V] of the inputs of phi.
     lengths: int32 [B], tokens held by each row.
     earliest: int32 [B], the shortest length other than 0 to which a row may be
-      rewound: the rings have lost what shorter ones need.
+      rewound: the rings have lost what shorter ones need. The largest int32 if
+      a row went on from a shorter one: only emptying it helps.
   """
 
   selected: KV | None
@@ -367,8 +368,11 @@ def rewind(cache: _T, lengths: Array) -> _T:
     >>> cache.rewind(held, jnp.array([8, 8])).lengths.tolist()
     [8, 7]
   """
-  _checks.not_negative("lengths", lengths)
-  lengths = _checks.array("lengths", lengths, jnp.ndim(lengths), "[B]")
+  known = _checks.concrete(lengths)
+  if known is not None and known.size and known.min() < 0:
+    raise ValueError(
+      f"`lengths` has the value {known.min()}, which must be at least 0."
+    )
 
   def one(part: Any) -> Any:
     if not isinstance(part, Cache):
@@ -376,12 +380,10 @@ def rewind(cache: _T, lengths: Array) -> _T:
         f"`cache` holds a {type(part).__name__}; it must be a pytree of Cache."
       )
     # The layers of a scanned model are stacked before the batch.
-    new = lengths
-    if new.ndim:
-      shape = part.lengths.shape[-1:]
-      new = _checks.integers("lengths", new, shape)
-    new = jnp.clip(new, 0, part.lengths).astype(jnp.int32)
-    wrong = _checks.concrete(too_short(part, new))
+    shape = part.lengths.shape[-1:] if jnp.ndim(lengths) else ()
+    new = _checks.integers("lengths", lengths, shape)
+    new = jnp.clip(new, 0, part.lengths)
+    wrong = _checks.concrete(too_short(part, new) & (new < part.lengths))
     if wrong is not None and wrong.any():
       raise ValueError(
         f"`lengths`={np.asarray(new).tolist()} must be 0 or at least "
@@ -437,15 +439,17 @@ def attend(
     query_offset: position of the first query of each row, the length before
       the append: int32 [B] or (). A Python integer is that of all rows; the
       tokens beyond the last query are then not read at all, so that the prompt
-      at 0 costs what it costs without a cache.
+      at 0 costs what it costs without a cache. The ring of the window has all
+      that the last `max_append` tokens of a row read, as long as nothing is
+      rewound; earlier queries miss keys without a word.
     scale: static softmax scale, 1/sqrt(H) by default.
     compressed_query: [B, T, N, H], as in `native_sparse_attention`.
     window: what `prefill` returned; needed for more than `max_append` queries
       if the window has keys and values of its own.
     return_block_ids: also return the ids of the selected blocks.
-    implementation: "xla", "reference", or a sequence of names; None is "xla"
-      for at most `max_append` queries, as in `native_sparse_attention` for
-      more.
+    implementation: "triton", "xla", "reference", or a sequence of names, as in
+      `native_sparse_attention`; None is the decode kernels on NVIDIA GPUs, if
+      they support the call, and "xla" elsewhere.
 
   Returns:
     out [B, T, N, V] in the dtype of `query`, or (out, block_ids) with block_ids
@@ -469,6 +473,7 @@ def attend(
     (1, 1, 4, 8)
   """
   check_config(config)
+  cache = jax.tree.map(jnp.asarray, cache)
   if cache.selected is None or cache.compressed is None or cache.tail is None:
     raise ValueError("`cache` must be of kind 'nsa': it lacks fields.")
   query, selected = attention._pair("cache.selected", query, cache.selected)
@@ -488,6 +493,12 @@ def attend(
   few = most is not None and length <= most
   if window is not None:
     window = _window_rows(query, window)
+    _checks.shape(
+      "window.value",
+      window.value,
+      (None, None, None, selected.value.shape[-1]),
+      "V of the cache",
+    )
   if cache.window is not None and window is None and not few:
     raise ValueError(
       f"`query` has {length} tokens, more than `max_append`={most}: `window` "
@@ -593,6 +604,7 @@ def attend_window(
     (1, 1, 4, 8)
   """
   check_config(config)
+  cache = jax.tree.map(jnp.asarray, cache)
   if cache.window is None:
     raise ValueError("`cache` must be of kind 'window': it has no `window`.")
   query, _ = attention._pair("cache.window", query, cache.window)
@@ -656,6 +668,7 @@ def attend_full(
     >>> cache.attend_full(query, held, query_offset=8).shape
     (1, 1, 4, 8)
   """
+  cache = jax.tree.map(jnp.asarray, cache)
   if cache.selected is None:
     raise ValueError("`cache` must be of kind 'full': it has no `selected`.")
   query, selected = attention._pair("cache.selected", query, cache.selected)
@@ -665,12 +678,15 @@ def attend_full(
   if isinstance(query_offset, int):
     key_length = min(max(query_offset + length, 1), key_length)
   positions = compression.query_positions(query_offset, batch, length)
+  # What a rewound token left behind may be NaN, and 0 * NaN is NaN.
+  held = jnp.arange(key_length) < cache.lengths[:, None]
+  selected = keep_rows(_first(selected, key_length), held)
   # Blocks of one token, all that end at or before the query: full attention.
   out, _ = dispatch.call(
     "compressed_attention",
     "xla",
     query,
-    *_first(selected, key_length),
+    *selected,
     config=NSAConfig(1, 1, 1),
     key_length=key_length,
     scale=_checks.scale(scale, query.shape[-1]),
@@ -686,6 +702,9 @@ def max_append(cache: Cache, config: NSAConfig) -> int | None:
     cache: made by `init`.
     config: that of `init`.
 
+  Raises:
+    ValueError: if the sizes of the cache are those of another `config`.
+
   Example:
     >>> from nsa_jax import NSAConfig, cache
     >>> cache.max_append(
@@ -697,11 +716,28 @@ def max_append(cache: Cache, config: NSAConfig) -> int | None:
     4
   """
   check_config(config)
+  most = set()
   if cache.tail is not None:
-    return cache.tail.key.shape[1] - config.compression_block + 1
+    most.add(cache.tail.key.shape[1] - config.compression_block + 1)
   if cache.window is not None:
-    return cache.window.key.shape[1] - config.window + 1
-  return None
+    most.add(cache.window.key.shape[1] - config.window + 1)
+  fits = not most or (len(most) == 1 and min(most) > 0)
+  if cache.selected is not None and cache.compressed is not None:
+    capacity = cache.selected.key.shape[1]
+    blocks = compression.num_compressed_blocks(capacity, config)
+    fits &= blocks == cache.compressed.key.shape[1]
+    fits &= not capacity % config.selection_block
+  if not fits:
+    sizes = {
+      name: pair.key.shape[1]
+      for name, pair in zip(Cache._fields, cache, strict=True)
+      if isinstance(pair, KV)
+    }
+    raise ValueError(
+      f"`config`={config} must be that of `init`: it does not fit the rows of "
+      f"the cache, {sizes}."
+    )
+  return min(most, default=None)
 
 
 def _window_rows(query, window):
@@ -835,15 +871,25 @@ def _append(cache, new, compress, counts, config):
       (blocks - 1) * stride + span,
     )
     done = compress(take_rows(tokens, rows), index * stride)
+    for name, x, old in zip(KV._fields, done, cache.compressed, strict=True):
+      _checks.shape(
+        f"compress(...).{name}",
+        x,
+        (first.shape[0], blocks, *old.shape[2:]),
+        "a block for each first token, with K, H and V of the cache",
+      )
     complete = index * stride + span <= stop[:, None]
     fields["compressed"] = _write(cache.compressed, done, index, complete)
     fields["tail"] = _write_ring(cache.tail, compressed, lengths, stop)
   most = max_append(cache, config)
   if most is not None:
     new = jnp.maximum(stop - most, 0)
-    fields["earliest"] = jnp.where(
-      lengths > 0, jnp.maximum(cache.earliest, new), new
-    )
+    earliest = jnp.where(lengths > 0, jnp.maximum(cache.earliest, new), new)
+    if cache.tail is not None:
+      # Blocks completed without what the tail has lost stay wrong.
+      lost = too_short(cache, lengths)
+      earliest = jnp.where(lost, _checks.INT32.max, earliest)
+    fields["earliest"] = earliest
   return cache._replace(lengths=stop, **fields)
 
 

@@ -158,9 +158,9 @@ class NativeSparseAttention(nn.Module):
 
     Returns:
       [B, T, D]. At padding: 0, or the bias. With `decode`, NaN for tokens that
-      the cache has no room for, that do not follow `prefix_length` others, or
-      that follow a rewind by too much, where no ValueError could be raised
-      because lengths are traced.
+      the cache has no room for or that do not follow `prefix_length` others,
+      which are not appended, and for those that follow a rewind by too much,
+      where no ValueError could be raised because lengths are traced.
 
     Raises:
       ValueError: if an argument does not fit.
@@ -237,6 +237,7 @@ class NativeSparseAttention(nn.Module):
       "return_block_ids": collected,
       "implementation": self.implementation,
     }
+    out: Any
     if decoding is None:
       compressed = self._phi(
         tokens, positions[:, :: self.config.compression_stride], segment_ids
@@ -278,8 +279,12 @@ class NativeSparseAttention(nn.Module):
       )
     if collected:
       out, block_ids = out
+      if decoding is not None:
+        block_ids = decoding.keep_new(block_ids, -1)
       self.sow("intermediates", "gates", gates)
       self.sow("intermediates", "block_ids", block_ids)
+    if decoding is not None:
+      out = decoding.keep_new(out)
     out = dense(x.shape[-1], axis=(-2, -1), name="out")(out)
     return out if decoding is None else decoding.mark_lost(out)
 
@@ -399,7 +404,9 @@ class Decoding(NamedTuple):
     """Appends; the new cache, and the argument `window` of `attend`."""
     most = cache.max_append(self.held, config)
     few = most is None or self.positions.shape[1] <= most
-    new |= {"config": config, "counts": self.counts}
+    # What does not follow has keys rotated to other positions.
+    counts = jnp.where(self.offset == self.held.lengths, self.counts, 0)
+    new |= {"config": config, "counts": counts}
     chunk = None
     if few:
       held = cache.append(self.held, **new)
@@ -407,6 +414,14 @@ class Decoding(NamedTuple):
       held, chunk = cache.prefill(self.held, **new)
     module.put_variable("cache", "kv", held)
     return held, chunk
+
+  def keep_new(self, x: Array, fill: int = 0) -> Array:
+    """x [B, T, ...] with `fill` at padding.
+
+    With a static offset padding may lie where a row already holds tokens.
+    """
+    new = jnp.arange(x.shape[1]) < self.counts[:, None]
+    return jnp.where(new.reshape(*new.shape, *(1,) * (x.ndim - 2)), x, fill)
 
   def mark_lost(self, out: Array) -> Array:
     """NaN at tokens that could not be appended where they should be."""
@@ -467,7 +482,7 @@ def begin_decoding(
           "then padding, with `decode`=True."
         )
   if prefix_length == 0:
-    held = cache.rewind(held, jnp.zeros((), jnp.int32))
+    held = cache.rewind(held, jnp.where(counts > 0, 0, held.lengths))
   offset = held.lengths if prefix_length is None else prefix_length
   lengths, new = _checks.concrete(held.lengths), _checks.concrete(counts)
   if prefix_length is not None and lengths is not None and new is not None:

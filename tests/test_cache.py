@@ -1,5 +1,6 @@
 """The decode cache: many small appends equal one full pass, and cost little."""
 
+import dataclasses
 import functools
 import itertools
 import re
@@ -263,6 +264,29 @@ def test_a_prefix_known_when_tracing():
 
 
 @fast_compilation
+def test_a_prefix_concerns_rows_with_new_tokens_only():
+  """One row starts anew or goes on; the other keeps what it holds."""
+  model = _layer()
+  kv, _ = model.run([(11, (7, 3))])
+  ids = np.array([[0] * 11, [1] * 5 + [0] * 6], np.int32)
+  for start, end in ((0, 5), (5, 10)):
+    new = np.where(ids[..., None] > 0, model.inputs[:, start : start + 11], 0)
+    out, kv, sown = model.step(kv, new, ids, prefix_length=start)
+    assert kv["kv"].lengths.tolist() == [7, end]
+    np.testing.assert_allclose(out[1, :5], model.want[1, start:end], atol=1e-5)
+    assert not np.asarray(out)[ids == 0].any()
+    assert (np.asarray(sown["block_ids"][0])[ids == 0] == -1).all()
+  model.run([(1, (1, 1))], kv, (7, 10))
+  # Tokens that follow nothing are not appended.
+  ids = np.array([[1] * 2 + [0] * 9] * 2, np.int32)
+  out, kv, _ = model.step(kv, model.inputs[:, 7:18], ids, prefix_length=7)
+  assert np.isnan(out[1, :2]).all()
+  assert np.isfinite(out[0]).all()
+  assert kv["kv"].lengths.tolist() == [9, 10]
+  model.run([(1, (1, 1))], kv, (9, 10))
+
+
+@fast_compilation
 @pytest.mark.parametrize("kind", ["layer", "model"])
 def test_rewinding_rejected_tokens(kind):
   """Wrong tokens are appended and taken back, at every kind of boundary."""
@@ -351,13 +375,19 @@ def test_rewinding_too_far_is_not_silent():
   with pytest.raises(ValueError, match=re.escape("at least [8, 2]")):
     cache.rewind(less, jnp.array([7, 2]))
   less = jax.jit(cache.rewind)(kv, jnp.array([7, 5]))
-  out, _, _ = model.step(less, model.inputs[:, 7:8], np.ones((B, 1), np.int32))
-  assert np.isnan(out[0]).all()
-  assert np.isfinite(out[1]).all()
+  # It stays so once the row is long again: its blocks were completed wrongly.
+  for start in range(7, 22, 3):
+    new = model.inputs[:, start : start + 3]
+    out, less, _ = model.step(less, new, np.ones((B, 3), np.int32))
+    assert np.isnan(out[0]).all()
+    assert np.isfinite(out[1]).all()
   # An empty row starts anew.
   model.run(
     [(11, (4, 1)), (1, (1, 1))], cache.rewind(kv, jnp.array([0, 5])), (0, 5)
   )
+  # Rows may be rewound beside one that is lost.
+  less = cache.rewind(less, jnp.array([22, 19]))
+  assert less["kv"].lengths.tolist() == [22, 19]
 
 
 @fast_compilation
@@ -475,6 +505,77 @@ def test_implementations_agree_on_poisoned_caches(share_kv):
   for got, want in zip(results[half:], results[:half], strict=True):
     np.testing.assert_array_equal(got[1], want[1])
     helpers.assert_close(got[0], want[0], "float32")
+
+
+@fast_compilation
+@pytest.mark.parametrize("kind", ["nsa", "window", "full"])
+def test_rewound_nan_and_numpy_caches(kind):
+  """What a rewound token left behind is not read; arrays may be NumPy's."""
+  own = kind != "full"
+
+  def extend(held, pair):
+    if kind == "nsa":
+      return _append(held, pair)
+    return cache.append(
+      held, config=CONFIG, **{"window" if own else "selected": pair}
+    )
+
+  def attend(held, **kwargs):
+    query = jnp.ones((B, 1, 4, 8))
+    kwargs["query_offset"] = held.lengths - 1
+    if kind == "full":
+      return cache.attend_full(query, held, **kwargs)
+    kwargs |= {"config": CONFIG, "implementation": "xla"}
+    if kind == "window":
+      return cache.attend_window(query, held, **kwargs)
+    return cache.attend(query, held, jnp.ones((B, 1, 4, 3)), **kwargs)
+
+  held = _empty(kind=kind)
+  for seed in range(4):
+    held = extend(held, _pair(3, seed))
+  want = attend(held)
+  poison = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), _pair(2))
+  spoilt = cache.rewind(extend(held, poison), 12)
+  for read in (spoilt, jax.tree.map(np.asarray, held)):
+    helpers.assert_close(attend(read), want, "float32")
+
+
+@fast_compilation
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+def test_a_window_beyond_the_capacity_is_not_read(implementation):
+  def step(config):
+    held = cache.init(
+      B, T, config=config, num_kv_heads=2, head_dim=8, share_kv=True
+    )
+    held, _ = _append(held, _pair(23), cache.prefill)
+    return jax.jit(
+      lambda held: cache.attend(
+        jnp.ones((B, 1, 4, 8)),
+        held,
+        jnp.ones((B, 1, 4, 3)),
+        config=config,
+        query_offset=held.lengths - 1,
+        implementation=implementation,
+      )
+    )(held)
+
+  all_tokens = dataclasses.replace(CONFIG, window=T)
+  helpers.assert_close(
+    step(dataclasses.replace(CONFIG, window=2**31 - 1)),
+    step(all_tokens),
+    "float32",
+  )
+
+
+@fast_compilation
+def test_no_other_token_stands_for_one_that_the_ring_has_lost():
+  held, _ = _append(_empty(), _pair(23), cache.prefill)
+  for offset in (20, 15, 2, -1):
+    want, got = (
+      _attend(held, 3, jnp.array([offset, 20]), implementation=name)
+      for name in ("reference", "xla")
+    )
+    helpers.assert_close(got, want, "float32")
 
 
 @fast_compilation
@@ -724,6 +825,37 @@ def test_capacity_and_append_of_the_cache():
       ),
       "must be a function for a cache of kind 'nsa', and None for others",
     ),
+    *(
+      (
+        functools.partial(
+          cache.max_append, _empty(), dataclasses.replace(CONFIG, **other)
+        ),
+        "must be that of `init`: it does not fit the rows of the cache, {'sel",
+      )
+      for other in (
+        {"window": 7},
+        {"compression_block": 6},
+        {"compression_stride": 4},
+        {"selection_block": 16},
+      )
+    ),
+    (
+      lambda: cache.append(
+        _empty(),
+        config=CONFIG,
+        compressed=_pair(1),
+        selected=_pair(1),
+        window=_pair(1),
+        compress=lambda tokens, first: tokens,
+      ),
+      "`compress(...).key` of shape (2, 4, 2, 8) must have shape (2, 1, 2, 8)",
+    ),
+    (
+      lambda: _attend(
+        _empty(), 1, 0, KV(_pair(6).key, _pair(6).value[..., :4])
+      ),
+      "`window.value` of shape (2, 6, 2, 4) must have shape (any, any, any, 8)",
+    ),
     (
       lambda: _attend(_empty(), 4, 0),
       "`query` has 4 tokens, more than `max_append`=3: `window` must be what",
@@ -738,7 +870,11 @@ def test_capacity_and_append_of_the_cache():
     ),
     (
       lambda: cache.rewind(_empty(), jnp.array([-1, 0])),
-      "`lengths` has the value -1",
+      "`lengths` has the value -1, which must be at least 0",
+    ),
+    (
+      lambda: cache.rewind(_empty(), 1.5),
+      "`lengths` of dtype float32 must have an integer dtype",
     ),
     (
       lambda: cache.rewind(_empty(), jnp.zeros(3, int)),

@@ -644,6 +644,32 @@ def test_chunks_and_decode_steps_equal_one_pass(
     step(rows, 1, jnp.asarray(rows, jnp.int32))
 
 
+def test_offsets_of_every_integer_type(implementation: Any) -> None:
+  """Narrow and unsigned types: nothing wraps around."""
+  rng = np.random.default_rng(0)
+  query = rng.normal(size=(1, 2, 2, 8)).astype(np.float32)
+  key, value = rng.normal(size=(2, 1, 300, 1, 8)).astype(np.float32)
+
+  def run(offset):
+    return nsa_jax.window_attention(
+      query,
+      key,
+      value,
+      config=NSAConfig(window=200),
+      query_offset=offset,
+      implementation=implementation,
+    )
+
+  for offset in (100, 0):
+    want = run(offset)
+    for dtype in ("int8", "uint8", "int16", "uint16", "uint32"):
+      helpers.assert_close(
+        run(jnp.asarray(offset, dtype)), want, "float32", what=dtype
+      )
+  out, _ = run(jnp.asarray(2**32 - 1, "uint32"))
+  assert not np.asarray(out).any()
+
+
 def test_static_and_default_offsets(implementation: Any) -> None:
   """An int, an int32 scalar and the default name the same queries."""
   dims = Dims(CONFIGS[0], queries=8)

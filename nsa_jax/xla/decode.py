@@ -53,14 +53,19 @@ def decode_attention(
   out_selected = _selected_attention(query, selected, ids, positions, config,
                                      scale)  # fmt: skip
 
-  # The w - 1 tokens before the new ones and the new ones, in order: row j of
-  # them is at position query_offset - (w - 1) + j.
-  before = config.window - 1
+  # The w - 1 tokens before the new ones, or as many as there can be, and the
+  # new ones, in order: row j of them is at position query_offset - before + j.
+  before = min(config.window, key_length) - 1
   token = compression.query_positions(
     query_offset - before, batch, before + length
   )
   known = (token >= 0) & (token < lengths[:, None])
-  rows = take_rows(selected, token) if window is None else ring(window, token)
+  if window is None:
+    rows = take_rows(selected, token)
+  else:
+    rows = ring(window, token)
+    # Earlier ones are overwritten by others.
+    known &= token >= lengths[:, None] - window.key.shape[1]
   out_window, _ = attention.window_attention(
     query,
     *keep_rows(rows, known),
