@@ -335,7 +335,7 @@ def prefill(
   return _append(cache, new, compress, counts, config), chunk
 
 
-def rewind(cache: _T, lengths: Array) -> _T:
+def rewind(cache: _T, lengths: int | Array) -> _T:
   """Forgets the newest tokens, for example rejected speculative ones.
 
   Only `lengths` changes: blocks that are no longer complete are compressed

@@ -873,7 +873,7 @@ def test_capacity_and_append_of_the_cache():
       "`lengths` has the value -1, which must be at least 0",
     ),
     (
-      lambda: cache.rewind(_empty(), 1.5),
+      lambda: cache.rewind(_empty(), jnp.float32(1.5)),
       "`lengths` of dtype float32 must have an integer dtype",
     ),
     (

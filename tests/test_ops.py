@@ -647,7 +647,7 @@ def test_chunks_and_decode_steps_equal_one_pass(
 def test_offsets_of_every_integer_type(implementation: Any) -> None:
   """Narrow and unsigned types: nothing wraps around."""
   rng = np.random.default_rng(0)
-  query = rng.normal(size=(1, 2, 2, 8)).astype(np.float32)
+  query: Any = rng.normal(size=(1, 2, 2, 8)).astype(np.float32)
   key, value = rng.normal(size=(2, 1, 300, 1, 8)).astype(np.float32)
 
   def run(offset):
