@@ -340,11 +340,14 @@ def _elsewhere(op: str, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
   for name, value in kwargs.items():
     kind = arrays if isinstance(value, jax.Array | Queries) else static
     kind[name] = value
-  function = _OPS[op]["xla"]
   return pallas_kernels.Elsewhere(
-    lambda a, b, c, rest, arrays: function(a, b, c, *rest, **arrays, **static),
+    pallas_kernels.Partial(_with_xla, op, tuple(static.items())),
     (rest, arrays),
   )
+
+
+def _with_xla(op, static, a, b, c, rest, arrays):
+  return _OPS[op]["xla"](a, b, c, *rest, **arrays, **dict(static))
 
 
 def _named(op: str, result: Any) -> Any:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from pallas_kernels.platforms import by_platform
+from pallas_kernels.platforms import Partial, by_platform
 from pallas_kernels.triton import band_attention as _band
 from pallas_kernels.triton import band_attention_vjp as _band_vjp
 from pallas_kernels.triton import block_selection as _selection
@@ -36,6 +36,7 @@ __all__ = [
   "BandTiling",
   "DecodeTiling",
   "Elsewhere",
+  "Partial",
   "SelectedTiling",
   "SelectionTiling",
   "Tile",
@@ -209,8 +210,8 @@ def _band_call(
   place = jnp.stack([offset, first_row], axis=-1).astype(jnp.int32)
   spec = _band.Spec(band, scale, tiles)
   kernels = _Kernels(
-    functools.partial(_band.forward, spec=spec),
-    functools.partial(_band_vjp.backward, spec=spec),
+    Partial(_band.forward, spec=spec),
+    Partial(_band_vjp.backward, spec=spec),
   )
   return _attend(
     spec.branch, kernels, query, key, value, (place, segments), elsewhere
@@ -285,8 +286,8 @@ def selected_attention(
   forward = (_by_block if tiles.by_block else _by_query).forward
   backward = (_by_block_vjp if tiles.by_block else _by_query_vjp).backward
   kernels = _Kernels(
-    functools.partial(forward, spec=spec),
-    functools.partial(backward, spec=spec),
+    Partial(forward, spec=spec),
+    Partial(backward, spec=spec),
   )
   return _attend(
     "selected",
@@ -321,9 +322,16 @@ def _attention(
   if elsewhere is None:
     return kernels.forward(query, key, value, *integers)
   return by_platform(
-    cuda=lambda qkv, integers, _: kernels.forward(*qkv, *integers),
-    default=lambda qkv, _, arguments: elsewhere(*qkv, *arguments),
+    cuda=Partial(_forward, kernels), default=Partial(_forward_of_xla, elsewhere)
   )((query, key, value), integers, arguments)
+
+
+def _forward(kernels, qkv, integers, _):
+  return kernels.forward(*qkv, *integers)
+
+
+def _forward_of_xla(elsewhere, qkv, _, arguments):
+  return elsewhere(*qkv, *arguments)
 
 
 def _attention_fwd(branch, kernels, elsewhere, *args):
@@ -337,24 +345,27 @@ def _attention_bwd(branch, kernels, elsewhere, residuals, cotangents):
   del branch
   *qkv, integers, arguments, out, lse = residuals
 
-  def backward(qkv, integers, _, results, cotangents):
-    dout, dlse = cotangents
-    # Rows that read nothing have no gradient, and NaN times 0 would be one.
-    dlse = jnp.where(results[1] == -jnp.inf, 0, dlse)
-    return tuple(kernels.backward(*qkv, *integers, *results, dout, dlse))
-
-  def autodiff(qkv, _, arguments, results, cotangents):
-    # It runs the forward pass again, which the compiler finds to be the one it
-    # has; so there is one kind of residuals, and a GPU stores none in vain.
-    del results
-    return jax.vjp(lambda *qkv: elsewhere(*qkv, *arguments), *qkv)[1](
-      cotangents
-    )
-
+  backward: Any = Partial(_backward, kernels)
   if elsewhere is not None:
-    backward = by_platform(cuda=backward, default=autodiff)
+    backward = by_platform(
+      cuda=backward, default=Partial(_backward_of_xla, elsewhere)
+    )
   grads = backward(qkv, integers, arguments, (out, lse), cotangents)
   return *grads, None, None
+
+
+def _backward(kernels, qkv, integers, _, results, cotangents):
+  dout, dlse = cotangents
+  # Rows that read nothing have no gradient, and NaN times 0 would be one.
+  dlse = jnp.where(results[1] == -jnp.inf, 0, dlse)
+  return tuple(kernels.backward(*qkv, *integers, *results, dout, dlse))
+
+
+def _backward_of_xla(elsewhere, qkv, _, arguments, results, cotangents):
+  # It runs the forward pass again, which the compiler finds to be the one it
+  # has; so there is one kind of residuals, and a GPU stores none in vain.
+  del results
+  return jax.vjp(lambda *qkv: elsewhere(*qkv, *arguments), *qkv)[1](cotangents)
 
 
 _attention.defvjp(_attention_fwd, _attention_bwd)
@@ -418,10 +429,9 @@ def select_blocks(
   support.check_where()
   support.check_heads(query, compressed_key, compressed_key)
   support.check_selection_block(selection_block)
-  length, (num_keys, kv_heads) = query.shape[1], compressed_key.shape[1:3]
   if tiles is None:
     tiles = tiling.selection_tiling(
-      length=length,
+      length=query.shape[1],
       dtype=query.dtype,
       ratio=selection_block // compression_stride,
     )
@@ -440,25 +450,28 @@ def select_blocks(
     scale,
     tiles,
   )
-  num_blocks = -(-key_length // selection_block)
-
-  def kernels(query, key, lse, offset, segments, _=()):
-    if not spec.num_free or num_blocks <= num_selected or not num_keys:
-      return _selection.without_scores(
-        length, kv_heads, offset, segments, spec=spec
-      )
-    return _selection.forward(query, key, lse, offset, segments, spec=spec)
-
+  kernels = Partial(_select_by_kernels, spec)
   args = (query, compressed_key, lse, query_offset, segments)
   if elsewhere is None:
     return kernels(*args)
-  function = elsewhere.function
   return by_platform(
-    cuda=kernels,
-    default=lambda query, key, lse, offset, segments, arguments: function(
-      query, key, lse, *arguments
-    ),
+    cuda=kernels, default=Partial(_select_by_xla, elsewhere.function)
   )(*args, elsewhere.arguments)
+
+
+def _select_by_kernels(spec, query, key, lse, offset, segments, _=()):
+  length, (num_keys, kv_heads) = query.shape[1], key.shape[1:3]
+  num_blocks = -(-spec.key_length // spec.block)
+  if not spec.num_free or num_blocks <= spec.num_selected or not num_keys:
+    return _selection.without_scores(
+      length, kv_heads, offset, segments, spec=spec
+    )
+  return _selection.forward(query, key, lse, offset, segments, spec=spec)
+
+
+def _select_by_xla(elsewhere, query, key, lse, offset, segments, arguments):
+  del offset, segments
+  return elsewhere(query, key, lse, *arguments)
 
 
 def decode_attention(
@@ -574,25 +587,31 @@ def decode_attention(
     query_offset,
     lengths,
   )
-  forward = functools.partial(_decode.forward, spec=spec)
+  forward = Partial(_decode.forward, spec=spec)
+  if elsewhere is None:
+    return _decode_attention(Partial(_call, forward), arrays, ())
+  run = by_platform(
+    cuda=Partial(_call, forward),
+    default=Partial(_decode_by_xla, elsewhere.function),
+  )
+  return _decode_attention(run, arrays, elsewhere.arguments)
 
-  @jax.custom_jvp
-  def run(arrays, arguments):
-    if elsewhere is None:
-      return forward(*arrays)
-    function = elsewhere.function
-    return by_platform(
-      cuda=lambda arrays, _: forward(*arrays),
-      default=lambda arrays, arguments: function(
-        arrays[0], *arrays[2:4], *arguments
-      ),
-    )(arrays, arguments)
 
-  @run.defjvp
-  def _(primals, tangents):
-    raise NotImplementedError(
-      "decode_attention has no derivatives: differentiate "
-      "native_sparse_attention"
-    )
+def _call(function, arrays, _):
+  return function(*arrays)
 
-  return run(arrays, elsewhere.arguments if elsewhere else ())
+
+def _decode_by_xla(elsewhere, arrays, arguments):
+  return elsewhere(arrays[0], *arrays[2:4], *arguments)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _decode_attention(run, arrays, arguments):
+  return run(arrays, arguments)
+
+
+@_decode_attention.defjvp
+def _(run, primals, tangents):
+  raise NotImplementedError(
+    "decode_attention has no derivatives: differentiate native_sparse_attention"
+  )

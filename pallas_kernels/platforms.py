@@ -6,12 +6,35 @@ not lower for a CPU. The primitive here lowers each branch for its own platform
 only, and no switch is left in a program for a single one.
 """
 
+import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 from jax.extend import core
 from jax.interpreters import batching, mlir
+
+
+@dataclasses.dataclass(frozen=True, init=False)
+class Partial:
+  """`functools.partial`, but equal to another one with equal parts.
+
+  So what has been compiled for one call of an op serves the next.
+  """
+
+  function: Callable[..., Any]
+  args: tuple[Any, ...]
+  kwargs: tuple[tuple[str, Any], ...]
+
+  def __init__(self, function: Callable[..., Any], *args: Any, **kwargs: Any):
+    object.__setattr__(self, "function", function)
+    object.__setattr__(self, "args", args)
+    object.__setattr__(self, "kwargs", tuple(sorted(kwargs.items())))
+
+  def __call__(self, *args: Any) -> Any:
+    """The function of its own arguments and of these."""
+    return self.function(*self.args, *args, **dict(self.kwargs))
 
 
 def by_platform(
@@ -28,23 +51,35 @@ def by_platform(
     default: another one that returns the same shapes and dtypes.
 
   Returns:
-    The function, with the signature of both.
+    The function, with the signature of both. Called outside `jit`, it compiles
+    anew unless `cuda` and `default` are equal to those of an earlier call.
   """
 
   def run(*args: Any) -> Any:
-    elsewhere, shape = _trace(default, args)
-    tree = jax.tree.structure(args)
-
-    def on_cuda(*flat: Any) -> Any:
-      outs = jax.tree.leaves(cuda(*jax.tree.unflatten(tree, flat)))
-      found = [(x.shape, x.dtype) for x in outs]
-      wanted = [(x.shape, x.dtype) for x in elsewhere.out_avals]
-      assert found == wanted, (found, wanted)
-      return outs
-
-    return _bind(args, on_cuda, elsewhere, shape)
+    if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(args)):
+      return _stage(cuda, default, *args)
+    return _compiled(cuda, default)(*args)
 
   return run
+
+
+@functools.lru_cache(maxsize=256)
+def _compiled(cuda, default):
+  return jax.jit(functools.partial(_stage, cuda, default))
+
+
+def _stage(cuda, default, *args):
+  elsewhere, shape = _trace(default, args)
+  tree = jax.tree.structure(args)
+
+  def on_cuda(*flat: Any) -> Any:
+    outs = jax.tree.leaves(cuda(*jax.tree.unflatten(tree, flat)))
+    found = [(x.shape, x.dtype) for x in outs]
+    wanted = [(x.shape, x.dtype) for x in elsewhere.out_avals]
+    assert found == wanted, (found, wanted)
+    return outs
+
+  return _bind(args, on_cuda, elsewhere, shape)
 
 
 def _trace(function, args):

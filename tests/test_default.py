@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 import nsa_jax
 from nsa_jax import NSAConfig
+from pallas_kernels import platforms
 from tests import helpers, test_ops
 from tests.helpers import Dims
 
@@ -102,6 +103,34 @@ def test_without_jit() -> None:
   helpers.assert_same_bits(actual, expected)
   # Without jit, jax compiles other pieces of the backward pass.
   helpers.assert_close(grads, expected_grads, "float32", gradient=1)
+
+
+@pytest.mark.usefixtures("fast_compilation")
+def test_without_jit_nothing_is_compiled_twice(
+  monkeypatch: pytest.MonkeyPatch,
+) -> None:
+  inputs, _, dout = _arguments(Dims(CONFIG, 1, 21, 21, 1, 2, 16, 16))
+  staged: list[Any] = []
+  stage = platforms._stage
+  platforms._compiled.cache_clear()
+
+  def counted(*args: Any) -> Any:
+    staged.append(args)
+    return stage(*args)
+
+  monkeypatch.setattr(platforms, "_stage", counted)
+
+  def run() -> Any:
+    out, pullback = jax.vjp(
+      lambda x: nsa_jax.native_sparse_attention(**x, config=CONFIG), inputs
+    )
+    return out, pullback(dout)
+
+  first = run()
+  count = len(staged)
+  assert count
+  helpers.assert_same_bits(run(), first)
+  assert len(staged) == count
 
 
 @pytest.mark.parametrize(
