@@ -66,6 +66,8 @@ class Inputs(NamedTuple):
   selected: KV
   window: KV
   gates: Any
+  offset: Any  # int32 [B]
+  lengths: Any  # int32 [B]
 
 
 def inputs(seed: Any, shape: Shape) -> Inputs:
@@ -89,6 +91,8 @@ def inputs(seed: Any, shape: Shape) -> Inputs:
     pair(shape.context),
     pair(shape.ring),
     jax.nn.sigmoid(normal(1, shape.heads, 3, jnp.float32)),
+    lengths(shape) - 1,
+    lengths(shape),
   )
 
 
@@ -100,7 +104,7 @@ def sparse(shape: Shape) -> Callable[..., Any]:
   """f(query, rest of the inputs) -> (out, ids)."""
   config = shape.config
 
-  def run(query, compressed, selected, window, gates):
+  def run(query, compressed, selected, window, gates, offset, lengths):
     return pallas_kernels.decode_attention(
       query,
       compressed.key,
@@ -110,8 +114,8 @@ def sparse(shape: Shape) -> Callable[..., Any]:
       window.key,
       window.value,
       gates,
-      lengths(shape) - 1,
-      lengths(shape),
+      offset,
+      lengths,
       stride=config.compression_stride,
       span=config.compression_block,
       selection_block=config.selection_block,
@@ -173,9 +177,8 @@ def steps(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def expected(shape: Shape, x: Inputs, window: KV, ids: Any) -> Any:
   """Out by `xla` in float32 with these ids, and the ids that it chooses."""
-  wide = jax.tree.map(lambda a: a.astype(jnp.float32), x)
-  wide = wide._replace(
-    window=jax.tree.map(lambda a: a.astype(jnp.float32), window)
+  wide = jax.tree.map(
+    lambda a: a.astype(jnp.float32), x._replace(window=window)[:5]
   )
   op = functools.partial(
     nsa_jax.native_sparse_attention,
@@ -429,12 +432,15 @@ COMPRESSED = (
   *itertools.product(((64, 4, 3), (64, 4, 4), (64, 4, 2)), (2, 3, 4, 6)),
   *itertools.product(((128, 4, 3), (128, 8, 3), (128, 8, 2)), (1, 2, 3)),
   *itertools.product(((32, 2, 4), (32, 2, 3), (64, 2, 3)), (3, 4, 6)),
+  # One warp needs no other for its maxima and sums.
+  *itertools.product(((32, 1, 3), (32, 1, 4), (16, 1, 4)), (4, 6, 8)),
 )
 # (keys, warps, stages), and keys of a piece.
 PIECES = (
   *itertools.product(((64, 4, 3), (64, 4, 2)), (64, 128, 256, 512)),
   *itertools.product(((64, 2, 3), (64, 4, 4)), (64, 128, 256, 512)),
   *itertools.product(((32, 2, 3), (32, 2, 4), (32, 4, 3)), (32, 64, 256, 512)),
+  *itertools.product(((32, 1, 3), (32, 1, 4), (16, 1, 4)), (64, 128, 256)),
 )
 SELECT = tuple(itertools.product((128, 256, 512, 1024), (4, 8, 16)))
 MERGE = (1, 2, 4, 8)
