@@ -25,7 +25,11 @@ from nsa_jax.dispatch import EXPORT_DISABLED_CHECKS
 from nsa_jax.generate import generate
 from nsa_jax.layers import NativeSparseAttention
 from nsa_jax.rope import RopeConfig, apply_rope
-from nsa_jax.transformer import TransformerConfig, TransformerLM
+from nsa_jax.transformer import (
+  TransformerConfig,
+  TransformerLM,
+  unstack_layers,
+)
 from nsa_jax.typing import KV, Implementation
 
 __version__ = "0.1.0"
@@ -53,5 +57,6 @@ __all__ = [
   "num_selection_blocks",
   "select_blocks",
   "selected_attention",
+  "unstack_layers",
   "window_attention",
 ]

@@ -7,7 +7,7 @@ window attention with the same kind of projections as baselines. Sampling is in
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -72,7 +72,7 @@ class TransformerConfig:
       well, but keeps the results of the sparse attention and of the selection.
     scan_layers: one compiled block for all layers, which then share one kind
       of attention; parameters get a leading axis of `num_layers`. So does a
-      decode cache, which the scan then copies at every step: better unrolled.
+      decode cache, which the scan then copies at every step: `unstack_layers`.
     dtype: of the computation and of the residual stream; norms, softmax and
       logits are in float32.
     param_dtype: of the parameters.
@@ -350,6 +350,53 @@ class TransformerLM(nn.Module):
     for one in blocks:
       x, _ = one(x, positions, segment_ids)
     return x
+
+
+def unstack_layers(
+  model: TransformerLM, params: Mapping[str, Any]
+) -> tuple[TransformerLM, dict[str, Any]]:
+  """A model with `scan_layers` as one without it, for decoding.
+
+  A scan copies the stacked cache at every step; single layers update theirs in
+  place.
+
+  Args:
+    model: trained with `scan_layers`.
+    params: its parameters, what `init` returns under "params".
+
+  Returns:
+    The model without `scan_layers`, and its parameters, copies of the layers.
+
+  Raises:
+    ValueError: if the model or the parameters are not stacked.
+
+  Example:
+    >>> import jax, jax.numpy as jnp
+    >>> from nsa_jax import TransformerConfig, TransformerLM, unstack_layers
+    >>> config = TransformerConfig.preset(
+    ...   "tiny", num_layers=2, model_dim=16, scan_layers=True
+    ... )
+    >>> model = TransformerLM(config)
+    >>> init = jax.jit(model.init)
+    >>> params = init(jax.random.key(0), jnp.zeros((1, 8), jnp.int32))["params"]
+    >>> model, params = unstack_layers(model, params)
+    >>> sorted(params)
+    ['embedding', 'final_norm', 'layer_0', 'layer_1']
+  """
+  config = model.config
+  if not config.scan_layers:
+    raise ValueError("`model.config.scan_layers`=False: nothing is stacked.")
+  if "layers" not in params:
+    raise ValueError(
+      f"`params` has the entries {sorted(params)}; it must have 'layers', as "
+      'what `init` returns under "params" has.'
+    )
+  single = dict(params)
+  stacked = single.pop("layers")
+  for i in range(config.num_layers):
+    single[f"layer_{i}"] = jax.tree.map(lambda x, i=i: x[i], stacked)
+  config = dataclasses.replace(config, scan_layers=False)
+  return model.clone(config=config), single
 
 
 class TransformerBlock(nn.Module):

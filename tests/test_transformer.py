@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from jax._src.cudnn import fused_attention_stablehlo
 
+import nsa_jax
 from nsa_jax import NSAConfig, transformer
 from nsa_jax.transformer import TransformerConfig, TransformerLM
 
@@ -269,6 +270,18 @@ def test_scanned_layers_equal_unrolled_ones(remat):
   shapes = _shapes(_config(**SMALL, scan_layers=True))
   assert jax.tree.map(jnp.shape, stacked) == jax.tree.map(jnp.shape, shapes)
   _assert_close(scanned(stacked), (loss, _stacked(grads)))
+
+
+def test_unstacked_layers_are_the_unrolled_ones():
+  params = _params(_config(**SMALL))
+  scanned = TransformerLM(_config(**SMALL, scan_layers=True), decode=True)
+  model, single = nsa_jax.unstack_layers(scanned, _stacked(params)["params"])
+  assert model == TransformerLM(_config(**SMALL), decode=True)
+  jax.tree.map(np.testing.assert_array_equal, single, dict(params["params"]))
+  with pytest.raises(ValueError, match=r"scan_layers`=False"):
+    nsa_jax.unstack_layers(model, single)
+  with pytest.raises(ValueError, match=r"`params` has .*'params'.*'layers'"):
+    nsa_jax.unstack_layers(scanned, params)
 
 
 def _count_primitives(jaxpr, name):
