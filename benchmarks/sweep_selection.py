@@ -159,7 +159,8 @@ def measure(
 def main():
   args = harness.arguments(__doc__.splitlines()[0]).parse_args()
   harness.require_gpu()
-  ratio = nsa_jax.NSAConfig().selection_block // 16
+  config = nsa_jax.NSAConfig()
+  ratio = config.selection_block // config.compression_stride
   jobs: dict[Any, Any] = {}
   for shape in SHAPES[: 1 if args.quick else None]:
     base = tiling.selection_tiling(

@@ -42,6 +42,7 @@ from nsa_jax import (
   TransformerLM,
   generate,
 )
+from nsa_jax.generate import MIN_TEMPERATURE
 
 Params: TypeAlias = Any
 State: TypeAlias = dict[str, Any]  # "params" and "opt_state"
@@ -893,6 +894,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.error(
       f"argument --prompt: must have 1 to {args.seq_len - 1} bytes, has "
       f"{prompt_len}"
+    )
+  if not MIN_TEMPERATURE <= args.temperature < math.inf:
+    parser.error(
+      f"argument --temperature: {args.temperature} is not a finite number of "
+      f"at least {MIN_TEMPERATURE}"
     )
   try:
     return train(args)

@@ -18,8 +18,8 @@ import numpy as np
 from nsa_jax import _checks
 from nsa_jax.typing import Array
 
-# Below it, logits divided by the temperature leave float32.
-_MIN_TEMPERATURE = 1e-6
+# Below it, logits divided by the temperature may leave float32.
+MIN_TEMPERATURE = 1e-6
 
 
 class Generated(NamedTuple):
@@ -398,10 +398,10 @@ def _read_key(key):
 def _read_sampling(temperature, top_k, top_p, vocabulary):
   """Arguments of `_decode`; what changes nothing is None."""
   temperature = _number("temperature", temperature)
-  if temperature != 0 and not _MIN_TEMPERATURE <= temperature < math.inf:
+  if temperature != 0 and not MIN_TEMPERATURE <= temperature < math.inf:
     raise ValueError(
       f"`temperature`={temperature} must be 0, for the most likely token, or a "
-      f"finite number of at least {_MIN_TEMPERATURE}."
+      f"finite number of at least {MIN_TEMPERATURE}."
     )
   if top_k is not None:
     top_k = _checks.static_int("top_k", top_k, 1)

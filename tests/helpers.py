@@ -583,6 +583,30 @@ def native_vjp(implementation: Any, config: NSAConfig) -> Callable:
   return run
 
 
+def remat_vjp(keep: bool, config: NSAConfig) -> Callable:
+  """f(inputs, dout) -> (out, gradients) of the op under `jax.checkpoint`.
+
+  Args:
+    keep: whether the values that the op names are saved.
+    config: of the op.
+  """
+  policies = jax.checkpoint_policies
+  names = (f"nsa_{b}_{x}" for b in BRANCHES for x in ("out", "lse"))
+  saved = policies.save_only_these_names(*names, "nsa_block_ids")
+
+  @functools.partial(
+    jax.checkpoint, policy=saved if keep else policies.nothing_saveable
+  )
+  def attend(inputs: Any) -> Any:
+    return nsa_jax.native_sparse_attention(**inputs, config=config)
+
+  def run(inputs: Any, dout: Any) -> Any:
+    out, pullback = jax.vjp(attend, inputs)
+    return out, pullback(dout)
+
+  return run
+
+
 def training_step(implementation: Any) -> Any:
   """A jitted training step of one layer, and its arguments."""
   layer = nsa_jax.NativeSparseAttention(

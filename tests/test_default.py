@@ -263,21 +263,10 @@ def _count(jaxpr: Any) -> int:
 
 
 def test_remat_of_named_values_runs_no_forward_pass_twice() -> None:
-  policies = jax.checkpoint_policies
-  names = (f"nsa_{b}_{x}" for b in helpers.BRANCHES for x in ("out", "lse"))
-  keep = policies.save_only_these_names(*names, "nsa_block_ids")
+  inputs, _, dout = _arguments()
   # Three branches and the selection forward, three branches backward.
-  for policy, calls in ((keep, 4 + 3), (policies.nothing_saveable, 8 + 3)):
-
-    def run(inputs: Any, dout: Any, policy: Any = policy) -> Any:
-      @functools.partial(jax.checkpoint, policy=policy)
-      def attend(inputs: Any) -> Any:
-        return nsa_jax.native_sparse_attention(**inputs, config=CONFIG)
-
-      out, pullback = jax.vjp(attend, inputs)
-      return out, pullback(dout)
-
-    inputs, _, dout = _arguments()
+  for keep, calls in ((True, 4 + 3), (False, 8 + 3)):
+    run = helpers.remat_vjp(keep, CONFIG)
     assert _count(jax.make_jaxpr(run)(inputs, dout).jaxpr) == calls
 
 

@@ -93,22 +93,10 @@ def test_remat_of_named_values_runs_no_forward_kernel_twice(
   group: int,
 ) -> None:
   """Counted in the compiled program."""
-  policies = jax.checkpoint_policies
-  names = (f"nsa_{b}_{x}" for b in helpers.BRANCHES for x in ("out", "lse"))
-  keep = policies.save_only_these_names(*names, "nsa_block_ids")
   (inputs, _, dout), _ = _case(group)
   selected = "selected_fwd" if group > 8 else "selected_by_block_fwd"
-  for policy, times in ((keep, 1), (policies.nothing_saveable, 2)):
-
-    @jax.jit
-    def run(inputs: Any, dout: Any, policy: Any = policy) -> Any:
-      @functools.partial(jax.checkpoint, policy=policy)
-      def attend(inputs: Any) -> Any:
-        return nsa_jax.native_sparse_attention(**inputs, config=CONFIG)
-
-      out, pullback = jax.vjp(attend, inputs)
-      return out, pullback(dout)
-
+  for keep, times in ((True, 1), (False, 2)):
+    run = jax.jit(helpers.remat_vjp(keep, CONFIG))
     text = run.lower(inputs, dout).compile().as_text() or ""
     calls = re.findall(r'custom-call\(.*?op_name="([^"]*)"', text)
     counts = {

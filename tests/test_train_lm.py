@@ -196,6 +196,7 @@ def test_an_implementation_that_cannot_leaves_no_folder(
     (["--implementation=tpu"], "--implementation: invalid choice: 'tpu'"),
     (["--atention=nsa"], "unrecognized arguments: --atention=nsa"),
     (["--prompt="], "argument --prompt: must have 1 to 511 bytes, has 0"),
+    (["--temperature=1e-9"], "argument --temperature: 1e-09 is not a finite"),
     (["--seq-len=256"], "--seq-len 256: too short for the preset tiny"),
     (["--out=/dev/null/run"], "--out /dev/null/run: "),
   ],

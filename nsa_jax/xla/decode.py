@@ -50,8 +50,9 @@ def decode_attention(
     compressed_query, compressed.key, lse, key_length=key_length, **common
   )
   ids = jnp.where(real[..., None, None], ids, -1)
-  out_selected = _selected_attention(query, selected, ids, positions, config,
-                                     scale)  # fmt: skip
+  out_selected = _selected_attention(
+    query, selected, ids, positions, config, scale
+  )
 
   # The w - 1 tokens before the new ones, or as many as there can be, and the
   # new ones, in order: row j of them is at position query_offset - before + j.

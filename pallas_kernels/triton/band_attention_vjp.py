@@ -203,8 +203,7 @@ def query_tiles(
 def share_of(i: Any, splits: int, heads: int) -> tuple[Any, Any, Any]:
   """Tile of keys, part of its queries, head [B K] of program i.
 
-  The first tiles have most readers and begin first. One dimension of the grid:
-  the others end at 65535.
+  The first tiles have most readers and begin first, all their parts together.
   """
   rest = common.rem(i, splits * heads)
   j = common.div(i, splits * heads)
