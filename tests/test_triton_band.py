@@ -4,6 +4,7 @@ The whole op runs with them in `test_triton.py`; here is what is their own:
 tiles, splits, offsets, lowering for CUDA.
 """
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -16,7 +17,11 @@ from jax.sharding import AbstractDevice, AbstractMesh
 import nsa_jax
 import pallas_kernels
 from nsa_jax import NSAConfig
-from pallas_kernels.triton import tiling
+from pallas_kernels.triton import (
+  band_attention,
+  band_attention_vjp,
+  tiling,
+)
 from tests import helpers
 
 pytestmark = pytest.mark.usefixtures("fast_compilation")
@@ -63,7 +68,8 @@ def _tiles(
 ) -> tiling.BandTiling:
   """Small tiles, so that short inputs have many."""
   tile = tiling.BandTile(block_k, 4, 2, rows=rows)
-  return tiling.BandTiling(tile, tile, tile, **kwargs)
+  dq = tiling.BandTile(16, 4, 2, rows=2 * rows)
+  return tiling.BandTiling(tile, dq, tile, **kwargs)
 
 
 def _pullback(
@@ -133,6 +139,8 @@ CASES: dict[str, Any] = {
   # Offsets of the last queries, of rows, of queries outside the keys.
   "queries": ((61, 0), (13, 48), (20, (-7, 50))),
   "segments": (False, True),
+  # One tile of queries in a chunk of the backward, a few, or all.
+  "scratch": (1, 2**14, 2**31),
 }
 
 
@@ -144,7 +152,7 @@ def _check_pair(case: dict[str, Any]) -> None:
     call["segment_ids"] = segments[:, :61]
   _check(
     case["branch"],
-    _tiles(case["rows"], case["block_k"]),
+    _tiles(case["rows"], case["block_k"], scratch=case["scratch"]),
     call=call,
     batch=2,
     queries=queries,
@@ -180,6 +188,58 @@ def test_halo_of_the_window(key_offset: Any) -> None:
 def test_queries_split_over_programs(branch: str, programs: int) -> None:
   tiles = _tiles(programs=programs)
   _check(branch, tiles, batch=2, kv_heads=2, group=2, length=139)
+
+
+def _reads(
+  band: band_attention.Band, block_q: int, length: int, block_k: int
+) -> Any:
+  """[offset, first row, tile of queries, tile of keys]: the place of a pair.
+
+  The number of the keys' tile, counted from the first that the queries read,
+  for the pairs that the dk, dv kernel visits, and for those that dq reads; -1
+  for others.
+  """
+  shape = (length + 90, 9, -(-length // block_q), -(-band.length // block_k))
+  offset, first_row, i, j = (jnp.asarray(x) for x in np.indices(shape))
+  offset -= 50
+  begin, end = band_attention_vjp.query_tiles(
+    band, offset, first_row, j * block_k, block_k, length, block_q
+  )
+  keys = band_attention.key_tiles(
+    band,
+    offset,
+    first_row,
+    i * block_q,
+    jnp.minimum((i + 1) * block_q, length),
+    block_k,
+  )
+  written = np.where((begin <= i) & (i < end), j - keys.begin, -1)
+  read = np.where((keys.begin <= j) & (j < keys.end), j - keys.begin, -1)
+  return np.where((begin <= i) & (i < end) & (written < 0), 99, written), read
+
+
+@pytest.mark.parametrize("window", [None, 1, 5, 19, 40])
+@pytest.mark.parametrize("block_q", [1, 3, 8])
+def test_the_scratch_of_a_tile_holds_all_that_is_read(
+  window: int | None, block_q: int
+) -> None:
+  """What dq reads has been written, and nothing is written out of bounds."""
+  length = 23
+  stride, span = (4, 8) if window is None else (1, 1)
+  band = band_attention.Band(stride, span, window, 37)
+  tile = tiling.BandTile(4, 4, 2, rows=block_q)
+  tiles = tiling.BandTiling(tile, tile, tile)
+  plan = band_attention_vjp.plan(
+    batch=1,
+    num_keys=37 if window else 8,
+    dtype=jnp.float32,
+    sizes=band_attention.Sizes(length, 1, 1),
+    spec=band_attention.Spec(band, 1.0, tiles),
+  )
+  written, read = _reads(band, block_q, length, 4)
+  assert (read >= 0).any()
+  assert (written[read >= 0] == read[read >= 0]).all()
+  assert written.max() < plan.slots
 
 
 @pytest.mark.parametrize("branch", BRANCHES)
@@ -330,8 +390,17 @@ def test_gpu_matches_reference_everywhere(sizes: dict[str, Any]) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("branch", BRANCHES)
-def test_gpu_matches_xla_at_length(branch: str) -> None:
+@pytest.mark.parametrize("scratch", [2**25, 2**31])
+def test_gpu_matches_xla_at_length(branch: str, scratch: int) -> None:
   config, length = NSAConfig(), 8192
+  tiles = tiling.band_tiling(
+    windowed=branch == "window",
+    group=16,
+    head_dim=128,
+    value_dim=128,
+    dtype=jnp.bfloat16,
+  )
+  tiles = dataclasses.replace(tiles, scratch=scratch)
   inputs = _inputs(
     branch,
     config,
@@ -344,7 +413,9 @@ def test_gpu_matches_xla_at_length(branch: str) -> None:
   )
   wide = [x.astype(jnp.float32) for x in inputs]
   expected = _pullback(branch, "xla", config, length=length)(*wide)
-  actual = _pullback(branch, "triton", config, length=length)(*inputs)
+  run = _pullback(branch, "triton", config, length=length, tiles=tiles)
+  actual = run(*inputs)
+  helpers.assert_same_bits(actual, run(*inputs))
   helpers.assert_close(actual[0], expected[0], "bfloat16")
   for got, want in zip(actual[1], expected[1], strict=True):
     got, want = (np.asarray(x, np.float32) for x in (got, want))

@@ -17,7 +17,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels.triton import common
-from pallas_kernels.triton.tiling import BandTile, BandTiling
+from pallas_kernels.triton.tiling import BandTiling
 
 
 class Band(NamedTuple):
@@ -155,21 +155,36 @@ class Rows(NamedTuple):
   real: Any  # bool [rows], or None if all are
 
 
-def tile_rows(tile: Any, b: Any, h: Any, rows: int, sizes: Sizes) -> Rows:
-  """Tile number `tile` of batch row b and key/value head h.
+def tile_rows(
+  tile: Any,
+  b: Any,
+  h: Any,
+  rows: int,
+  sizes: Sizes,
+  steps: int = 1,
+  step: Any = None,
+) -> Rows:
+  """Rows of a tile of batch row b and key/value head h.
 
-  A tile holds as many whole groups as fit; rows that are left over, and those
-  after the last query, repeat the last real row: they compute and store the
-  same, so nothing needs a mask but the sums over rows.
+  A tile is taken in `steps` of `rows` rows each: the result is one of them, or
+  all without a `step`. A step holds as many whole groups as fit; rows that are
+  left over, and those after the last query, repeat the last real row: they
+  compute and store the same, so nothing needs a mask but the sums over rows.
   """
   length, heads, group = sizes
   block_q = rows // group
-  row = jnp.arange(rows, dtype=jnp.int32)
+  if step is not None or steps == 1:
+    row = jnp.arange(rows, dtype=jnp.int32)
+  else:
+    row = jnp.arange(steps * rows, dtype=jnp.int32)
+    step, row = common.div(row, rows), common.rem(row, rows)
+  if steps > 1:
+    tile = tile * steps + step
   local = jnp.minimum(row, block_q * group - 1)
   query = tile * block_q + common.div(local, group)
   real = None
   # Most steps of a kernel compute this: nothing that is not needed.
-  if rows % group or length % block_q:
+  if rows % group or length % (steps * block_q):
     real = (row < block_q * group) & (query < length)
     query = jnp.minimum(query, length - 1)
   index = (b * length + query) * heads + h * group + common.rem(local, group)
@@ -190,55 +205,6 @@ def key_span(j: Any, block_k: int, num_keys: int) -> tuple[Any, Any, Any]:
   return pl.ds(j * block_k, block_k), token, inside
 
 
-class Program(NamedTuple):
-  """The queries of a program of the forward or the dq kernel."""
-
-  index: Any  # int32 [rows], into [B T N]
-  t: Any  # int32 [rows], positions
-  bounds: Bounds  # tiles of keys that they read
-  mask: Any  # what `key_span` returns -> bool [rows, block_k], keys they read
-
-
-def program(
-  place_ref: Any, segments: Any, band: Band, tile: BandTile, sizes: Sizes
-) -> Program:
-  """Of grid (tiles of queries, K, B).
-
-  Args:
-    place_ref: [2], position of query 0 and first row of keys that exists.
-    segments: () or refs of the segments of keys [S] and queries [B T].
-    band: the band.
-    tile: the kernel's tile.
-    sizes: of the queries.
-  """
-  # The last queries read most: they start first.
-  i = pl.num_programs(0) - 1 - pl.program_id(0)
-  h, b = pl.program_id(1), pl.program_id(2)
-  rows = tile_rows(i, b, h, tile.rows, sizes)
-  offset, first_row = place_ref[0], place_ref[1]
-  t = offset + rows.query
-  if segments:
-    segment = segments[1][b * sizes.length + rows.query]
-
-  def mask(span_k, token, inside):
-    readable = band.readable(token[None, :], t[:, None], first_row)
-    if segments:
-      keys = common.load(segments[0].at[span_k], inside)
-      readable &= keys[None, :] == segment[:, None]
-    return readable
-
-  block_q = tile.rows // sizes.group
-  bounds = key_tiles(
-    band,
-    offset,
-    first_row,
-    i * block_q,
-    jnp.minimum((i + 1) * block_q, sizes.length),
-    tile.block_k,
-  )
-  return Program(rows.index, t, bounds, mask)
-
-
 def _fwd_kernel(
   place_ref,  # [2]: position of query 0, first row of keys that exists
   q_ref,  # [B T N, H]
@@ -255,8 +221,31 @@ def _fwd_kernel(
   head_pieces = common.pieces(q_ref.shape[-1])
   value_pieces = common.pieces(value_dim)
   factor = spec.scale * common.LOG2E
-  mine = program(place_ref, segments, band, tile, sizes)
-  q = gather(q_ref, mine.index, head_pieces)
+  # The last queries read most: they start first.
+  i = pl.num_programs(0) - 1 - pl.program_id(0)
+  h, b = pl.program_id(1), pl.program_id(2)
+  rows = tile_rows(i, b, h, tile.rows, sizes)
+  offset, first_row = place_ref[0], place_ref[1]
+  t = offset + rows.query
+  if segments:
+    segment = segments[1][b * sizes.length + rows.query]
+  block_q = tile.rows // sizes.group
+  bounds = key_tiles(
+    band,
+    offset,
+    first_row,
+    i * block_q,
+    jnp.minimum((i + 1) * block_q, sizes.length),
+    tile.block_k,
+  )
+  q = gather(q_ref, rows.index, head_pieces)
+
+  def readable(span_k, token, inside):
+    mask = band.readable(token[None, :], t[:, None], first_row)
+    if segments:
+      keys = common.load(segments[0].at[span_k], inside)
+      mask &= keys[None, :] == segment[:, None]
+    return mask
 
   def step(j, carry, masked):
     acc, m_i, l_i = carry
@@ -266,7 +255,7 @@ def _fwd_kernel(
     raw = common.dot_pieces(q, k)
     s = raw * factor
     if masked:
-      s = jnp.where(mine.mask(span_k, token, inside), s, common.MASK)
+      s = jnp.where(readable(span_k, token, inside), s, common.MASK)
     # Before the scale, so that scale and subtraction are one instruction.
     fused = not masked and factor > 0
     high = raw.max(axis=1) * factor if fused else s.max(axis=1)
@@ -286,15 +275,15 @@ def _fwd_kernel(
     jnp.full((tile.rows,), common.MAX_INIT, jnp.float32),
     jnp.zeros((tile.rows,), jnp.float32),
   )
-  acc, m_i, l_i = walk(step, carry, mine.bounds, bool(segments))
+  acc, m_i, l_i = walk(step, carry, bounds, bool(segments))
   # A tile that ends after the last token has read something for those rows.
-  some = (l_i > 0) & (mine.t < band.length)
+  some = (l_i > 0) & (t < band.length)
   total = jnp.where(some, l_i, 1)
   lse = jnp.where(some, m_i / common.LOG2E + jnp.log(total), -jnp.inf)
   for (start, width), a in zip(value_pieces, acc, strict=True):
     out = jnp.where(some[:, None], a / total[:, None], 0)
-    out_ref[mine.index, pl.ds(start, width)] = out.astype(out_ref.dtype)
-  lse_ref[mine.index] = lse
+    out_ref[rows.index, pl.ds(start, width)] = out.astype(out_ref.dtype)
+  lse_ref[rows.index] = lse
 
 
 def flat_rows(x: jax.Array) -> jax.Array:

@@ -1,10 +1,12 @@
 """Attention over a band of keys, backward.
 
-dq: the forward kernel's loop once more. dk, dv: one program per tile of keys
-and part of the queries that read it; rows hold all heads of a group, so the sum
-over the group is part of the products. No atomics: every run gives the same
-bits. One kernel for all three would need 5 products instead of 7, but the
-shares of dq that it writes, one per tile of keys, cost more than it saves.
+dk, dv: one program per tile of keys and part of the queries that read it; rows
+hold all heads of a group, so the sum over the group is part of the products.
+dq: one product with ds, the gradients of the scores, which the first kernel has
+stored. That is five products in all; two kernels that share nothing need seven,
+and the exponentials twice. So that the stored ds is bounded, queries are taken
+in chunks, over which dk and dv are summed. No atomics: every run gives the same
+bits.
 """
 
 import functools
@@ -25,10 +27,9 @@ from pallas_kernels.triton.band_attention import (
   flat_rows,
   gather,
   key_span,
+  key_tiles,
   per_head,
-  program,
   tile_rows,
-  walk,
 )
 
 
@@ -43,6 +44,84 @@ class Inputs(NamedTuple):
   key: jax.Array  # [B, S, K, H]
   value: jax.Array  # [B, S, K, V]
   segments: tuple[jax.Array, ...]
+
+
+class Plan(NamedTuple):
+  """How the work is cut; hashable.
+
+  Tiles of queries are those of the dq kernel, of keys those of the other.
+  """
+
+  sizes: Sizes
+  spec: Spec
+  num_tiles: int  # of queries
+  num_key_tiles: int
+  chunks: int
+  chunk: int  # tiles of queries in a chunk
+  slots: int  # tiles of keys that one tile of queries can read
+  splits: int  # programs per tile of keys
+
+  @property
+  def steps(self) -> int:
+    """Steps of the dk, dv kernel in one tile of queries."""
+    tiling = self.spec.tiling
+    return tiling.dq.rows // tiling.dkv.rows
+
+  @property
+  def block_q(self) -> int:
+    """Queries of a tile."""
+    return self.steps * (self.spec.tiling.dkv.rows // self.sizes.group)
+
+  def tiles_of(self, chunk: Any) -> tuple[Any, int]:
+    """First tile of queries of a chunk, and the distance to the next."""
+    if self.spec.band.window is None:
+      # As many keys are read in every chunk: none leaves the device idle.
+      return chunk, self.chunks
+    # The tiles of keys that a chunk reads are few.
+    return chunk * self.chunk, 1
+
+  def keys_of(
+    self, tile: Any, offset: Any, first_row: Any, size: int
+  ) -> tuple[Any, Any]:
+    """Range of the tiles of `size` keys that a tile of queries reads."""
+    bounds = key_tiles(
+      self.spec.band,
+      offset,
+      first_row,
+      tile * self.block_q,
+      jnp.minimum((tile + 1) * self.block_q, self.sizes.length),
+      size,
+    )
+    return bounds.begin, bounds.end
+
+
+def plan(
+  batch: int, num_keys: int, dtype: Any, sizes: Sizes, spec: Spec
+) -> Plan:
+  """Chunks and shares by shape."""
+  tiling, band = spec.tiling, spec.band
+  result = Plan(sizes, spec, 1, 1, 1, 1, 1, 1)
+  block_k, block_q = tiling.dkv.block_k, result.block_q
+  num_tiles = -(-sizes.length // block_q)
+  num_key_tiles = slots = -(-num_keys // block_k)
+  if band.window is not None:
+    # Window and queries end where tiles do not.
+    slots = min(slots, (band.window + block_q - 2) // block_k + 2)
+  heads = batch * (sizes.heads // sizes.group)
+  size = heads * slots * block_k * tiling.dq.rows * jnp.dtype(dtype).itemsize
+  chunks = -(-num_tiles // max(1, tiling.scratch // size))
+  chunk = -(-num_tiles // chunks)
+  splits = -(-tiling.programs // (num_key_tiles * heads))
+  # A program that starts must have something to do.
+  splits = max(1, min(splits, chunk * result.steps // 8))
+  return result._replace(
+    num_tiles=num_tiles,
+    num_key_tiles=num_key_tiles,
+    chunks=chunks,
+    chunk=chunk,
+    slots=slots,
+    splits=splits,
+  )
 
 
 def backward(
@@ -87,10 +166,16 @@ def backward(
   )
   _, length, heads, _ = query.shape
   sizes = Sizes(length, heads, heads // key.shape[2])
-  dq = _query_gradient(inputs, sizes, spec)
-  dk, dv = _key_value_gradient(inputs, sizes, spec)
+  cut = plan(len(key), key.shape[1], key.dtype, sizes, spec)
+  step = functools.partial(_chunk, inputs=inputs, plan=cut)
+  # The first chunk has nothing to add to.
+  grads = step(jnp.int32(0), None)
+  if cut.chunks > 1:
+    grads = lax.fori_loop(1, cut.chunks, step, grads)
+  dq, dk, dv = grads
 
   def finish(x, like):
+    x = x.sum(axis=0)
     x = jnp.swapaxes(x.reshape(len(key), key.shape[2], *x.shape[1:]), 1, 2)
     return x.astype(like.dtype)
 
@@ -101,72 +186,21 @@ def backward(
   )
 
 
-def _dq_kernel(
-  place_ref,  # [2]
-  q_ref,  # [B T N, H]
-  dout_ref,  # [B T N, V]
-  lse_ref,  # [B T N]
-  delta_ref,  # [B T N]
-  k_ref,  # [S, H]
-  v_ref,  # [S, V]
-  *refs,  # segments [S] and [B T], if any; dq [B T N, H]
-  spec: Spec,
-  sizes: Sizes,
-  exp2: Callable[[jax.Array], jax.Array],
-):
-  *segments, dq_ref = refs
-  band, tile = spec.band, spec.tiling.dq
-  num_keys, value_dim = v_ref.shape
-  head_pieces = common.pieces(q_ref.shape[-1])
-  value_pieces = common.pieces(value_dim)
-  mine = program(place_ref, segments, band, tile, sizes)
-  q = gather(q_ref, mine.index, head_pieces)
-  dout = gather(dout_ref, mine.index, value_pieces)
-  lse, delta = lse_ref[mine.index], delta_ref[mine.index]
+def _chunk(
+  chunk: jax.Array,
+  grads: tuple[jax.Array, ...] | None,
+  inputs: Inputs,
+  plan: Plan,
+) -> tuple[jax.Array, ...]:
+  """Gradients with those of one chunk of queries added, in place.
 
-  def step(j, dq, masked):
-    span_k, token, inside = key_span(j, tile.block_k, num_keys)
-    inside = inside if masked else None
-    k = common.load_pieces(k_ref, span_k, head_pieces, inside)
-    v = common.load_pieces(v_ref, span_k, value_pieces, inside)
-    s = common.dot_pieces(q, k) * (spec.scale * common.LOG2E)
-    if masked:
-      s = jnp.where(mine.mask(span_k, token, inside), s, common.MASK)
-    p = exp2(s - lse[:, None])
-    dp = common.dot_pieces(dout, v)
-    ds = (p * (dp - delta[:, None])).astype(q_ref.dtype)
-    return tuple(d + common.dot(ds, x) for d, x in zip(dq, k, strict=True))
-
-  dq = common.accumulators(tile.rows, head_pieces)
-  dq = walk(step, dq, mine.bounds, bool(segments))
-  for (start, width), d in zip(head_pieces, dq, strict=True):
-    d = (d * spec.scale).astype(dq_ref.dtype)
-    dq_ref[mine.index, pl.ds(start, width)] = d
-
-
-def _query_gradient(inputs: Inputs, sizes: Sizes, spec: Spec) -> jax.Array:
-  """dq [B T N, H]."""
-  tile = spec.tiling.dq
-  batch, _, kv_heads, value_dim = inputs.value.shape
-  place, keys, segments = per_head(inputs.key, inputs.segments)
-  per_query = inputs[1:5]
-  return common.pallas_call(
-    functools.partial(_dq_kernel, spec=spec, sizes=sizes),
-    name=f"nsa_{spec.branch}_dq",
-    num_warps=tile.num_warps,
-    num_stages=tile.num_stages,
-    with_exp2=True,
-    grid=(-(-sizes.length // (tile.rows // sizes.group)), kv_heads, batch),
-    in_specs=[
-      place,
-      *map(common.whole, per_query),
-      keys(inputs.key.shape[-1]),
-      keys(value_dim),
-      *segments,
-    ],
-    out_specs=common.whole(inputs.query),
-    out_shape=jax.ShapeDtypeStruct(inputs.query.shape, inputs.query.dtype),
-  )(inputs.place, *per_query, inputs.key, inputs.value, *inputs.segments)
+  dq [B T N, H]; dk / scale [splits, B K, S, H] and dv [splits, B K, S, V] in
+  float32.
+  """
+  chunk = chunk.astype(jnp.int32).reshape(1)
+  dq, *sums = grads or (None,)
+  *sums, ds = _key_value_gradient(chunk, tuple(sums), inputs, plan)
+  return (_query_gradient(chunk, ds, dq, inputs, plan), *sums)
 
 
 def query_tiles(
@@ -200,16 +234,6 @@ def query_tiles(
   return begin, end
 
 
-def share_of(i: Any, splits: int, heads: int) -> tuple[Any, Any, Any]:
-  """Tile of keys, part of its queries, head [B K] of program i.
-
-  The first tiles have most readers and begin first, all their parts together.
-  """
-  rest = common.rem(i, splits * heads)
-  j = common.div(i, splits * heads)
-  return j, common.rem(rest, splits), common.div(rest, splits)
-
-
 def row_and_head(head: Any, sizes: Sizes) -> tuple[Any, Any]:
   """Batch row and key/value head of one of the B K pairs.
 
@@ -221,6 +245,7 @@ def row_and_head(head: Any, sizes: Sizes) -> tuple[Any, Any]:
 
 
 def _dkv_kernel(
+  chunk_ref,  # [1]
   place_ref,  # [2]
   q_ref,  # [B T N, H]
   dout_ref,  # [B T N, V]
@@ -228,55 +253,24 @@ def _dkv_kernel(
   delta_ref,  # [B T N]
   k_ref,  # [S, H]
   v_ref,  # [S, V]
-  *refs,  # segments [S] and [B T], if any; dk [block_k, H], dv [block_k, V]
-  spec: Spec,
-  sizes: Sizes,
-  splits: int,
-  assign: Callable[[Any], tuple[Any, Any, Any]],
+  # Segments [S] and [B T], if any; dk and dv so far, but in the first chunk; dk
+  # [block_k, H], dv [block_k, V]; ds [chunk, slots block_k, rows of dq].
+  *refs,
+  plan: Plan,
+  segmented: bool,
   exp2: Callable[[jax.Array], jax.Array],
 ):
-  *segments, dk_ref, dv_ref = refs
+  *optional, dk_ref, dv_ref, ds_ref = refs
+  segments = optional[:2] if segmented else ()
+  before = optional[len(segments) :]
+  sizes, spec = plan.sizes, plan.spec
   band, tile = spec.band, spec.tiling.dkv
   num_keys, value_dim = v_ref.shape
   head_pieces = common.pieces(q_ref.shape[-1])
   value_pieces = common.pieces(value_dim)
-  j, split, head = assign(pl.program_id(0))
+  split, head, j = (pl.program_id(axis) for axis in range(3))
   b, h = row_and_head(head, sizes)
   offset, first_row = place_ref[0], place_ref[1]
-  span_k, token, inside = key_span(j, tile.block_k, num_keys)
-  k = common.load_pieces(k_ref, span_k, head_pieces, inside)
-  v = common.load_pieces(v_ref, span_k, value_pieces, inside)
-  if segments:
-    key_segment = common.load(segments[0].at[span_k], inside)
-
-  # Every step is masked: it waits for its products, not for the mask, and a
-  # loop of its own for the steps without one would begin by waiting for loads.
-  def step(i, carry):
-    dk, dv = carry
-    rows = tile_rows(i, b, h, tile.rows, sizes)
-    q = gather(q_ref, rows.index, head_pieces)
-    dout = gather(dout_ref, rows.index, value_pieces)
-    lse, delta = lse_ref[rows.index], delta_ref[rows.index]
-    if rows.real is not None:
-      lse = jnp.where(rows.real, lse, -common.MASK)
-    # Transposed: keys are the rows, so that dk and dv need no transpose.
-    s = common.dot_pieces(k, q)
-    p = exp2(s * (spec.scale * common.LOG2E) - lse[None, :])
-    t = offset + rows.query
-    mask = band.readable(token[:, None], t[None, :], first_row)
-    if segments:
-      segment = segments[1][b * sizes.length + rows.query]
-      mask &= key_segment[:, None] == segment[None, :]
-    p = jnp.where(mask, p, 0)
-    dv = tuple(
-      d + common.dot(p.astype(x.dtype), x)
-      for d, x in zip(dv, dout, strict=True)
-    )
-    dp = common.dot_pieces(v, dout)
-    ds = (p * (dp - delta[None, :])).astype(q_ref.dtype)
-    dk = tuple(d + common.dot(ds, x) for d, x in zip(dk, q, strict=True))
-    return dk, dv
-
   begin, end = query_tiles(
     band,
     offset,
@@ -284,75 +278,231 @@ def _dkv_kernel(
     j * tile.block_k,
     tile.block_k,
     sizes.length,
-    tile.rows // sizes.group,
+    plan.block_q,
+  )
+  # Of this chunk, counted from its first.
+  start, stride = plan.tiles_of(chunk_ref[0])
+  begin, end = (
+    jnp.minimum(ceil_div(jnp.maximum(x - start, 0), stride), plan.chunk)
+    * plan.steps
+    for x in (begin, end)
   )
   # Equal shares of what reads these keys: no program is left over at the end.
-  share = ceil_div(jnp.maximum(end - begin, 0), splits)
+  share = ceil_div(jnp.maximum(end - begin, 0), plan.splits)
   begin += split * share
-  dk, dv = lax.fori_loop(
-    begin,
-    jnp.minimum(end, begin + share),
-    step,
-    (
-      common.accumulators(tile.block_k, head_pieces),
-      common.accumulators(tile.block_k, value_pieces),
-    ),
-  )
-  for ref, pieces, grads in (
-    (dk_ref, head_pieces, dk),
-    (dv_ref, value_pieces, dv),
-  ):
-    for (column, width), d in zip(pieces, grads, strict=True):
-      common.store(ref.at[:, pl.ds(column, width)], d, inside)
+  end = jnp.minimum(end, begin + share)
+
+  def run():
+    span_k, token, inside = key_span(j, tile.block_k, num_keys)
+    k = common.load_pieces(k_ref, span_k, head_pieces, inside)
+    v = common.load_pieces(v_ref, span_k, value_pieces, inside)
+    if segments:
+      key_segment = common.load(segments[0].at[span_k], inside)
+
+    # Every step is masked: it waits for its products, not for the mask, and a
+    # loop of its own for the steps without one would begin by waiting for
+    # loads.
+    def step(i, carry):
+      dk, dv = carry
+      number, part = common.div(i, plan.steps), common.rem(i, plan.steps)
+      queries = start + number * stride
+      rows = tile_rows(queries, b, h, tile.rows, sizes, plan.steps, part)
+      q = gather(q_ref, rows.index, head_pieces)
+      dout = gather(dout_ref, rows.index, value_pieces)
+      lse, delta = lse_ref[rows.index], delta_ref[rows.index]
+
+      def summed(x):  # without rows that repeat another
+        return x if rows.real is None else jnp.where(rows.real[None, :], x, 0)
+
+      # Transposed: keys are the rows, so that dk and dv need no transpose.
+      s = common.dot_pieces(k, q)
+      p = exp2(s * (spec.scale * common.LOG2E) - lse[None, :])
+      t = offset + rows.query
+      mask = band.readable(token[:, None], t[None, :], first_row)
+      if segments:
+        segment = segments[1][b * sizes.length + rows.query]
+        mask &= key_segment[:, None] == segment[None, :]
+      p = jnp.where(mask, p, 0)
+      dv = tuple(
+        d + common.dot(summed(p).astype(x.dtype), x)
+        for d, x in zip(dv, dout, strict=True)
+      )
+      dp = common.dot_pieces(v, dout)
+      ds = (p * (dp - delta[None, :])).astype(q_ref.dtype)
+      slot = j - plan.keys_of(queries, offset, first_row, tile.block_k)[0]
+      ds_ref[
+        number,
+        pl.ds(slot * tile.block_k, tile.block_k),
+        pl.ds(part * tile.rows, tile.rows),
+      ] = ds
+      ds = summed(ds)
+      dk = tuple(d + common.dot(ds, x) for d, x in zip(dk, q, strict=True))
+      return dk, dv
+
+    dk, dv = lax.fori_loop(
+      begin,
+      end,
+      step,
+      (
+        common.accumulators(tile.block_k, head_pieces),
+        common.accumulators(tile.block_k, value_pieces),
+      ),
+    )
+    for i, (ref, pieces, grads) in enumerate(
+      ((dk_ref, head_pieces, dk), (dv_ref, value_pieces, dv))
+    ):
+      for (column, width), d in zip(pieces, grads, strict=True):
+        columns = pl.ds(column, width)
+        if before:
+          d += common.load(before[i].at[:, columns], inside)
+        common.store(ref.at[:, columns], d, inside)
+
+  if before:
+    pl.when(begin < end)(run)
+  else:
+    run()
 
 
 def _key_value_gradient(
-  inputs: Inputs, sizes: Sizes, spec: Spec
-) -> tuple[jax.Array, jax.Array]:
-  """dk / scale [B K, S, H] and dv [B K, S, V], float32."""
-  tile = spec.tiling.dkv
+  chunk: jax.Array,
+  before: tuple[jax.Array, ...],
+  inputs: Inputs,
+  plan: Plan,
+) -> tuple[jax.Array, ...]:
+  """dk and dv as of `_chunk`, and ds [B K, chunk, slots block_k, rows]."""
+  tiling = plan.spec.tiling
+  tile = tiling.dkv
   batch, num_keys, kv_heads, _ = inputs.key.shape
-  num_key_tiles = -(-num_keys // tile.block_k)
-  num_tiles = -(-sizes.length // (tile.rows // sizes.group))
-  splits = -(-spec.tiling.programs // (num_key_tiles * kv_heads * batch))
-  # A program that starts must have something to do.
-  splits = max(1, min(splits, num_tiles // 8))
-  assign = functools.partial(share_of, splits=splits, heads=batch * kv_heads)
+  heads = batch * kv_heads
   widths = (inputs.key.shape[-1], inputs.value.shape[-1])
   place, keys, segments = per_head(
-    inputs.key, inputs.segments, lambda i: row_and_head(assign(i)[2], sizes)
+    inputs.key, inputs.segments, lambda s, i, j: row_and_head(i, plan.sizes)
+  )
+  grads = [
+    pl.BlockSpec(
+      (None, None, tile.block_k, width), lambda s, i, j: (s, i, j, 0)
+    )
+    for width in widths
+  ]
+  ds = (plan.chunk, plan.slots * tile.block_k, tiling.dq.rows)
+  per_query = inputs[1:5]
+  args = (
+    chunk,
+    inputs.place,
+    *per_query,
+    inputs.key,
+    inputs.value,
+    *inputs.segments,
+  )
+  return tuple(
+    common.pallas_call(
+      functools.partial(
+        _dkv_kernel, plan=plan, segmented=bool(inputs.segments)
+      ),
+      name=f"nsa_{plan.spec.branch}_dkv",
+      num_warps=tile.num_warps,
+      num_stages=tile.num_stages,
+      with_exp2=True,
+      grid=(plan.splits, heads, plan.num_key_tiles),
+      in_specs=[
+        common.whole(chunk),
+        place,
+        *map(common.whole, per_query),
+        *map(keys, widths),
+        *segments,
+        *(grads if before else ()),
+      ],
+      out_specs=[
+        *grads,
+        pl.BlockSpec((None, *ds), lambda s, i, j: (i, 0, 0, 0)),
+      ],
+      out_shape=[
+        *(
+          jax.ShapeDtypeStruct(
+            (plan.splits, heads, num_keys, width), jnp.float32
+          )
+          for width in widths
+        ),
+        jax.ShapeDtypeStruct((heads, *ds), inputs.query.dtype),
+      ],
+      input_output_aliases={len(args) + i: i for i in range(len(before))},
+    )(*args, *before)
   )
 
-  def partial_block(i):
-    j, split, head = assign(i)
-    return split, head, j, 0
 
-  per_query = inputs[1:5]
-  partial = common.pallas_call(
-    functools.partial(
-      _dkv_kernel, spec=spec, sizes=sizes, splits=splits, assign=assign
-    ),
-    name=f"nsa_{spec.branch}_dkv",
+def _dq_kernel(
+  chunk_ref,  # [1]
+  place_ref,  # [2]
+  ds_ref,  # [chunk, slots block_k, rows]
+  k_ref,  # [S, H]
+  *refs,  # dq so far, but in the first chunk; dq [B T N, H]
+  plan: Plan,
+):
+  dq_ref = refs[-1]
+  sizes, spec = plan.sizes, plan.spec
+  tile, block_k = spec.tiling.dq, spec.tiling.dkv.block_k
+  num_keys, head_dim = k_ref.shape
+  head_pieces = common.pieces(head_dim)
+  h, b = pl.program_id(1), pl.program_id(2)
+  offset, first_row = place_ref[0], place_ref[1]
+  # The last queries read most: they start first.
+  number = plan.chunk - 1 - pl.program_id(0)
+  start, stride = plan.tiles_of(chunk_ref[0])
+  i = start + number * stride
+
+  # Chunks are equal, but the tiles need not be enough for the last of each.
+  @pl.when(i < plan.num_tiles)
+  def _():
+    rows = tile_rows(i, b, h, spec.tiling.dkv.rows, sizes, plan.steps)
+    first = plan.keys_of(i, offset, first_row, block_k)[0] * block_k
+
+    def step(j, dq):
+      span_k, _, inside = key_span(j, tile.block_k, num_keys)
+      k = common.load_pieces(k_ref, span_k, head_pieces, inside)
+      slots = pl.ds(j * tile.block_k - first, tile.block_k)
+      ds = ds_ref[number, slots, :].T
+      return tuple(d + common.dot(ds, x) for d, x in zip(dq, k, strict=True))
+
+    dq = lax.fori_loop(
+      *plan.keys_of(i, offset, first_row, tile.block_k),
+      step,
+      common.accumulators(tile.rows, head_pieces),
+    )
+    for (column, width), d in zip(head_pieces, dq, strict=True):
+      d = (d * spec.scale).astype(dq_ref.dtype)
+      dq_ref[rows.index, pl.ds(column, width)] = d
+
+
+def _query_gradient(
+  chunk: jax.Array,
+  ds: jax.Array,
+  before: jax.Array | None,
+  inputs: Inputs,
+  plan: Plan,
+) -> jax.Array:
+  """dq [B T N, H]."""
+  tile = plan.spec.tiling.dq
+  batch, _, kv_heads, head_dim = inputs.key.shape
+  place, keys, _ = per_head(inputs.key, ())
+  query = jax.ShapeDtypeStruct(inputs.query.shape, inputs.query.dtype)
+  args = (chunk, inputs.place, ds, inputs.key)
+  aliased = () if before is None else (before,)
+  return common.pallas_call(
+    functools.partial(_dq_kernel, plan=plan),
+    name=f"nsa_{plan.spec.branch}_dq",
     num_warps=tile.num_warps,
     num_stages=tile.num_stages,
-    with_exp2=True,
-    grid=(num_key_tiles * splits * batch * kv_heads,),
+    grid=(plan.chunk, kv_heads, batch),
     in_specs=[
+      common.whole(chunk),
       place,
-      *map(common.whole, per_query),
-      *map(keys, widths),
-      *segments,
+      pl.BlockSpec(
+        (None, *ds.shape[1:]), lambda i, h, b: (b * kv_heads + h, 0, 0, 0)
+      ),
+      keys(head_dim),
+      *map(common.whole, aliased),
     ],
-    out_specs=[
-      pl.BlockSpec((None, None, tile.block_k, width), partial_block)
-      for width in widths
-    ],
-    out_shape=[
-      jax.ShapeDtypeStruct(
-        (splits, batch * kv_heads, num_keys, width), jnp.float32
-      )
-      for width in widths
-    ],
-  )(inputs.place, *per_query, inputs.key, inputs.value, *inputs.segments)
-  dk, dv = (x.sum(axis=0) for x in partial)
-  return dk, dv
+    out_specs=common.whole(query),
+    out_shape=query,
+    input_output_aliases={len(args): 0} if aliased else {},
+  )(*args, *aliased)

@@ -77,16 +77,20 @@ class BandTiling:
 
   Attributes:
     fwd: forward kernel.
-    dq: gradient of the query.
+    dq: gradient of the query; its `block_k` divides that of `dkv`, its `rows`
+      are a multiple.
     dkv: gradient of keys and values.
     programs: programs that keep a device busy; the queries are split until
       there are so many of `dkv`.
+    scratch: bytes that the gradients of the scores may take, the queries of a
+      chunk times the keys they read; at least one tile of queries.
   """
 
   fwd: BandTile
   dq: BandTile
   dkv: BandTile
-  programs: int = 1024
+  programs: int = 512
+  scratch: int = 2**31
 
 
 def band_tiling(
@@ -113,23 +117,28 @@ def band_tiling(
     # Exact float32 products run without tensor cores and hold operands too.
     rows = max(32, least)
     if width <= 128:
-      fwd, dq = BandTile(32, 4, 2, rows), BandTile(32, 8, 2, rows)
+      fwd = BandTile(32, 4, 2, rows)
       dkv = BandTile(32 if rows == 32 else 16, 8, 2, rows)
     else:
-      fwd = dq = BandTile(16, 8, 1, rows)
+      fwd = BandTile(16, 8, 1, rows)
       dkv = BandTile(32 if least == 16 else 16, 8, 1, least)
-  elif windowed and group <= 4 and width <= 128:
+    return BandTiling(fwd, dataclasses.replace(dkv, block_k=16), dkv)
+
+  if windowed:
+    dq = BandTile(32, 4, 4 if width <= 128 else 2, rows=64)
+  else:
+    dq = BandTile(64, 8, 3 if width <= 192 else 2, rows=128)
+  if windowed and group <= 4 and width <= 128:
     # Few heads make few rows per position: large tiles would reach far beyond
     # the windows of their first and last queries.
     fwd = BandTile(32, 4, 3, rows=64)
-    dq = dkv = BandTile(64, 4, 2, rows=64)
+    dkv = BandTile(64, 4, 2, rows=64)
   elif width <= 64:
-    fwd = dq = BandTile(64, 8, 3, rows=128)
+    fwd = BandTile(64, 8, 3, rows=128)
     dkv = BandTile(64, 4, 3, rows=64)
   else:
     # With 32 keys two programs fit on a multiprocessor: one computes while the
     # other waits. Large tiles read less.
-    dq = BandTile(32, 8, 3, rows=128)
     if width <= 192 and windowed:
       fwd = BandTile(32, 8, 3, rows=128)
     elif width <= 192:
