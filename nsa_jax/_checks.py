@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nsa_jax.typing import Array
+from nsa_jax.typing import KV, Array
 
 INT32 = np.iinfo(np.int32)
 _FLOATS = ("float16", "bfloat16", "float32", "float64")
@@ -214,3 +214,98 @@ def dtype(name: str, value: Any) -> jnp.dtype:
   if result is None or not jnp.issubdtype(result, jnp.floating):
     raise ValueError(f"`{name}`={value!r} must be a floating-point dtype.")
   return result
+
+
+def offset(name, value, shapes):
+  """A Python integer, or an integer array of one of the shapes."""
+  if isinstance(value, int | np.integer):
+    return static_int(name, value)
+  try:
+    offset = jnp.asarray(value)
+  except (TypeError, ValueError):
+    offset = jnp.zeros(0, bool)
+  if offset.shape not in shapes or not jnp.issubdtype(
+    offset.dtype, jnp.integer
+  ):
+    raise ValueError(
+      f"`{name}`={value!r} of shape {offset.shape} must be an integer, or an "
+      f"integer array of shape {' or '.join(map(str, shapes))}."
+    )
+  # Arithmetic in a narrow or an unsigned type would wrap around. What does not
+  # fit int32 lies outside as much as its ends do.
+  limits = jnp.iinfo(offset.dtype)
+  if limits.max > INT32.max:
+    low = max(limits.min, int(INT32.min))
+    offset = jnp.clip(offset, low, INT32.max)
+  return offset.astype(jnp.int32)
+
+
+def pair(name, query, pair, min_length=1):
+  """Query and KV of one branch of the whole op, checked."""
+  try:
+    key, value = pair
+  except (TypeError, ValueError) as error:
+    raise ValueError(
+      f"`{name}` of type {type(pair).__name__} must be a KV(key, value) pair."
+    ) from error
+  names = (f"{name}.key", f"{name}.value")
+  query, key, value = attention_inputs(query, key, value, names, min_length)
+  return query, KV(key, value)
+
+
+def attention_inputs(query, key, value, names=("key", "value"), min_length=1):
+  """Query, key and value of one branch, with shapes and dtypes that fit."""
+  key_name, value_name = names
+  query = queries(query)
+  key = keys(key_name, key, query, min_length)
+  value = array(value_name, value, 4, "[B, S, K, V]")
+  shape(
+    value_name,
+    value,
+    (*key.shape[:3], None),
+    f"all but the head dimension of `{key_name}`",
+  )
+  same_dtype(value_name, value, query)
+  not_empty(value_name, value, axes=(3,))
+  return query, key, value
+
+
+def queries(query):
+  query = array("query", query, 4, "[B, T, N, H]")
+  floating("query", query)
+  not_empty("query", query)
+  return query
+
+
+def keys(name, key, query, min_length):
+  key = array(name, key, 4, "[B, S, K, H]")
+  shape(
+    name,
+    key,
+    (query.shape[0], None, None, query.shape[-1]),
+    f"the batch and head dimension of `query` of shape {query.shape}",
+  )
+  same_dtype(name, key, query)
+  if min_length:
+    not_empty(name, key)
+  if not key.shape[2] or query.shape[2] % key.shape[2]:
+    raise ValueError(
+      f"`query` has {query.shape[2]} heads, which must be a multiple of the "
+      f"{key.shape[2]} key/value heads of `{name}`."
+    )
+  return key
+
+
+def same_dtype(name, value, query):
+  if value.dtype != query.dtype:
+    raise ValueError(
+      f"`{name}` of dtype {value.dtype} must have the dtype of `query`, "
+      f"{query.dtype}."
+    )
+
+
+def same_as(name, value, other_name, other):
+  value = array(name, value, other.ndim, f"that of `{other_name}`")
+  shape(name, value, other.shape, f"the shape of `{other_name}`")
+  same_dtype(name, value, other)
+  return value

@@ -6,16 +6,15 @@ positions of the queries, and the removal of everything that no query may read
 Letters in shapes are explained in `nsa_jax.typing`.
 """
 
-import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from nsa_jax import _checks, compression, dispatch
 from nsa_jax.config import NSAConfig, check_config
+from nsa_jax.gating import gated_sum
 from nsa_jax.typing import KV, Array, Implementation, Queries
 
 
@@ -95,9 +94,9 @@ def native_sparse_attention(
     (1, 128, 4, 16)
   """
   check_config(config)
-  query, selected = _pair("selected", query, selected)
-  _, window = _pair("window", query, window)
-  _, compressed = _pair("compressed", query, compressed, min_length=0)
+  query, selected = _checks.pair("selected", query, selected)
+  _, window = _checks.pair("window", query, window)
+  _, compressed = _checks.pair("compressed", query, compressed, min_length=0)
   key, value = selected
   key_length = key.shape[1]
   _checks.shape(
@@ -126,7 +125,7 @@ def native_sparse_attention(
   if compressed_query is None:
     compressed_query = query
   else:
-    compressed_query = _same_as(
+    compressed_query = _checks.same_as(
       "compressed_query", compressed_query, "query", query
     )
   scale = _checks.scale(scale, query.shape[-1])
@@ -175,7 +174,7 @@ def native_sparse_attention(
     implementation=implementation,
     with_lse=False,
   )
-  out = _gated_sum(
+  out = gated_sum(
     _keep(gates, rows.real), (out_compressed, out_selected, out_window)
   )
   out = _keep(out, rows.real)
@@ -232,7 +231,7 @@ def compressed_attention(
     ((1, 64, 2, 8), (1, 64, 2))
   """
   check_config(config)
-  query, key, value = _attention_inputs(query, key, value, min_length=0)
+  query, key, value = _checks.attention_inputs(query, key, value, min_length=0)
   rows = _compressed_rows(
     query, key, "key", config, key_length, query_offset, segment_ids,
     query_segment_ids,
@@ -437,7 +436,7 @@ def selected_attention(
     ((1, 128, 2, 8), (1, 128, 2))
   """
   check_config(config)
-  query, key, value = _attention_inputs(query, key, value)
+  query, key, value = _checks.attention_inputs(query, key, value)
   rows = _query_rows(
     query, key.shape[1], query_offset, segment_ids, query_segment_ids, config
   )
@@ -503,8 +502,8 @@ def window_attention(
     8
   """
   check_config(config)
-  query, key, value = _attention_inputs(query, key, value)
-  key_offset = _offset("key_offset", key_offset, ((), query.shape[:1]))
+  query, key, value = _checks.attention_inputs(query, key, value)
+  key_offset = _checks.offset("key_offset", key_offset, ((), query.shape[:1]))
   rows = _query_rows(
     query,
     key.shape[1],
@@ -550,7 +549,7 @@ def _query_rows(
   stop = key_offset + key_length
   if query_offset is None:
     query_offset = stop - length
-  query_offset = _offset("query_offset", query_offset, ((), (batch,)))
+  query_offset = _checks.offset("query_offset", query_offset, ((), (batch,)))
   if isinstance(query_offset, int) and isinstance(key_offset, int):
     # What is known here needs no mask.
     first = max(key_offset, 0)
@@ -609,30 +608,6 @@ def _query_rows(
 def _column(offset):
   """An offset that broadcasts against [B, ...]."""
   return offset[:, None] if jnp.ndim(offset) else offset
-
-
-def _offset(name, value, shapes):
-  """A Python integer, or an integer array of one of the shapes."""
-  if isinstance(value, int | np.integer):
-    return _checks.static_int(name, value)
-  try:
-    offset = jnp.asarray(value)
-  except (TypeError, ValueError):
-    offset = jnp.zeros(0, bool)
-  if offset.shape not in shapes or not jnp.issubdtype(
-    offset.dtype, jnp.integer
-  ):
-    raise ValueError(
-      f"`{name}`={value!r} of shape {offset.shape} must be an integer, or an "
-      f"integer array of shape {' or '.join(map(str, shapes))}."
-    )
-  # Arithmetic in a narrow or an unsigned type would wrap around. What does not
-  # fit int32 lies outside as much as its ends do.
-  limits = jnp.iinfo(offset.dtype)
-  if limits.max > _checks.INT32.max:
-    low = max(limits.min, int(_checks.INT32.min))
-    offset = jnp.clip(offset, low, _checks.INT32.max)
-  return offset.astype(jnp.int32)
 
 
 def _read_blocks(rows: _Rows, config: NSAConfig) -> Array | None:
@@ -755,97 +730,6 @@ def _window(
   )
 
 
-@functools.partial(jax.checkpoint, prevent_cse=False)
-def _gated_sum(gates, branches):
-  """Sum of gates[..., c] * branches[c], in float32 at least.
-
-  Forward it is one pass that reads three [T, N, V] tensors and writes one, the
-  least there is. Backward the least is 7: the cotangent and the three outputs
-  read, three cotangents written. On a GPU XLA makes it 7, and the sums over V
-  that the branches' backward passes begin with are in the same pass. On a CPU
-  it is 12: products and sums are apart, and each reads the cotangent. The
-  checkpoint keeps float32 copies of the outputs from being stored between the
-  passes.
-  """
-  acc = jnp.promote_types(jnp.float32, branches[0].dtype)
-  out = sum(
-    gates[..., c, None].astype(acc) * branch.astype(acc)
-    for c, branch in enumerate(branches)
-  )
-  return out.astype(branches[0].dtype)
-
-
-def _pair(name, query, pair, min_length=1):
-  """Query and KV of one branch of the whole op, checked."""
-  try:
-    key, value = pair
-  except (TypeError, ValueError) as error:
-    raise ValueError(
-      f"`{name}` of type {type(pair).__name__} must be a KV(key, value) pair."
-    ) from error
-  names = (f"{name}.key", f"{name}.value")
-  query, key, value = _attention_inputs(query, key, value, names, min_length)
-  return query, KV(key, value)
-
-
-def _attention_inputs(query, key, value, names=("key", "value"), min_length=1):
-  """Query, key and value of one branch, with shapes and dtypes that fit."""
-  key_name, value_name = names
-  query = _query(query)
-  key = _key(key_name, key, query, min_length)
-  value = _checks.array(value_name, value, 4, "[B, S, K, V]")
-  _checks.shape(
-    value_name,
-    value,
-    (*key.shape[:3], None),
-    f"all but the head dimension of `{key_name}`",
-  )
-  _same_dtype(value_name, value, query)
-  _checks.not_empty(value_name, value, axes=(3,))
-  return query, key, value
-
-
-def _query(query):
-  query = _checks.array("query", query, 4, "[B, T, N, H]")
-  _checks.floating("query", query)
-  _checks.not_empty("query", query)
-  return query
-
-
-def _key(name, key, query, min_length):
-  key = _checks.array(name, key, 4, "[B, S, K, H]")
-  _checks.shape(
-    name,
-    key,
-    (query.shape[0], None, None, query.shape[-1]),
-    f"the batch and head dimension of `query` of shape {query.shape}",
-  )
-  _same_dtype(name, key, query)
-  if min_length:
-    _checks.not_empty(name, key)
-  if not key.shape[2] or query.shape[2] % key.shape[2]:
-    raise ValueError(
-      f"`query` has {query.shape[2]} heads, which must be a multiple of the "
-      f"{key.shape[2]} key/value heads of `{name}`."
-    )
-  return key
-
-
-def _same_dtype(name, value, query):
-  if value.dtype != query.dtype:
-    raise ValueError(
-      f"`{name}` of dtype {value.dtype} must have the dtype of `query`, "
-      f"{query.dtype}."
-    )
-
-
-def _same_as(name, value, other_name, other):
-  value = _checks.array(name, value, other.ndim, f"that of `{other_name}`")
-  _checks.shape(name, value, other.shape, f"the shape of `{other_name}`")
-  _same_dtype(name, value, other)
-  return value
-
-
 def _block_ids(ids, query, key, config):
   given = ids
   ids = _checks.array("block_ids", ids, 4, "[B, T, K, m]")
@@ -890,8 +774,8 @@ def _selection_inputs(
   query_segment_ids,
 ):  # fmt: skip
   check_config(config)
-  query = _query(query)
-  compressed_key = _key("compressed_key", compressed_key, query, 0)
+  query = _checks.queries(query)
+  compressed_key = _checks.keys("compressed_key", compressed_key, query, 0)
   lse = _checks.array("lse", lse, 3, "[B, T, N]")
   _checks.floating("lse", lse)
   _checks.shape("lse", lse, query.shape[:3], "[B, T, N] of `query`")

@@ -25,6 +25,7 @@ from jax import export
 
 from nsa_jax import _checks, attention, compression, dispatch
 from nsa_jax.config import NSAConfig, check_config
+from nsa_jax.gating import gated_sum
 from nsa_jax.typing import KV, Array, Implementation, Queries
 from nsa_jax.xla.decode import keep_rows, ring, take_rows
 
@@ -476,7 +477,7 @@ def attend(
   cache = jax.tree.map(jnp.asarray, cache)
   if cache.selected is None or cache.compressed is None or cache.tail is None:
     raise ValueError("`cache` must be of kind 'nsa': it lacks fields.")
-  query, selected = attention._pair("cache.selected", query, cache.selected)
+  query, selected = _checks.pair("cache.selected", query, cache.selected)
   batch, length = query.shape[:2]
   gates = _checks.array("gates", gates, 4, "[B, T, N, 3]")
   _checks.floating("gates", gates)
@@ -484,11 +485,11 @@ def attend(
   if compressed_query is None:
     compressed_query = query
   else:
-    compressed_query = attention._same_as(
+    compressed_query = _checks.same_as(
       "compressed_query", compressed_query, "query", query
     )
   scale = _checks.scale(scale, query.shape[-1])
-  query_offset = attention._offset("query_offset", query_offset, ((), (batch,)))
+  query_offset = _checks.offset("query_offset", query_offset, ((), (batch,)))
   most = max_append(cache, config)
   few = most is not None and length <= most
   if window is not None:
@@ -557,7 +558,7 @@ def attend(
     out_window, _ = attention.window_attention(query, *selected, **common)
   else:
     out_window = _attend_window(query, window, cache.lengths, **common)
-  out = attention._gated_sum(gates, (out_compressed, out_selected, out_window))
+  out = gated_sum(gates, (out_compressed, out_selected, out_window))
   positions = compression.query_positions(query_offset, batch, length)
   real = _real(positions, cache.lengths)
   out = attention._keep(out, real)
@@ -607,9 +608,9 @@ def attend_window(
   cache = jax.tree.map(jnp.asarray, cache)
   if cache.window is None:
     raise ValueError("`cache` must be of kind 'window': it has no `window`.")
-  query, _ = attention._pair("cache.window", query, cache.window)
+  query, _ = _checks.pair("cache.window", query, cache.window)
   batch, length = query.shape[:2]
-  query_offset = attention._offset("query_offset", query_offset, ((), (batch,)))
+  query_offset = _checks.offset("query_offset", query_offset, ((), (batch,)))
   if window is None:
     most = max_append(cache, config)
     if most is not None and length > most:
@@ -671,9 +672,9 @@ def attend_full(
   cache = jax.tree.map(jnp.asarray, cache)
   if cache.selected is None:
     raise ValueError("`cache` must be of kind 'full': it has no `selected`.")
-  query, selected = attention._pair("cache.selected", query, cache.selected)
+  query, selected = _checks.pair("cache.selected", query, cache.selected)
   batch, length = query.shape[:2]
-  query_offset = attention._offset("query_offset", query_offset, ((), (batch,)))
+  query_offset = _checks.offset("query_offset", query_offset, ((), (batch,)))
   key_length = selected.key.shape[1]
   if isinstance(query_offset, int):
     key_length = min(max(query_offset + length, 1), key_length)
@@ -742,7 +743,7 @@ def max_append(cache: Cache, config: NSAConfig) -> int | None:
 
 def _window_rows(query, window):
   """The argument `window` of `attend`, validated."""
-  _, window = attention._pair("window", query, window)
+  _, window = _checks.pair("window", query, window)
   if window.key.shape[1] < query.shape[1]:
     raise ValueError(
       f"`window.key` of shape {window.key.shape} must have a row for each of "

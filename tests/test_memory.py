@@ -17,7 +17,7 @@ import pytest
 
 import nsa_jax
 from nsa_jax import KV, NSAConfig
-from nsa_jax.attention import _gated_sum
+from nsa_jax.gating import gated_sum
 
 CONFIG = NSAConfig(16, 8, 32, 4, 1, 1, 128)
 HEADS, KV_HEADS, HEAD_DIM = 4, 1, 8
@@ -169,10 +169,10 @@ def test_gates_read_and_write_no_more_than_said() -> None:
   gates = jax.ShapeDtypeStruct((1, 2048, 4, 3), jnp.float32)
 
   def backward(gates: Any, branches: Any, dout: Any) -> Any:
-    return jax.vjp(_gated_sum, gates, branches)[1](dout)
+    return jax.vjp(gated_sum, gates, branches)[1](dout)
 
   for function, args, units in (
-    (_gated_sum, (gates, branches), 4),
+    (gated_sum, (gates, branches), 4),
     (backward, (gates, branches, branches[0]), 12),
   ):
     cost: Any = jax.jit(function).lower(*args).compile().cost_analysis()
@@ -183,6 +183,6 @@ def test_gates_read_and_write_no_more_than_said() -> None:
 def test_gates_keep_no_copy_in_another_dtype() -> None:
   branches = 3 * [jax.ShapeDtypeStruct((1, 256, 4, 64), jnp.bfloat16)]
   gates = jax.ShapeDtypeStruct((1, 256, 4, 3), jnp.bfloat16)
-  kept = jax.eval_shape(lambda *x: jax.vjp(_gated_sum, *x)[1], gates, branches)
+  kept = jax.eval_shape(lambda *x: jax.vjp(gated_sum, *x)[1], gates, branches)
   size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(kept))
   assert size <= 2 * (gates.size + 3 * branches[0].size)

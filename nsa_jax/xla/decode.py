@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from nsa_jax import compression
 from nsa_jax.config import NSAConfig
+from nsa_jax.gating import gated_sum
 from nsa_jax.typing import KV, Array, Queries
 from nsa_jax.xla import attention
 from nsa_jax.xla.chunks import chunk_rows, map_chunks
@@ -80,12 +81,8 @@ def decode_attention(
     ),
   )
 
-  acc = jnp.promote_types(jnp.float32, query.dtype)
-  out = sum(
-    gates[..., c, None].astype(acc) * branch.astype(acc)
-    for c, branch in enumerate((out_compressed, out_selected, out_window))
-  )
-  return jnp.where(real[..., None, None], out, 0).astype(query.dtype), ids
+  out = gated_sum(gates, (out_compressed, out_selected, out_window))
+  return jnp.where(real[..., None, None], out, 0), ids
 
 
 def _selected_attention(query, selected, block_ids, positions, config, scale):
