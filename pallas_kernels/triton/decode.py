@@ -405,26 +405,27 @@ def _importance(
     )
     return exp2(tops_ref[row, index] - lse[:, None])
 
+  def heads(x):  # [rows, block_m] -> [block_m]
+    if row_mask is not None:
+      x = jnp.where(row_mask[:, None], x, 0)
+    return x.sum(axis=0)
+
   def visit(i, scores):
     span = pl.ds(i * block_m, block_m)
     tile = i * tiles + _arange(tiles)
-    factor = spread(weight(tile))
-    x = common.load(sums_refs[0].at[:, span], row_mask) * factor
+    factors = [spread(weight(tile))]
     if len(sums_refs) == 2:
-      # What reaches into the first block of a tile comes from the tile before,
-      # and nothing reaches into the very first.
-      column = _arange(block_m)
+      # What reaches into the first block of a tile comes from the tile before.
       before = spread(weight(jnp.maximum(tile - 1, 0)))
-      at_edge = common.rem(column, columns) == 0
-      factor = jnp.where(at_edge[None, :], before, factor)
-      carried = common.load(sums_refs[1].at[:, span], row_mask)
-      carried = jnp.where(
-        (i * block_m + column > 0)[None, :], carried * factor, 0
-      )
-      x += carried
-    if row_mask is not None:
-      x = jnp.where(row_mask[:, None], x, 0)
-    x = x.sum(axis=0)
+      at_edge = common.rem(_arange(block_m), columns) == 0
+      factors.append(jnp.where(at_edge[None, :], before, factors[0]))
+    x, *carried = (
+      heads(common.load(ref.at[:, span], row_mask) * factor)
+      for ref, factor in zip(sums_refs, factors, strict=True)
+    )
+    if carried:
+      # Nothing reaches into the very first.
+      x += jnp.where(i * block_m + _arange(block_m) > 0, carried[0], 0)
     here = _arange(chunks) == i
     return jnp.where(here[:, None], x[None, :], scores)
 
