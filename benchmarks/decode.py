@@ -429,27 +429,31 @@ def plot(path, measured: Mapping[Shape, dict[str, Any]]) -> None:
 
 # (keys, warps, stages), and programs per multiprocessor.
 COMPRESSED = (
-  *itertools.product(((64, 4, 3), (64, 4, 4), (64, 4, 2)), (2, 3, 4, 6)),
-  *itertools.product(((128, 4, 3), (128, 8, 3), (128, 8, 2)), (1, 2, 3)),
-  *itertools.product(((32, 2, 4), (32, 2, 3), (64, 2, 3)), (3, 4, 6)),
-  # One warp needs no other for its maxima and sums.
-  *itertools.product(((32, 1, 3), (32, 1, 4), (16, 1, 4)), (4, 6, 8)),
+  *itertools.product(((64, 4, 3), (64, 4, 2)), (2, 3, 4, 6)),
+  *itertools.product(((128, 4, 3), (128, 8, 3)), (1, 2, 3)),
+  *itertools.product(((32, 2, 3), (64, 2, 3)), (2, 3, 4)),
 )
 # (keys, warps, stages), and keys of a piece.
-PIECES = (
-  *itertools.product(((64, 4, 3), (64, 4, 2)), (64, 128, 256, 512)),
-  *itertools.product(((64, 2, 3), (64, 4, 4)), (64, 128, 256, 512)),
-  *itertools.product(((32, 2, 3), (32, 2, 4), (32, 4, 3)), (32, 64, 256, 512)),
-  *itertools.product(((32, 1, 3), (32, 1, 4), (16, 1, 4)), (64, 128, 256)),
+SELECTED = tuple(
+  itertools.product(
+    ((64, 4, 2), (64, 4, 3), (64, 2, 3), (32, 2, 3), (32, 4, 3)),
+    (64, 128, 256, 512),
+  )
 )
-SELECT = tuple(itertools.product((128, 256, 512, 1024), (4, 8, 16)))
-MERGE = (1, 2, 4, 8)
-KERNELS = ("compressed", "select", "pieces", "merge")
+# block_m, (keys, warps, stages), and keys of a piece.
+SELECT_WINDOW = tuple(
+  itertools.product(
+    (512, 1024),
+    ((64, 4, 2), (64, 4, 3), (32, 4, 3), (64, 8, 2), (32, 2, 3)),
+    (64, 128, 256, 512),
+  )
+)
+MERGE = (1, 2, 4)
+KERNELS = ("compressed", "select_window", "selected", "merge")
 
 
 def default_tiles(shape: Shape) -> DecodeTiling:
   config = shape.config
-  selected = config.num_selected * config.selection_block
   return tiling.decode_tiling(
     batch=shape.batch,
     length=1,
@@ -461,7 +465,8 @@ def default_tiles(shape: Shape) -> DecodeTiling:
     block=config.selection_block,
     ratio=config.selection_block // config.compression_stride,
     num_compressed=nsa_jax.num_compressed_blocks(shape.context, config),
-    num_read=selected + config.window,
+    num_selected=config.num_selected * config.selection_block,
+    num_window=shape.ring,
   )
 
 
@@ -471,21 +476,32 @@ def candidates(shape: Shape) -> list[DecodeTiling]:
   heads = shape.batch * shape.kv_heads
   blocks = nsa_jax.num_compressed_blocks(shape.context, shape.config)
   found = [base]
-  rows = itertools.zip_longest(COMPRESSED, PIECES, SELECT, MERGE)
-  for compressed, pieces, select, merge in rows:
-    new: dict[str, Any] = {}
-    if compressed:
-      tile, per_device = compressed
-      splits = min(132 * per_device // heads, -(-blocks // tile[0]), 128)
-      new |= {"compressed": Tile(*tile), "splits": max(1, splits)}
-    if pieces:
-      tile, keys = pieces
-      new |= {"pieces": Tile(*tile), "steps": keys // tile[0]}
-    if select:
-      new |= {"block_m": select[0], "select_warps": select[1]}
-    if merge:
-      new["merge_warps"] = merge
-    found.append(dataclasses.replace(base, **new))
+  for (compressed, per_device), (selected, keys) in zip(
+    COMPRESSED, SELECTED, strict=True
+  ):
+    splits = min(132 * per_device // heads, -(-blocks // compressed[0]), 128)
+    found.append(
+      dataclasses.replace(
+        base,
+        compressed=Tile(*compressed),
+        splits=max(1, splits),
+        selected=Tile(*selected),
+        selected_steps=keys // selected[0],
+      )
+    )
+  # The second launch depends on the splits: those are the default here.
+  for (block_m, window, keys), merge_warps in zip(
+    SELECT_WINDOW, itertools.cycle(MERGE), strict=False
+  ):
+    found.append(
+      dataclasses.replace(
+        base,
+        block_m=block_m,
+        window=Tile(*window),
+        window_steps=keys // window[0],
+        merge_warps=merge_warps,
+      )
+    )
   return found
 
 
@@ -495,13 +511,19 @@ def label(tiles: DecodeTiling, kernel: str) -> str:
   def text(tile):
     return f"keys {tile.block_k} warps {tile.num_warps} st {tile.num_stages}"
 
+  def piece(tile, steps):
+    return tile.block_k * steps
+
+  selected = piece(tiles.selected, tiles.selected_steps)
+  window = piece(tiles.window, tiles.window_steps)
   return {
     "compressed": f"{text(tiles.compressed)} splits {tiles.splits}",
-    "select": f"block_m {tiles.block_m} warps {tiles.select_warps} "
-    f"(splits {tiles.splits} keys {tiles.compressed.block_k})",
-    "pieces": f"{text(tiles.pieces)} steps {tiles.steps}",
-    "merge": f"warps {tiles.merge_warps} (splits {tiles.splits} pieces of "
-    f"{tiles.pieces.block_k * tiles.steps})",
+    "select_window": f"{text(tiles.window)} pieces of {window} "
+    f"block_m {tiles.block_m} (splits {tiles.splits} "
+    f"keys {tiles.compressed.block_k})",
+    "selected": f"{text(tiles.selected)} pieces of {selected}",
+    "merge": f"warps {tiles.merge_warps} (splits {tiles.splits} "
+    f"pieces of {selected}, {window})",
   }[kernel]
 
 
@@ -525,7 +547,7 @@ def sweep(shapes: Sequence[Shape]) -> dict[str, list[dict[str, Any]]]:
     for tiles in candidates(shape):
       program = programs[shape, tiles]
       if isinstance(program, Exception):
-        for kernel in ("compressed", "pieces"):
+        for kernel in ("compressed", "select_window", "selected"):
           reason = str(program).splitlines()[0][:60]
           best[kernel].setdefault(label(tiles, kernel), reason)
         continue

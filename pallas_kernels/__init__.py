@@ -548,7 +548,9 @@ def decode_attention(
   batch, length, heads, head_dim = query.shape
   key_length, kv_heads, value_dim = selected_value.shape[1:]
   if tiles is None:
-    rows = key_length if window_key is None else window_key.shape[1]
+    rows = (
+      min(window, key_length) if window_key is None else window_key.shape[1]
+    )
     tiles = tiling.decode_tiling(
       batch=batch,
       length=length,
@@ -560,8 +562,8 @@ def decode_attention(
       block=selection_block,
       ratio=selection_block // stride,
       num_compressed=compressed_key.shape[1],
-      num_read=min(num_selected * selection_block, key_length)
-      + min(window, rows),
+      num_selected=min(num_selected * selection_block, key_length),
+      num_window=rows,
     )
   spec = _decode.Spec(
     stride,

@@ -379,6 +379,15 @@ def test_tables_of_decoding(tmp_path):
   assert (tmp_path / "plot.png").stat().st_size > 10_000
 
 
+def test_tilings_of_decoding():
+  for shape in (decode.Shape(*size) for size in decode.QUICK):
+    found = decode.candidates(shape)
+    assert found[0] == decode.default_tiles(shape)
+    for kernel in ("select_window", "selected"):
+      labels = {decode.label(tiles, kernel) for tiles in found}
+      assert len(labels) >= 20
+
+
 def test_dense_decoding():
   shape = decode.Shape(2, 48, 4, 2, 16, NSA, jnp.float32)
   x = decode.inputs(0, shape)

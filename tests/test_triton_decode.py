@@ -31,9 +31,10 @@ SMALL = DecodeTiling(
   compressed=Tile(16, 4, 1),
   splits=3,
   block_m=4,
-  select_warps=1,
-  pieces=Tile(16, 4, 1),
-  steps=1,
+  window=Tile(16, 4, 1),
+  window_steps=1,
+  selected=Tile(16, 4, 1),
+  selected_steps=1,
   merge_warps=1,
 )
 
@@ -289,7 +290,9 @@ MORE: dict[str, Any] = {
   "tiles": (
     None,
     SMALL,
-    dataclasses.replace(SMALL, splits=1, rows=32, block_m=16, steps=3),
+    dataclasses.replace(
+      SMALL, splits=1, rows=32, block_m=16, window_steps=2, selected_steps=3
+    ),
   ),
 }
 
@@ -323,7 +326,9 @@ def test_a_second_run_has_the_same_bits() -> None:
 @pytest.mark.slow
 def test_splits_and_pieces_change_rounding_only() -> None:
   case = CASES["one token"]
-  other = dataclasses.replace(SMALL, splits=1, block_m=16, steps=7)
+  other = dataclasses.replace(
+    SMALL, splits=1, block_m=16, window_steps=7, selected_steps=7
+  )
   *_, out, ids = _run(case)
   *_, out_2, ids_2 = _run(dataclasses.replace(case, tiles=other))
   np.testing.assert_array_equal(ids, ids_2)
@@ -437,7 +442,7 @@ def _lower(
     return traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
-KERNELS = ("compressed", "select", "pieces", "merge")
+KERNELS = ("compressed", "select_window", "selected", "merge")
 
 
 def _assert_lowers(**sizes: Any) -> None:

@@ -7,8 +7,10 @@ of a batch fills the device, in four launches:
 1. compressed: a partial softmax for every split of the compressed blocks that
    are visible, all queries and heads of a group as rows; and the sums of the
    weights over each selection block, all that is left of the scores;
-2. select: importance of the blocks (Eq. 8-10), then the best n (Eq. 11);
-3. pieces: partial softmaxes of the selected blocks and of the window;
+2. select_window: importance of the blocks (Eq. 8-10), then the best n (Eq. 11);
+   other programs make partial softmaxes of the window, which needs no ids:
+   selection mostly waits and leaves the memory idle;
+3. selected: partial softmaxes of the selected blocks;
 4. merge: the partial softmaxes, weighted by the gates (Eq. 5).
 
 Loops are bounded by what is visible, so that the time follows the lengths, not
@@ -16,7 +18,7 @@ the capacity of the cache.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -304,25 +306,166 @@ def _compressed(
   return partial, Weights(tops, tuple(sums))
 
 
-# ---------------------------------------------------------------------- select
+# ------------------------------------------------------------ pieces of a query
+
+# Programs of a grid (T, K, B, pieces) take one query and the heads of a group.
 
 
-def _select_kernel(
-  offset_ref,  # [1]
-  length_ref,  # [1]
-  *refs,  # top and total [splits, G], tops [G, tiles], sums [G, M]; ids [n]
+def _softmax(
+  q_ref: Any,
+  keys: Any,
+  out_refs: Any,
+  block_k: int,
+  *,
+  group: int,
+  spec: Spec,
+  exp2: Callable[[jax.Array], jax.Array],
+) -> tuple[Any, Callable[..., Any], Callable[[Any], None]]:
+  """The start, a step and the end of a softmax over a piece of the keys.
+
+  Args:
+    q_ref: [G, H], G padded to a power of two, at least 16.
+    keys: refs [S, H] and [S, V].
+    out_refs: acc [G, V], top [G], total [G].
+    block_k: keys of a step.
+    group: G without padding.
+    spec: of the call.
+    exp2: 2^x.
+
+  Returns:
+    The first carry; fold(carry, row, mask), which reads the keys from `row` on,
+    all of them if the mask is None; and store(carry).
+  """
+  rows, head_dim = q_ref.shape
+  value_dim = keys[1].shape[1]
+  head_pieces = common.pieces(head_dim)
+  value_pieces = common.pieces(value_dim)
+  row_mask = common.padding_mask(group, rows)
+  q = common.load_pieces(q_ref, slice(None), head_pieces, row_mask)
+
+  def fold(carry, row, mask):
+    span_k = pl.ds(row, block_k)
+    return _fold(
+      carry,
+      q,
+      common.load_pieces(keys[0], span_k, head_pieces, mask),
+      lambda: common.load_pieces(keys[1], span_k, value_pieces, mask),
+      None if mask is None else mask[None, :],
+      spec.scale * common.LOG2E,
+      exp2,
+    )[0]
+
+  def store(carry):
+    acc_ref, top_ref, total_ref = out_refs
+    acc, m_i, l_i = carry
+    for (column, width), a in zip(value_pieces, acc, strict=True):
+      common.store(acc_ref.at[:, pl.ds(column, width)], a, row_mask)
+    common.store(top_ref, m_i, row_mask)
+    common.store(total_ref, l_i, row_mask)
+
+  return _start(rows, value_dim), fold, store
+
+
+def _of_query(*block: int) -> pl.BlockSpec:
+  """Of an array [B, T, K, ...]."""
+  return pl.BlockSpec(
+    (None, None, None, *block), lambda i, h, b, p: (b, i, h, *(0,) * len(block))
+  )
+
+
+def _inputs(query: jax.Array, keys: Keys) -> list[pl.BlockSpec]:
+  """Of offset, lengths, query [B, T, K, G, H], keys and values."""
+  num_rows, kv_heads, value_dim = keys.value.shape[1:]
+  rows = common.padded_rows(query.shape[2] // kv_heads)
+  head_dim = query.shape[3]
+  one = pl.BlockSpec((1,), lambda i, h, b, p: (b,))
+
+  def whole(width):
+    return pl.BlockSpec(
+      (None, num_rows, None, width), lambda i, h, b, p: (b, 0, h, 0)
+    )
+
+  return [
+    one,
+    one,
+    _of_query(rows, head_dim),
+    whole(head_dim),
+    whole(value_dim),
+  ]
+
+
+def _pieces(
+  query: jax.Array, keys: Keys, num_pieces: int, skip: int = 0
+) -> tuple[list[pl.BlockSpec], list[jax.ShapeDtypeStruct]]:
+  """Specs and shapes of acc, top and total of every piece.
+
+  The first `skip` programs of the last axis store none.
+  """
+  batch, length, heads, _ = query.shape
+  kv_heads, value_dim = keys.value.shape[2:]
+  group = heads // kv_heads
+
+  def spec(*last):
+    def index(i, h, b, p):
+      return jnp.maximum(p - skip, 0), b, i, h, 0, *(0,) * len(last)
+
+    rows = common.padded_rows(group)
+    return pl.BlockSpec((None, None, None, None, rows, *last), index)
+
+  def shape(*last):
+    return jax.ShapeDtypeStruct(
+      (num_pieces, batch, length, kv_heads, group, *last), jnp.float32
+    )
+
+  return (
+    [spec(value_dim), spec(), spec()],
+    [shape(value_dim), shape(), shape()],
+  )
+
+
+def _flat(found: Sequence[jax.Array]) -> Partial:
+  """Of acc, top and total [pieces, B, T, K, G, ...]."""
+  acc, top, total = found
+  pieces, value_dim = len(acc), acc.shape[-1]
+  return Partial(
+    acc.reshape(pieces, -1, value_dim),
+    top.reshape(pieces, -1),
+    total.reshape(pieces, -1),
+  )
+
+
+# ----------------------------------------------------------- select and window
+
+
+def _select(
+  ids_ref: Any,
+  weight_refs: Any,
+  t: Any,
+  length: Any,
+  *,
   num_blocks: int,
   num_splits: int,
   group: int,
   spec: Spec,
   exp2: Callable[[jax.Array], jax.Array],
-):
-  """The forced blocks and the best of the others, ascending, then -1."""
-  *weight_refs, ids_ref = refs
+) -> None:
+  """The forced blocks and the best of the others, ascending, then -1.
+
+  Args:
+    ids_ref: [n].
+    weight_refs: top and total [splits, G], tops [G, tiles], sums [G, M]; or
+      none, if there are at most n candidates or all places are forced.
+    t: position of the query.
+    length: tokens of its row.
+    num_blocks: M without padding.
+    num_splits: without padding.
+    group: G without padding.
+    spec: of the call.
+    exp2: 2^x.
+  """
   n = spec.num_selected
-  t = offset_ref[0] + pl.program_id(0)
   last = common.div(jnp.maximum(t, 0), spec.block)
-  count = jnp.where((t >= 0) & (t < length_ref[0]), last + 1, 0)
+  count = jnp.where((t >= 0) & (t < length), last + 1, 0)
   # Places that there are not repeat the last one: they store the same.
   slot = jnp.minimum(_arange(pl.next_power_of_2(n)), n - 1)
   few = jnp.where(slot < count, slot, -1)
@@ -437,28 +580,122 @@ def _importance(
   ).reshape(chunks * block_m)
 
 
-def _select(
+def _read_window(
+  piece: Any,
+  t: Any,
+  length: Any,
+  q_ref: Any,
+  keys: Any,
+  out_refs: Any,
+  *,
+  ring: bool,
+  group: int,
+  spec: Spec,
+  exp2: Callable[[jax.Array], jax.Array],
+) -> None:
+  """One piece of the window of a query at position t; refs as of `_softmax`."""
+  block_k, steps = spec.tiling.window.block_k, spec.tiling.window_steps
+  start, fold, store = _softmax(
+    q_ref, keys, out_refs, block_k, group=group, spec=spec, exp2=exp2
+  )
+  num_rows = keys[0].shape[0]
+  low = jnp.maximum(t - spec.window + 1, 0)
+  first = piece * steps
+  if ring:
+    base = jnp.int32(0)
+    end = jnp.int32(pl.cdiv(num_rows, block_k))
+  else:
+    base = low
+    end = ceil_div(jnp.maximum(t - low + 1, 0), block_k)
+  end = jnp.where((t >= 0) & (t < length), end, 0)
+
+  def readable(row):
+    """Which rows the query reads; softmax knows no order."""
+    if not ring:
+      return (row <= t) & (row >= low)
+    # Counted back from the newest row, which lies anywhere in the ring.
+    newest = common.rem(jnp.maximum(length - 1, 0), num_rows)
+    age = newest - row
+    position = length - 1 - jnp.where(age < 0, age + num_rows, age)
+    return (position <= t) & (position >= low) & (row < num_rows)
+
+  def step(i, carry):
+    row = base + i * block_k
+    return fold(carry, row, readable(row + _arange(block_k)))
+
+  store(lax.fori_loop(first, jnp.minimum(end, first + steps), step, start))
+
+
+def _select_window_kernel(
+  offset_ref,  # [1]
+  length_ref,  # [1]
+  q_ref,  # [G, H], G padded to a power of two, at least 16
+  k_ref,  # [R, H] of a ring, or [S, H]
+  v_ref,  # [R, V] of a ring, or [S, V]
+  *refs,  # as `_select` takes them; ids [n]; acc [G, V], top [G], total [G]
+  group: int,
+  num_blocks: int,
+  num_splits: int,
+  ring: bool,
+  spec: Spec,
+  exp2: Callable[[jax.Array], jax.Array],
+):
+  """Program 0 of the last axis selects, each other one reads a piece."""
+  *weight_refs, ids_ref, acc_ref, top_ref, total_ref = refs
+  program = pl.program_id(3)
+  t = offset_ref[0] + pl.program_id(0)
+  length = length_ref[0]
+
+  @pl.when(program == 0)
+  def _():
+    _select(
+      ids_ref,
+      weight_refs,
+      t,
+      length,
+      num_blocks=num_blocks,
+      num_splits=num_splits,
+      group=group,
+      spec=spec,
+      exp2=exp2,
+    )
+
+  @pl.when(program > 0)
+  def _():
+    _read_window(
+      program - 1,
+      t,
+      length,
+      q_ref,
+      (k_ref, v_ref),
+      (acc_ref, top_ref, total_ref),
+      ring=ring,
+      group=group,
+      spec=spec,
+      exp2=exp2,
+    )
+
+
+def _select_and_window(
+  query: jax.Array,
+  selected: Keys,
+  ring: Keys | None,
   partial: Partial | None,
   weights: Weights | None,
   offset: jax.Array,
   lengths: jax.Array,
   *,
-  length: int,
-  kv_heads: int,
-  num_blocks: int,
   spec: Spec,
-) -> jax.Array:
-  """Ids int32 [B, T, K, n]; without weights the number of candidates decides.
-
-  That is, if there are at most n of them or all places are forced.
-  """
-  batch = len(offset)
-  one = pl.BlockSpec((1,), lambda i, h, b: (b,))
+) -> tuple[jax.Array, Partial]:
+  """Ids int32 [B, T, K, n], and partial softmaxes of the window."""
+  batch, length = query.shape[:2]
+  key_length, kv_heads = selected.key.shape[1:3]
+  group = query.shape[2] // kv_heads
+  tiling = spec.tiling
   args: list[Any] = []
   specs: list[Any] = []
-  num_splits = group = 1
+  num_splits = 1
   if partial is not None and weights is not None:
-    group = weights.tops.shape[3]
     num_splits = len(partial.top)
     rows = pl.next_power_of_2(group)
     for x in (partial.top, partial.total):
@@ -466,224 +703,115 @@ def _select(
       specs.append(
         pl.BlockSpec(
           (pl.next_power_of_2(num_splits), None, None, None, rows),
-          lambda i, h, b: (0, b, i, h, 0),
+          lambda i, h, b, p: (0, b, i, h, 0),
         )
       )
     for x in (weights.tops, *weights.sums):
       args.append(x)
-      specs.append(
-        pl.BlockSpec(
-          (None, None, None, rows, x.shape[-1]),
-          lambda i, h, b: (b, i, h, 0, 0),
-        )
-      )
-  return common.pallas_call(
+      specs.append(_of_query(rows, x.shape[-1]))
+  window = selected if ring is None else ring
+  span = min(spec.window, key_length) if ring is None else ring.key.shape[1]
+  num_pieces = pl.cdiv(span, tiling.window.block_k * tiling.window_steps)
+  # Programs start in the order of the last axis: selection, which takes
+  # longest, first.
+  piece_specs, shapes = _pieces(query, window, num_pieces, skip=1)
+  ids, *found = common.pallas_call(
     functools.partial(
-      _select_kernel,
-      num_blocks=num_blocks,
-      num_splits=num_splits,
+      _select_window_kernel,
       group=group,
+      num_blocks=pl.cdiv(key_length, spec.block),
+      num_splits=num_splits,
+      ring=ring is not None,
       spec=spec,
     ),
-    name="nsa_decode_select",
-    num_warps=spec.tiling.select_warps if args else 1,
-    num_stages=1,
+    name="nsa_decode_select_window",
+    num_warps=tiling.window.num_warps,
+    num_stages=tiling.window.num_stages,
     with_exp2=True,
-    grid=(length, kv_heads, batch),
-    in_specs=[one, one, *specs],
-    out_specs=pl.BlockSpec(
-      (None, None, None, spec.num_selected), lambda i, h, b: (b, i, h, 0)
-    ),
-    out_shape=jax.ShapeDtypeStruct(
-      (batch, length, kv_heads, spec.num_selected), jnp.int32
-    ),
-  )(offset, lengths, *args)
+    grid=(length, kv_heads, batch, 1 + num_pieces),
+    in_specs=[*_inputs(query, window), *specs],
+    out_specs=[_of_query(spec.num_selected), *piece_specs],
+    out_shape=[
+      jax.ShapeDtypeStruct(
+        (batch, length, kv_heads, spec.num_selected), jnp.int32
+      ),
+      *shapes,
+    ],
+  )(offset, lengths, group_heads(query, kv_heads), *window, *args)
+  return ids, _flat(found)
 
 
-# ---------------------------------------------------------------------- pieces
+# -------------------------------------------------------------------- selected
 
 
-def _pieces_kernel(
+def _selected_kernel(
   offset_ref,  # [1]
   length_ref,  # [1]
-  ids_ref,  # [n]
   q_ref,  # [G, H], G padded to a power of two, at least 16
   k_ref,  # [S, H]
   v_ref,  # [S, V]
-  *refs,  # keys [R, H] and values [R, V] of a ring, if any; acc, top, total
+  ids_ref,  # [n]
+  *out_refs,  # acc [G, V], top [G], total [G]
   group: int,
-  num_selected: int,
   spec: Spec,
   exp2: Callable[[jax.Array], jax.Array],
 ):
-  """One piece of the selected blocks, or of the window.
+  """One piece of the selected blocks."""
+  block_k, steps = spec.tiling.selected.block_k, spec.tiling.selected_steps
+  first = pl.program_id(3) * steps
+  t = offset_ref[0] + pl.program_id(0)
+  real = (t >= 0) & (t < length_ref[0])
+  start, fold, store = _softmax(
+    q_ref, (k_ref, v_ref), out_refs, block_k, group=group, spec=spec, exp2=exp2
+  )
+  # The last block is the query's own, the only one that needs a mask.
+  per_block = spec.block // block_k
+  own = common.div(jnp.maximum(t, 0), spec.block)
+  full = jnp.minimum(own, spec.num_selected - 1) * per_block
+  end = full + common.div(jnp.maximum(t - own * spec.block, 0), block_k) + 1
+  end = jnp.minimum(jnp.where(real, end, 0), first + steps)
+  end = jnp.maximum(end, first)
 
-  The first `num_selected` pieces are of selected blocks, the window's
-  follow them.
-  """
-  *ring_refs, acc_ref, top_ref, total_ref = refs
-  tile, steps = spec.tiling.pieces, spec.tiling.steps
-  block_k = tile.block_k
-  rows, head_dim = q_ref.shape
-  value_dim = v_ref.shape[1]
-  head_pieces = common.pieces(head_dim)
-  value_pieces = common.pieces(value_dim)
-  piece = pl.program_id(0)
-  length = length_ref[0]
-  t = offset_ref[0] + pl.program_id(1)
-  real = (t >= 0) & (t < length)
-  row_mask = common.padding_mask(group, rows)
-  q = common.load_pieces(q_ref, slice(None), head_pieces, row_mask)
+  def step(i, carry, masked):
+    row = ids_ref[common.div(i, per_block)] * spec.block
+    row += common.rem(i, per_block) * block_k
+    mask = row + _arange(block_k) <= t if masked else None
+    return fold(carry, row, mask)
 
-  def fold(carry, refs, start, mask):
-    span_k = pl.ds(start, block_k)
-    return _fold(
-      carry,
-      q,
-      common.load_pieces(refs[0], span_k, head_pieces, mask),
-      lambda: common.load_pieces(refs[1], span_k, value_pieces, mask),
-      None if mask is None else mask[None, :],
-      spec.scale * common.LOG2E,
-      exp2,
-    )[0]
-
-  def finish(carry):
-    acc, m_i, l_i = carry
-    for (column, width), a in zip(value_pieces, acc, strict=True):
-      common.store(acc_ref.at[:, pl.ds(column, width)], a, row_mask)
-    common.store(top_ref, m_i, row_mask)
-    common.store(total_ref, l_i, row_mask)
-
-  @pl.when(piece < num_selected)
-  def _():
-    # The last block is the query's own, the only one that needs a mask.
-    per_block = spec.block // block_k
-    own = common.div(jnp.maximum(t, 0), spec.block)
-    full = jnp.minimum(own, spec.num_selected - 1) * per_block
-    end = full + common.div(jnp.maximum(t - own * spec.block, 0), block_k) + 1
-    first = piece * steps
-    end = jnp.minimum(jnp.where(real, end, 0), first + steps)
-    end = jnp.maximum(end, first)
-
-    def step(i, carry, masked):
-      start = ids_ref[common.div(i, per_block)] * spec.block
-      start += common.rem(i, per_block) * block_k
-      mask = start + _arange(block_k) <= t if masked else None
-      return fold(carry, (k_ref, v_ref), start, mask)
-
-    bounds = Bounds(first, first, within(full, first, end), end)
-    finish(walk(step, _start(rows, value_dim), bounds, False))
-
-  @pl.when(piece >= num_selected)
-  def _():
-    first = (piece - num_selected) * steps
-    low = jnp.maximum(t - spec.window + 1, 0)
-
-    def readable(start):
-      """Which rows of a tile the query reads; softmax knows no order."""
-      row = start + _arange(block_k)
-      if not ring_refs:
-        return (row <= t) & (row >= low)
-      # Counted back from the newest row, which lies anywhere in the ring.
-      ring = ring_refs[0].shape[0]
-      newest = common.rem(jnp.maximum(length - 1, 0), ring)
-      age = newest - row
-      position = length - 1 - jnp.where(age < 0, age + ring, age)
-      return (position <= t) & (position >= low) & (row < ring)
-
-    refs: Any = ring_refs or (k_ref, v_ref)
-    if ring_refs:
-      base = jnp.int32(0)
-      end = jnp.int32(pl.cdiv(ring_refs[0].shape[0], block_k))
-    else:
-      base = low
-      end = ceil_div(jnp.maximum(t - low + 1, 0), block_k)
-    end = jnp.minimum(jnp.where(real, end, 0), first + steps)
-
-    def step(i, carry):
-      start = base + i * block_k
-      return fold(carry, refs, start, readable(start))
-
-    finish(lax.fori_loop(first, end, step, _start(rows, value_dim)))
+  bounds = Bounds(first, first, within(full, first, end), end)
+  store(walk(step, start, bounds, False))
 
 
-def _pieces(
+def _selected(
   query: jax.Array,
   selected: Keys,
-  ring: Keys | None,
   ids: jax.Array,
   offset: jax.Array,
   lengths: jax.Array,
   *,
   spec: Spec,
-) -> tuple[Partial, int]:
-  """Partial softmaxes, and how many of them are of selected blocks."""
-  batch, length, heads, head_dim = query.shape
-  key_length, kv_heads, value_dim = selected.value.shape[1:]
-  group = heads // kv_heads
-  rows = common.padded_rows(group)
+) -> Partial:
+  """Partial softmaxes of the selected blocks."""
+  batch, length, heads, _ = query.shape
+  key_length, kv_heads = selected.key.shape[1:3]
   tiling = spec.tiling
-  per_piece = tiling.pieces.block_k * tiling.steps
-  num_selected = pl.cdiv(
-    min(
-      spec.num_selected * spec.block,
-      pl.cdiv(key_length, spec.block) * spec.block,
-    ),
-    per_piece,
+  num_blocks = min(spec.num_selected, pl.cdiv(key_length, spec.block))
+  num_pieces = pl.cdiv(
+    num_blocks * spec.block, tiling.selected.block_k * tiling.selected_steps
   )
-  span = min(spec.window, key_length) if ring is None else ring.key.shape[1]
-  num_pieces = num_selected + pl.cdiv(span, per_piece)
-
-  def keys(x):
-    _, num_keys, _, width = x.shape
-    return pl.BlockSpec(
-      (None, num_keys, None, width), lambda p, i, h, b: (b, 0, h, 0)
-    )
-
-  def per_piece_spec(*last):
-    return pl.BlockSpec(
-      (None, None, None, None, rows, *last),
-      lambda p, i, h, b: (p, b, i, h, 0, *(0,) * len(last)),
-    )
-
-  one = pl.BlockSpec((1,), lambda p, i, h, b: (b,))
-  shape = (num_pieces, batch, length, kv_heads, group)
-  every = [*selected, *(ring or ())]
-  acc, top, total = common.pallas_call(
-    functools.partial(
-      _pieces_kernel, group=group, num_selected=num_selected, spec=spec
-    ),
-    name="nsa_decode_pieces",
-    num_warps=tiling.pieces.num_warps,
-    num_stages=tiling.pieces.num_stages,
+  piece_specs, shapes = _pieces(query, selected, num_pieces)
+  found = common.pallas_call(
+    functools.partial(_selected_kernel, group=heads // kv_heads, spec=spec),
+    name="nsa_decode_selected",
+    num_warps=tiling.selected.num_warps,
+    num_stages=tiling.selected.num_stages,
     with_exp2=True,
-    grid=(num_pieces, length, kv_heads, batch),
-    in_specs=[
-      one,
-      one,
-      pl.BlockSpec(
-        (None, None, None, spec.num_selected), lambda p, i, h, b: (b, i, h, 0)
-      ),
-      pl.BlockSpec(
-        (None, None, None, rows, head_dim), lambda p, i, h, b: (b, i, h, 0, 0)
-      ),
-      *map(keys, every),
-    ],
-    out_specs=[per_piece_spec(value_dim), per_piece_spec(), per_piece_spec()],
-    out_shape=[
-      jax.ShapeDtypeStruct((*shape, value_dim), jnp.float32),
-      jax.ShapeDtypeStruct(shape, jnp.float32),
-      jax.ShapeDtypeStruct(shape, jnp.float32),
-    ],
-  )(offset, lengths, ids, group_heads(query, kv_heads), *every)
-  return (
-    Partial(
-      acc.reshape(num_pieces, -1, value_dim),
-      top.reshape(num_pieces, -1),
-      total.reshape(num_pieces, -1),
-    ),
-    num_selected,
-  )
+    grid=(length, kv_heads, batch, num_pieces),
+    in_specs=[*_inputs(query, selected), _of_query(spec.num_selected)],
+    out_specs=piece_specs,
+    out_shape=shapes,
+  )(offset, lengths, group_heads(query, kv_heads), *selected, ids)
+  return _flat(found)
 
 
 # ----------------------------------------------------------------------- merge
@@ -691,66 +819,51 @@ def _pieces(
 
 def _merge_kernel(
   gates_ref,  # [3]
-  *refs,  # acc [pieces, V], top and total [pieces] of 1 or 2 arrays; out [V]
-  branches: tuple[tuple[int, int, int, int], ...],
+  *refs,  # acc [pieces, V], top and total [pieces] of every branch; out [V]
+  counts: tuple[int, ...],
   exp2: Callable[[jax.Array], jax.Array],
 ):
   """One query and head.
 
-  `branches`: of each branch its gate, its array, and its first piece and
-  their number.
+  `counts`: pieces of each branch. There may be no compressed one.
   """
   *partial_refs, out_ref = refs
   value_pieces = common.pieces(out_ref.shape[0])
   out = [jnp.zeros((width,), jnp.float32) for _, width in value_pieces]
-  for gate, array, first, count in branches:
-    acc_ref, top_ref, total_ref = partial_refs[3 * array : 3 * array + 3]
-    padded = pl.next_power_of_2(count)
-    span = pl.ds(first, padded)
-    mask = common.padding_mask(count, padded)
-    top = common.load(top_ref.at[span], mask, common.MAX_INIT)
-    total = common.load(total_ref.at[span], mask)
+  for branch, count in enumerate(counts):
+    acc_ref, top_ref, total_ref = partial_refs[3 * branch : 3 * branch + 3]
+    gate = gates_ref[3 - len(counts) + branch].astype(jnp.float32)
+    mask = common.padding_mask(count, len(top_ref))
+    top = common.load(top_ref, mask, common.MAX_INIT)
+    total = common.load(total_ref, mask)
     weight = exp2(top - top.max())
     total = (weight * total).sum()
     some = total > 0
-    factor = gates_ref[gate].astype(jnp.float32) / jnp.where(some, total, 1)
+    factor = gate / jnp.where(some, total, 1)
     for i, (column, width) in enumerate(value_pieces):
-      acc = common.load(acc_ref.at[span, pl.ds(column, width)], mask)
-      branch = (weight[:, None] * acc).sum(axis=0) * factor
-      out[i] += jnp.where(some, branch, 0)
+      acc = common.load(acc_ref.at[:, pl.ds(column, width)], mask)
+      x = (weight[:, None] * acc).sum(axis=0) * factor
+      out[i] += jnp.where(some, x, 0)
   for (column, width), x in zip(value_pieces, out, strict=True):
     out_ref[pl.ds(column, width)] = x.astype(out_ref.dtype)
 
 
 def _merge(
-  compressed: Partial | None,
-  pieces: Partial,
-  num_selected: int,
-  gates: jax.Array,
-  dtype: Any,
-  num_warps: int,
+  branches: Sequence[Partial], gates: jax.Array, dtype: Any, num_warps: int
 ) -> jax.Array:
   """Out [B, T, N, V]."""
-  num_pieces, num_rows, value_dim = pieces.acc.shape
-  branches = [
-    (1, 0, 0, num_selected),
-    (2, 0, num_selected, num_pieces - num_selected),
-  ]
-  partials = [pieces]
-  if compressed is not None:
-    branches.append((0, 1, 0, len(compressed.acc)))
-    partials.append(compressed)
+  _, num_rows, value_dim = branches[0].acc.shape
+  counts = tuple(len(x.acc) for x in branches)
   specs = []
-  for x in partials:
-    # Loads are of powers of two.
-    count = len(x.acc) + pl.next_power_of_2(len(x.acc))
+  for count in counts:
+    padded = pl.next_power_of_2(count)  # loads are
     specs += [
-      pl.BlockSpec((count, None, value_dim), lambda r: (0, r, 0)),
-      pl.BlockSpec((count, None), lambda r: (0, r)),
-      pl.BlockSpec((count, None), lambda r: (0, r)),
+      pl.BlockSpec((padded, None, value_dim), lambda r: (0, r, 0)),
+      pl.BlockSpec((padded, None), lambda r: (0, r)),
+      pl.BlockSpec((padded, None), lambda r: (0, r)),
     ]
   out = common.pallas_call(
-    functools.partial(_merge_kernel, branches=tuple(branches)),
+    functools.partial(_merge_kernel, counts=counts),
     name="nsa_decode_merge",
     num_warps=num_warps,
     num_stages=1,
@@ -759,7 +872,7 @@ def _merge(
     in_specs=[pl.BlockSpec((None, 3), lambda r: (r, 0)), *specs],
     out_specs=pl.BlockSpec((None, value_dim), lambda r: (r, 0)),
     out_shape=jax.ShapeDtypeStruct((num_rows, value_dim), dtype),
-  )(gates.reshape(-1, 3), *(leaf for x in partials for leaf in x))
+  )(gates.reshape(-1, 3), *(leaf for x in branches for leaf in x))
   return out.reshape(*gates.shape[:3], value_dim)
 
 
@@ -788,7 +901,6 @@ def forward(
     lengths: int32 [B], tokens that each row holds.
     spec: lengths, counts, scale and tiles.
   """
-  length, kv_heads = query.shape[1], selected.key.shape[2]
   num_blocks = pl.cdiv(selected.key.shape[1], spec.block)
   num_keys = compressed.key.shape[1]
   partial, weights = None, None
@@ -802,25 +914,9 @@ def forward(
     partial, weights = _compressed(
       compressed_query, compressed, offset, lengths, width=width, spec=spec
     )
-  ids = _select(
-    partial,
-    weights,
-    offset,
-    lengths,
-    length=length,
-    kv_heads=kv_heads,
-    num_blocks=num_blocks,
-    spec=spec,
+  ids, near = _select_and_window(
+    query, selected, ring, partial, weights, offset, lengths, spec=spec
   )
-  pieces, num_selected = _pieces(
-    query, selected, ring, ids, offset, lengths, spec=spec
-  )
-  out = _merge(
-    partial,
-    pieces,
-    num_selected,
-    gates,
-    query.dtype,
-    spec.tiling.merge_warps,
-  )
-  return out, ids
+  far = _selected(query, selected, ids, offset, lengths, spec=spec)
+  branches = [far, near] if partial is None else [partial, far, near]
+  return _merge(branches, gates, query.dtype, spec.tiling.merge_warps), ids

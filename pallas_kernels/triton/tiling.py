@@ -267,12 +267,12 @@ class DecodeTiling:
       kernel; a power of two, at least 16 and G.
     compressed: compressed kernel; its `block_k` is a multiple of l' / d.
     splits: pieces of what is visible of the compressed keys.
-    block_m: scores per step of the selection kernel, a multiple of
+    block_m: scores per step of selection, a multiple of
       `compressed.block_k` / (l' / d).
-    select_warps: warps per program of the selection kernel.
-    pieces: kernel of the selected blocks and the window; its `block_k` divides
-      l'.
-    steps: steps of a piece, of `pieces.block_k` keys.
+    window: the window, which shares a kernel, and so its warps, with selection.
+    window_steps: steps of a piece of the window.
+    selected: kernel of the selected blocks; its `block_k` divides l'.
+    selected_steps: steps of a piece of the selected blocks.
     merge_warps: warps per program of the merge.
   """
 
@@ -280,15 +280,14 @@ class DecodeTiling:
   compressed: Tile
   splits: int
   block_m: int
-  select_warps: int
-  pieces: Tile
-  steps: int
+  window: Tile
+  window_steps: int
+  selected: Tile
+  selected_steps: int
   merge_warps: int
 
 
-# Programs of a decode kernel: three on each of 132 multiprocessors, all of the
-# same size, so that none waits for a second round.
-_DECODE_PROGRAMS = 396
+_MULTIPROCESSORS = 132
 
 
 def decode_tiling(
@@ -303,7 +302,8 @@ def decode_tiling(
   block: int,
   ratio: int,
   num_compressed: int,
-  num_read: int,
+  num_selected: int,
+  num_window: int,
 ) -> DecodeTiling:
   """Tiles of decoding by shape.
 
@@ -318,7 +318,8 @@ def decode_tiling(
     block: l'.
     ratio: l' / d, compressed blocks that begin in one selection block.
     num_compressed: C.
-    num_read: keys of the selected blocks and the window.
+    num_selected: keys of the selected blocks.
+    num_window: rows of keys that hold the window.
   """
   width = max(head_dim, value_dim)
   least = common.padded_rows(group)
@@ -326,43 +327,52 @@ def decode_tiling(
   rows = common.padded_rows(length * group)
   rows = max(least, min(rows, 16 if exact else 128 if width <= 128 else 32))
 
-  def tile(rows, most):
-    # What is on its way from memory bounds the time: two tiles for each of
-    # three programs of a multiprocessor, or for one with many rows; and no
-    # spilled registers.
+  def tile(rows, most, num_stages):
+    # No spilled registers.
     if exact:
       return Tile(min(16, most), 8, 2)
     warps = 4 if rows * width <= 32 * 192 else 8
-    return Tile(min(64, most), warps, 3 if width <= 128 else 2)
+    return Tile(min(64, most), warps, num_stages)
 
-  compressed = tile(rows, 64)
+  # What is on its way from memory bounds the time: three programs on every
+  # multiprocessor. All are of the same size, so that none waits for a second
+  # round.
+  compressed = tile(rows, 64, 3 if width <= 128 else 2)
   compressed = dataclasses.replace(
     compressed, block_k=max(compressed.block_k, ratio)
   )
+  at_once = _MULTIPROCESSORS * 3
   programs = -(-length // (rows // group)) * kv_heads * batch
-  splits = _DECODE_PROGRAMS // programs
+  splits = at_once // programs
   if not splits:
     # More than fit at once: small ones, so that the last round is short.
-    splits = -(-4 * _DECODE_PROGRAMS // programs)
+    splits = -(-4 * at_once // programs)
   splits = min(
     splits,
     -(-num_compressed // compressed.block_k),
     128,  # the merge holds one row of all of them
   )
 
-  piece = tile(least, block)
-  # The window is half of the selected keys, or so: three pieces are equal.
-  pieces = max(3, _DECODE_PROGRAMS // (batch * length * kv_heads))
-  steps = max(1, -(-num_read // piece.block_k) // pieces)
-  most = max(splits, -(-num_read // (piece.block_k * steps)))
+  window, selected = tile(least, 64, 2), tile(least, block, 2)
+  # Three programs on every multiprocessor; with many heads, which fill them,
+  # four pieces of each do best.
+  pieces = max(4, 3 * _MULTIPROCESSORS // (batch * length * kv_heads))
+  window_steps = -(-num_window // (window.block_k * pieces))
+  selected_steps = -(-num_selected // (selected.block_k * pieces))
+  most = max(
+    splits,
+    -(-num_window // (window.block_k * window_steps)),
+    -(-num_selected // (selected.block_k * selected_steps)),
+  )
   merge_warps = pl.next_power_of_2(most) * value_dim // 2048
   return DecodeTiling(
     rows,
     compressed,
     max(1, splits),
     max(512 if group <= 16 else 128, compressed.block_k // ratio),
-    8,
-    piece,
-    steps,
+    window,
+    window_steps,
+    selected,
+    selected_steps,
     min(max(1, pl.next_power_of_2(merge_warps)), 16),
   )
