@@ -334,14 +334,14 @@ def decode_tiling(
     warps = 4 if rows * width <= 32 * 192 else 8
     return Tile(min(64, most), warps, num_stages)
 
-  # What is on its way from memory bounds the time: three programs on every
-  # multiprocessor. All are of the same size, so that none waits for a second
-  # round.
+  # What is on its way from memory bounds the time: two programs of three stages
+  # or three of two on every multiprocessor. All are of the same size, so that
+  # none waits for a second round.
   compressed = tile(rows, 64, 3 if width <= 128 else 2)
   compressed = dataclasses.replace(
     compressed, block_k=max(compressed.block_k, ratio)
   )
-  at_once = _MULTIPROCESSORS * 3
+  at_once = _MULTIPROCESSORS * (2 if compressed.num_stages == 3 else 3)
   programs = -(-length // (rows // group)) * kv_heads * batch
   splits = at_once // programs
   if not splits:
@@ -364,12 +364,15 @@ def decode_tiling(
     -(-num_window // (window.block_k * window_steps)),
     -(-num_selected // (selected.block_k * selected_steps)),
   )
-  merge_warps = pl.next_power_of_2(most) * value_dim // 2048
+  merge_warps = pl.next_power_of_2(most) * value_dim // 4096
+  # All that selection reads is on its way at once, if it fits in registers.
+  block_m = 1024 if group <= 16 else 128
+  block_m = min(block_m, pl.next_power_of_2(num_compressed // ratio + 1))
   return DecodeTiling(
     rows,
     compressed,
     max(1, splits),
-    max(512 if group <= 16 else 128, compressed.block_k // ratio),
+    max(block_m, compressed.block_k // ratio),
     window,
     window_steps,
     selected,
