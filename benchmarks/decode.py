@@ -443,9 +443,7 @@ SELECTED = tuple(
 # block_m, (keys, warps, stages), and keys of a piece.
 SELECT_WINDOW = tuple(
   itertools.product(
-    (512, 1024),
-    ((64, 4, 2), (64, 4, 3), (32, 4, 3), (64, 8, 2), (32, 2, 3)),
-    (64, 128, 256, 512),
+    (512, 1024), ((64, 4, 2), (32, 4, 3), (32, 8, 3)), (64, 576)
   )
 )
 MERGE = (1, 2, 4)

@@ -38,6 +38,8 @@ def compile_all(
 ) -> dict[Name, Any]:
   """Compiles functions for their arguments, or for shapes, side by side.
 
+  Functions may be jitted already, with options of their own.
+
   A job that fails leaves its exception in the place of the program: a baseline
   that does not fit the card is a result, not the end of the command.
   """
@@ -45,7 +47,10 @@ def compile_all(
   def one(job):
     function, args = job
     try:
-      return jax.jit(function).lower(*args).compile()
+      jitted: Any = function
+      if not hasattr(function, "lower"):
+        jitted = jax.jit(function)
+      return jitted.lower(*args).compile()
     except Exception as error:
       return error
 

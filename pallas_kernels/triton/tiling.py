@@ -353,11 +353,18 @@ def decode_tiling(
     128,  # the merge holds one row of all of them
   )
 
-  window, selected = tile(least, 64, 2), tile(least, block, 2)
-  # Three programs on every multiprocessor; with many heads, which fill them,
-  # four pieces of each do best.
-  pieces = max(4, 3 * _MULTIPROCESSORS // (batch * length * kv_heads))
+  # Selection, which takes longest, and the window: two programs on every
+  # multiprocessor. What few programs select, they select with more warps.
+  window = tile(least, 32, 3 if width <= 128 else 2)
+  queries = batch * length * kv_heads
+  if 2 * queries <= _MULTIPROCESSORS:
+    window = dataclasses.replace(window, num_warps=8)
+  pieces = max(1, 2 * _MULTIPROCESSORS // queries - 1)
   window_steps = -(-num_window // (window.block_k * pieces))
+  # Three programs on every multiprocessor; with many heads, which fill them,
+  # four pieces do best.
+  selected = tile(least, block, 2)
+  pieces = max(4, 3 * _MULTIPROCESSORS // queries)
   selected_steps = -(-num_selected // (selected.block_k * pieces))
   most = max(
     splits,
