@@ -5,8 +5,8 @@
     python -m benchmarks.sweep_band --first 2 --last 4
 
 Every program holds one tile of each kernel, and the kernels are timed one by
-one: the best tile of a kernel hardly depends on the others. Programs of later
-shapes compile while earlier ones run.
+one; dq reads what dkv writes, so each of them beside the chosen tile of the
+other. Programs of later shapes compile while earlier ones run.
 """
 
 import concurrent.futures
@@ -178,21 +178,19 @@ def tilings(branch: str, shape: Shape) -> list[tiling.BandTiling]:
         if tile.rows >= shape.group and tile != getattr(base, name)
       ]
     )
-  rows: list[Any] = list(itertools.zip_longest(*found, fillvalue={}))
-  changes = [{k: v for x in row for k, v in x.items()} for row in rows]
-  return [
-    fitting(dataclasses.replace(base, **change)) for change in [{}, *changes]
-  ]
+  fwd, dq, dkv = found
+  pairs: Any = itertools.zip_longest(fwd, dq, fillvalue={})
+  changes: list[Any] = [{}, *({**x, **y} for x, y in pairs), *dkv]
+  return [changed(base, change) for change in changes]
 
 
-def fitting(tiles: tiling.BandTiling) -> tiling.BandTiling:
-  """A tile of dq that reads what that of dkv writes."""
+def changed(base: tiling.BandTiling, change: Any) -> tiling.BandTiling:
+  """Some tiles replaced, and dq's cut so that it reads what dkv writes."""
+  dq, dkv = change.get("dq", base.dq), change.get("dkv", base.dkv)
   dq = dataclasses.replace(
-    tiles.dq,
-    rows=max(tiles.dq.rows, tiles.dkv.rows),
-    block_k=min(tiles.dq.block_k, tiles.dkv.block_k),
+    dq, rows=max(dq.rows, dkv.rows), block_k=min(dq.block_k, dkv.block_k)
   )
-  return dataclasses.replace(tiles, dq=dq)
+  return dataclasses.replace(base, **change | {"dq": dq})
 
 
 def shapes_of(branch: str, shape: Shape) -> Any:
@@ -252,7 +250,7 @@ def compile_row(branch: str, shape: Shape, tiles: tiling.BandTiling) -> Any:
   ]
   if not isinstance(program, str) or len(changes) < 2:
     return [(tiles, program)]
-  alone = [fitting(dataclasses.replace(base, **change)) for change in changes]
+  alone = [changed(base, change) for change in changes]
   return [(tiles, compile_one(branch, shape, tiles)) for tiles in alone]
 
 

@@ -565,6 +565,12 @@ def decode_attention(
       num_selected=min(num_selected * selection_block, key_length),
       num_window=rows,
     )
+  columns = tiles.compressed.block_k * stride // selection_block
+  if not columns or tiles.block_m % columns:
+    raise ValueError(
+      f"`tiles`={tiles} must have a `block_m` that is a multiple of the "
+      f"{columns} selection blocks (at least 1) in a tile of compressed keys."
+    )
   spec = _decode.Spec(
     stride,
     span,

@@ -14,6 +14,7 @@ from benchmarks import (
   harness,
   loss_curve,
   prefill,
+  sweep_band,
   train_step,
   whole_op,
 )
@@ -386,6 +387,20 @@ def test_tilings_of_decoding():
     for kernel in ("select_window", "selected"):
       labels = {decode.label(tiles, kernel) for tiles in found}
       assert len(labels) >= 12
+
+
+@pytest.mark.parametrize("shape", sweep_band.SHAPES, ids=str)
+@pytest.mark.parametrize("branch", sweep_band.BRANCHES)
+def test_tilings_of_a_band(branch, shape):
+  found = sweep_band.tilings(branch, shape)
+  base = sweep_band.chosen(branch, shape)
+  assert found[0] == base
+  for i, name in enumerate(("fwd", "dkv")):
+    tiles = {getattr(tiles, name) for tiles in found}
+    candidates = sweep_band.columns(shape)[2 * i]
+    assert len(tiles) >= sum(tile[3] >= shape.group for tile in candidates)
+  # Only one of the two that share ds differs from the chosen one, if they fit.
+  assert all(tiles.dkv == base.dkv or tiles.fwd == base.fwd for tiles in found)
 
 
 def test_dense_decoding():

@@ -229,7 +229,7 @@ def test_the_scratch_of_a_tile_holds_all_that_is_read(
   band = band_attention.Band(stride, span, window, 37)
   tile = tiling.BandTile(4, 4, 2, rows=block_q)
   tiles = tiling.BandTiling(tile, tile, tile)
-  plan = band_attention_vjp.plan(
+  plan = band_attention_vjp.make_plan(
     batch=1,
     num_keys=37 if window else 8,
     dtype=jnp.float32,
@@ -240,6 +240,14 @@ def test_the_scratch_of_a_tile_holds_all_that_is_read(
   assert (read >= 0).any()
   assert (written[read >= 0] == read[read >= 0]).all()
   assert written.max() < plan.slots
+
+
+@pytest.mark.parametrize("keys, rows", [(32, 16), (16, 8), (16, 24)])
+def test_tiles_of_dq_fit_those_of_dk_and_dv(keys: int, rows: int) -> None:
+  tile = tiling.BandTile(16, 4, 2, rows=16)
+  dq = tiling.BandTile(keys, 4, 2, rows=rows)
+  with pytest.raises(ValueError, match=r"`dq`=.* must have a `block_k` that"):
+    tiling.BandTiling(tile, dq, tile)
 
 
 @pytest.mark.parametrize("branch", BRANCHES)

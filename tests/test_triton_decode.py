@@ -391,6 +391,14 @@ def test_has_no_derivative() -> None:
     jax.grad(loss)(inputs)
 
 
+def test_steps_of_selection_are_whole_tiles() -> None:
+  case = CASES["one token"]
+  inputs = helpers.make_inputs(case.dims, "float32")
+  tiles = dataclasses.replace(SMALL, block_m=6)  # a tile has 4 blocks
+  with pytest.raises(ValueError, match=r"`tiles`=.* multiple of the 4 selec"):
+    _decode(BASE, tiles)(inputs, None, *map(helpers.int32, ((99,), (100,))))
+
+
 def test_too_many_blocks() -> None:
   with pytest.raises(NotImplementedError, match="`selected_key` of length"):
     _lower(group=1, length=2**21, config=NSAConfig())

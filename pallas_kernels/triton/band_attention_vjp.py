@@ -56,8 +56,8 @@ class Plan(NamedTuple):
   spec: Spec
   num_tiles: int  # of queries
   num_key_tiles: int
-  chunks: int
-  chunk: int  # tiles of queries in a chunk
+  num_chunks: int
+  chunk_tiles: int  # tiles of queries in a chunk
   slots: int  # tiles of keys that one tile of queries can read
   splits: int  # programs per tile of keys
 
@@ -70,20 +70,24 @@ class Plan(NamedTuple):
   @property
   def block_q(self) -> int:
     """Queries of a tile."""
-    return self.steps * (self.spec.tiling.dkv.rows // self.sizes.group)
+    return queries_of_tile(self.spec, self.sizes)
 
   def tiles_of(self, chunk: Any) -> tuple[Any, int]:
     """First tile of queries of a chunk, and the distance to the next."""
     if self.spec.band.window is None:
       # As many keys are read in every chunk: none leaves the device idle.
-      return chunk, self.chunks
+      return chunk, self.num_chunks
     # The tiles of keys that a chunk reads are few.
-    return chunk * self.chunk, 1
+    return chunk * self.chunk_tiles, 1
 
   def keys_of(
     self, tile: Any, offset: Any, first_row: Any, size: int
   ) -> tuple[Any, Any]:
-    """Range of the tiles of `size` keys that a tile of queries reads."""
+    """Range of the tiles of `size` keys that a tile of queries reads.
+
+    With the size of the dk, dv kernel's tiles it begins where the scratch of
+    the tile does. All of it is written: `query_tiles` has the same pairs.
+    """
     bounds = key_tiles(
       self.spec.band,
       offset,
@@ -95,13 +99,26 @@ class Plan(NamedTuple):
     return bounds.begin, bounds.end
 
 
-def plan(
+def queries_of_tile(spec: Spec, sizes: Sizes) -> int:
+  """Queries of a tile of the dq kernel, in whole steps of the other."""
+  dkv = spec.tiling.dkv
+  return spec.tiling.dq.rows // dkv.rows * (dkv.rows // sizes.group)
+
+
+def make_plan(
   batch: int, num_keys: int, dtype: Any, sizes: Sizes, spec: Spec
 ) -> Plan:
-  """Chunks and shares by shape."""
+  """Chunks and shares by shape.
+
+  Args:
+    batch: B.
+    num_keys: rows of keys.
+    dtype: of ds.
+    sizes: of the queries.
+    spec: band, scale and tiles.
+  """
   tiling, band = spec.tiling, spec.band
-  result = Plan(sizes, spec, 1, 1, 1, 1, 1, 1)
-  block_k, block_q = tiling.dkv.block_k, result.block_q
+  block_k, block_q = tiling.dkv.block_k, queries_of_tile(spec, sizes)
   num_tiles = -(-sizes.length // block_q)
   num_key_tiles = slots = -(-num_keys // block_k)
   if band.window is not None:
@@ -109,18 +126,21 @@ def plan(
     slots = min(slots, (band.window + block_q - 2) // block_k + 2)
   heads = batch * (sizes.heads // sizes.group)
   size = heads * slots * block_k * tiling.dq.rows * jnp.dtype(dtype).itemsize
-  chunks = -(-num_tiles // max(1, tiling.scratch // size))
-  chunk = -(-num_tiles // chunks)
+  num_chunks = -(-num_tiles // max(1, tiling.scratch // size))
+  chunk_tiles = -(-num_tiles // num_chunks)
   splits = -(-tiling.programs // (num_key_tiles * heads))
   # A program that starts must have something to do.
-  splits = max(1, min(splits, chunk * result.steps // 8))
-  return result._replace(
-    num_tiles=num_tiles,
-    num_key_tiles=num_key_tiles,
-    chunks=chunks,
-    chunk=chunk,
-    slots=slots,
-    splits=splits,
+  steps = chunk_tiles * (tiling.dq.rows // tiling.dkv.rows)
+  splits = max(1, min(splits, steps // 8))
+  return Plan(
+    sizes,
+    spec,
+    num_tiles,
+    num_key_tiles,
+    num_chunks,
+    chunk_tiles,
+    slots,
+    splits,
   )
 
 
@@ -166,12 +186,12 @@ def backward(
   )
   _, length, heads, _ = query.shape
   sizes = Sizes(length, heads, heads // key.shape[2])
-  cut = plan(len(key), key.shape[1], key.dtype, sizes, spec)
-  step = functools.partial(_chunk, inputs=inputs, plan=cut)
+  plan = make_plan(len(key), key.shape[1], key.dtype, sizes, spec)
+  step = functools.partial(_add_chunk, inputs=inputs, plan=plan)
   # The first chunk has nothing to add to.
   grads = step(jnp.int32(0), None)
-  if cut.chunks > 1:
-    grads = lax.fori_loop(1, cut.chunks, step, grads)
+  if plan.num_chunks > 1:
+    grads = lax.fori_loop(1, plan.num_chunks, step, grads)
   dq, dk, dv = grads
 
   def finish(x, like):
@@ -186,7 +206,7 @@ def backward(
   )
 
 
-def _chunk(
+def _add_chunk(
   chunk: jax.Array,
   grads: tuple[jax.Array, ...] | None,
   inputs: Inputs,
@@ -253,8 +273,8 @@ def _dkv_kernel(
   delta_ref,  # [B T N]
   k_ref,  # [S, H]
   v_ref,  # [S, V]
-  # Segments [S] and [B T], if any; dk and dv so far, but in the first chunk; dk
-  # [block_k, H], dv [block_k, V]; ds [chunk, slots block_k, rows of dq].
+  # Segments [S] and [B T], if any; dk and dv so far, except in the first chunk;
+  # dk [block_k, H], dv [block_k, V]; ds [chunk, slots block_k, rows of dq].
   *refs,
   plan: Plan,
   segmented: bool,
@@ -281,9 +301,9 @@ def _dkv_kernel(
     plan.block_q,
   )
   # Of this chunk, counted from its first.
-  start, stride = plan.tiles_of(chunk_ref[0])
+  start, apart = plan.tiles_of(chunk_ref[0])
   begin, end = (
-    jnp.minimum(ceil_div(jnp.maximum(x - start, 0), stride), plan.chunk)
+    jnp.minimum(ceil_div(jnp.maximum(x - start, 0), apart), plan.chunk_tiles)
     * plan.steps
     for x in (begin, end)
   )
@@ -305,7 +325,7 @@ def _dkv_kernel(
     def step(i, carry):
       dk, dv = carry
       number, part = common.div(i, plan.steps), common.rem(i, plan.steps)
-      queries = start + number * stride
+      queries = start + number * apart
       rows = tile_rows(queries, b, h, tile.rows, sizes, plan.steps, part)
       q = gather(q_ref, rows.index, head_pieces)
       dout = gather(dout_ref, rows.index, value_pieces)
@@ -369,7 +389,7 @@ def _key_value_gradient(
   inputs: Inputs,
   plan: Plan,
 ) -> tuple[jax.Array, ...]:
-  """dk and dv as of `_chunk`, and ds [B K, chunk, slots block_k, rows]."""
+  """dk and dv as of `_add_chunk`, and ds [B K, chunk, slots block_k, rows]."""
   tiling = plan.spec.tiling
   tile = tiling.dkv
   batch, num_keys, kv_heads, _ = inputs.key.shape
@@ -384,7 +404,7 @@ def _key_value_gradient(
     )
     for width in widths
   ]
-  ds = (plan.chunk, plan.slots * tile.block_k, tiling.dq.rows)
+  ds = (plan.chunk_tiles, plan.slots * tile.block_k, tiling.dq.rows)
   per_query = inputs[1:5]
   args = (
     chunk,
@@ -435,7 +455,7 @@ def _dq_kernel(
   place_ref,  # [2]
   ds_ref,  # [chunk, slots block_k, rows]
   k_ref,  # [S, H]
-  *refs,  # dq so far, but in the first chunk; dq [B T N, H]
+  *refs,  # dq so far, except in the first chunk; dq [B T N, H]
   plan: Plan,
 ):
   dq_ref = refs[-1]
@@ -446,9 +466,9 @@ def _dq_kernel(
   h, b = pl.program_id(1), pl.program_id(2)
   offset, first_row = place_ref[0], place_ref[1]
   # The last queries read most: they start first.
-  number = plan.chunk - 1 - pl.program_id(0)
-  start, stride = plan.tiles_of(chunk_ref[0])
-  i = start + number * stride
+  number = plan.chunk_tiles - 1 - pl.program_id(0)
+  start, apart = plan.tiles_of(chunk_ref[0])
+  i = start + number * apart
 
   # Chunks are equal, but the tiles need not be enough for the last of each.
   @pl.when(i < plan.num_tiles)
@@ -492,7 +512,7 @@ def _query_gradient(
     name=f"nsa_{plan.spec.branch}_dq",
     num_warps=tile.num_warps,
     num_stages=tile.num_stages,
-    grid=(plan.chunk, kv_heads, batch),
+    grid=(plan.chunk_tiles, kv_heads, batch),
     in_specs=[
       common.whole(chunk),
       place,

@@ -102,7 +102,7 @@ class Weights(NamedTuple):
   """
 
   tops: jax.Array  # [B, T, K, G, tiles], largest scores
-  sums: jax.Array  # [B, T, K, G, M]
+  sums: jax.Array  # [B, T, K, G, M'], M' >= M: whole tiles
   # [B, T, K, G, tiles], of what reaches into the first block of the next tile;
   # one array, or none if nothing does.
   edges: tuple[jax.Array, ...]
@@ -190,7 +190,7 @@ def _compressed_kernel(
   acc_ref,  # [B T N, V]
   top_ref,  # [B T N]
   total_ref,  # [B T N]
-  *weight_refs,  # tops [B T N, tiles], sums [B T N, M] and edges
+  *weight_refs,  # tops [B T N, tiles], sums [B T N, M'] and edges
   # [B T N, tiles], if needed
   spec: Spec,
   sizes: Sizes,
@@ -276,7 +276,7 @@ def _compressed(
   num_tiles: int,
   spec: Spec,
 ) -> tuple[Partial, Weights | None]:
-  """Partial softmaxes, and the weights of `num_tiles` > 0 tiles if needed."""
+  """Partial softmaxes, and the weights of `num_tiles` tiles; None if 0."""
   batch, length, heads, head_dim = query.shape
   num_keys, kv_heads, value_dim = compressed.value.shape[1:]
   sizes = Sizes(length, heads, heads // kv_heads)
@@ -482,7 +482,7 @@ def _select(
 
   Args:
     ids_ref: [n].
-    weight_refs: top and total [splits, G], tops [G, tiles], sums [G, M] and
+    weight_refs: top and total [splits, G], tops [G, tiles], sums [G, M'] and
       edges [G, tiles], if any; or none of all, if there are at most n
       candidates or all places are forced.
     t: position of the query.

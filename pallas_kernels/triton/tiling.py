@@ -83,7 +83,8 @@ class BandTiling:
     programs: programs that keep a device busy; the queries are split until
       there are so many of `dkv`.
     scratch: bytes that the gradients of the scores may take, the queries of a
-      chunk times the keys they read; at least one tile of queries.
+      chunk times the keys they read; at least one tile of queries. Under
+      `jax.vmap` for each of the calls.
   """
 
   fwd: BandTile
@@ -91,6 +92,14 @@ class BandTiling:
   dkv: BandTile
   programs: int = 512
   scratch: int = 2**31
+
+  def __post_init__(self) -> None:
+    dq, dkv = self.dq, self.dkv
+    if dkv.block_k % dq.block_k or dq.rows % dkv.rows:
+      raise ValueError(
+        f"`dq`={dq} must have a `block_k` that divides that of `dkv`={dkv} and "
+        "a multiple of its `rows`."
+      )
 
 
 def band_tiling(
