@@ -540,6 +540,7 @@ def decode_attention(
   Raises:
     NotImplementedError: if the kernels cannot take the shapes or the dtype, or
       on differentiation.
+    ValueError: if `tiles` has a `block_m` that is not of whole tiles.
   """
   support.check_where()
   support.check_heads(query, selected_key, selected_value)

@@ -64,8 +64,7 @@ class Plan(NamedTuple):
   @property
   def steps(self) -> int:
     """Steps of the dk, dv kernel in one tile of queries."""
-    tiling = self.spec.tiling
-    return tiling.dq.rows // tiling.dkv.rows
+    return self.spec.tiling.steps
 
   @property
   def block_q(self) -> int:
@@ -101,8 +100,7 @@ class Plan(NamedTuple):
 
 def queries_of_tile(spec: Spec, sizes: Sizes) -> int:
   """Queries of a tile of the dq kernel, in whole steps of the other."""
-  dkv = spec.tiling.dkv
-  return spec.tiling.dq.rows // dkv.rows * (dkv.rows // sizes.group)
+  return spec.tiling.steps * (spec.tiling.dkv.rows // sizes.group)
 
 
 def make_plan(
@@ -130,8 +128,7 @@ def make_plan(
   chunk_tiles = -(-num_tiles // num_chunks)
   splits = -(-tiling.programs // (num_key_tiles * heads))
   # A program that starts must have something to do.
-  steps = chunk_tiles * (tiling.dq.rows // tiling.dkv.rows)
-  splits = max(1, min(splits, steps // 8))
+  splits = max(1, min(splits, chunk_tiles * tiling.steps // 8))
   return Plan(
     sizes,
     spec,

@@ -85,6 +85,9 @@ class BandTiling:
     scratch: bytes that the gradients of the scores may take, the queries of a
       chunk times the keys they read; at least one tile of queries. Under
       `jax.vmap` for each of the calls.
+
+  Raises:
+    ValueError: if `dq` cannot read what `dkv` writes.
   """
 
   fwd: BandTile
@@ -100,6 +103,11 @@ class BandTiling:
         f"`dq`={dq} must have a `block_k` that divides that of `dkv`={dkv} and "
         "a multiple of its `rows`."
       )
+
+  @property
+  def steps(self) -> int:
+    """Steps of `dkv` in one tile of the queries of `dq`."""
+    return self.dq.rows // self.dkv.rows
 
 
 def band_tiling(
