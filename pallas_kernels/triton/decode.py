@@ -101,10 +101,12 @@ class Weights(NamedTuple):
   Those of a tile of compressed keys are relative to the largest score so far.
   """
 
-  tops: jax.Array  # [B, T, K, G, tiles], largest scores
+  # What a tile has of the rows lies together: memory is not written in pieces
+  # smaller than what a transfer holds.
+  tops: jax.Array  # [tiles, B T N], largest scores
   sums: jax.Array  # [B, T, K, G, M'], M' >= M: whole tiles
-  # [B, T, K, G, tiles], of what reaches into the first block of the next tile;
-  # one array, or none if nothing does.
+  # [tiles, B T N], of what reaches into the first block of the next tile; one
+  # array, or none if nothing does.
   edges: tuple[jax.Array, ...]
 
 
@@ -190,8 +192,8 @@ def _compressed_kernel(
   acc_ref,  # [B T N, V]
   top_ref,  # [B T N]
   total_ref,  # [B T N]
-  *weight_refs,  # tops [B T N, tiles], sums [B T N, M'] and edges
-  # [B T N, tiles], if needed
+  *weight_refs,  # tops [tiles, B T N], sums [B T N, M'] and edges
+  # [tiles, B T N], if needed
   spec: Spec,
   sizes: Sizes,
   exp2: Callable[[jax.Array], jax.Array],
@@ -228,7 +230,7 @@ def _compressed_kernel(
   def keep(j, top, p):
     """Stores the weights of a tile."""
     tops_ref, sums_ref, *edges_refs = weight_refs
-    tops_ref[mine.index, pl.ds(j, 1)] = top[:, None]
+    tops_ref[j, mine.index] = top
     # Products of numbers of 16 bits are exact.
     first, *rest = (common.dot(x, stencil) for x in _split(p))
     sums = sum(rest, first)
@@ -239,8 +241,8 @@ def _compressed_kernel(
     for ref in edges_refs:
       edge = column == spec.columns
       # Interpreted, masked elements are stored too, but not out of bounds.
-      tile = jnp.where(edge, j, ref.shape[1])
-      plgpu.store(ref.at[row, tile], sums, mask=edge)
+      tile = jnp.where(edge, j, ref.shape[0])
+      plgpu.store(ref.at[tile, row], sums, mask=edge)
 
   def step(j, carry, masked):
     span_k = pl.ds(j * block_k, block_k)
@@ -301,7 +303,7 @@ def _compressed(
 
   weights = []
   if num_tiles:
-    of_tiles = floats(num_rows, num_tiles)
+    of_tiles = floats(num_tiles, num_rows)
     weights = [of_tiles, floats(num_rows, num_tiles * spec.columns)]
     weights += [of_tiles] * (spec.reach > 1)
   splits = tiling.splits
@@ -329,9 +331,8 @@ def _compressed(
   partial = Partial(acc, top, total)
   if not num_tiles:
     return partial, None
-  tops, sums, *edges = (
-    x.reshape(batch, length, kv_heads, sizes.group, -1) for x in found
-  )
+  tops, sums, *edges = found
+  sums = sums.reshape(batch, length, kv_heads, sizes.group, -1)
   return partial, Weights(tops, sums, tuple(edges))
 
 
@@ -482,8 +483,8 @@ def _select(
 
   Args:
     ids_ref: [n].
-    weight_refs: top and total [splits, G], tops [G, tiles], sums [G, M'] and
-      edges [G, tiles], if any; or none of all, if there are at most n
+    weight_refs: top and total [splits, G], tops [tiles, G], sums [G, M'] and
+      edges [tiles, G], if any; or none of all, if there are at most n
       candidates or all places are forced.
     t: position of the query.
     length: tokens of its row.
@@ -569,10 +570,10 @@ def _importance(
   row = jnp.minimum(_arange(rows), group - 1)
   real = common.padding_mask(group, rows)
 
-  def of_tiles(ref, tile):  # [G, tiles] of a ref [G, all tiles]
+  def of_tiles(ref, tile):  # [G, tiles] of a ref [all tiles, G]
     shape = rows, tiles
     index = jnp.broadcast_to(tile[None, :], shape)
-    return ref[jnp.broadcast_to(row[:, None], shape), index]
+    return ref[index, jnp.broadcast_to(row[:, None], shape)]
 
   def factor(tile):
     x = exp2(of_tiles(tops_ref, tile) - lse[:, None])
@@ -719,17 +720,22 @@ def _select_and_window(
   if partial is not None and weights is not None:
     num_splits = len(partial.top)
     rows = pl.next_power_of_2(group)
-    for x in (partial.top, partial.total):
-      args.append(x.reshape(num_splits, batch, length, kv_heads, group))
+
+    def add(x, size):  # of the first axis of x [.., B, T, K, G]
+      args.append(x.reshape(-1, batch, length, kv_heads, group))
       specs.append(
         pl.BlockSpec(
-          (pl.next_power_of_2(num_splits), None, None, None, rows),
-          lambda i, h, b, p: (0, b, i, h, 0),
+          (size, None, None, None, rows), lambda i, h, b, p: (0, b, i, h, 0)
         )
       )
-    for x in (weights.tops, weights.sums, *weights.edges):
-      args.append(x)
-      specs.append(_of_query(rows, x.shape[-1]))
+
+    for x in (partial.top, partial.total):
+      add(x, pl.next_power_of_2(num_splits))
+    add(weights.tops, len(weights.tops))
+    args.append(weights.sums)
+    specs.append(_of_query(rows, weights.sums.shape[-1]))
+    for x in weights.edges:
+      add(x, len(x))
   window = selected if ring is None else ring
   span = min(spec.window, key_length) if ring is None else ring.key.shape[1]
   num_pieces = pl.cdiv(span, tiling.window.block_k * tiling.window_steps)
