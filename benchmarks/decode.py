@@ -39,7 +39,8 @@ BATCHES = (1, 8, 32, 64)
 CONTEXTS = (8192, 32768, 65536, 131072)
 QUICK = ((1, 65536), (32, 65536))
 SHOWN = (32, 65536)  # whose kernels are listed
-BANDWIDTH = 4.8e12  # bytes per second, of an H200
+# Bytes per second, of the data sheets.
+BANDWIDTH = {"NVIDIA H200": 4.8e12, "NVIDIA H100 80GB HBM3": 3.35e12}
 STEPS = 64  # dependent steps of one call
 DENSE = ("cuDNN", "XLA", "XLA, heads first")
 
@@ -273,7 +274,8 @@ def measure(
     return found
 
   x = program("inputs")(0)
-  found: dict[str, Any] = {"times": {}}
+  device = jax.devices()[0].device_kind
+  found: dict[str, Any] = {"times": {}, "bandwidth": BANDWIDTH.get(device)}
 
   def take(name, *args):
     out, ms = harness.device_ms(program(name), *args, repeats=repeats)
@@ -344,15 +346,14 @@ def row_of(shape: Shape, found: dict[str, Any]) -> dict[str, Any]:
     row[f"times faster, {kind}"] = best[1] / ms if best and ms else None
   ms = row["NSA kernels ms"]
   row["NSA MiB"] = sparse_bytes / 2**20
-  row["of the bandwidth"] = sparse_bytes / (ms * 1e-3) / BANDWIDTH
-  best = fastest(found, "kernels")
-  row["dense, of the bandwidth"] = (
-    size["dense"] / (best[1] * 1e-3) / BANDWIDTH if best else None
-  )
-  # Against dense attention that would reach all of the bandwidth.
-  row["times faster than the bytes of dense"] = (
-    size["dense"] / BANDWIDTH * 1e3 / ms
-  )
+  bandwidth = found["bandwidth"]
+  if bandwidth:
+    best = fastest(found, "kernels")
+    least = size["dense"] / bandwidth * 1e3  # ms
+    row["of the bandwidth"] = sparse_bytes / (ms * 1e-3) / bandwidth
+    row["dense, of the bandwidth"] = least / best[1] if best else None
+    # Against dense attention that would reach all of the bandwidth.
+    row["times faster than the bytes of dense"] = least / ms
   row["limit (bytes)"] = size["dense"] / sparse_bytes
   return row
 
@@ -433,21 +434,17 @@ COMPRESSED = (
   *itertools.product(((128, 4, 3), (128, 8, 3)), (1, 2, 3)),
   *itertools.product(((32, 2, 3), (64, 2, 3)), (2, 3, 4)),
 )
-# (keys, warps, stages), and keys of a piece.
-SELECTED = tuple(
+# block_m, (keys, warps, stages), and keys of a piece of the selected blocks and
+# of the window.
+BLOCKS = tuple(
   itertools.product(
-    ((64, 4, 2), (64, 4, 3), (64, 2, 3), (32, 2, 3), (32, 4, 3)),
-    (64, 128, 256, 512),
-  )
-)
-# block_m, (keys, warps, stages), and keys of a piece.
-SELECT_WINDOW = tuple(
-  itertools.product(
-    (512, 1024), ((64, 4, 2), (32, 4, 3), (32, 8, 3)), (64, 576)
+    (512, 1024),
+    ((64, 4, 3), (64, 4, 2), (32, 4, 3), (64, 8, 3)),
+    ((64, 64), (256, 256), (512, 576)),
   )
 )
 MERGE = (1, 2, 4)
-KERNELS = ("compressed", "select_window", "selected", "merge")
+KERNELS = ("compressed", "blocks", "merge")
 
 
 def default_tiles(shape: Shape) -> DecodeTiling:
@@ -474,29 +471,25 @@ def candidates(shape: Shape) -> list[DecodeTiling]:
   heads = shape.batch * shape.kv_heads
   blocks = nsa_jax.num_compressed_blocks(shape.context, shape.config)
   found = [base]
-  for (compressed, per_device), (selected, keys) in zip(
-    COMPRESSED, SELECTED, strict=True
-  ):
+  for compressed, per_device in COMPRESSED:
     splits = min(132 * per_device // heads, -(-blocks // compressed[0]), 128)
     found.append(
       dataclasses.replace(
-        base,
-        compressed=Tile(*compressed),
-        splits=max(1, splits),
-        selected=Tile(*selected),
-        selected_steps=keys // selected[0],
+        base, compressed=Tile(*compressed), splits=max(1, splits)
       )
     )
   # The second launch depends on the splits: those are the default here.
-  for (block_m, window, keys), merge_warps in zip(
-    SELECT_WINDOW, itertools.cycle(MERGE), strict=False
+  for (block_m, tile, pieces), merge_warps in zip(
+    BLOCKS, itertools.cycle(MERGE), strict=False
   ):
+    selected, window = (-(-keys // tile[0]) for keys in pieces)
     found.append(
       dataclasses.replace(
         base,
         block_m=block_m,
-        window=Tile(*window),
-        window_steps=keys // window[0],
+        blocks=Tile(*tile),
+        selected_steps=selected,
+        window_steps=window,
         merge_warps=merge_warps,
       )
     )
@@ -509,17 +502,13 @@ def label(tiles: DecodeTiling, kernel: str) -> str:
   def text(tile):
     return f"keys {tile.block_k} warps {tile.num_warps} st {tile.num_stages}"
 
-  def piece(tile, steps):
-    return tile.block_k * steps
-
-  selected = piece(tiles.selected, tiles.selected_steps)
-  window = piece(tiles.window, tiles.window_steps)
+  selected = tiles.blocks.block_k * tiles.selected_steps
+  window = tiles.blocks.block_k * tiles.window_steps
   return {
     "compressed": f"{text(tiles.compressed)} splits {tiles.splits}",
-    "select_window": f"{text(tiles.window)} pieces of {window} "
+    "blocks": f"{text(tiles.blocks)} pieces of {selected}, {window} "
     f"block_m {tiles.block_m} (splits {tiles.splits} "
     f"keys {tiles.compressed.block_k})",
-    "selected": f"{text(tiles.selected)} pieces of {selected}",
     "merge": f"warps {tiles.merge_warps} (splits {tiles.splits} "
     f"pieces of {selected}, {window})",
   }[kernel]
@@ -545,7 +534,7 @@ def sweep(shapes: Sequence[Shape]) -> dict[str, list[dict[str, Any]]]:
     for tiles in candidates(shape):
       program = programs[shape, tiles]
       if isinstance(program, Exception):
-        for kernel in ("compressed", "select_window", "selected"):
+        for kernel in ("compressed", "blocks"):
           reason = str(program).splitlines()[0][:60]
           best[kernel].setdefault(label(tiles, kernel), reason)
         continue

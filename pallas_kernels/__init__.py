@@ -540,7 +540,8 @@ def decode_attention(
   Raises:
     NotImplementedError: if the kernels cannot take the shapes or the dtype, or
       on differentiation.
-    ValueError: if `tiles` has a `block_m` that is not of whole tiles.
+    ValueError: if `tiles` has a `block_m` that is not of whole tiles, or keys
+      of a step that do not divide a block.
   """
   support.check_where()
   support.check_heads(query, selected_key, selected_value)
@@ -565,6 +566,11 @@ def decode_attention(
       num_compressed=compressed_key.shape[1],
       num_selected=min(num_selected * selection_block, key_length),
       num_window=rows,
+    )
+  if selection_block % tiles.blocks.block_k:
+    raise ValueError(
+      f"`tiles`={tiles} must have a `block_k` of `blocks` that divides "
+      f"`selection_block`={selection_block}."
     )
   columns = tiles.compressed.block_k * stride // selection_block
   if not columns or tiles.block_m % columns:

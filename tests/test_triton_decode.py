@@ -31,10 +31,9 @@ SMALL = DecodeTiling(
   compressed=Tile(16, 4, 1),
   splits=3,
   block_m=4,
-  window=Tile(16, 4, 1),
-  window_steps=1,
-  selected=Tile(16, 4, 1),
+  blocks=Tile(16, 4, 1),
   selected_steps=1,
+  window_steps=1,
   merge_warps=1,
 )
 
@@ -350,6 +349,21 @@ def test_ties_go_to_the_lower_index() -> None:
   assert ids[0, :, 0].tolist() == [[1, 2, 3, 7, 8], [1, 2, 3, 8, 9]]
 
 
+def test_ties_among_many_blocks() -> None:
+  """All blocks tie, in the shares of all warps and in several chunks."""
+  config = NSAConfig(16, 16, 16, 16, 0, 2, window=16)
+  row = np.ones((1, 33600, 1, 16), np.float32)
+  inputs = {
+    "query": np.ones((1, 1, 2, 16), np.float32),
+    "compressed": helpers.pair(row[:, :2100], row[:, :2100]),
+    "selected": helpers.pair(row, row),
+    "gates": np.ones((1, 1, 2, 3), np.float32),
+  }
+  offset, lengths = helpers.int32([33599]), helpers.int32([33600])
+  _, ids = _decode(config, None)(inputs, None, offset, lengths)
+  assert ids[0, 0, 0].tolist() == [*range(14), 2098, 2099]
+
+
 def test_many_blocks() -> None:
   """A row of blocks that fills several chunks of the selection kernel."""
   config = NSAConfig(16, 16, 16, 16, 1, 2, window=16)
@@ -396,6 +410,14 @@ def test_steps_of_selection_are_whole_tiles() -> None:
   inputs = helpers.make_inputs(case.dims, "float32")
   tiles = dataclasses.replace(SMALL, block_m=6)  # a tile has 4 blocks
   with pytest.raises(ValueError, match=r"`tiles`=.* multiple of the 4 selec"):
+    _decode(BASE, tiles)(inputs, None, *map(helpers.int32, ((99,), (100,))))
+
+
+def test_steps_divide_a_block() -> None:
+  case = CASES["one token"]
+  inputs = helpers.make_inputs(case.dims, "float32")
+  tiles = dataclasses.replace(SMALL, blocks=Tile(32, 4, 1))
+  with pytest.raises(ValueError, match=r"`blocks` that divides `selection_b"):
     _decode(BASE, tiles)(inputs, None, *map(helpers.int32, ((99,), (100,))))
 
 
@@ -450,7 +472,7 @@ def _lower(
     return traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
-KERNELS = ("compressed", "select_window", "selected", "merge")
+KERNELS = ("compressed", "blocks", "merge")
 
 
 def _assert_lowers(**sizes: Any) -> None:

@@ -2,16 +2,17 @@
 
 With a handful of queries the time is that of the bytes read once: compressed
 keys and values, n blocks, the window. Keys are cut into pieces, so that one row
-of a batch fills the device, in four launches:
+of a batch fills the device, in three launches:
 
 1. compressed: a partial softmax for every split of the compressed blocks that
    are visible, all queries and heads of a group as rows; and the sums of the
    weights over each selection block, all that is left of the scores;
-2. select_window: importance of the blocks (Eq. 8-10), then the best n (Eq. 11);
-   other programs make partial softmaxes of the window, which needs no ids:
-   selection mostly waits and leaves the memory idle;
-3. selected: partial softmaxes of the selected blocks;
-4. merge: the partial softmaxes, weighted by the gates (Eq. 5).
+2. blocks: partial softmaxes of the selected blocks and of the window. Each
+   program of a query's selected blocks first finds them: importance (Eq. 8-10),
+   then the best n (Eq. 11). All find the same; that takes no longer than one of
+   them would, and saves a launch. Those of the window read meanwhile: selection
+   mostly waits and leaves the memory idle;
+3. merge: the partial softmaxes, weighted by the gates (Eq. 5).
 
 Loops are bounded by what is visible, so that the time follows the lengths, not
 the capacity of the cache.
@@ -101,12 +102,12 @@ class Weights(NamedTuple):
   Those of a tile of compressed keys are relative to the largest score so far.
   """
 
-  # What a tile has of the rows lies together: memory is not written in pieces
+  # What a tile has of a group lies together: memory is not written in pieces
   # smaller than what a transfer holds.
-  tops: jax.Array  # [tiles, B T N], largest scores
+  tops: jax.Array  # [B, T, K, tiles, G], largest scores
   sums: jax.Array  # [B, T, K, G, M'], M' >= M: whole tiles
-  # [tiles, B T N], of what reaches into the first block of the next tile; one
-  # array, or none if nothing does.
+  # [B, T, K, tiles, G], of what reaches into the first block of the next tile;
+  # one array, or none if nothing does.
   edges: tuple[jax.Array, ...]
 
 
@@ -192,8 +193,8 @@ def _compressed_kernel(
   acc_ref,  # [B T N, V]
   top_ref,  # [B T N]
   total_ref,  # [B T N]
-  *weight_refs,  # tops [tiles, B T N], sums [B T N, M'] and edges
-  # [tiles, B T N], if needed
+  *weight_refs,  # tops [B T K, tiles, G], sums [B T N, M'] and edges
+  # [B T K, tiles, G], if needed
   spec: Spec,
   sizes: Sizes,
   exp2: Callable[[jax.Array], jax.Array],
@@ -226,23 +227,29 @@ def _compressed_kernel(
   t = jnp.minimum(t, last)
 
   stencil = _stencil(spec)
+  group = common.div(mine.index, sizes.group)
+  head = common.rem(mine.index, sizes.group)
 
   def keep(j, top, p):
     """Stores the weights of a tile."""
     tops_ref, sums_ref, *edges_refs = weight_refs
-    tops_ref[j, mine.index] = top
+    tops_ref[group, j, head] = top
     # Products of numbers of 16 bits are exact.
     first, *rest = (common.dot(x, stencil) for x in _split(p))
     sums = sum(rest, first)
-    row = jnp.broadcast_to(mine.index[:, None], sums.shape)
-    column = jnp.broadcast_to(_arange(sums.shape[1])[None, :], sums.shape)
-    block = j * spec.columns + column
+
+    def spread(x):
+      return jnp.broadcast_to(x, sums.shape)
+
+    column = spread(_arange(sums.shape[1])[None, :])
+    row, block = spread(mine.index[:, None]), j * spec.columns + column
     plgpu.store(sums_ref.at[row, block], sums, mask=column < spec.columns)
     for ref in edges_refs:
       edge = column == spec.columns
       # Interpreted, masked elements are stored too, but not out of bounds.
-      tile = jnp.where(edge, j, ref.shape[0])
-      plgpu.store(ref.at[tile, row], sums, mask=edge)
+      tile = jnp.where(edge, j, ref.shape[1])
+      place = spread(group[:, None]), tile, spread(head[:, None])
+      plgpu.store(ref.at[place], sums, mask=edge)
 
   def step(j, carry, masked):
     span_k = pl.ds(j * block_k, block_k)
@@ -303,7 +310,7 @@ def _compressed(
 
   weights = []
   if num_tiles:
-    of_tiles = floats(num_tiles, num_rows)
+    of_tiles = floats(num_rows // sizes.group, num_tiles, sizes.group)
     weights = [of_tiles, floats(num_rows, num_tiles * spec.columns)]
     weights += [of_tiles] * (spec.reach > 1)
   splits = tiling.splits
@@ -332,13 +339,19 @@ def _compressed(
   if not num_tiles:
     return partial, None
   tops, sums, *edges = found
-  sums = sums.reshape(batch, length, kv_heads, sizes.group, -1)
-  return partial, Weights(tops, sums, tuple(edges))
+  groups = batch, length, kv_heads
+
+  def of_tiles(x):
+    return x.reshape(*groups, num_tiles, sizes.group)
+
+  return partial, Weights(
+    of_tiles(tops),
+    sums.reshape(*groups, sizes.group, -1),
+    tuple(map(of_tiles, edges)),
+  )
 
 
 # ------------------------------------------------------------ pieces of a query
-
-# Programs of a grid (T, K, B, pieces) take one query and the heads of a group.
 
 
 def _softmax(
@@ -396,79 +409,10 @@ def _softmax(
   return _start(rows, value_dim), fold, store
 
 
-def _of_query(*block: int) -> pl.BlockSpec:
-  """Of an array [B, T, K, ...]."""
-  return pl.BlockSpec(
-    (None, None, None, *block), lambda i, h, b, p: (b, i, h, *(0,) * len(block))
-  )
-
-
-def _inputs(query: jax.Array, keys: Keys) -> list[pl.BlockSpec]:
-  """Of offset, lengths, query [B, T, K, G, H], keys and values."""
-  num_rows, kv_heads, value_dim = keys.value.shape[1:]
-  rows = common.padded_rows(query.shape[2] // kv_heads)
-  head_dim = query.shape[3]
-  one = pl.BlockSpec((1,), lambda i, h, b, p: (b,))
-
-  def whole(width):
-    return pl.BlockSpec(
-      (None, num_rows, None, width), lambda i, h, b, p: (b, 0, h, 0)
-    )
-
-  return [
-    one,
-    one,
-    _of_query(rows, head_dim),
-    whole(head_dim),
-    whole(value_dim),
-  ]
-
-
-def _pieces(
-  query: jax.Array, keys: Keys, num_pieces: int, skip: int = 0
-) -> tuple[list[pl.BlockSpec], list[jax.ShapeDtypeStruct]]:
-  """Specs and shapes of acc, top and total of every piece.
-
-  The first `skip` programs of the last axis store none.
-  """
-  batch, length, heads, _ = query.shape
-  kv_heads, value_dim = keys.value.shape[2:]
-  group = heads // kv_heads
-
-  def spec(*last):
-    def index(i, h, b, p):
-      return jnp.maximum(p - skip, 0), b, i, h, 0, *(0,) * len(last)
-
-    rows = common.padded_rows(group)
-    return pl.BlockSpec((None, None, None, None, rows, *last), index)
-
-  def shape(*last):
-    return jax.ShapeDtypeStruct(
-      (num_pieces, batch, length, kv_heads, group, *last), jnp.float32
-    )
-
-  return (
-    [spec(value_dim), spec(), spec()],
-    [shape(value_dim), shape(), shape()],
-  )
-
-
-def _flat(found: Sequence[jax.Array]) -> Partial:
-  """Of acc, top and total [pieces, B, T, K, G, ...]."""
-  acc, top, total = found
-  pieces, value_dim = len(acc), acc.shape[-1]
-  return Partial(
-    acc.reshape(pieces, -1, value_dim),
-    top.reshape(pieces, -1),
-    total.reshape(pieces, -1),
-  )
-
-
-# ----------------------------------------------------------- select and window
+# ---------------------------------------------------------------------- select
 
 
 def _select(
-  ids_ref: Any,
   weight_refs: Any,
   t: Any,
   length: Any,
@@ -478,11 +422,14 @@ def _select(
   group: int,
   spec: Spec,
   exp2: Callable[[jax.Array], jax.Array],
-) -> None:
-  """The forced blocks and the best of the others, ascending, then -1.
+) -> jax.Array:
+  """The first forced blocks, the best of the others, the last forced ones.
+
+  The last of all is the query's own. With at most n candidates, all of them,
+  then -1. n is padded to a power of two; what is at the places that there are
+  not does not matter.
 
   Args:
-    ids_ref: [n].
     weight_refs: top and total [splits, G], tops [tiles, G], sums [G, M'] and
       edges [tiles, G], if any; or none of all, if there are at most n
       candidates or all places are forced.
@@ -497,17 +444,14 @@ def _select(
   n = spec.num_selected
   last = common.div(jnp.maximum(t, 0), spec.block)
   count = jnp.where((t >= 0) & (t < length), last + 1, 0)
-  # Places that there are not repeat the last one: they store the same.
-  slot = jnp.minimum(_arange(pl.next_power_of_2(n)), n - 1)
+  slot = _arange(pl.next_power_of_2(n))
   few = jnp.where(slot < count, slot, -1)
-  if not weight_refs:
-    local = jnp.where(slot < spec.num_initial, slot, last - (n - 1) + slot)
-    ids_ref[slot] = jnp.where(count > n, local, few)
-    return
-
+  forced = jnp.where(slot < spec.num_initial, slot, last - (n - 1) + slot)
   # With at most n candidates all of them are chosen; with more, forced blocks
   # do not overlap.
   crowded = count > n
+  if not weight_refs:
+    return jnp.where(crowded, forced, few)
   hi = jnp.where(crowded, last - spec.num_local, -1)
   scores = _importance(
     weight_refs, hi, num_blocks, num_splits, group, spec, exp2
@@ -518,29 +462,86 @@ def _select(
   # finds the largest in one instruction. A NaN must not lead astray.
   bits = jnp.maximum(lax.bitcast_convert_type(scores, jnp.int32), 0)
   bits = jnp.where(free, bits, -1)
+  place = slot - spec.num_initial
+  is_free = (place >= 0) & (place < spec.num_free)
+  best = _best(
+    bits,
+    crowded.astype(jnp.int32) * spec.num_free,
+    place,
+    spec.tiling.blocks.num_warps,
+  )
+  return jnp.where(crowded, jnp.where(is_free, best, forced), few)
 
-  is_free = (slot >= spec.num_initial) & (slot < n - spec.num_local)
 
-  def choose(i, carry):
-    bits, chosen, rank = carry
-    best = jnp.where(bits == jnp.max(bits), block, _NEVER).min()
-    here = slot == spec.num_initial + i
-    smaller = (is_free & (chosen < best)).astype(jnp.int32).sum(dtype=jnp.int32)
-    rank = jnp.where(is_free & (chosen > best), rank + 1, rank)
+def _best(
+  bits: jax.Array, count: Any, place: jax.Array, num_warps: int
+) -> jax.Array:
+  """The `count` largest of [M] at their places, the largest at 0.
+
+  The lower index comes first where two are equal. Every warp finds those of its
+  own share, and does not wait for the others; then all of these are compared
+  with each other.
+
+  Args:
+    bits: int32 [M], -1 where there is no candidate.
+    count: of those to choose, at most that of the candidates, or 0.
+    place: [n]; what is at a place that there is not does not matter.
+    num_warps: warps of the program.
+
+  Returns:
+    int32 [n].
+  """
+  # In this shape the middle axis is that of the warps, as the compiler lays out
+  # a vector: four elements to a thread.
+  width = min(128, len(bits))
+  shares = min(num_warps, len(bits) // width)
+  shape = len(bits) // (shares * width), shares, width
+  block = _arange(len(bits)).reshape(shape)
+  slot = _arange(len(place))[None, :]
+
+  def largest(x):
+    return x.max(axis=0).max(axis=1)
+
+  def find(i, carry):
+    bits, values, blocks = carry
+    value = largest(bits)
+    here = bits == value[None, :, None]
+    first = -largest(jnp.where(here, -block, -_NEVER))
     return (
-      jnp.where(block == best, -1, bits),
-      jnp.where(here, best, chosen),
-      jnp.where(here, spec.num_initial + smaller, rank),
+      jnp.where(block == first[None, :, None], -1, bits),
+      jnp.where(slot == i, value[:, None], values),
+      jnp.where(slot == i, first[:, None], blocks),
     )
 
-  forced = jnp.where(slot < spec.num_initial, slot, last - (n - 1) + slot)
-  _, chosen, rank = lax.fori_loop(
+  found = (shares, len(place))
+  _, values, blocks = lax.fori_loop(
     0,
-    crowded.astype(jnp.int32) * spec.num_free,
-    choose,
-    (bits, jnp.where(is_free, _NEVER, forced), slot),
+    count,
+    find,
+    (
+      bits.reshape(shape),
+      jnp.full(found, -1, jnp.int32),
+      jnp.full(found, _NEVER, jnp.int32),
+    ),
   )
-  ids_ref[rank] = jnp.where(crowded, chosen, few)
+  value, block = values.reshape(-1), blocks.reshape(-1)
+  better = value[:, None] > value[None, :]
+  equal = value[:, None] == value[None, :]
+  better |= equal & (block[:, None] < block[None, :])
+  rank = _total(better)
+  return _total(jnp.where(rank[:, None] == place[None, :], block[:, None], 0))
+
+
+def _total(x: jax.Array) -> jax.Array:
+  """Int32 sums over the first axis, most of which a thread holds."""
+  return x.astype(jnp.int32).sum(axis=0, dtype=jnp.int32)
+
+
+def _ascending(ids: jax.Array, count: int) -> jax.Array:
+  """The place of each of the first `count` ids in ascending order, -1 last."""
+  slot = _arange(len(ids))
+  key = jnp.where((ids >= 0) & (slot < count), ids, _NEVER + slot)
+  return _total(key[:, None] < key[None, :])
 
 
 def _importance(
@@ -561,12 +562,6 @@ def _importance(
 
   exists = _arange(splits)[:, None] < num_splits
   exists &= _arange(rows)[None, :] < group
-  top = plgpu.load(top_ref, mask=exists, other=common.MAX_INIT)
-  total = plgpu.load(total_ref, mask=exists, other=0)
-  high = top.max(axis=0)
-  total = (total * exp2(top - high[None, :])).sum(axis=0)
-  lse = high + jnp.log2(jnp.where(total > 0, total, 1))
-
   row = jnp.minimum(_arange(rows), group - 1)
   real = common.padding_mask(group, rows)
 
@@ -575,20 +570,32 @@ def _importance(
     index = jnp.broadcast_to(tile[None, :], shape)
     return ref[index, jnp.broadcast_to(row[:, None], shape)]
 
-  def factor(tile):
-    x = exp2(of_tiles(tops_ref, tile) - lse[:, None])
-    return x if real is None else jnp.where(real[:, None], x, 0)
-
   def visit(i, scores):
+    # All loads come first: they wait for memory together.
     tile = i * tiles + _arange(tiles)
-    shape = rows, tiles, columns
-    factors = jnp.broadcast_to(factor(tile)[:, :, None], shape)
+    before = jnp.maximum(tile - 1, 0)
+    top = plgpu.load(top_ref, mask=exists, other=common.MAX_INIT)
+    total = plgpu.load(total_ref, mask=exists, other=0)
+    tops = of_tiles(tops_ref, tile)
+    edges = [
+      (of_tiles(tops_ref, before), of_tiles(ref, before)) for ref in edges_refs
+    ]
     x = common.load(sums_ref.at[:, pl.ds(i * block_m, block_m)], real)
+
+    high = top.max(axis=0)
+    total = (total * exp2(top - high[None, :])).sum(axis=0)
+    share = 1 / jnp.where(total > 0, total, 1)
+
+    def factor(tops):
+      x = exp2(tops - high[:, None]) * share[:, None]
+      return x if real is None else jnp.where(real[:, None], x, 0)
+
+    shape = rows, tiles, columns
+    factors = jnp.broadcast_to(factor(tops)[:, :, None], shape)
     x = (x * factors.reshape(rows, block_m)).sum(axis=0)
-    for ref in edges_refs:
+    for tops, edge in edges:
       # What reaches into a tile; nothing reaches into the first.
-      before = jnp.maximum(tile - 1, 0)
-      edge = (of_tiles(ref, before) * factor(before)).sum(axis=0)
+      edge = (edge * factor(tops)).sum(axis=0)
       edge = jnp.where(tile > 0, edge, 0)[:, None]
       x += jnp.where((_arange(columns) == 0)[None, :], edge, 0).reshape(block_m)
     here = _arange(chunks) == i
@@ -616,7 +623,7 @@ def _read_window(
   exp2: Callable[[jax.Array], jax.Array],
 ) -> None:
   """One piece of the window of a query at position t; refs as of `_softmax`."""
-  block_k, steps = spec.tiling.window.block_k, spec.tiling.window_steps
+  block_k, steps = spec.tiling.blocks.block_k, spec.tiling.window_steps
   start, fold, store = _softmax(
     q_ref, keys, out_refs, block_k, group=group, spec=spec, exp2=exp2
   )
@@ -648,13 +655,56 @@ def _read_window(
   store(lax.fori_loop(first, jnp.minimum(end, first + steps), step, start))
 
 
-def _select_window_kernel(
+def _read_selected(
+  piece: Any,
+  ids: Any,
+  t: Any,
+  length: Any,
+  q_ref: Any,
+  keys: Any,
+  out_refs: Any,
+  *,
+  group: int,
+  spec: Spec,
+  exp2: Callable[[jax.Array], jax.Array],
+) -> None:
+  """One piece of the blocks `ids` of a query; refs as of `_softmax`."""
+  block_k, steps = spec.tiling.blocks.block_k, spec.tiling.selected_steps
+  first = piece * steps
+  start, fold, store = _softmax(
+    q_ref, keys, out_refs, block_k, group=group, spec=spec, exp2=exp2
+  )
+  # The last block is the query's own, the only one that needs a mask.
+  per_block = spec.block // block_k
+  own = common.div(jnp.maximum(t, 0), spec.block)
+  full = jnp.minimum(own, spec.num_selected - 1) * per_block
+  end = full + common.div(jnp.maximum(t - own * spec.block, 0), block_k) + 1
+  real = (t >= 0) & (t < length)
+  end = jnp.minimum(jnp.where(real, end, 0), first + steps)
+  end = jnp.maximum(end, first)
+
+  def step(i, carry, masked):
+    here = _arange(len(ids)) == common.div(i, per_block)
+    block = jnp.where(here, ids, 0).sum(dtype=jnp.int32)
+    row = block * spec.block + common.rem(i, per_block) * block_k
+    mask = row + _arange(block_k) <= t if masked else None
+    return fold(carry, row, mask)
+
+  bounds = Bounds(first, first, within(full, first, end), end)
+  store(walk(step, start, bounds, False))
+
+
+def _blocks_kernel(
   offset_ref,  # [1]
   length_ref,  # [1]
   q_ref,  # [G, H], G padded to a power of two, at least 16
-  k_ref,  # [R, H] of a ring, or [S, H]
-  v_ref,  # [R, V] of a ring, or [S, V]
+  k_ref,  # [S, H]
+  v_ref,  # [S, V]
+  window_k_ref,  # [R, H] of a ring, or [S, H]
+  window_v_ref,  # [R, V] of a ring, or [S, V]
   *refs,  # as `_select` takes them; ids [n]; acc [G, V], top [G], total [G]
+  # of a piece of the selected blocks, and the same of the window
+  num_pieces: int,
   group: int,
   num_blocks: int,
   num_splits: int,
@@ -662,16 +712,15 @@ def _select_window_kernel(
   spec: Spec,
   exp2: Callable[[jax.Array], jax.Array],
 ):
-  """Program 0 of the last axis selects, each other one reads a piece."""
-  *weight_refs, ids_ref, acc_ref, top_ref, total_ref = refs
-  program = pl.program_id(3)
+  """Pieces of the selected blocks, `num_pieces`, then those of the window."""
+  *weight_refs, ids_ref = refs[:-6]
+  piece = pl.program_id(3)
   t = offset_ref[0] + pl.program_id(0)
   length = length_ref[0]
 
-  @pl.when(program == 0)
+  @pl.when(piece < num_pieces)
   def _():
-    _select(
-      ids_ref,
+    ids = _select(
       weight_refs,
       t,
       length,
@@ -682,15 +731,34 @@ def _select_window_kernel(
       exp2=exp2,
     )
 
-  @pl.when(program > 0)
-  def _():
-    _read_window(
-      program - 1,
+    @pl.when(piece == 0)
+    def _():
+      n = spec.num_selected
+      places = _ascending(ids, n)
+      plgpu.store(ids_ref.at[places], ids, mask=places < n)
+
+    _read_selected(
+      piece,
+      ids,
       t,
       length,
       q_ref,
       (k_ref, v_ref),
-      (acc_ref, top_ref, total_ref),
+      refs[-6:-3],
+      group=group,
+      spec=spec,
+      exp2=exp2,
+    )
+
+  @pl.when(piece >= num_pieces)
+  def _():
+    _read_window(
+      piece - num_pieces,
+      t,
+      length,
+      q_ref,
+      (window_k_ref, window_v_ref),
+      refs[-3:],
       ring=ring,
       group=group,
       spec=spec,
@@ -698,7 +766,7 @@ def _select_window_kernel(
     )
 
 
-def _select_and_window(
+def _blocks(
   query: jax.Array,
   selected: Keys,
   ring: Keys | None,
@@ -708,137 +776,120 @@ def _select_and_window(
   lengths: jax.Array,
   *,
   spec: Spec,
-) -> tuple[jax.Array, Partial]:
-  """Ids int32 [B, T, K, n], and partial softmaxes of the window."""
-  batch, length = query.shape[:2]
-  key_length, kv_heads = selected.key.shape[1:3]
-  group = query.shape[2] // kv_heads
+) -> tuple[jax.Array, Partial, Partial]:
+  """Ids int32 [B, T, K, n]; softmaxes of the selected blocks and the window."""
+  batch, length, heads, head_dim = query.shape
+  key_length, kv_heads, value_dim = selected.value.shape[1:]
+  group = heads // kv_heads
   tiling = spec.tiling
-  args: list[Any] = []
-  specs: list[Any] = []
+  padded = common.padded_rows(group)
+  num_blocks = pl.cdiv(key_length, spec.block)
+  window = selected if ring is None else ring
+  one = pl.BlockSpec((1,), lambda i, h, b, p: (b,))
+
+  def of_query(*block):  # of an array [B, T, K, ...]
+    return pl.BlockSpec(
+      (None, None, None, *block),
+      lambda i, h, b, p: (b, i, h, *(0,) * len(block)),
+    )
+
+  def of_head(x):  # of an array [B, S, K, width]
+    return pl.BlockSpec(
+      (None, x.shape[1], None, x.shape[3]), lambda i, h, b, p: (b, 0, h, 0)
+    )
+
+  args: list[Any] = [offset, lengths, group_heads(query, kv_heads)]
+  specs = [one, one, of_query(padded, head_dim)]
+  for x in (*selected, *window):
+    args.append(x)
+    specs.append(of_head(x))
+
   num_splits = 1
   if partial is not None and weights is not None:
     num_splits = len(partial.top)
     rows = pl.next_power_of_2(group)
-
-    def add(x, size):  # of the first axis of x [.., B, T, K, G]
-      args.append(x.reshape(-1, batch, length, kv_heads, group))
+    splits = pl.next_power_of_2(num_splits)
+    for x in (partial.top, partial.total):
+      args.append(x.reshape(num_splits, batch, length, kv_heads, group))
       specs.append(
         pl.BlockSpec(
-          (size, None, None, None, rows), lambda i, h, b, p: (0, b, i, h, 0)
+          (splits, None, None, None, rows), lambda i, h, b, p: (0, b, i, h, 0)
         )
       )
+    args += [weights.tops, weights.sums, *weights.edges]
+    of_tiles = of_query(weights.tops.shape[3], rows)
+    specs += [of_tiles, of_query(rows, weights.sums.shape[4])]
+    specs += [of_tiles] * len(weights.edges)
 
-    for x in (partial.top, partial.total):
-      add(x, pl.next_power_of_2(num_splits))
-    add(weights.tops, len(weights.tops))
-    args.append(weights.sums)
-    specs.append(_of_query(rows, weights.sums.shape[-1]))
-    for x in weights.edges:
-      add(x, len(x))
-  window = selected if ring is None else ring
+  block_k = tiling.blocks.block_k
   span = min(spec.window, key_length) if ring is None else ring.key.shape[1]
-  num_pieces = pl.cdiv(span, tiling.window.block_k * tiling.window_steps)
-  # Programs start in the order of the last axis: selection, which takes
-  # longest, first.
-  piece_specs, shapes = _pieces(query, window, num_pieces, skip=1)
+  chosen = min(spec.num_selected, num_blocks) * spec.block
+  counts = [
+    pl.cdiv(chosen, block_k * tiling.selected_steps),
+    pl.cdiv(span, block_k * tiling.window_steps),
+  ]
+
+  def out_specs(before, count):
+    """Of acc, top and total of the pieces of a branch."""
+
+    def index(i, h, b, p):
+      return jnp.clip(p - before, 0, count - 1), b, i, h, 0
+
+    block = (None, None, None, None, padded)
+    return [
+      pl.BlockSpec((*block, value_dim), lambda *p: (*index(*p), 0)),
+      pl.BlockSpec(block, index),
+      pl.BlockSpec(block, index),
+    ]
+
+  def out_shapes(count):
+    shape = count, batch, length, kv_heads, group
+    return [
+      jax.ShapeDtypeStruct(x, jnp.float32)
+      for x in ((*shape, value_dim), shape, shape)
+    ]
+
   ids, *found = common.pallas_call(
     functools.partial(
-      _select_window_kernel,
+      _blocks_kernel,
+      num_pieces=counts[0],
       group=group,
-      num_blocks=pl.cdiv(key_length, spec.block),
+      num_blocks=num_blocks,
       num_splits=num_splits,
       ring=ring is not None,
       spec=spec,
     ),
-    name="nsa_decode_select_window",
-    num_warps=tiling.window.num_warps,
-    num_stages=tiling.window.num_stages,
+    name="nsa_decode_blocks",
+    num_warps=tiling.blocks.num_warps,
+    num_stages=tiling.blocks.num_stages,
     with_exp2=True,
-    grid=(length, kv_heads, batch, 1 + num_pieces),
-    in_specs=[*_inputs(query, window), *specs],
-    out_specs=[_of_query(spec.num_selected), *piece_specs],
+    # Programs start in the order of the last axis: those that select, which
+    # take longest, first.
+    grid=(length, kv_heads, batch, sum(counts)),
+    in_specs=specs,
+    out_specs=[
+      of_query(spec.num_selected),
+      *out_specs(0, counts[0]),
+      *out_specs(counts[0], counts[1]),
+    ],
     out_shape=[
       jax.ShapeDtypeStruct(
         (batch, length, kv_heads, spec.num_selected), jnp.int32
       ),
-      *shapes,
+      *out_shapes(counts[0]),
+      *out_shapes(counts[1]),
     ],
-  )(offset, lengths, group_heads(query, kv_heads), *window, *args)
-  return ids, _flat(found)
+  )(*args)
 
+  def flat(acc, top, total):
+    pieces = len(acc)
+    return Partial(
+      acc.reshape(pieces, -1, value_dim),
+      top.reshape(pieces, -1),
+      total.reshape(pieces, -1),
+    )
 
-# -------------------------------------------------------------------- selected
-
-
-def _selected_kernel(
-  offset_ref,  # [1]
-  length_ref,  # [1]
-  q_ref,  # [G, H], G padded to a power of two, at least 16
-  k_ref,  # [S, H]
-  v_ref,  # [S, V]
-  ids_ref,  # [n]
-  *out_refs,  # acc [G, V], top [G], total [G]
-  group: int,
-  spec: Spec,
-  exp2: Callable[[jax.Array], jax.Array],
-):
-  """One piece of the selected blocks."""
-  block_k, steps = spec.tiling.selected.block_k, spec.tiling.selected_steps
-  first = pl.program_id(3) * steps
-  t = offset_ref[0] + pl.program_id(0)
-  real = (t >= 0) & (t < length_ref[0])
-  start, fold, store = _softmax(
-    q_ref, (k_ref, v_ref), out_refs, block_k, group=group, spec=spec, exp2=exp2
-  )
-  # The last block is the query's own, the only one that needs a mask.
-  per_block = spec.block // block_k
-  own = common.div(jnp.maximum(t, 0), spec.block)
-  full = jnp.minimum(own, spec.num_selected - 1) * per_block
-  end = full + common.div(jnp.maximum(t - own * spec.block, 0), block_k) + 1
-  end = jnp.minimum(jnp.where(real, end, 0), first + steps)
-  end = jnp.maximum(end, first)
-
-  def step(i, carry, masked):
-    row = ids_ref[common.div(i, per_block)] * spec.block
-    row += common.rem(i, per_block) * block_k
-    mask = row + _arange(block_k) <= t if masked else None
-    return fold(carry, row, mask)
-
-  bounds = Bounds(first, first, within(full, first, end), end)
-  store(walk(step, start, bounds, False))
-
-
-def _selected(
-  query: jax.Array,
-  selected: Keys,
-  ids: jax.Array,
-  offset: jax.Array,
-  lengths: jax.Array,
-  *,
-  spec: Spec,
-) -> Partial:
-  """Partial softmaxes of the selected blocks."""
-  batch, length, heads, _ = query.shape
-  key_length, kv_heads = selected.key.shape[1:3]
-  tiling = spec.tiling
-  num_blocks = min(spec.num_selected, pl.cdiv(key_length, spec.block))
-  num_pieces = pl.cdiv(
-    num_blocks * spec.block, tiling.selected.block_k * tiling.selected_steps
-  )
-  piece_specs, shapes = _pieces(query, selected, num_pieces)
-  found = common.pallas_call(
-    functools.partial(_selected_kernel, group=heads // kv_heads, spec=spec),
-    name="nsa_decode_selected",
-    num_warps=tiling.selected.num_warps,
-    num_stages=tiling.selected.num_stages,
-    with_exp2=True,
-    grid=(length, kv_heads, batch, num_pieces),
-    in_specs=[*_inputs(query, selected), _of_query(spec.num_selected)],
-    out_specs=piece_specs,
-    out_shape=shapes,
-  )(offset, lengths, group_heads(query, kv_heads), *selected, ids)
-  return _flat(found)
+  return ids, flat(*found[:3]), flat(*found[3:])
 
 
 # ----------------------------------------------------------------------- merge
@@ -947,9 +998,8 @@ def forward(
       num_tiles=num_tiles,
       spec=spec,
     )
-  ids, near = _select_and_window(
+  ids, far, near = _blocks(
     query, selected, ring, partial, weights, offset, lengths, spec=spec
   )
-  far = _selected(query, selected, ids, offset, lengths, spec=spec)
   branches = [far, near] if partial is None else [partial, far, near]
   return _merge(branches, gates, query.dtype, spec.tiling.merge_warps), ids

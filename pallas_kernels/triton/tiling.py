@@ -139,12 +139,15 @@ def band_tiling(
     else:
       fwd = BandTile(16, 8, 1, rows)
       dkv = BandTile(32 if least == 16 else 16, 8, 1, least)
-    return BandTiling(fwd, dataclasses.replace(dkv, block_k=16), dkv)
+    dq = dataclasses.replace(dkv, block_k=16, num_warps=4)
+    return BandTiling(fwd, dq, dkv)
 
-  if windowed:
-    dq = BandTile(32, 4, 4 if width <= 128 else 2, rows=64)
+  if 128 < width <= 192:
+    dq = BandTile(32, 8, 3, rows=128)
+  elif windowed:
+    dq = BandTile(32, 4, 4 if width <= 128 else 3, rows=64)
   else:
-    dq = BandTile(64, 8, 3 if width <= 192 else 2, rows=128)
+    dq = BandTile(64, 8, 3, rows=128)
   if windowed and group <= 4 and width <= 128:
     # Few heads make few rows per position: large tiles would reach far beyond
     # the windows of their first and last queries.
@@ -286,10 +289,10 @@ class DecodeTiling:
     splits: pieces of what is visible of the compressed keys.
     block_m: scores per step of selection, a multiple of
       `compressed.block_k` / (l' / d).
-    window: the window, which shares a kernel, and so its warps, with selection.
-    window_steps: steps of a piece of the window.
-    selected: kernel of the selected blocks; its `block_k` divides l'.
+    blocks: kernel of the selected blocks, which it selects, and the window; its
+      `block_k` divides l'.
     selected_steps: steps of a piece of the selected blocks.
+    window_steps: steps of a piece of the window.
     merge_warps: warps per program of the merge.
   """
 
@@ -297,10 +300,9 @@ class DecodeTiling:
   compressed: Tile
   splits: int
   block_m: int
-  window: Tile
-  window_steps: int
-  selected: Tile
+  blocks: Tile
   selected_steps: int
+  window_steps: int
   merge_warps: int
 
 
@@ -370,23 +372,17 @@ def decode_tiling(
     128,  # the merge holds one row of all of them
   )
 
-  # Selection, which takes longest, and the window: two programs on every
-  # multiprocessor. What few programs select, they select with more warps.
-  window = tile(least, 32, 3 if width <= 128 else 2)
-  queries = batch * length * kv_heads
-  if 2 * queries <= _MULTIPROCESSORS:
-    window = dataclasses.replace(window, num_warps=8)
-  pieces = max(1, 2 * _MULTIPROCESSORS // queries - 1)
-  window_steps = -(-num_window // (window.block_k * pieces))
-  # Three programs on every multiprocessor; with many heads, which fill them,
-  # four pieces do best.
-  selected = tile(least, block, 2)
-  pieces = max(4, 3 * _MULTIPROCESSORS // queries)
-  selected_steps = -(-num_selected // (selected.block_k * pieces))
+  # Selection holds the scores of many blocks in registers, so two programs fit
+  # on a multiprocessor: one reads selected blocks, the other the window. More
+  # pieces than that would only select once more.
+  blocks = tile(least, block, 3 if width <= 128 else 2)
+  pieces = max(1, _MULTIPROCESSORS // (batch * length * kv_heads))
+  selected_steps = -(-num_selected // (blocks.block_k * pieces))
+  window_steps = -(-num_window // (blocks.block_k * pieces))
   most = max(
     splits,
-    -(-num_window // (window.block_k * window_steps)),
-    -(-num_selected // (selected.block_k * selected_steps)),
+    -(-num_window // (blocks.block_k * window_steps)),
+    -(-num_selected // (blocks.block_k * selected_steps)),
   )
   merge_warps = pl.next_power_of_2(most) * value_dim // 4096
   # All that selection reads is on its way at once, if it fits in registers.
@@ -397,9 +393,8 @@ def decode_tiling(
     compressed,
     max(1, splits),
     max(block_m, compressed.block_k // ratio),
-    window,
-    window_steps,
-    selected,
+    blocks,
     selected_steps,
+    window_steps,
     min(max(1, pl.next_power_of_2(merge_warps)), 16),
   )
