@@ -341,43 +341,47 @@ def _compressed(
   tops, sums, *edges = found
   groups = batch, length, kv_heads
 
-  def of_tiles(x):
+  def by_tile(x):
     return x.reshape(*groups, num_tiles, sizes.group)
 
   return partial, Weights(
-    of_tiles(tops),
+    by_tile(tops),
     sums.reshape(*groups, sizes.group, -1),
-    tuple(map(of_tiles, edges)),
+    tuple(map(by_tile, edges)),
   )
 
 
 # ------------------------------------------------------------ pieces of a query
 
 
+class _Softmax(NamedTuple):
+  """A softmax over a piece of the keys of a query, all heads of a group."""
+
+  start: Any  # the first carry
+  # fold(carry, row, mask) reads the keys of a step from `row` on, all of them
+  # if the mask is None.
+  fold: Callable[..., Any]
+  store: Callable[[Any], None]
+
+
 def _softmax(
   q_ref: Any,
   keys: Any,
   out_refs: Any,
-  block_k: int,
   *,
   group: int,
   spec: Spec,
   exp2: Callable[[jax.Array], jax.Array],
-) -> tuple[Any, Callable[..., Any], Callable[[Any], None]]:
-  """The start, a step and the end of a softmax over a piece of the keys.
+) -> _Softmax:
+  """Loads the query.
 
   Args:
     q_ref: [G, H], G padded to a power of two, at least 16.
     keys: refs [S, H] and [S, V].
     out_refs: acc [G, V], top [G], total [G].
-    block_k: keys of a step.
     group: G without padding.
     spec: of the call.
     exp2: 2^x.
-
-  Returns:
-    The first carry; fold(carry, row, mask), which reads the keys from `row` on,
-    all of them if the mask is None; and store(carry).
   """
   rows, head_dim = q_ref.shape
   value_dim = keys[1].shape[1]
@@ -387,7 +391,7 @@ def _softmax(
   q = common.load_pieces(q_ref, slice(None), head_pieces, row_mask)
 
   def fold(carry, row, mask):
-    span_k = pl.ds(row, block_k)
+    span_k = pl.ds(row, spec.tiling.blocks.block_k)
     return _fold(
       carry,
       q,
@@ -406,7 +410,7 @@ def _softmax(
     common.store(top_ref, m_i, row_mask)
     common.store(total_ref, l_i, row_mask)
 
-  return _start(rows, value_dim), fold, store
+  return _Softmax(_start(rows, value_dim), fold, store)
 
 
 # ---------------------------------------------------------------------- select
@@ -609,25 +613,21 @@ def _importance(
   ).reshape(chunks * block_m)
 
 
+# ---------------------------------------------------------------------- blocks
+
+
 def _read_window(
+  softmax: _Softmax,
   piece: Any,
   t: Any,
   length: Any,
-  q_ref: Any,
-  keys: Any,
-  out_refs: Any,
   *,
+  num_rows: int,
   ring: bool,
-  group: int,
   spec: Spec,
-  exp2: Callable[[jax.Array], jax.Array],
 ) -> None:
-  """One piece of the window of a query at position t; refs as of `_softmax`."""
+  """One piece of the window of a query at position t, of `num_rows` keys."""
   block_k, steps = spec.tiling.blocks.block_k, spec.tiling.window_steps
-  start, fold, store = _softmax(
-    q_ref, keys, out_refs, block_k, group=group, spec=spec, exp2=exp2
-  )
-  num_rows = keys[0].shape[0]
   low = jnp.maximum(t - spec.window + 1, 0)
   first = piece * steps
   if ring:
@@ -650,30 +650,24 @@ def _read_window(
 
   def step(i, carry):
     row = base + i * block_k
-    return fold(carry, row, readable(row + _arange(block_k)))
+    return softmax.fold(carry, row, readable(row + _arange(block_k)))
 
-  store(lax.fori_loop(first, jnp.minimum(end, first + steps), step, start))
+  last = jnp.minimum(end, first + steps)
+  softmax.store(lax.fori_loop(first, last, step, softmax.start))
 
 
 def _read_selected(
+  softmax: _Softmax,
   piece: Any,
-  ids: Any,
+  ids: jax.Array,
   t: Any,
   length: Any,
-  q_ref: Any,
-  keys: Any,
-  out_refs: Any,
   *,
-  group: int,
   spec: Spec,
-  exp2: Callable[[jax.Array], jax.Array],
 ) -> None:
-  """One piece of the blocks `ids` of a query; refs as of `_softmax`."""
+  """One piece of the blocks `ids` of a query at position t."""
   block_k, steps = spec.tiling.blocks.block_k, spec.tiling.selected_steps
   first = piece * steps
-  start, fold, store = _softmax(
-    q_ref, keys, out_refs, block_k, group=group, spec=spec, exp2=exp2
-  )
   # The last block is the query's own, the only one that needs a mask.
   per_block = spec.block // block_k
   own = common.div(jnp.maximum(t, 0), spec.block)
@@ -688,10 +682,10 @@ def _read_selected(
     block = jnp.where(here, ids, 0).sum(dtype=jnp.int32)
     row = block * spec.block + common.rem(i, per_block) * block_k
     mask = row + _arange(block_k) <= t if masked else None
-    return fold(carry, row, mask)
+    return softmax.fold(carry, row, mask)
 
   bounds = Bounds(first, first, within(full, first, end), end)
-  store(walk(step, start, bounds, False))
+  softmax.store(walk(step, softmax.start, bounds, False))
 
 
 def _blocks_kernel(
@@ -717,9 +711,14 @@ def _blocks_kernel(
   piece = pl.program_id(3)
   t = offset_ref[0] + pl.program_id(0)
   length = length_ref[0]
+  softmax = functools.partial(
+    _softmax, q_ref, group=group, spec=spec, exp2=exp2
+  )
 
   @pl.when(piece < num_pieces)
   def _():
+    # The query is on its way during selection.
+    own = softmax((k_ref, v_ref), refs[-6:-3])
     ids = _select(
       weight_refs,
       t,
@@ -737,32 +736,18 @@ def _blocks_kernel(
       places = _ascending(ids, n)
       plgpu.store(ids_ref.at[places], ids, mask=places < n)
 
-    _read_selected(
-      piece,
-      ids,
-      t,
-      length,
-      q_ref,
-      (k_ref, v_ref),
-      refs[-6:-3],
-      group=group,
-      spec=spec,
-      exp2=exp2,
-    )
+    _read_selected(own, piece, ids, t, length, spec=spec)
 
   @pl.when(piece >= num_pieces)
   def _():
     _read_window(
+      softmax((window_k_ref, window_v_ref), refs[-3:]),
       piece - num_pieces,
       t,
       length,
-      q_ref,
-      (window_k_ref, window_v_ref),
-      refs[-3:],
+      num_rows=window_k_ref.shape[0],
       ring=ring,
-      group=group,
       spec=spec,
-      exp2=exp2,
     )
 
 
@@ -907,20 +892,27 @@ def _merge_kernel(
   """
   *partial_refs, out_ref = refs
   value_pieces = common.pieces(out_ref.shape[0])
-  out = [jnp.zeros((width,), jnp.float32) for _, width in value_pieces]
+  # All loads come first: they wait for memory together.
+  loaded = []
   for branch, count in enumerate(counts):
     acc_ref, top_ref, total_ref = partial_refs[3 * branch : 3 * branch + 3]
-    gate = gates_ref[3 - len(counts) + branch].astype(jnp.float32)
     mask = common.padding_mask(count, len(top_ref))
-    top = common.load(top_ref, mask, common.MAX_INIT)
-    total = common.load(total_ref, mask)
+    loaded.append(
+      (
+        gates_ref[3 - len(counts) + branch].astype(jnp.float32),
+        common.load(top_ref, mask, common.MAX_INIT),
+        common.load(total_ref, mask),
+        common.load_pieces(acc_ref, slice(None), value_pieces, mask),
+      )
+    )
+  out = [jnp.zeros((width,), jnp.float32) for _, width in value_pieces]
+  for gate, top, total, acc in loaded:
     weight = exp2(top - top.max())
     total = (weight * total).sum()
     some = total > 0
     factor = gate / jnp.where(some, total, 1)
-    for i, (column, width) in enumerate(value_pieces):
-      acc = common.load(acc_ref.at[:, pl.ds(column, width)], mask)
-      x = (weight[:, None] * acc).sum(axis=0) * factor
+    for i, a in enumerate(acc):
+      x = (weight[:, None] * a).sum(axis=0) * factor
       out[i] += jnp.where(some, x, 0)
   for (column, width), x in zip(value_pieces, out, strict=True):
     out_ref[pl.ds(column, width)] = x.astype(out_ref.dtype)

@@ -379,12 +379,16 @@ def decode_tiling(
   pieces = max(1, _MULTIPROCESSORS // (batch * length * kv_heads))
   selected_steps = -(-num_selected // (blocks.block_k * pieces))
   window_steps = -(-num_window // (blocks.block_k * pieces))
-  most = max(
-    splits,
-    -(-num_window // (blocks.block_k * window_steps)),
-    -(-num_selected // (blocks.block_k * selected_steps)),
+  # The merge holds what it reads in registers.
+  held = sum(
+    pl.next_power_of_2(count)
+    for count in (
+      splits,
+      -(-num_window // (blocks.block_k * window_steps)),
+      -(-num_selected // (blocks.block_k * selected_steps)),
+    )
   )
-  merge_warps = pl.next_power_of_2(most) * value_dim // 4096
+  merge_warps = pl.next_power_of_2(held) * value_dim // 4096
   # All that selection reads is on its way at once, if it fits in registers.
   block_m = 1024 if group <= 16 else 128
   block_m = min(block_m, pl.next_power_of_2(num_compressed // ratio + 1))
