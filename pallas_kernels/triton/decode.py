@@ -605,12 +605,12 @@ def _importance(
     here = _arange(chunks) == i
     return jnp.where(here[:, None], x[None, :], scores)
 
-  return lax.fori_loop(
-    0,
-    common.div(hi + block_m, block_m),
-    visit,
-    jnp.zeros((chunks, block_m), jnp.float32),
-  ).reshape(chunks * block_m)
+  # Loads of the first step do not wait for the length of the row.
+  scores = visit(0, jnp.zeros((chunks, block_m), jnp.float32))
+  if chunks > 1:
+    steps = common.div(hi + block_m, block_m)
+    scores = lax.fori_loop(1, steps, visit, scores)
+  return scores.reshape(chunks * block_m)
 
 
 # ---------------------------------------------------------------------- blocks

@@ -379,7 +379,8 @@ def decode_tiling(
   pieces = max(1, _MULTIPROCESSORS // (batch * length * kv_heads))
   selected_steps = -(-num_selected // (blocks.block_k * pieces))
   window_steps = -(-num_window // (blocks.block_k * pieces))
-  # The merge holds what it reads in registers.
+  # The merge holds what it reads in registers, 64 numbers or a few more to a
+  # thread.
   held = sum(
     pl.next_power_of_2(count)
     for count in (
@@ -388,7 +389,7 @@ def decode_tiling(
       -(-num_selected // (blocks.block_k * selected_steps)),
     )
   )
-  merge_warps = pl.next_power_of_2(held) * value_dim // 4096
+  merge_warps = max(1, held * value_dim // (32 * 64))
   # All that selection reads is on its way at once, if it fits in registers.
   block_m = 1024 if group <= 16 else 128
   block_m = min(block_m, pl.next_power_of_2(num_compressed // ratio + 1))
@@ -400,5 +401,5 @@ def decode_tiling(
     blocks,
     selected_steps,
     window_steps,
-    min(max(1, pl.next_power_of_2(merge_warps)), 16),
+    min(1 << (merge_warps.bit_length() - 1), 16),
   )
