@@ -470,7 +470,9 @@ def _select(
   is_free = (place >= 0) & (place < spec.num_free)
   best = _best(
     bits,
-    crowded.astype(jnp.int32) * spec.num_free,
+    # A bound that the compiler cannot know: it would unroll the loop, and run
+    # through instructions that are not in the cache yet.
+    jnp.clip(hi + 1 - spec.num_initial, 0, spec.num_free),
     place,
     spec.tiling.blocks.num_warps,
   )

@@ -389,7 +389,7 @@ def decode_tiling(
       -(-num_selected // (blocks.block_k * selected_steps)),
     )
   )
-  merge_warps = max(1, held * value_dim // (32 * 64))
+  merge_warps = pl.next_power_of_2(pl.cdiv(held * value_dim, 32 * 64))
   # All that selection reads is on its way at once, if it fits in registers.
   block_m = 1024 if group <= 16 else 128
   block_m = min(block_m, pl.next_power_of_2(num_compressed // ratio + 1))
@@ -401,5 +401,5 @@ def decode_tiling(
     blocks,
     selected_steps,
     window_steps,
-    min(1 << (merge_warps.bit_length() - 1), 16),
+    min(merge_warps, 8),
   )
