@@ -607,11 +607,13 @@ def _importance(
     here = _arange(chunks) == i
     return jnp.where(here[:, None], x[None, :], scores)
 
-  # Loads of the first step do not wait for the length of the row.
-  scores = visit(0, jnp.zeros((chunks, block_m), jnp.float32))
-  if chunks > 1:
+  scores = jnp.zeros((chunks, block_m), jnp.float32)
+  if chunks == 1:
+    # Without a loop the loads do not wait for the length of the row.
+    scores = visit(0, scores)
+  else:
     steps = common.div(hi + block_m, block_m)
-    scores = lax.fori_loop(1, steps, visit, scores)
+    scores = lax.fori_loop(0, steps, visit, scores)
   return scores.reshape(chunks * block_m)
 
 
