@@ -507,7 +507,7 @@ def decode_attention(
     query: [B, T, N, H], float16, bfloat16 or float32; H a multiple of 16, at
       most 256. Query i of row b has position query_offset[b] + i.
     compressed_key: [B, C, K, H]; row i is read once the tokens from i * stride
-      to i * stride + span - 1 are there. C may be 0.
+      to i * stride + span - 1 are there: C is at least what S tokens hold.
     compressed_value: [B, C, K, V]; V like H, but it may be another.
     selected_key: [B, S, K, H], rows by position; S >= lengths.
     selected_value: [B, S, K, V].
@@ -540,8 +540,7 @@ def decode_attention(
   Raises:
     NotImplementedError: if the kernels cannot take the shapes or the dtype, or
       on differentiation.
-    ValueError: if `tiles` has a `block_m` that is not of whole tiles, or keys
-      of a step that do not divide a block.
+    ValueError: if `tiles` fit neither each other nor the shapes.
   """
   support.check_where()
   support.check_heads(query, selected_key, selected_value)
@@ -567,16 +566,27 @@ def decode_attention(
       num_selected=min(num_selected * selection_block, key_length),
       num_window=rows,
     )
+  if tiles.rows < heads // kv_heads:
+    raise ValueError(
+      f"`tiles`={tiles} must have at least as many `rows` as a group has "
+      f"heads, {heads // kv_heads}."
+    )
   if selection_block % tiles.blocks.block_k:
     raise ValueError(
       f"`tiles`={tiles} must have a `block_k` of `blocks` that divides "
       f"`selection_block`={selection_block}."
     )
-  columns = tiles.compressed.block_k * stride // selection_block
-  if not columns or tiles.block_m % columns:
+  ratio = selection_block // stride
+  if tiles.compressed.block_k % ratio:
+    raise ValueError(
+      f"`tiles`={tiles} must have a `block_k` of `compressed` that is a "
+      f"multiple of `selection_block` / `stride` = {ratio}."
+    )
+  columns = tiles.compressed.block_k // ratio
+  if tiles.block_m % columns:
     raise ValueError(
       f"`tiles`={tiles} must have a `block_m` that is a multiple of the "
-      f"{columns} selection blocks (at least 1) in a tile of compressed keys."
+      f"{columns} selection blocks in a tile of compressed keys."
     )
   spec = _decode.Spec(
     stride,

@@ -238,6 +238,14 @@ CASES: dict[str, Case] = {
     _dims(2, 2, keys=7), "float32", (0, 5), (2, 7), ring=True
   ),
   "few blocks": Case(_dims(1, 2, keys=61), "float32", (60, 30), (61, 31)),
+  # More places than all warps together compare: one list, sorted one by one.
+  "many selected blocks": Case(
+    _dims(1, 2, keys=1501, config=NSAConfig(8, 4, 16, 70, 2, 1, window=20)),
+    "float32",
+    (1500, 1200),
+    (1501, 1201),
+    tiles=dataclasses.replace(SMALL, block_m=128),
+  ),
   "all forced": Case(
     _dims(1, 2, config=NSAConfig(8, 4, 16, 3, 2, 1, window=20)),
     "float32",
@@ -405,20 +413,38 @@ def test_has_no_derivative() -> None:
     jax.grad(loss)(inputs)
 
 
-def test_steps_of_selection_are_whole_tiles() -> None:
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    # A tile has 4 selection blocks of 4 compressed keys.
+    ({"block_m": 2}, "`tiles`=.* multiple of the 4 selec"),
+    ({"compressed": Tile(2, 4, 1)}, "`compressed` that is a multiple of .* 4"),
+    ({"blocks": Tile(32, 4, 1)}, "`blocks` that divides `selection_block`=16"),
+    ({"rows": 1}, "`tiles`=.* as many `rows` as a group has heads, 2"),
+  ],
+)
+def test_tiles_that_do_not_fit(changes: dict[str, Any], message: str) -> None:
   case = CASES["one token"]
   inputs = helpers.make_inputs(case.dims, "float32")
-  tiles = dataclasses.replace(SMALL, block_m=6)  # a tile has 4 blocks
-  with pytest.raises(ValueError, match=r"`tiles`=.* multiple of the 4 selec"):
+  tiles = dataclasses.replace(SMALL, **changes)
+  with pytest.raises(ValueError, match=message):
     _decode(BASE, tiles)(inputs, None, *map(helpers.int32, ((99,), (100,))))
 
 
-def test_steps_divide_a_block() -> None:
-  case = CASES["one token"]
-  inputs = helpers.make_inputs(case.dims, "float32")
-  tiles = dataclasses.replace(SMALL, blocks=Tile(32, 4, 1))
-  with pytest.raises(ValueError, match=r"`blocks` that divides `selection_b"):
-    _decode(BASE, tiles)(inputs, None, *map(helpers.int32, ((99,), (100,))))
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    ({"splits": 0}, "`splits` of DecodeTiling.* at least 1"),
+    ({"window_steps": 0}, "`window_steps` of DecodeTiling.* at least 1"),
+    ({"block_m": 6}, "`block_m` of DecodeTiling.* power of two"),
+    ({"rows": 0}, "`rows` of DecodeTiling.* power of two"),
+    ({"blocks": Tile(16, 3, 1)}, "`num_warps` of DecodeTiling.* power of two"),
+    ({"blocks": Tile(-16, 4, 1)}, "`block_k` of DecodeTiling.* power of two"),
+  ],
+)
+def test_tiles_that_are_none(changes: dict[str, Any], message: str) -> None:
+  with pytest.raises(ValueError, match=message):
+    dataclasses.replace(SMALL, **changes)
 
 
 def test_too_many_blocks() -> None:
@@ -511,6 +537,12 @@ LOWERED: dict[str, Any] = {
   "batch": (1, 32),
   "ring": (False, True),
 }
+
+
+@pytest.mark.parametrize("count", [129, 257, 1025])
+def test_many_selected_blocks_lower_for_cuda(count: int) -> None:
+  config = NSAConfig(32, 16, 64, count, 1, 2)
+  _assert_lowers(config=config, group=16, length=2**17, dtype=jnp.float32)
 
 
 @pytest.mark.slow

@@ -436,7 +436,7 @@ def _select(
   Args:
     weight_refs: top and total [splits, G], tops [tiles, G], sums [G, M'] and
       edges [tiles, G], if any; or none of all, if there are at most n
-      candidates or all places are forced.
+      candidates, all places are forced or nothing is compressed.
     t: position of the query.
     length: tokens of its row.
     num_blocks: M without padding.
@@ -498,12 +498,14 @@ def _best(
     int32 [n].
   """
   # In this shape the middle axis is that of the warps, as the compiler lays out
-  # a vector: four elements to a thread.
+  # a vector: four elements to a thread. M and the warps are powers of two. At
+  # most 128 candidates are compared; more places have fewer shares.
   width = min(128, len(bits))
-  shares = min(num_warps, len(bits) // width)
+  shares = min(num_warps, len(bits) // width, max(1, 128 // len(place)))
   shape = len(bits) // (shares * width), shares, width
   block = _arange(len(bits)).reshape(shape)
-  slot = _arange(len(place))[None, :]
+  # The largest of a single share are in order, each at its place at once.
+  slot = (_arange(len(place)) if shares > 1 else place)[None, :]
 
   def largest(x):
     return x.max(axis=0).max(axis=1)
@@ -531,6 +533,8 @@ def _best(
     ),
   )
   value, block = values.reshape(-1), blocks.reshape(-1)
+  if shares == 1:
+    return block
   better = value[:, None] > value[None, :]
   equal = value[:, None] == value[None, :]
   better |= equal & (block[:, None] < block[None, :])
@@ -547,7 +551,15 @@ def _ascending(ids: jax.Array, count: int) -> jax.Array:
   """The place of each of the first `count` ids in ascending order, -1 last."""
   slot = _arange(len(ids))
   key = jnp.where((ids >= 0) & (slot < count), ids, _NEVER + slot)
-  return _total(key[:, None] < key[None, :])
+  if len(ids) <= 64:
+    return _total(key[:, None] < key[None, :])
+
+  # All with all would not fit in registers.
+  def step(i, place):
+    one = jnp.where(slot == i, key, 0).sum(dtype=jnp.int32)
+    return place + (one < key).astype(jnp.int32)
+
+  return lax.fori_loop(0, len(ids), step, jnp.zeros_like(slot))
 
 
 def _importance(

@@ -9,7 +9,7 @@ _BLOCKS = (16, 32, 64, 128)
 _MAX_GROUP = 64
 _MAX_HEAD_DIM = 256
 _MIN_CAPABILITY = 8.0
-# Scores of one query in the registers of one program, 64 in each thread.
+# Scores of one query in the registers of one program, 128 in each thread.
 _MAX_BLOCKS_OF_A_ROW = 2**14
 
 

@@ -294,6 +294,10 @@ class DecodeTiling:
     selected_steps: steps of a piece of the selected blocks.
     window_steps: steps of a piece of the window.
     merge_warps: warps per program of the merge.
+
+  Raises:
+    ValueError: if a number is not at least 1, or not a power of two where the
+      compiler needs one.
   """
 
   rows: int
@@ -304,6 +308,22 @@ class DecodeTiling:
   selected_steps: int
   window_steps: int
   merge_warps: int
+
+  def __post_init__(self) -> None:
+    for name in ("splits", "selected_steps", "window_steps"):
+      if getattr(self, name) < 1:
+        raise ValueError(f"`{name}` of {self} must be at least 1.")
+    tiles = self.compressed, self.blocks
+    powers = {
+      "rows": (self.rows,),
+      "block_m": (self.block_m,),
+      "block_k": [tile.block_k for tile in tiles],
+      "num_warps": [self.merge_warps, *(tile.num_warps for tile in tiles)],
+    }
+    for name, values in powers.items():
+      for value in values:
+        if value < 1 or value & (value - 1):
+          raise ValueError(f"`{name}` of {self} must be a power of two.")
 
 
 _MULTIPROCESSORS = 132
