@@ -507,7 +507,8 @@ def decode_attention(
     query: [B, T, N, H], float16, bfloat16 or float32; H a multiple of 16, at
       most 256. Query i of row b has position query_offset[b] + i.
     compressed_key: [B, C, K, H]; row i is read once the tokens from i * stride
-      to i * stride + span - 1 are there: C is at least what S tokens hold.
+      to i * stride + span - 1 are there. C is at least the number of blocks
+      that are complete in a row; it may be 0.
     compressed_value: [B, C, K, V]; V like H, but it may be another.
     selected_key: [B, S, K, H], rows by position; S >= lengths.
     selected_value: [B, S, K, V].

@@ -342,34 +342,38 @@ def test_splits_and_pieces_change_rounding_only() -> None:
   helpers.assert_close(out, out_2, "float32")
 
 
+def _ids_of_equal_keys(
+  config: NSAConfig,
+  keys: int,
+  offset: int,
+  queries: int,
+  tiles: DecodeTiling | None,
+) -> Any:
+  """Ids [T, n] of queries of two heads."""
+  row = np.ones((1, keys, 1, 16), np.float32)
+  blocks = row[:, : nsa_jax.num_compressed_blocks(keys, config)]
+  inputs = {
+    "query": np.ones((1, queries, 2, 16), np.float32),
+    "compressed": helpers.pair(blocks, blocks),
+    "selected": helpers.pair(row, row),
+    "gates": np.ones((1, queries, 2, 3), np.float32),
+  }
+  start, length = helpers.int32([offset]), helpers.int32([offset + queries])
+  return _decode(config, tiles)(inputs, None, start, length)[1][0, :, 0]
+
+
 def test_ties_go_to_the_lower_index() -> None:
   """With equal keys all blocks but the first, which has 7 of 8 shares, tie."""
   config = NSAConfig(8, 4, 16, 5, 0, 2, window=16)
-  row = np.ones((1, 160, 1, 16), np.float32)
-  inputs = {
-    "query": np.ones((1, 2, 2, 16), np.float32),
-    "compressed": helpers.pair(row[:, :39], row[:, :39]),
-    "selected": helpers.pair(row, row),
-    "gates": np.ones((1, 2, 2, 3), np.float32),
-  }
-  offset, lengths = helpers.int32([143]), helpers.int32([145])
-  _, ids = _decode(config, SMALL)(inputs, None, offset, lengths)
-  assert ids[0, :, 0].tolist() == [[1, 2, 3, 7, 8], [1, 2, 3, 8, 9]]
+  ids = _ids_of_equal_keys(config, 160, 143, 2, SMALL)
+  assert ids.tolist() == [[1, 2, 3, 7, 8], [1, 2, 3, 8, 9]]
 
 
 def test_ties_among_many_blocks() -> None:
   """All blocks tie, in the shares of all warps and in several chunks."""
   config = NSAConfig(16, 16, 16, 16, 0, 2, window=16)
-  row = np.ones((1, 33600, 1, 16), np.float32)
-  inputs = {
-    "query": np.ones((1, 1, 2, 16), np.float32),
-    "compressed": helpers.pair(row[:, :2100], row[:, :2100]),
-    "selected": helpers.pair(row, row),
-    "gates": np.ones((1, 1, 2, 3), np.float32),
-  }
-  offset, lengths = helpers.int32([33599]), helpers.int32([33600])
-  _, ids = _decode(config, None)(inputs, None, offset, lengths)
-  assert ids[0, 0, 0].tolist() == [*range(14), 2098, 2099]
+  ids = _ids_of_equal_keys(config, 33600, 33599, 1, None)
+  assert ids.tolist() == [[*range(14), 2098, 2099]]
 
 
 def test_many_blocks() -> None:
@@ -414,21 +418,31 @@ def test_has_no_derivative() -> None:
 
 
 @pytest.mark.parametrize(
-  ("changes", "message"),
+  ("dims", "changes", "message"),
   [
     # A tile has 4 selection blocks of 4 compressed keys.
-    ({"block_m": 2}, "`tiles`=.* multiple of the 4 selec"),
-    ({"compressed": Tile(2, 4, 1)}, "`compressed` that is a multiple of .* 4"),
-    ({"blocks": Tile(32, 4, 1)}, "`blocks` that divides `selection_block`=16"),
-    ({"rows": 1}, "`tiles`=.* as many `rows` as a group has heads, 2"),
+    (_dims(1, 2), {"block_m": 2}, "`tiles`=.* multiple of the 4 selec"),
+    (
+      _dims(1, 2),
+      {"blocks": Tile(32, 4, 1)},
+      "`blocks` that divides `selection_block`=16",
+    ),
+    (_dims(1, 17), {}, "`tiles`=.* as many `rows` as a group has heads, 17"),
+    (
+      _dims(1, 2, config=NSAConfig(8, 4, 128, 4, 1, 1, window=20)),
+      {},
+      "`compressed` that is a multiple of .* 32",
+    ),
   ],
 )
-def test_tiles_that_do_not_fit(changes: dict[str, Any], message: str) -> None:
-  case = CASES["one token"]
-  inputs = helpers.make_inputs(case.dims, "float32")
+def test_tiles_that_do_not_fit(
+  dims: Dims, changes: dict[str, Any], message: str
+) -> None:
+  inputs = helpers.make_inputs(dims, "float32")
+  offset, lengths = (helpers.int32([x] * dims.batch) for x in (99, 100))
   tiles = dataclasses.replace(SMALL, **changes)
   with pytest.raises(ValueError, match=message):
-    _decode(BASE, tiles)(inputs, None, *map(helpers.int32, ((99,), (100,))))
+    _decode(dims.config, tiles)(inputs, None, offset, lengths)
 
 
 @pytest.mark.parametrize(
@@ -437,7 +451,7 @@ def test_tiles_that_do_not_fit(changes: dict[str, Any], message: str) -> None:
     ({"splits": 0}, "`splits` of DecodeTiling.* at least 1"),
     ({"window_steps": 0}, "`window_steps` of DecodeTiling.* at least 1"),
     ({"block_m": 6}, "`block_m` of DecodeTiling.* power of two"),
-    ({"rows": 0}, "`rows` of DecodeTiling.* power of two"),
+    ({"rows": 8}, "`rows` of DecodeTiling.* power of two, at least 16"),
     ({"blocks": Tile(16, 3, 1)}, "`num_warps` of DecodeTiling.* power of two"),
     ({"blocks": Tile(-16, 4, 1)}, "`block_k` of DecodeTiling.* power of two"),
   ],

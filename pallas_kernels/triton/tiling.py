@@ -296,8 +296,8 @@ class DecodeTiling:
     merge_warps: warps per program of the merge.
 
   Raises:
-    ValueError: if a number is not at least 1, or not a power of two where the
-      compiler needs one.
+    ValueError: if a number is not at least 1, or, where the compiler needs it,
+      not a power of two or less than 16.
   """
 
   rows: int
@@ -314,16 +314,19 @@ class DecodeTiling:
       if getattr(self, name) < 1:
         raise ValueError(f"`{name}` of {self} must be at least 1.")
     tiles = self.compressed, self.blocks
-    powers = {
-      "rows": (self.rows,),
-      "block_m": (self.block_m,),
-      "block_k": [tile.block_k for tile in tiles],
-      "num_warps": [self.merge_warps, *(tile.num_warps for tile in tiles)],
-    }
-    for name, values in powers.items():
+    sides = [tile.block_k for tile in tiles]  # of a matrix product
+    warps = [self.merge_warps, *(tile.num_warps for tile in tiles)]
+    for name, values, least in (
+      ("rows", [self.rows], 16),
+      ("block_k", sides, 16),
+      ("block_m", [self.block_m], 1),
+      ("num_warps", warps, 1),
+    ):
       for value in values:
-        if value < 1 or value & (value - 1):
-          raise ValueError(f"`{name}` of {self} must be a power of two.")
+        if value < least or value & (value - 1):
+          raise ValueError(
+            f"`{name}` of {self} must be a power of two, at least {least}."
+          )
 
 
 _MULTIPROCESSORS = 132
