@@ -109,6 +109,57 @@ def test_greedy_is_the_argmax_of_full_passes(options):
   assert len(np.unique(tokens)) > 5  # not one token again and again
 
 
+@pytest.mark.gpu
+def test_gpu_greedy_is_the_argmax_of_a_full_pass_by_xla():
+  """Kernels of prefill and decoding in a model; blocks are selected."""
+  config = TransformerConfig(
+    vocab_size=97,
+    num_layers=3,
+    attention=("nsa", "full", "nsa"),
+    model_dim=128,
+    num_heads=8,
+    num_kv_heads=2,
+    head_dim=32,
+    mlp_dim=256,
+    nsa=NSAConfig(32, 16, 64, 4, 1, 2, 128),
+  )
+  rng = np.random.default_rng(0)
+  prompts = rng.integers(0, 97, (3, 700)).astype(np.int32)
+  decoder = TransformerLM(config, decode=True)
+  variables = decoder.init(jax.random.key(0), np.zeros((3, 800), np.int32))
+  params = {"params": variables["params"]}
+  lengths, new = np.array([1, 700, 333]), 100
+  tokens, ends = generate(
+    TransformerLM(config),
+    params["params"],
+    prompts,
+    lengths=lengths,
+    max_new_tokens=new,
+    temperature=0,
+    prefill_chunk=256,
+  )
+  np.testing.assert_array_equal(ends, lengths + new)
+  tokens = jnp.where(jnp.arange(800) < ends[:, None], tokens, 0)
+  full = TransformerLM(dataclasses.replace(config, implementation="xla"))
+  want = jax.jit(full.apply)(params, tokens)
+  for row, length in enumerate(lengths):
+    np.testing.assert_array_equal(tokens[row, :length], prompts[row, :length])
+    own = want[row, length - 1 : length + new - 1]
+    chosen = tokens[row, length : length + new]
+    below = own.max(axis=-1) - own[np.arange(new), chosen]
+    assert below.max() < 5e-3
+
+  # The logits themselves, which are of size 1.
+  step = jax.jit(
+    lambda variables, x: decoder.apply(variables, x, mutable=["cache"])
+  )
+  assert "nsa_decode_blocks" in step.lower(variables, tokens[:, :1]).as_text()
+  _, cache = step(variables, tokens[:, :700])
+  for t in range(700, 800):
+    logits, cache = step(params | cache, tokens[:, t : t + 1])
+    np.testing.assert_allclose(logits[:, 0], want[:, t], atol=5e-3)
+
+
 # ------------------------------------------------------------------ the loop
 
 
