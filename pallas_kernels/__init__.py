@@ -541,7 +541,7 @@ def decode_attention(
   Raises:
     NotImplementedError: if the kernels cannot take the shapes or the dtype, or
       on differentiation.
-    ValueError: if `tiles` fit neither each other nor the shapes.
+    ValueError: if `tiles` do not fit each other or the shapes.
   """
   support.check_where()
   support.check_heads(query, selected_key, selected_value)
