@@ -26,11 +26,10 @@ import jax.numpy as jnp
 import matplotlib
 
 import nsa_jax
-import pallas_kernels
 from benchmarks import harness
-from nsa_jax import KV
-from pallas_kernels import DecodeTiling, Tile
+from nsa_jax import KV, cache
 from pallas_kernels.triton import tiling
+from pallas_kernels.triton.tiling import DecodeTiling, Tile
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -106,26 +105,23 @@ def sparse(shape: Shape) -> Callable[..., Any]:
   config = shape.config
 
   def run(query, compressed, selected, window, gates, offset, lengths):
-    return pallas_kernels.decode_attention(
-      query,
-      compressed.key,
-      compressed.value,
-      selected.key,
-      selected.value,
-      window.key,
-      window.value,
-      gates,
-      offset,
+    held = cache.Cache(
+      selected,
+      compressed,
+      window,
+      jax.tree.map(lambda x: x[:, : config.compression_block + 7], selected),
       lengths,
-      stride=config.compression_stride,
-      span=config.compression_block,
-      selection_block=config.selection_block,
-      num_selected=config.num_selected,
-      num_initial=config.num_initial,
-      num_local=config.num_local,
-      window=config.window,
-      scale=shape.head_dim**-0.5,
-      tiles=shape.tiles,
+      earliest=jnp.zeros_like(lengths),
+    )
+    return cache.attend(
+      query,
+      held,
+      gates,
+      config=config,
+      query_offset=offset,
+      return_block_ids=True,
+      tiles=None if shape.tiles is None else {"decode": shape.tiles},
+      implementation="triton",
     )
 
   return run

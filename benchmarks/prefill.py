@@ -101,7 +101,7 @@ def step(shape: Shape, offset: int | None = None) -> Callable[..., Any]:
       new.gates,
       config=shape.config,
       query_offset=traced if offset is None else offset,
-      window=window,
+      prefill_window=window,
       implementation=shape.implementation,
     )
     return held, out

@@ -11,6 +11,7 @@ other. Programs of later shapes compile while earlier ones run.
 
 import concurrent.futures
 import dataclasses
+import functools
 import itertools
 import os
 from collections.abc import Sequence
@@ -19,7 +20,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-import pallas_kernels
+import nsa_jax
 from benchmarks import harness
 from pallas_kernels.triton import tiling
 from pallas_kernels.triton.tiling import BandTile
@@ -27,7 +28,7 @@ from pallas_kernels.triton.tiling import BandTile
 LENGTH = 32768
 KV_HEADS = 4
 BRANCHES = ("compressed", "window")
-STRIDE, SPAN, WINDOW = 16, 32, 512
+CONFIG = nsa_jax.NSAConfig()
 KERNELS = ("fwd", "dq", "dkv")
 
 
@@ -197,7 +198,7 @@ def shapes_of(branch: str, shape: Shape) -> Any:
   """Query, key, value and the cotangents of out and lse."""
   rows = LENGTH
   if branch == "compressed":
-    rows = (LENGTH - SPAN) // STRIDE + 1
+    rows = nsa_jax.num_compressed_blocks(LENGTH, CONFIG)
   heads = KV_HEADS * shape.group
 
   def array(length, heads, *width, dtype=shape.dtype):
@@ -215,18 +216,14 @@ def shapes_of(branch: str, shape: Shape) -> Any:
 def compile_one(branch: str, shape: Shape, tiles: tiling.BandTiling) -> Any:
   """Forward and backward, or why there is no such program."""
   call: dict[str, Any] = {
-    "scale": shape.head_dim**-0.5,
-    "query_offset": jnp.zeros(1, jnp.int32),
+    "config": CONFIG,
     "tiles": tiles,
+    "implementation": "triton",
   }
-
-  def op(query, key, value):
-    if branch == "window":
-      return pallas_kernels.window_attention(
-        query, key, value, window=WINDOW, **call
-      )
-    return pallas_kernels.compressed_attention(
-      query, key, value, stride=STRIDE, span=SPAN, key_length=LENGTH, **call
+  op = functools.partial(nsa_jax.window_attention, **call)
+  if branch == "compressed":
+    op = functools.partial(
+      nsa_jax.compressed_attention, key_length=LENGTH, **call
     )
 
   def run(query, key, value, dout, dlse):
@@ -318,7 +315,7 @@ def main():
         args.out,
         "sweep_band",
         f"Tilings of the compressed branch and the window, {LENGTH} tokens, "
-        f"{KV_HEADS} key/value heads, windows of {WINDOW}",
+        f"{KV_HEADS} key/value heads, windows of {CONFIG.window}",
         tables,
       )
 

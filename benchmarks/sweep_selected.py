@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-import pallas_kernels
+import nsa_jax
 from benchmarks import harness
 from pallas_kernels.triton import tiling
 from pallas_kernels.triton.tiling import Tile
@@ -137,17 +137,17 @@ KERNELS = {
 
 def both(shape: Shape, tiles: tiling.SelectedTiling) -> Any:
   """Forward and backward with these tiles."""
+  config = nsa_jax.NSAConfig(16, 16, shape.block)
 
   def op(query, key, value, ids):
-    return pallas_kernels.selected_attention(
+    return nsa_jax.selected_attention(
       query,
       key,
       value,
       ids,
-      selection_block=shape.block,
-      scale=shape.head_dim**-0.5,
-      query_offset=jnp.zeros(1, jnp.int32),
+      config=config,
       tiles=tiles,
+      implementation="triton",
     )
 
   # The ids are an argument: XLA would fold a constant's sort at compile time.

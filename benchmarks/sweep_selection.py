@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 
 import nsa_jax
-import pallas_kernels
 from benchmarks import harness
 from pallas_kernels.triton import tiling
 from pallas_kernels.triton.tiling import SelectionTiling, Tile
@@ -90,20 +89,14 @@ def program(shape: Shape, tiles: SelectionTiling) -> Any:
   heads = KV_HEADS * shape.group
 
   def run(query, key, lse):
-    return pallas_kernels.select_blocks(
+    return nsa_jax.select_blocks(
       query,
       key,
       lse,
+      config=config,
       key_length=LENGTH,
-      compression_block=config.compression_block,
-      compression_stride=config.compression_stride,
-      selection_block=config.selection_block,
-      num_selected=config.num_selected,
-      num_initial=config.num_initial,
-      num_local=config.num_local,
-      scale=shape.head_dim**-0.5,
-      query_offset=jnp.zeros(1, jnp.int32),
       tiles=tiles,
+      implementation="triton",
     )
 
   arrays = (

@@ -21,7 +21,7 @@ import matplotlib
 from benchmarks import harness
 from examples import train_lm
 from nsa_jax import TransformerConfig, TransformerLM
-from nsa_jax.layers import CompressBlocks
+from nsa_jax.layers.linen import CompressBlocks
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt

@@ -42,7 +42,7 @@ from nsa_jax import (
   TransformerLM,
   generate,
 )
-from nsa_jax.generate import MIN_TEMPERATURE
+from nsa_jax.sampling import MIN_TEMPERATURE
 
 Params: TypeAlias = Any
 State: TypeAlias = dict[str, Any]  # "params" and "opt_state"

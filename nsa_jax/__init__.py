@@ -4,32 +4,32 @@ Importing this package touches no device.
 """
 
 from nsa_jax import cache
-from nsa_jax.attention import (
-  block_scores,
-  compressed_attention,
-  native_sparse_attention,
-  select_blocks,
-  selected_attention,
-  window_attention,
-)
 from nsa_jax.compression import (
   compress_linear,
   compress_mean,
   compress_mlp,
   compress_weighted,
-  num_compressed_blocks,
-  num_selection_blocks,
 )
-from nsa_jax.config import NSAConfig
+from nsa_jax.config import AttentionConfig, NSAConfig
 from nsa_jax.dispatch import EXPORT_DISABLED_CHECKS
-from nsa_jax.generate import generate
-from nsa_jax.layers import NativeSparseAttention
-from nsa_jax.rope import RopeConfig, apply_rope
-from nsa_jax.transformer import (
-  TransformerConfig,
-  TransformerLM,
-  unstack_layers,
+from nsa_jax.geometry import num_compressed_blocks, num_selection_blocks
+from nsa_jax.layers.linen import NativeSparseAttention
+from nsa_jax.models.config import TransformerConfig
+from nsa_jax.models.linen import TransformerLM, unstack_layers
+from nsa_jax.ops.branches import (
+  compressed_attention,
+  full_attention,
+  selected_attention,
+  window_attention,
 )
+from nsa_jax.ops.nsa import native_sparse_attention
+from nsa_jax.ops.selection import (
+  block_ids_from_scores,
+  block_scores,
+  select_blocks,
+)
+from nsa_jax.rope import RopeConfig, apply_rope
+from nsa_jax.sampling import generate
 from nsa_jax.typing import KV, Implementation
 
 __version__ = "0.1.0"
@@ -37,6 +37,7 @@ __version__ = "0.1.0"
 __all__ = [
   "EXPORT_DISABLED_CHECKS",
   "KV",
+  "AttentionConfig",
   "Implementation",
   "NSAConfig",
   "NativeSparseAttention",
@@ -44,6 +45,7 @@ __all__ = [
   "TransformerConfig",
   "TransformerLM",
   "apply_rope",
+  "block_ids_from_scores",
   "block_scores",
   "cache",
   "compress_linear",
@@ -51,6 +53,7 @@ __all__ = [
   "compress_mlp",
   "compress_weighted",
   "compressed_attention",
+  "full_attention",
   "generate",
   "native_sparse_attention",
   "num_compressed_blocks",

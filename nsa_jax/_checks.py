@@ -29,10 +29,10 @@ def static_int(name: str, value: Any, minimum: int = int(INT32.min)) -> int:
   return value
 
 
-def scale(value: Any, head_dim: int) -> float:
+def scale(value: Any, query: Array) -> float:
   """A static, finite softmax scale; 1/sqrt(H) by default."""
   if value is None:
-    return head_dim**-0.5
+    return query.shape[-1] ** -0.5
   if isinstance(value, jax.core.Tracer):
     raise ValueError(
       f"`scale`={value!r} must be a static Python number; multiply the query "
@@ -203,6 +203,14 @@ def choice(name: str, value: Any, choices: Sequence[str]) -> None:
 def flag(name: str, value: Any) -> None:
   if not isinstance(value, bool):
     raise ValueError(f"`{name}`={value!r} must be True or False.")
+
+
+def selector(value: Any) -> None:
+  """A function that selects blocks, or None."""
+  if value is not None and not callable(value):
+    raise ValueError(
+      f"`select`={value!r} must be a function that returns block ids, or None."
+    )
 
 
 def dtype(name: str, value: Any) -> jnp.dtype:

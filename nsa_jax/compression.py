@@ -1,9 +1,7 @@
-"""Block geometry and phi, the compression of key/value blocks (Eq. 7).
+"""phi, the compression of key/value blocks (Eq. 7).
 
-Geometry: how many blocks there are, where they lie, who sees them. phi: pure
-functions from tokens [B, S, K, H] to compressed blocks [B, C, K, H], used once
-for the keys and once for the values with separate parameters. Attention over
-the compressed blocks is in `attention.py`.
+Pure functions from tokens [B, S, K, H] to compressed blocks [B, C, K, H], used
+once for the keys and once for the values with separate parameters.
 """
 
 import jax
@@ -11,149 +9,11 @@ import jax.numpy as jnp
 
 from nsa_jax import _checks
 from nsa_jax.config import NSAConfig, check_config
+from nsa_jax.geometry import token_windows
 from nsa_jax.typing import Array
 
 
-def num_compressed_blocks(length: int, config: NSAConfig) -> int:
-  """C, the number of complete compression blocks in `length` tokens.
-
-  Args:
-    length: S, tokens.
-    config: `compression_block` (l) and `compression_stride` (d) are read.
-
-  Returns:
-    0 if S < l, else (S - l) // d + 1.
-
-  Raises:
-    ValueError: if `length` is negative or not an integer.
-
-  Example:
-    >>> from nsa_jax import NSAConfig, num_compressed_blocks
-    >>> num_compressed_blocks(64, NSAConfig())
-    3
-  """
-  length = _checks.static_int("length", length, minimum=0)
-  check_config(config)
-  if length < config.compression_block:
-    return 0
-  return (length - config.compression_block) // config.compression_stride + 1
-
-
-def num_selection_blocks(length: int, config: NSAConfig) -> int:
-  """M, the number of selection blocks that cover `length` tokens.
-
-  Args:
-    length: S, tokens.
-    config: `selection_block` (l') is read.
-
-  Returns:
-    ceil(S / l'). The last block may be incomplete.
-
-  Raises:
-    ValueError: if `length` is negative or not an integer.
-
-  Example:
-    >>> from nsa_jax import NSAConfig, num_selection_blocks
-    >>> num_selection_blocks(65, NSAConfig())
-    2
-  """
-  length = _checks.static_int("length", length, minimum=0)
-  check_config(config)
-  return -(-length // config.selection_block)
-
-
-def compressed_block_ends(length: int, config: NSAConfig) -> Array:
-  """Position of the last token of every compressed block.
-
-  Block i covers tokens i*d .. i*d + l - 1 and is visible to a query at t iff
-  its last token is at or before t.
-
-  Args:
-    length: S, tokens.
-    config: the block length and the stride are read.
-
-  Returns:
-    int32 [C].
-  """
-  blocks = jnp.arange(num_compressed_blocks(length, config), dtype=jnp.int32)
-  return blocks * config.compression_stride + config.compression_block - 1
-
-
-def compressed_block_segments(segment_ids: Array, config: NSAConfig) -> Array:
-  """Segment of every compressed block; only if all its l tokens are in it.
-
-  Args:
-    segment_ids: int32 [B, S].
-    config: the block length and the stride are read.
-
-  Returns:
-    int32 [B, C]; 0 where a block has no segment.
-  """
-  windows = _windows(segment_ids, config)  # [B, C, l]
-  first = windows[..., 0]
-  whole = jnp.all(windows == first[..., None], axis=-1)
-  return jnp.where(whole, first, 0)
-
-
-def query_positions(
-  query_offset: int | Array, batch: int, length: int
-) -> Array:
-  """Position of every query row in the row of keys.
-
-  Args:
-    query_offset: of the first row, int or int32 of shape () or [B].
-    batch: B.
-    length: T.
-
-  Returns:
-    int32 [B, T].
-  """
-  offset = jnp.broadcast_to(jnp.asarray(query_offset, jnp.int32), (batch,))
-  return offset[:, None] + jnp.arange(length, dtype=jnp.int32)
-
-
-def segment_starts(segment_ids: Array, query_segment_ids: Array) -> Array:
-  """First position of each query's segment.
-
-  Sorts instead of comparing all pairs: O(S log S) and no [T, S] array.
-
-  Args:
-    segment_ids: int32 [B, S], of the keys.
-    query_segment_ids: int32 [B, T].
-
-  Returns:
-    int32 [B, T]; 0 for a query whose segment no key has.
-  """
-
-  def row(keys, queries):
-    order = jnp.argsort(keys, stable=True)
-    ranked = keys[order]
-    place = jnp.searchsorted(ranked, queries).clip(0, keys.shape[0] - 1)
-    return jnp.where(ranked[place] == queries, order[place], 0)
-
-  return jax.vmap(row)(segment_ids, query_segment_ids).astype(jnp.int32)
-
-
-def _windows(x: Array, config: NSAConfig) -> Array:
-  """Overlapping blocks of tokens: [B, S, ...] -> [B, C, l, ...].
-
-  Built from slices of stride d instead of a gather, because their transpose
-  is a sum of pads where a gather's would be a scatter.
-  """
-  blocks = num_compressed_blocks(x.shape[1], config)
-  stride = config.compression_stride
-  pieces = config.compression_block // stride
-  if not blocks:
-    shape = (x.shape[0], 0, config.compression_block, *x.shape[2:])
-    return jnp.zeros(shape, x.dtype)
-  chunks = x[:, : (blocks + pieces - 1) * stride]
-  chunks = chunks.reshape(x.shape[0], -1, stride, *x.shape[2:])
-  return jnp.concatenate(
-    [chunks[:, i : i + blocks] for i in range(pieces)], axis=2
-  )
-
-
-def _token_windows(x, config, segment_ids):
+def _checked_windows(x, config, segment_ids):
   """Blocks of [B, S, K, H] with padding zeroed: [B, C, l, K, H]."""
   x = _checks.array("x", x, 4, "[B, S, K, H]")
   _checks.floating("x", x)
@@ -163,7 +23,7 @@ def _token_windows(x, config, segment_ids):
     segment_ids = _checks.integers("segment_ids", segment_ids, x.shape[:2])
     _checks.segments(given, config.selection_block)
     x = jnp.where((segment_ids > 0)[:, :, None, None], x, 0)
-  return _windows(x, config)
+  return token_windows(x, config)
 
 
 def _product(equation: str, x: Array, weight: Array) -> Array:
@@ -200,7 +60,7 @@ def compress_mean(
     >>> compress_mean(jnp.ones((1, 64, 2, 8)), config=NSAConfig()).shape
     (1, 3, 2, 8)
   """
-  blocks = _token_windows(x, config, segment_ids)
+  blocks = _checked_windows(x, config, segment_ids)
   acc = jnp.promote_types(jnp.float32, blocks.dtype)
   return blocks.astype(acc).mean(axis=2).astype(blocks.dtype)
 
@@ -235,7 +95,7 @@ def compress_weighted(
     >>> compress_weighted(x, weight, config=config).shape
     (1, 3, 2, 8)
   """
-  blocks = _token_windows(x, config, segment_ids)
+  blocks = _checked_windows(x, config, segment_ids)
   heads, block = blocks.shape[3], config.compression_block
   weight = _checks.parameter("weight", weight, (heads, block), "[K, l]")
   out = _product("bclkh,kl->bckh", blocks, weight)
@@ -273,7 +133,7 @@ def compress_linear(
     >>> compress_linear(x, position, weight, config=NSAConfig()).shape
     (1, 3, 2, 8)
   """
-  blocks = _token_windows(x, config, segment_ids)
+  blocks = _checked_windows(x, config, segment_ids)
   out = _first_layer(blocks, position, weight, config, "weight", "H'")
   return out.astype(blocks.dtype)
 
@@ -316,7 +176,7 @@ def compress_mlp(
     >>> compress_mlp(x, position, w1, b1, w2, b2, config=NSAConfig()).shape
     (1, 3, 2, 8)
   """
-  blocks = _token_windows(x, config, segment_ids)
+  blocks = _checked_windows(x, config, segment_ids)
   heads = blocks.shape[3]
   hidden = _first_layer(blocks, position, w1, config, "w1", "F")
   width = hidden.shape[-1]

@@ -1,9 +1,18 @@
-"""Hyper-parameters of the algorithm; tile sizes of kernels are not here."""
+"""Hyper-parameters of the algorithm, and the options of an attention layer."""
 
 import dataclasses
-from typing import Any
+from typing import Any, get_args
+
+import jax.numpy as jnp
 
 from nsa_jax import _checks
+from nsa_jax.rope import RopeConfig, check_head_dim
+from nsa_jax.typing import (
+  CompressionName,
+  Implementation,
+  RopeCompressedName,
+  Selector,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,3 +77,89 @@ def check_config(value: Any) -> None:
   """Raises ValueError unless the value of `config` is an NSAConfig."""
   if not isinstance(value, NSAConfig):
     raise ValueError(f"`config`={value!r} must be an NSAConfig.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AttentionConfig:
+  """Options of an attention layer, which a model shares; frozen and hashable.
+
+  Attributes:
+    num_heads: N, query heads.
+    num_kv_heads: K, key/value heads; divides `num_heads`. All N / K heads of a
+      group read the same blocks.
+    head_dim: H, of queries and keys; even if `rope` is used.
+    value_head_dim: V, of values; `head_dim` by default.
+    nsa: the algorithm's hyper-parameters.
+    compression: phi, "mlp" (the paper's), "linear", "weighted" or "mean";
+      separate parameters for keys and values.
+    share_kv: one key and one value projection for all branches, instead of
+      the paper's own pair for each.
+    rope_compressed: "block": phi sees keys that are not rotated, its output is
+      rotated to the position of the block's first token; "tokens": phi sees
+      rotated keys; "none": the compressed branch and the selection use neither
+      rotated keys nor rotated queries.
+    rope: rotary embedding, or None for no positions at all.
+    normalize_qk: RMSNorm over H of the queries and of the keys that enter a
+      dot product (phi's output in the compressed branch), before rotation;
+      the query and each key have a learned scale.
+    dtype: of the computation; None for that of the input and parameters,
+      promoted. Gates, norms and softmax are in float32 at least.
+    param_dtype: of the parameters.
+    select: a selector of one's own, as in `native_sparse_attention`; it also
+      gets the layer's input `x` [B, T, D].
+    implementation: as in `native_sparse_attention`.
+
+  Raises:
+    ValueError: if a value breaks a rule.
+  """
+
+  num_heads: int
+  num_kv_heads: int
+  head_dim: int
+  value_head_dim: int | None = None
+  nsa: NSAConfig = NSAConfig()
+  compression: CompressionName = "mlp"
+  share_kv: bool = False
+  rope_compressed: RopeCompressedName = "block"
+  rope: RopeConfig | None = RopeConfig()  # noqa: RUF009, immutable
+  normalize_qk: bool = False
+  dtype: Any = None
+  param_dtype: Any = jnp.float32
+  select: Selector | None = None
+  implementation: Implementation = None
+
+  def __post_init__(self):
+    for name in ("num_heads", "num_kv_heads", "head_dim"):
+      _checks.static_int(name, getattr(self, name), 1)
+    if self.value_head_dim is not None:
+      _checks.static_int("value_head_dim", self.value_head_dim, 1)
+    if self.num_heads % self.num_kv_heads:
+      raise ValueError(
+        f"`num_heads`={self.num_heads} must be a multiple of `num_kv_heads`="
+        f"{self.num_kv_heads}."
+      )
+    if not isinstance(self.nsa, NSAConfig):
+      raise ValueError(f"`nsa`={self.nsa!r} must be an NSAConfig.")
+    _checks.choice("compression", self.compression, get_args(CompressionName))
+    _checks.choice(
+      "rope_compressed", self.rope_compressed, get_args(RopeCompressedName)
+    )
+    if self.rope is not None:
+      if not isinstance(self.rope, RopeConfig):
+        raise ValueError(f"`rope`={self.rope!r} must be a RopeConfig or None.")
+      check_head_dim(self.head_dim)
+    for name in ("share_kv", "normalize_qk"):
+      _checks.flag(name, getattr(self, name))
+    if self.dtype is not None:
+      _checks.dtype("dtype", self.dtype)
+    _checks.dtype("param_dtype", self.param_dtype)
+    _checks.selector(self.select)
+    # Implementations import this module.
+    from nsa_jax import dispatch
+
+    dispatch.names(self.implementation)
+
+  @property
+  def value_dim(self) -> int:
+    """V, of values."""
+    return self.value_head_dim or self.head_dim

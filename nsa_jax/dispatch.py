@@ -3,25 +3,26 @@
 `ValueError` means that the caller is wrong; it is never swallowed.
 `NotImplementedError` means that this implementation cannot do it; the next one
 asked for may.
+
+The ops are "compressed", "selected", "window" and "full", the branches, whose
+result is (out, lse); "block_scores", "select_blocks" and "decode".
+`pallas_kernels.interface` says what their functions take and return.
 """
 
+import functools
+import importlib
 from collections.abc import Callable, Sequence
-from typing import Any, get_args
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import export
 from jax.ad_checkpoint import checkpoint_name
 
-from nsa_jax import compression, reference, xla
-from nsa_jax.config import NSAConfig
-from nsa_jax.typing import (
-  KV,
-  Array,
-  Implementation,
-  ImplementationName,
-  Queries,
-)
+from nsa_jax import cudnn, reference, xla
+from nsa_jax.typing import Implementation
+from pallas_kernels.interface import Spec
+from pallas_kernels.platforms import by_platform
 
 # `disabled_checks` of `jax.export.export` for programs that hold the kernels,
 # whose custom calls jax does not promise to keep: run such a program with the
@@ -31,250 +32,57 @@ EXPORT_DISABLED_CHECKS = tuple(
   for target in ("__gpu$xla.gpu.triton", "triton_kernel_call_ffi")
 )
 
+BRANCHES = ("compressed", "selected", "window", "full")
 
-def _triton_compressed_attention(
-  query: Array,
-  key: Array,
-  value: Array,
-  *,
-  config: NSAConfig,
-  key_length: int,
-  scale: float,
-  queries: Queries,
-  elsewhere: Any = None,
-) -> tuple[Array, Array]:
-  # Imported at the first use, so that importing nsa_jax imports no Pallas.
-  import pallas_kernels
+# These do every call of every op but "decode", which they have no need of:
+# functions f(spec, arrays, index), which jax differentiates.
+PORTABLE: dict[str, Any] = {"reference": reference, "xla": xla}
 
-  segments = queries.key_segments
-  if segments is not None:
-    segments = compression.compressed_block_segments(segments, config)
-  return pallas_kernels.compressed_attention(
-    query,
-    key,
-    value,
-    stride=config.compression_stride,
-    span=config.compression_block,
-    key_length=key_length,
-    scale=scale,
-    query_offset=queries.positions[:, 0],
-    key_segments=segments,
-    query_segments=queries.query_segments,
-    elsewhere=elsewhere,
-  )
-
-
-def _triton_selected_attention(
-  query: Array,
-  key: Array,
-  value: Array,
-  block_ids: Array,
-  *,
-  config: NSAConfig,
-  scale: float,
-  queries: Queries,
-  elsewhere: Any = None,
-) -> tuple[Array, Array]:
-  import pallas_kernels
-
-  return pallas_kernels.selected_attention(
-    query,
-    key,
-    value,
-    block_ids,
-    selection_block=config.selection_block,
-    scale=scale,
-    query_offset=queries.positions[:, 0],
-    key_segments=queries.key_segments,
-    query_segments=queries.query_segments,
-    elsewhere=elsewhere,
-  )
-
-
-def _triton_window_attention(
-  query: Array,
-  key: Array,
-  value: Array,
-  *,
-  config: NSAConfig,
-  scale: float,
-  key_offset: int | Array,
-  queries: Queries,
-  elsewhere: Any = None,
-) -> tuple[Array, Array]:
-  import pallas_kernels
-
-  return pallas_kernels.window_attention(
-    query,
-    key,
-    value,
-    window=config.window,
-    scale=scale,
-    query_offset=queries.positions[:, 0],
-    key_offset=key_offset,
-    key_segments=queries.key_segments,
-    query_segments=queries.query_segments,
-    elsewhere=elsewhere,
-  )
-
-
-def _cudnn_window_attention(
-  query: Array,
-  key: Array,
-  value: Array,
-  *,
-  config: NSAConfig,
-  scale: float,
-  key_offset: int | Array,
-  queries: Queries,
-  plain: bool,
-  with_lse: bool,
-) -> tuple[Array, None]:
-  del key_offset, queries
-  if with_lse:
-    raise NotImplementedError(
-      "`window_attention` returns lse, and cuDNN gives none that is "
-      "differentiable; it serves the window of `native_sparse_attention`"
-    )
-  if query.dtype not in (jnp.float16, jnp.bfloat16):
-    raise NotImplementedError(
-      f"`query` of dtype {query.dtype}: cuDNN takes float16 and bfloat16"
-    )
-  if query.shape[-1] != value.shape[-1]:
-    raise NotImplementedError(
-      f"`value` has head dimension {value.shape[-1]}, which must be "
-      f"{query.shape[-1]}, that of `query`"
-    )
-  if not plain:
-    raise NotImplementedError(
-      "cuDNN's window takes as many queries as keys, and no `query_offset`, "
-      "`segment_ids` or `key_offset`"
-    )
-  try:
-    out = jax.nn.dot_product_attention(
-      query,
-      key,
-      value,
-      scale=scale,
-      is_causal=True,
-      local_window_size=(min(config.window, key.shape[1]) - 1, 0),
-      implementation="cudnn",
-    )
-  except RuntimeError as error:  # No cuDNN is installed.
-    raise NotImplementedError(str(error).rstrip(".")) from error
-  return out, None
-
-
-def _triton_select_blocks(
-  query: Array,
-  compressed_key: Array,
-  lse: Array,
-  *,
-  config: NSAConfig,
-  key_length: int,
-  scale: float,
-  queries: Queries,
-  elsewhere: Any = None,
-) -> Array:
-  import pallas_kernels
-
-  segments: dict[str, Any] = {}
-  if queries.key_segments is not None and queries.query_segments is not None:
-    segments = {
-      "block_segments": compression.compressed_block_segments(
-        queries.key_segments, config
-      ),
-      "query_segments": queries.query_segments,
-      "segment_starts": compression.segment_starts(
-        queries.key_segments, queries.query_segments
-      ),
-    }
-  return pallas_kernels.select_blocks(
-    query,
-    compressed_key,
-    lse,
-    key_length=key_length,
-    compression_block=config.compression_block,
-    compression_stride=config.compression_stride,
-    selection_block=config.selection_block,
-    num_selected=config.num_selected,
-    num_initial=config.num_initial,
-    num_local=config.num_local,
-    scale=scale,
-    query_offset=queries.positions[:, 0],
-    **segments,
-    elsewhere=elsewhere,
-  )
-
-
-def _triton_decode_attention(
-  query: Array,
-  compressed: KV,
-  selected: KV,
-  window: KV | None,
-  gates: Array,
-  query_offset: Array,
-  lengths: Array,
-  *,
-  config: NSAConfig,
-  scale: float,
-  compressed_query: Array,
-  elsewhere: Any = None,
-) -> tuple[Array, Array]:
-  import pallas_kernels
-
-  return pallas_kernels.decode_attention(
-    query,
-    compressed.key,
-    compressed.value,
-    selected.key,
-    selected.value,
-    None if window is None else window.key,
-    None if window is None else window.value,
-    gates,
-    query_offset,
-    lengths,
-    stride=config.compression_stride,
-    span=config.compression_block,
-    selection_block=config.selection_block,
-    num_selected=config.num_selected,
-    num_initial=config.num_initial,
-    num_local=config.num_local,
-    window=config.window,
-    scale=scale,
-    compressed_query=compressed_query,
-    elsewhere=elsewhere,
-  )
-
-
-_OPS: dict[str, dict[str, Callable[..., Any]]] = {
-  op: {"reference": getattr(reference, op), "xla": getattr(xla, op)}
-  for op in (
-    "compressed_attention",
-    "block_scores",
-    "select_blocks",
-    "selected_attention",
-    "window_attention",
-    "decode_attention",
-  )
+# A backend is an object with an attribute for every op that it serves; that
+# holds `check`, `forward` and `backward`, as `pallas_kernels.interface` says. A
+# `backward` of None leaves it to jax to differentiate `forward`. A string is
+# the name of a module that is imported at its first use: importing nsa_jax
+# imports no Pallas.
+BACKENDS: dict[str, Any] = {
+  "triton": "pallas_kernels.triton",
+  "cudnn": cudnn,
 }
-_OPS["compressed_attention"]["triton"] = _triton_compressed_attention
-_OPS["selected_attention"]["triton"] = _triton_selected_attention
-_OPS["window_attention"]["triton"] = _triton_window_attention
-_OPS["window_attention"]["cudnn"] = _cudnn_window_attention
-_OPS["select_blocks"]["triton"] = _triton_select_blocks
-_OPS["decode_attention"]["triton"] = _triton_decode_attention
 
 
-def names(implementation: Implementation) -> Sequence[ImplementationName]:
+class Kernel(NamedTuple):
+  """Forward and backward function of one op; module-level functions."""
+
+  forward: Callable[..., Any]
+  backward: Callable[..., Any] | None
+
+
+class Plan(NamedTuple):
+  """What a call runs; static and hashable.
+
+  Attributes:
+    op: its name.
+    spec: the static side of the call.
+    cuda: what runs on NVIDIA GPUs.
+    default: what runs elsewhere: `xla`, or the same kernel interpreted if the
+      backend was asked for by name.
+  """
+
+  op: str
+  spec: Spec
+  cuda: Kernel
+  default: Kernel
+
+
+def names(implementation: Implementation, op: str = "window") -> Sequence[str]:
   """The implementations to try, in order.
 
   Raises:
     ValueError: if a name is unknown or the sequence is empty.
   """
-  known = get_args(ImplementationName)
   if implementation is None:
-    return ("triton", "xla")
+    # cuDNN's other attention has another order of sums in every run.
+    return ("cudnn" if op == "full" else "triton", "xla")
+  known = [*PORTABLE, *BACKENDS]
   if isinstance(implementation, str):
     tried: Sequence[Any] = (implementation,)
   elif isinstance(implementation, Sequence) and implementation:
@@ -290,73 +98,205 @@ def names(implementation: Implementation) -> Sequence[ImplementationName]:
   return tried
 
 
-def call(
-  op: str,
-  implementation: Implementation,
-  *args: Any,
-  cudnn: dict[str, Any] | None = None,
-  **kwargs: Any,
-) -> Any:
-  """Calls the first implementation of `op` that can do it.
-
-  `cudnn` are arguments that only "cudnn" takes.
+def choose(
+  op: str, implementation: Implementation, spec: Spec, arrays: Any, index: Any
+) -> Callable[[Any, Any], Any]:
+  """The first implementation of `op` that can do the call.
 
   None is "triton" on NVIDIA GPUs with "xla" in place of the kernels everywhere
   else, in one traced program; or "xla" alone, if the kernels cannot do it.
 
+  Args:
+    op: its name.
+    implementation: what was asked for.
+    spec: the static side of the call.
+    arrays: of the call, to be judged; as is the next.
+    index: of the call.
+
+  Returns:
+    A function of `arrays` and `index`.
+
   Raises:
+    ValueError: if `implementation` is wrong.
     NotImplementedError: if none of those asked for can, with every reason.
   """
-  reasons = []
-  for name in names(implementation):
-    function = _OPS[op].get(name)
-    if function is None:
-      reasons.append(f"{name!r} has no `{op}` in this version")
+  reasons: list[str] = []
+  for name in names(implementation, op):
+    if name in PORTABLE:
+      forward = getattr(PORTABLE[name], op)
+      return functools.partial(_run, op, forward, spec)
+    kernel = _kernel(name, op, spec, arrays, index, reasons)
+    if kernel is None:
       continue
-    own: dict[str, Any] = {}
-    if name == "triton" and implementation is None:
-      own = {"elsewhere": _elsewhere(op, args[3:], kwargs)}
-    elif name == "cudnn":
-      own = cudnn or {}
-    try:
-      result = function(*args, **kwargs, **own)
-    except NotImplementedError as error:
-      reasons.append(f"{name!r}: {error}")
-      continue
-    # The rules of the kernels name what they keep themselves.
-    return result if name == "triton" else _named(op, result)
+    if kernel.backward is None:
+      return functools.partial(_run, op, kernel.forward, spec)
+    default = kernel
+    if implementation is None:
+      default = portable_kernel(getattr(xla, op))
+    return functools.partial(attend, Plan(op, spec, kernel, default))
   raise NotImplementedError(
-    f"`implementation`={implementation!r} cannot do this call of `{op}`: "
-    f"{'; '.join(reasons)}."
+    f"`implementation`={implementation!r} cannot do this call of "
+    f"`{_title(op)}`: {'; '.join(reasons)}."
   )
 
 
-def _elsewhere(op: str, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-  """`xla` in place of the kernels; the arrays among its arguments apart."""
-  import pallas_kernels
+def choose_fused(
+  op: str,
+  implementation: Implementation,
+  spec: Spec,
+  arrays: Any,
+  index: Any,
+  composed: Callable[..., Any],
+) -> Callable[[Any, Any], Any] | None:
+  """As `choose`, for an op that others can be composed to.
 
-  arrays: dict[str, Any] = {}
-  static: dict[str, Any] = {}
-  for name, value in kwargs.items():
-    kind = arrays if isinstance(value, jax.Array | Queries) else static
-    kind[name] = value
-  return pallas_kernels.Elsewhere(
-    pallas_kernels.Partial(_with_xla, op, tuple(static.items())),
-    (rest, arrays),
+  Args:
+    op: as of `choose`; as are the next four.
+    implementation: what was asked for.
+    spec: the static side of the call.
+    arrays: of the call.
+    index: of the call.
+    composed: the composition by "xla", a module-level function f(spec, arrays,
+      index): what runs on other platforms if `implementation` is None.
+
+  Returns:
+    A function of `arrays` and `index`; or None, to compose: a portable
+    implementation comes first, or no kernel can do the call.
+  """
+  for name in names(implementation, op):
+    if name in PORTABLE:
+      break
+    kernel = _kernel(name, op, spec, arrays, index, [])
+    if kernel is not None:
+      default = kernel
+      if implementation is None:
+        default = Kernel(composed, kernel.backward)
+      return functools.partial(attend, Plan(op, spec, kernel, default))
+  return None
+
+
+def _kernel(name, op, spec, arrays, index, reasons):
+  """A backend's kernel, or None with the reason added to `reasons`."""
+  backend = BACKENDS[name]
+  if isinstance(backend, str):
+    backend = importlib.import_module(backend)
+  served = getattr(backend, op, None)
+  if served is None:
+    reasons.append(f"{name!r} has no `{_title(op)}` in this version")
+    return None
+  try:
+    served.check(spec, arrays, index)
+  except NotImplementedError as error:
+    reasons.append(f"{name!r}: {error}")
+    return None
+  return Kernel(served.forward, served.backward)
+
+
+def _run(op, forward, spec, arrays, index):
+  """A function that jax differentiates."""
+  return tag(op, forward(spec, arrays, index))
+
+
+@functools.cache
+def portable_kernel(forward: Callable[..., Any]) -> Kernel:
+  """A portable function as a kernel; the same one for the same function."""
+
+  def backward(spec, arrays, index, out, lse, dout, dlse):
+    # Recomputes the forward pass; CSE merges it with the first, so both
+    # platforms save the same residuals.
+    del out, lse
+    _, pullback = jax.vjp(lambda *x: forward(spec, x, index), *arrays)
+    return pullback((dout, dlse))
+
+  return Kernel(forward, backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def attend(plan: Plan, arrays: Any, index: Any) -> Any:
+  """Runs a plan: the one function of the kernels with derivatives.
+
+  Args:
+    plan: what to run.
+    arrays: what it is differentiated by: query, key and value of a branch.
+    index: block ids and queries.
+  """
+  return _attend_fwd(plan, arrays, index)[0]
+
+
+def _attend_fwd(plan, arrays, index):
+  spec = plan.spec
+  result = by_platform(
+    (plan.cuda.forward, spec),
+    (plan.default.forward, spec._replace(interpret=True)),
+    _results(plan, arrays),
+    arrays,
+    index,
   )
+  result = tag(plan.op, result)
+  return result, (arrays, index, result)
 
 
-def _with_xla(op, static, a, b, c, rest, arrays):
-  return _OPS[op]["xla"](a, b, c, *rest, **arrays, **dict(static))
+def _attend_bwd(plan, residuals, cotangents):
+  arrays, index, result = residuals
+  spec = plan.spec
+  if plan.op not in BRANCHES:  # which says that it has no derivatives
+    plan.cuda.backward(spec, arrays, index)
+  out, lse = result
+  dout, dlse = cotangents
+  # Rows that read nothing have no gradient, and NaN times 0 would be one.
+  dlse = jnp.where(lse == -jnp.inf, 0, dlse)
+  grads = by_platform(
+    (plan.cuda.backward, spec),
+    (plan.default.backward, spec._replace(interpret=True)),
+    tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays),
+    arrays,
+    index,
+    out,
+    lse,
+    dout,
+    dlse,
+  )
+  return grads, None
 
 
-def _named(op: str, result: Any) -> Any:
+attend.defvjp(_attend_fwd, _attend_bwd)
+
+
+def _results(plan, arrays):
+  """Shapes and dtypes of the results, the same for every implementation."""
+  op, config = plan.op, plan.spec.config
+  query = arrays[0]
+  batch, length, heads, _ = query.shape
+
+  def ids(kv_heads):
+    shape = batch, length, kv_heads, config.num_selected
+    return jax.ShapeDtypeStruct(shape, jnp.int32)
+
+  def out(value_dim):
+    shape = batch, length, heads, value_dim
+    return jax.ShapeDtypeStruct(shape, query.dtype)
+
+  if op == "select_blocks":
+    return ids(arrays[1].shape[2])
+  if op == "decode":
+    value = arrays.selected.value
+    return out(value.shape[3]), ids(value.shape[2])
+  acc = jnp.promote_types(jnp.float32, query.dtype)
+  lse = jax.ShapeDtypeStruct((batch, length, heads), acc)
+  return out(arrays[2].shape[3]), lse
+
+
+def tag(op: str, result: Any) -> Any:
   """Names out and lse of a branch for remat policies."""
-  branch = op.removesuffix("_attention")
-  if branch not in ("compressed", "selected", "window"):
+  if op not in BRANCHES:
     return result
   out, lse = result
-  out = checkpoint_name(out, f"nsa_{branch}_out")
+  out = checkpoint_name(out, f"nsa_{op}_out")
   if lse is not None:
-    lse = checkpoint_name(lse, f"nsa_{branch}_lse")
+    lse = checkpoint_name(lse, f"nsa_{op}_lse")
   return out, lse
+
+
+def _title(op):
+  """The name of the public function."""
+  return f"{op}_attention" if op in (*BRANCHES, "decode") else op

@@ -1,91 +1,64 @@
 """The oracle: the equations of the paper with dense masks, slow on purpose.
 
 Everything is computed in float32, or float64 for float64 inputs, and takes
-memory quadratic in the length. The functions here get arguments that
-`attention.py` has validated and completed; see there for shapes.
+memory quadratic in the length. The functions here get arguments that `ops` has
+validated and completed; `pallas_kernels.interface` says which.
 """
 
 import jax
 import jax.numpy as jnp
 from einops import rearrange
 
-from nsa_jax import compression
-from nsa_jax.config import NSAConfig
-from nsa_jax.typing import KV, Array, Queries
+from nsa_jax import geometry
+from nsa_jax.typing import Array, Queries
+from pallas_kernels.interface import Spec, compressed_block_segments
 
 
-def compressed_attention(
-  query: Array,
-  key: Array,
-  value: Array,
-  *,
-  config: NSAConfig,
-  key_length: int,
-  scale: float,
-  queries: Queries,
+def compressed(
+  spec: Spec, qkv: tuple[Array, Array, Array], index: tuple[None, Queries]
 ) -> tuple[Array, Array]:
-  """Softmax attention over the visible compressed blocks."""
-  visible = _visible_blocks(config, key_length, queries)
-  return _attend(query, key, value, visible[:, :, None], scale)
+  """Eq. 7: softmax attention over the visible compressed blocks."""
+  visible = _visible_blocks(spec, qkv[0], index[1])
+  return _attend(spec, qkv, visible[:, :, None])
 
 
 def block_scores(
-  query: Array,
-  compressed_key: Array,
-  lse: Array,
-  *,
-  config: NSAConfig,
-  key_length: int,
-  scale: float,
-  queries: Queries,
+  spec: Spec, arrays: tuple[Array, Array, Array], index: tuple[None, Queries]
 ) -> Array:
   """Eq. 8-10: importance of every selection block, [B, T, K, M]."""
-  visible = _visible_blocks(config, key_length, queries)
-  scores = _scores(query, compressed_key, scale)  # [B, T, K, G, C]
+  query, compressed_key, lse = arrays
+  visible = _visible_blocks(spec, query, index[1])
+  scores = _scores(query, compressed_key, spec.scale)  # [B, T, K, G, C]
   seen = visible[:, :, None, None]
   lse = rearrange(lse, "b t (k g) -> b t k g 1", k=scores.shape[2])
   lse = lse.astype(scores.dtype)
   p_cmp = jnp.where(seen, jnp.exp(jnp.where(seen, scores - lse, -jnp.inf)), 0)
 
-  blocks = jnp.arange(compression.num_selection_blocks(key_length, config))
-  per_selection = config.selection_block // config.compression_stride
-  per_compression = config.compression_block // config.compression_stride
+  num_blocks = geometry.num_selection_blocks(spec.key_length, spec.config)
+  blocks = jnp.arange(num_blocks)
   num_compressed = p_cmp.shape[-1]
-  p_slc = jnp.zeros((*p_cmp.shape[:-1], blocks.size), p_cmp.dtype)
-  for m in range(per_selection):
-    for k in range(per_compression):
-      index = per_selection * blocks + m - k
-      inside = (index >= 0) & (index < num_compressed)
+  p_slc = jnp.zeros((*p_cmp.shape[:-1], num_blocks), p_cmp.dtype)
+  for m in range(spec.ratio):
+    for k in range(spec.reach):
+      place = spec.ratio * blocks + m - k
+      inside = (place >= 0) & (place < num_compressed)
       if num_compressed:
-        term = p_cmp[..., index.clip(0, num_compressed - 1)]
+        term = p_cmp[..., place.clip(0, num_compressed - 1)]
         p_slc += jnp.where(inside, term, 0)
   return p_slc.sum(axis=3)
 
 
 def select_blocks(
-  query: Array,
-  compressed_key: Array,
-  lse: Array,
-  *,
-  config: NSAConfig,
-  key_length: int,
-  scale: float,
-  queries: Queries,
+  spec: Spec, arrays: tuple[Array, Array, Array], index: tuple[None, Queries]
 ) -> Array:
   """Eq. 11: the forced blocks and the best of the others, [B, T, K, n]."""
-  scores = block_scores(
-    query,
-    compressed_key,
-    lse,
-    config=config,
-    key_length=key_length,
-    scale=scale,
-    queries=queries,
-  )
+  config, queries = spec.config, index[1]
+  scores = block_scores(spec, arrays, index)
   num_blocks = scores.shape[-1]
-  positions, key_segments, query_segments = queries
+  positions = queries.positions(*scores.shape[:2])
+  key_segments, query_segments = queries.key_segments, queries.query_segments
   first = jnp.zeros_like(positions)
-  real = (positions >= 0) & (positions < key_length)
+  real = (positions >= 0) & (positions < spec.key_length)
   if key_segments is not None and query_segments is not None:
     same = key_segments[:, None, :] == query_segments[:, :, None]  # [B, T, S]
     first = jnp.argmax(same, axis=-1) // config.selection_block
@@ -109,140 +82,55 @@ def select_blocks(
   return jnp.pad(ids, [(0, 0)] * 3 + [(0, missing)], constant_values=-1)
 
 
-def selected_attention(
-  query: Array,
-  key: Array,
-  value: Array,
-  block_ids: Array,
-  *,
-  config: NSAConfig,
-  scale: float,
-  queries: Queries,
+def selected(
+  spec: Spec, qkv: tuple[Array, Array, Array], index: tuple[Array, Queries]
 ) -> tuple[Array, Array]:
   """Eq. 12: softmax attention over the causal tokens of the given blocks."""
-  token = jnp.arange(key.shape[1])
-  block = token // config.selection_block
+  block_ids, queries = index
+  token = jnp.arange(qkv[1].shape[1])
+  block = token // spec.config.selection_block
   chosen = (block_ids[..., None] == block).any(axis=-2)  # [B, T, K, S]
-  readable = _readable(token, *queries)
-  return _attend(query, key, value, chosen & readable[:, :, None], scale)
+  readable = _readable(token, qkv[0], queries, queries.key_segments)
+  return _attend(spec, qkv, chosen & readable[:, :, None])
 
 
-def window_attention(
-  query: Array,
-  key: Array,
-  value: Array,
-  *,
-  config: NSAConfig,
-  scale: float,
-  key_offset: int | Array,
-  queries: Queries,
+def window(
+  spec: Spec, qkv: tuple[Array, Array, Array], index: tuple[None, Queries]
 ) -> tuple[Array, Array]:
   """Softmax attention over the last w tokens, the query's own included."""
-  token = jnp.reshape(key_offset, (-1, 1, 1)) + jnp.arange(key.shape[1])
-  readable = _readable(token, *queries)
-  readable &= (token > queries.positions[..., None] - config.window) & (
-    token >= 0
-  )
-  return _attend(query, key, value, readable[:, :, None], scale)
+  query, key, _ = qkv
+  queries = index[1]
+  token = jnp.reshape(queries.key_offset, (-1, 1, 1)) + jnp.arange(key.shape[1])
+  readable = _readable(token, query, queries, queries.key_segments)
+  positions = queries.positions(*query.shape[:2])
+  readable &= (token > positions[..., None] - spec.config.window) & (token >= 0)
+  return _attend(spec, qkv, readable[:, :, None])
 
 
-def decode_attention(
-  query: Array,
-  compressed: KV,
-  selected: KV,
-  window: KV | None,
-  gates: Array,
-  query_offset: Array,
-  lengths: Array,
-  *,
-  config: NSAConfig,
-  scale: float,
-  compressed_query: Array,
+def full(
+  spec: Spec, qkv: tuple[Array, Array, Array], index: tuple[None, Queries]
 ) -> tuple[Array, Array]:
-  """The newest queries over a decode cache: the gated sum and the ids."""
-  key_length = selected.key.shape[1]
-  held = lengths[:, None]
-  positions = compression.query_positions(query_offset, *query.shape[:2])
-  real = (positions >= 0) & (positions < held)
-  positions = jnp.where(real, positions, -1)  # which reads nothing
-  queries = Queries(positions, None, None)
-
-  def keep(pair, mask):
-    return KV(*(jnp.where(mask[..., None, None], x, 0) for x in pair))
-
-  ends = compression.compressed_block_ends(key_length, config)
-  compressed = keep(compressed, ends < held)
-  selected = keep(selected, jnp.arange(key_length) < held)
-  out_compressed, lse = compressed_attention(
-    compressed_query,
-    *compressed,
-    config=config,
-    key_length=key_length,
-    scale=scale,
-    queries=queries,
-  )
-  ids = select_blocks(
-    compressed_query,
-    compressed.key,
-    lse,
-    config=config,
-    key_length=key_length,
-    scale=scale,
-    queries=queries,
-  )
-  out_selected, _ = selected_attention(
-    query, *selected, ids, config=config, scale=scale, queries=queries
-  )
-  if window is None:
-    out_window, _ = window_attention(
-      query,
-      *selected,
-      config=config,
-      scale=scale,
-      key_offset=0,
-      queries=queries,
-    )
-  else:
-    # Row r of the ring holds the last position before `held` that is r modulo
-    # its size; negative: none yet.
-    size = window.key.shape[1]
-    token = held - 1 - (held - 1 - jnp.arange(size)) % size
-    first = positions[..., None] - config.window + 1
-    token = token[:, None]
-    readable = (token >= jnp.maximum(first, 0)) & (
-      token <= positions[..., None]
-    )
-    window = keep(window, readable.any(axis=1))
-    out_window, _ = _attend(
-      query, window.key, window.value, readable[:, :, None], scale
-    )
-
-  out = jnp.einsum(
-    "btnc,cbtnv->btnv",
-    gates.astype(lse.dtype),
-    jnp.stack([out_compressed, out_selected, out_window]).astype(lse.dtype),
-    precision=jax.lax.Precision.HIGHEST,
-  )
-  out = jnp.where(real[..., None, None], out, 0)
-  return out.astype(query.dtype), ids
+  """Softmax attention over all tokens up to the query's own."""
+  queries = index[1]
+  token = jnp.arange(qkv[1].shape[1])
+  readable = _readable(token, qkv[0], queries, queries.key_segments)
+  return _attend(spec, qkv, readable[:, :, None])
 
 
-def _visible_blocks(config, key_length, queries):
+def _visible_blocks(spec, query, queries):
   """Which compressed blocks a query sees, bool [B, T, C]."""
-  ends = compression.compressed_block_ends(key_length, config)
-  segments = None
-  if queries.key_segments is not None:
-    segments = compression.compressed_block_segments(
-      queries.key_segments, config
-    )
-  return _readable(ends, queries.positions, segments, queries.query_segments)
+  ends = geometry.compressed_block_ends(spec.key_length, spec.config)
+  segments = queries.key_segments
+  if segments is not None:
+    segments = compressed_block_segments(segments, spec.config)
+  return _readable(ends, query, queries, segments)
 
 
-def _readable(token, positions, key_segments, query_segments):
+def _readable(token, query, queries, key_segments):
   """Causality and segments, bool [B, T, S] for keys at positions `token`."""
-  readable = token <= positions[..., None]
+  readable = token <= queries.positions(*query.shape[:2])[..., None]
   if key_segments is not None:
-    query_segments = query_segments[..., None]
+    query_segments = queries.query_segments[..., None]
     readable &= key_segments[:, None, :] == query_segments
     readable &= query_segments > 0
   return readable
@@ -260,9 +148,10 @@ def _scores(query, key, scale):
   )
 
 
-def _attend(query, key, value, mask, scale):
+def _attend(spec, qkv, mask):
   """Masked softmax attention; mask [B, T, K or 1, S] is shared by a group."""
-  scores = _scores(query, key, scale)
+  query, key, value = qkv
+  scores = _scores(query, key, spec.scale)
   mask = mask[:, :, :, None]
   acc = scores.dtype
   # Rows with nothing to attend keep finite arithmetic in both directions.

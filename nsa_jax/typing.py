@@ -14,49 +14,44 @@ Shapes in docstrings use one letter per axis:
            window (the fields of `NSAConfig`)
 """
 
-from collections.abc import Sequence
-from typing import Literal, NamedTuple, TypeAlias
+from collections.abc import Callable, Sequence
+from typing import Literal, TypeAlias
 
 import jax
 from jax import export
 
+from pallas_kernels.interface import KV, Queries
+
+__all__ = [
+  "KV",
+  "Array",
+  "AttentionName",
+  "CompressionName",
+  "Implementation",
+  "ImplementationName",
+  "Queries",
+  "RematName",
+  "RopeCompressedName",
+  "Selector",
+]
+
 Array: TypeAlias = jax.Array
 
 ImplementationName: TypeAlias = Literal["reference", "xla", "triton", "cudnn"]
-# None: the kernels on NVIDIA GPUs, XLA elsewhere and for what the kernels
-# cannot do. A name: exactly that one. A sequence: the first that can. "cudnn"
-# serves the window of the whole op.
+# None: the fastest that can do the call, op by op. A name: exactly that one. A
+# sequence: the first that can.
 Implementation: TypeAlias = (
   ImplementationName | Sequence[ImplementationName] | None
 )
 
+AttentionName: TypeAlias = Literal["nsa", "full", "window"]
+CompressionName: TypeAlias = Literal["mean", "weighted", "linear", "mlp"]
+RematName: TypeAlias = Literal["none", "full", "save_attention"]
+RopeCompressedName: TypeAlias = Literal["block", "tokens", "none"]
 
-class KV(NamedTuple):
-  """A pair of keys and values of one branch.
-
-  Attributes:
-    key: [B, S, K, H] (compressed: [B, C, K, H]).
-    value: [B, S, K, V] (compressed: [B, C, K, V]).
-  """
-
-  key: Array
-  value: Array
-
+# A selector of the user's: `select` of `native_sparse_attention` says what it
+# is called with.
+Selector: TypeAlias = Callable[..., Array]
 
 # So that exported functions may take or return pairs.
 export.register_namedtuple_serialization(KV, serialized_name="nsa_jax.KV")
-
-
-class Queries(NamedTuple):
-  """Where the queries of a call lie; what every implementation is told.
-
-  Attributes:
-    positions: int32 [B, T], of the queries in the row of keys.
-    key_segments: int32 [B, S], or None if all tokens are of one segment.
-    query_segments: int32 [B, T], 0 for queries that read nothing; None iff
-      `key_segments` is.
-  """
-
-  positions: Array
-  key_segments: Array | None
-  query_segments: Array | None

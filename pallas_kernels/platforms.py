@@ -2,105 +2,46 @@
 
 `jax.lax.platform_dependent` would do, if `jax.export` did not lower each of its
 branches for every platform when it is asked for several: a compiled kernel does
-not lower for a CPU. The primitive here lowers each branch for its own platform
-only, and no switch is left in a program for a single one.
+not lower for a CPU. The primitive here traces and lowers a branch only for the
+platforms that it is for, and no switch is left in a program for a single one.
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 from jax.extend import core
 from jax.interpreters import batching, mlir
 
-
-@dataclasses.dataclass(frozen=True, init=False)
-class Partial:
-  """`functools.partial`, but equal to another one with equal parts.
-
-  So what has been compiled for one call of an op serves the next.
-  """
-
-  function: Callable[..., Any]
-  args: tuple[Any, ...]
-  kwargs: tuple[tuple[str, Any], ...]
-
-  def __init__(self, function: Callable[..., Any], *args: Any, **kwargs: Any):
-    object.__setattr__(self, "function", function)
-    object.__setattr__(self, "args", args)
-    object.__setattr__(self, "kwargs", tuple(sorted(kwargs.items())))
-
-  def __call__(self, *args: Any) -> Any:
-    """The function of its own arguments and of these."""
-    return self.function(*self.args, *args, **dict(self.kwargs))
+# f(static, *arrays), and the static argument: calls with an equal pair share
+# what has been compiled.
+Call: TypeAlias = tuple[Callable[..., Any], Any]
 
 
-def by_platform(
-  *, cuda: Callable[..., Any], default: Callable[..., Any]
-) -> Callable[..., Any]:
-  """A function that is `cuda` on NVIDIA GPUs and `default` elsewhere.
+def by_platform(cuda: Call, default: Call, out: Any, *args: Any) -> Any:
+  """`cuda` on NVIDIA GPUs and `default` elsewhere.
 
-  It has no derivatives: use it inside the rules of a `jax.custom_vjp`.
+  It has no derivatives: use it inside the rules of a `jax.custom_vjp`. Outside
+  `jit` it compiles once for equal calls.
 
   Args:
-    cuda: a function of arrays, in any pytrees; it must not close over traced
-      values. It is traced when a program is lowered for an NVIDIA GPU, so that
-      other machines do not wait for it.
-    default: another one that returns the same shapes and dtypes.
+    cuda: a module-level function f(static, *args), and `static`, hashable.
+    default: another such pair.
+    out: shapes and dtypes of what both return, a pytree of
+      `jax.ShapeDtypeStruct`.
+    *args: arrays in any pytrees.
 
   Returns:
-    The function, with the signature of both. Called outside `jit`, it compiles
-    anew unless `cuda` and `default` are equal to those of an earlier call.
+    Arrays in the pytree `out`.
   """
-
-  def run(*args: Any) -> Any:
-    if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(args)):
-      return _stage(cuda, default, *args)
-    return _compiled(cuda, default)(*args)
-
-  return run
-
-
-@functools.lru_cache(maxsize=256)
-def _compiled(cuda, default):
-  return jax.jit(functools.partial(_stage, cuda, default))
-
-
-def _stage(cuda, default, *args):
-  elsewhere, shape = _trace(default, args)
-  tree = jax.tree.structure(args)
-
-  def on_cuda(*flat: Any) -> Any:
-    outs = jax.tree.leaves(cuda(*jax.tree.unflatten(tree, flat)))
-    found = [(x.shape, x.dtype) for x in outs]
-    wanted = [(x.shape, x.dtype) for x in elsewhere.out_avals]
-    assert found == wanted, (found, wanted)
-    return outs
-
-  return _bind(args, on_cuda, elsewhere, shape)
-
-
-def _trace(function, args):
-  """`function` as a jaxpr of the leaves of `args`, and what it returns."""
   flat, tree = jax.tree.flatten(args)
-
-  def flattened(*flat: jax.Array) -> Any:
-    return function(*jax.tree.unflatten(tree, flat))
-
-  return jax.make_jaxpr(flattened, return_shape=True)(*flat)
-
-
-def _bind(args, cuda, default, shape):
-  # As functions: the primitive is opaque to what jax does with jaxprs.
-  outs = _by_platform_p.bind(
-    *jax.tree.leaves(args),
-    cuda=cuda,
-    default=core.jaxpr_as_fun(default),
-    avals=tuple(default.out_avals),
+  shapes, out_tree = jax.tree.flatten(out)
+  avals = tuple(jax.core.ShapedArray(x.shape, x.dtype) for x in shapes)
+  results = _by_platform_p.bind(
+    *flat, cuda=cuda, default=default, tree=tree, avals=avals
   )
-  return jax.tree.unflatten(jax.tree.structure(shape), outs)
+  return jax.tree.unflatten(out_tree, results)
 
 
 _by_platform_p = core.Primitive("nsa_by_platform")
@@ -108,26 +49,55 @@ _by_platform_p.multiple_results = True
 _by_platform_p.def_abstract_eval(lambda *_, avals, **__: avals)
 
 
+def _rule(platform):
+  """What lowers for a platform: traced only then."""
+
+  def rule(*flat, tree, avals, **calls):
+    function, static = calls[platform]
+    results = jax.tree.leaves(function(static, *jax.tree.unflatten(tree, flat)))
+    found = [(x.shape, x.dtype) for x in results]
+    wanted = [(x.shape, x.dtype) for x in avals]
+    assert found == wanted, (function, found, wanted)
+    return results
+
+  return rule
+
+
+mlir.register_lowering(
+  _by_platform_p, mlir.lower_fun(_rule("cuda")), platform="cuda"
+)
+mlir.register_lowering(_by_platform_p, mlir.lower_fun(_rule("default")))
+
+
+@functools.lru_cache(maxsize=256)
+def _compiled(**params):
+  return jax.jit(functools.partial(_by_platform_p.bind, **params))
+
+
 @_by_platform_p.def_impl
-def _impl(*args, **params):
-  # Compiled for the platform at hand alone.
-  return jax.jit(lambda *args: _by_platform_p.bind(*args, **params))(*args)
+def _impl(*flat, **params):
+  return _compiled(**params)(*flat)
 
 
-def _batch(args, axes, *, cuda, default, avals):
-  del avals
-  cuda, default = (jax.vmap(f, in_axes=tuple(axes)) for f in (cuda, default))
-  outs = by_platform(cuda=cuda, default=default)(*args)
-  return outs, [0] * len(outs)
+def _mapped(static, *flat):
+  """A call of unbatched arrays, mapped over the axes of batched ones."""
+  (function, inner), tree, axes = static
+
+  def one(*flat):
+    return function(inner, *jax.tree.unflatten(tree, flat))
+
+  return jax.vmap(one, in_axes=axes)(*flat)
+
+
+def _batch(args, axes, *, cuda, default, tree, avals):
+  size = next(
+    x.shape[axis]
+    for x, axis in zip(args, axes, strict=True)
+    if axis is not None
+  )
+  mapped = ((_mapped, (call, tree, tuple(axes))) for call in (cuda, default))
+  out = [jax.ShapeDtypeStruct((size, *x.shape), x.dtype) for x in avals]
+  return by_platform(*mapped, out, *args), [0] * len(out)
 
 
 batching.primitive_batchers[_by_platform_p] = _batch
-mlir.register_lowering(
-  _by_platform_p,
-  mlir.lower_fun(lambda *args, cuda, default, avals: cuda(*args)),
-  platform="cuda",
-)
-mlir.register_lowering(
-  _by_platform_p,
-  mlir.lower_fun(lambda *args, cuda, default, avals: default(*args)),
-)

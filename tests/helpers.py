@@ -19,9 +19,11 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import optax
+from jax.sharding import AbstractDevice, AbstractMesh
 
 import nsa_jax
-from nsa_jax import KV, NSAConfig
+from nsa_jax import KV, NSAConfig, dispatch
+from pallas_kernels.interface import Spec
 
 # The one place to add an implementation to every behavioural test.
 IMPLEMENTATIONS = ("reference", "xla")
@@ -581,6 +583,26 @@ def native_vjp(implementation: Any, config: NSAConfig) -> Callable:
     return out, ids, pullback(dout)[0]
 
   return run
+
+
+def h200() -> Any:
+  """A context in which programs for CUDA are lowered for an H200."""
+  device = AbstractDevice(
+    device_kind="NVIDIA H200", num_cores=132, platform="gpu"
+  )
+  return jax.sharding.use_abstract_mesh(
+    AbstractMesh((), (), abstract_device=device)
+  )
+
+
+def run_kernel(op: str, spec: Spec, arrays: Any, index: Any) -> Any:
+  """An op of the Triton backend alone: nothing cleans up its arguments."""
+  from pallas_kernels import triton
+
+  served = getattr(triton, op)
+  served.check(spec, arrays, index)
+  kernel = dispatch.Kernel(served.forward, served.backward)
+  return dispatch.attend(dispatch.Plan(op, spec, kernel, kernel), arrays, index)
 
 
 def remat_vjp(keep: bool, config: NSAConfig) -> Callable:

@@ -12,9 +12,8 @@ import numpy as np
 import pytest
 
 import nsa_jax
-from nsa_jax import KV, NSAConfig, cache
-from nsa_jax.layers import NativeSparseAttention
-from nsa_jax.transformer import TransformerConfig, TransformerLM
+from nsa_jax import KV, NSAConfig, TransformerConfig, TransformerLM, cache
+from nsa_jax.layers.linen import NativeSparseAttention
 from tests import helpers
 
 CONFIG = NSAConfig(
@@ -451,7 +450,7 @@ def _attend(held, length, offset, window=None, implementation=None):
     jnp.asarray(gates),
     config=CONFIG,
     query_offset=offset,
-    window=window,
+    prefill_window=window,
     return_block_ids=True,
     implementation=implementation,
   )
@@ -854,11 +853,11 @@ def test_capacity_and_append_of_the_cache():
       lambda: _attend(
         _empty(), 1, 0, KV(_pair(6).key, _pair(6).value[..., :4])
       ),
-      "`window.value` of shape (2, 6, 2, 4) must have shape (any, any, any, 8)",
+      "`prefill_window.value` of shape (2, 6, 2, 4) must have shape (any, any,",
     ),
     (
       lambda: _attend(_empty(), 4, 0),
-      "`query` has 4 tokens, more than `max_append`=3: `window` must be what",
+      "`query` has 4 tokens, more than `max_append`=3: `prefill_window`",
     ),
     (
       lambda: _attend(_empty(kind="full"), 1, 0),

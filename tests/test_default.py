@@ -106,19 +106,9 @@ def test_without_jit() -> None:
 
 
 @pytest.mark.usefixtures("fast_compilation")
-def test_without_jit_nothing_is_compiled_twice(
-  monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_without_jit_nothing_is_compiled_twice() -> None:
   inputs, _, dout = _arguments(Dims(CONFIG, 1, 21, 21, 1, 2, 16, 16))
-  staged: list[Any] = []
-  stage = platforms._stage
   platforms._compiled.cache_clear()
-
-  def counted(*args: Any) -> Any:
-    staged.append(args)
-    return stage(*args)
-
-  monkeypatch.setattr(platforms, "_stage", counted)
 
   def run() -> Any:
     out, pullback = jax.vjp(
@@ -127,10 +117,10 @@ def test_without_jit_nothing_is_compiled_twice(
     return out, pullback(dout)
 
   first = run()
-  count = len(staged)
-  assert count
+  programs = platforms._compiled.cache_info().misses
+  assert programs == 4 + 3  # branches and selection forward, branches backward
   helpers.assert_same_bits(run(), first)
-  assert len(staged) == count
+  assert platforms._compiled.cache_info().misses == programs
 
 
 @pytest.mark.parametrize(
@@ -246,8 +236,7 @@ def test_residuals_are_those_of_the_kernels() -> None:
     pullback = jax.eval_shape(lambda x: jax.vjp(run, x)[1], inputs)
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(pullback))
 
-  # Positions, int32 [B, T], for each of three branches.
-  assert kept(None) <= kept("triton") + 3 * 4 * 2 * 70
+  assert kept(None) == kept("triton")
 
 
 def _count(jaxpr: Any) -> int:

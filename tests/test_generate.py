@@ -14,7 +14,7 @@ import pytest
 from examples import generate as example
 from examples import train_lm
 from nsa_jax import NSAConfig, TransformerConfig, TransformerLM, generate
-from nsa_jax.generate import _decode, _init, _sample, _State, filter_logits
+from nsa_jax.sampling import _decode, _init, _sample, _State, filter_logits
 from tests import tiny_run
 
 pytestmark = pytest.mark.usefixtures("fast_compilation")

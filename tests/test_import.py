@@ -9,7 +9,7 @@ import sys
 import nsa_jax
 from jax._src import xla_bridge
 assert xla_bridge._backends == {}, xla_bridge._backends
-for name in ("pallas_kernels", "jax.experimental.pallas"):
+for name in ("pallas_kernels.triton", "jax.experimental.pallas"):
   assert name not in sys.modules, name
 """
 

@@ -13,7 +13,7 @@ from flax import nnx
 
 import nsa_jax
 from nsa_jax import NSAConfig
-from nsa_jax.layers import NativeSparseAttention
+from nsa_jax.layers.linen import NativeSparseAttention
 from nsa_jax.rope import RopeConfig, apply_rope
 
 CONFIG = NSAConfig(

@@ -3,17 +3,14 @@
 import dataclasses
 import functools
 import re
-import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax._src.cudnn import fused_attention_stablehlo
 
 import nsa_jax
-from nsa_jax import NSAConfig, transformer
-from nsa_jax.transformer import TransformerConfig, TransformerLM
+from nsa_jax import NSAConfig, TransformerConfig, TransformerLM
 
 NSA = NSAConfig(
   compression_block=4,
@@ -138,71 +135,6 @@ def test_a_window_over_everything_is_full_attention(value_head_dim):
     full(params, _tokens(), segment_ids=ids),
     atol=1e-5,
   )
-
-
-def _full_pullback(implementation):
-  """Gradients of a scanned model of full attention in bfloat16."""
-  fields = {"head_dim": 64, "attention": "full", "scan_layers": True}
-  config = _config(**fields, dtype=jnp.bfloat16, implementation=implementation)
-  model = TransformerLM(config)
-
-  def loss(params, tokens):
-    return jnp.square(jnp.asarray(model.apply(params, tokens))).mean()
-
-  return _params(config), jax.jit(jax.value_and_grad(loss))
-
-
-@pytest.mark.parametrize("implementation", [None, "xla"])
-def test_full_attention_runs_in_cudnn(implementation, monkeypatch):
-  # As if a GPU with cuDNN were here: lowering needs no more.
-  monkeypatch.setattr(transformer, "_cudnn_can", lambda query: True)
-  monkeypatch.setattr(
-    fused_attention_stablehlo, "check_cudnn_version", lambda: 91000
-  )
-  params, pullback = _full_pullback(implementation)
-  traced = pullback.trace(params, jnp.zeros((B, 88), jnp.int32))
-  text = traced.lower(lowering_platforms=("cuda",)).as_text()
-  cudnn = implementation is None
-  assert ("__cudnn$fmhaSoftmax(" in text) == cudnn
-  assert ("__cudnn$fmhaSoftmaxBackward(" in text) == cudnn
-  assert ("x88x88x" in text) != cudnn
-
-
-def test_cudnn_is_for_half_precision_on_a_gpu(monkeypatch):
-  class Device:
-    client = types.SimpleNamespace(platform_version="PJRT C API\ncuda 13000")
-    compute_capability = "9.0"
-
-  def can(width=64, dtype=jnp.bfloat16):
-    shape = jax.ShapeDtypeStruct((1, 8, 2, width), dtype)
-    return transformer._cudnn_can(shape)
-
-  if jax.default_backend() != "gpu":
-    assert not can()
-  monkeypatch.setattr(jax, "devices", lambda backend=None: [Device])
-  assert can()
-  assert can(dtype=jnp.float16)
-  assert can(128)
-  assert not can(dtype=jnp.float32)
-  assert not can(12)
-  assert not can(136)
-  monkeypatch.setattr(Device, "compute_capability", "7.5")
-  assert not can()
-
-
-@pytest.mark.gpu
-def test_full_attention_in_cudnn_agrees():
-  params, cudnn = _full_pullback(None)
-  _, portable = _full_pullback("xla")
-  tokens = _tokens()
-  assert "cudnn" in cudnn.lower(params, tokens).as_text()
-  loss, grads = cudnn(params, tokens)
-  want_loss, want_grads = portable(params, tokens)
-  np.testing.assert_allclose(loss, want_loss, rtol=2e-2)
-  for a, b in zip(
-    jax.tree.leaves(grads), jax.tree.leaves(want_grads), strict=True
-  ):
-    assert jnp.linalg.norm(a - b) <= 5e-2 * jnp.linalg.norm(b)
 
 
 def test_positions_are_used_by_every_kind():

@@ -20,9 +20,9 @@ from jax.sharding import (
 )
 
 import nsa_jax
-import pallas_kernels
 from nsa_jax import NSAConfig
-from pallas_kernels.triton import tiling
+from pallas_kernels.triton import by_block, tiling
+from pallas_kernels.triton.inverse_lists import invert
 from tests import helpers, test_ops
 
 pytestmark = pytest.mark.usefixtures("fast_compilation")
@@ -185,48 +185,30 @@ def test_a_second_run_has_the_same_bits(group: int) -> None:
 
 
 @pytest.mark.parametrize("group", [4, 16])
-def test_pieces_and_chunks_change_nothing(
-  group: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_pieces_and_chunks_change_nothing(group: int) -> None:
   """Lists in pieces, queries in chunks, a block in more than one step."""
-  query, key, value, ids, dout, dlse = _inputs(group=group, block=32)
-  expected = _pullback("reference", NSAConfig(16, 16, 32, 4))(
-    query, key, value, ids, dout, dlse
-  )
+  inputs = _inputs(group=group, block=32)
+  config = NSAConfig(16, 16, 32, 4)
+  expected = _pullback("reference", config)(*inputs)
   tiles = tiling.selected_tiling(
     group=group,
     head_dim=16,
     value_dim=16,
-    dtype=query.dtype,
+    dtype=inputs[0].dtype,
     block=32,
     num_ids=4,
   )
   half = dataclasses.replace(tiles.fwd, block_k=16)
   tiles = dataclasses.replace(
-    tiles, rows=16, piece=7, fwd=half, dq=half, dkv=half
+    tiles,
+    rows=16,
+    piece=7,
+    fwd=half,
+    dq=half,
+    dkv=half,
+    scratch=32 * 4 * 4 * 64,
   )
-  monkeypatch.setattr(
-    "pallas_kernels.triton.selected_by_block.PARTIAL_BYTES", 32 * 4 * 4 * 64
-  )
-
-  @jax.jit
-  def run(query, key, value):
-    def op(query, key, value):
-      return pallas_kernels.selected_attention(
-        query,
-        key,
-        value,
-        ids,
-        selection_block=32,
-        scale=0.25,
-        query_offset=jnp.zeros(1, jnp.int32),
-        tiles=tiles,
-      )
-
-    result, pullback = jax.vjp(op, query, key, value)
-    return result, pullback((dout, dlse))
-
-  actual = run(query, key, value)
+  actual = _pullback("triton", config, tiles=tiles)(*inputs)
   helpers.assert_close(actual[0], expected[0], "float32")
   helpers.assert_close(actual[1], expected[1], "float32", gradient=4)
 
@@ -251,26 +233,9 @@ def test_pairs_of_queries(length: int, offset: int, segments: bool) -> None:
     "reference", NSAConfig(16, 16, 16, 3), query_offset=offset, **call
   )(query, key, value, ids, dout, dlse)
 
-  @jax.jit
-  def run(query, key, value):
-    def op(query, key, value):
-      return pallas_kernels.selected_attention(
-        query,
-        key,
-        value,
-        ids,
-        selection_block=16,
-        scale=0.25,
-        query_offset=jnp.full(2, offset, jnp.int32),
-        key_segments=call.get("segment_ids"),
-        query_segments=call["segment_ids"][:, offset:] if call else None,
-        tiles=tiles,
-      )
-
-    result, pullback = jax.vjp(op, query, key, value)
-    return result, pullback((dout, dlse))
-
-  actual = run(query, key, value)
+  actual = _pullback(
+    "triton", NSAConfig(16, 16, 16, 3), query_offset=offset, tiles=tiles, **call
+  )(query, key, value, ids, dout, dlse)
   helpers.assert_close(actual[0], expected[0], "float32")
   helpers.assert_close(actual[1], expected[1], "float32", gradient=4)
 
@@ -281,11 +246,9 @@ def test_pairs_of_queries(length: int, offset: int, segments: bool) -> None:
   [(10**6, 4, 37), (3 * 37, 2, 37), (40, 1, 37), (17, 1, 16)],
 )
 def test_chunks_of_heads_and_of_queries(
-  fit: int, heads: int, rows: int, monkeypatch: pytest.MonkeyPatch
+  fit: int, heads: int, rows: int
 ) -> None:
   """Whole heads or part of one, over batch, offsets and segments."""
-  from pallas_kernels.triton import selected_by_block
-
   sizes: Any = {"batch": 2, "kv_heads": 2, "group": 3}
   _, key, value, ids, *_ = _inputs(**sizes, length=53)
   query, _, _, _, dout, dlse = _inputs(**sizes, length=37)
@@ -299,19 +262,20 @@ def test_chunks_of_heads_and_of_queries(
   call = {"query_offset": offset, "segment_ids": segment_ids}
   arrays = (query, key, value, ids, dout, dlse)
   expected = _pullback("reference", config, **call)(*arrays)
-  # Ids, padded group, head dimension, float32.
-  monkeypatch.setattr(selected_by_block, "PARTIAL_BYTES", fit * 4 * 4 * 16 * 4)
-  plan = selected_by_block.plan_chunks(query, key, ids, 16)
-  assert (plan.heads, plan.rows) == (heads, rows)
-  run = _pullback("triton", config, **call)
+  scratch = fit * 4 * 4 * 16 * 4  # ids, padded group, head dimension, float32
+  chunking = by_block.make_chunking(query, key, ids, 16, scratch)
+  assert (chunking.heads, chunking.rows) == (heads, rows)
+  tiles = tiling.selected_tiling(
+    group=3, head_dim=16, value_dim=16, dtype=query.dtype, block=16, num_ids=4
+  )
+  tiles = dataclasses.replace(tiles, scratch=scratch)
+  run = _pullback("triton", config, tiles=tiles, **call)
   actual = run(*arrays)
   helpers.assert_close(actual[0], expected[0], "float32")
   helpers.assert_close(actual[1], expected[1], "float32", gradient=4)
 
 
 def test_chunks_keep_the_sort_key_short() -> None:
-  from pallas_kernels.triton import selected_by_block
-
   def array(*shape: int) -> Any:
     return jax.ShapeDtypeStruct(shape, jnp.bfloat16)
 
@@ -323,15 +287,16 @@ def test_chunks_keep_the_sort_key_short() -> None:
     (262144, 1, 1, 32768),
     (524288, 8, 1, 65536),  # here the lists would be short
   ):
-    plan = selected_by_block.plan_chunks(
+    chunking = by_block.make_chunking(
       array(1, length, 8 * group, 128),
       array(1, length, 8, 128),
       array(1, length, 8, 16),
       64,
+      2**31,
     )
-    assert (plan.heads, plan.rows) == (heads, rows)
-    num_rows = plan.heads * plan.num_blocks + 1
-    short = num_rows * plan.rows * plan.num_ids < 2**32
+    assert (chunking.heads, chunking.rows) == (heads, rows)
+    num_rows = chunking.heads * chunking.num_blocks + 1
+    short = num_rows * chunking.rows * chunking.num_ids < 2**32
     assert short == (length <= 262144)
 
 
@@ -346,8 +311,6 @@ def test_x64_changes_no_bit(group: int) -> None:
 
 def test_two_operand_sort() -> None:
   """Rows and items that do not fit one 32-bit key are sorted as a pair."""
-  from pallas_kernels.triton.inverse_lists import invert
-
   row = jnp.array([3, 0, 3, 1, 4, 0], jnp.int32)  # 4 drops
   item = jnp.array([0, 1, 2, 3, 4, 5], jnp.int32)
   for num_items in (6, 2**30):

@@ -15,13 +15,10 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh
 
 import nsa_jax
-import pallas_kernels
 from nsa_jax import NSAConfig
-from pallas_kernels.triton import (
-  band_attention,
-  band_attention_vjp,
-  tiling,
-)
+from pallas_kernels.interface import Spec
+from pallas_kernels.triton import band as bands
+from pallas_kernels.triton import band_vjp, tiling
 from tests import helpers
 
 pytestmark = pytest.mark.usefixtures("fast_compilation")
@@ -91,6 +88,7 @@ def _pullback(
       value,
       config=config,
       implementation=implementation,
+      tiles=tiles,
       **static,
       **call,
     )
@@ -102,13 +100,7 @@ def _pullback(
     dlse = jnp.where(lse == -jnp.inf, jnp.nan, dlse)
     return (out, lse), pullback((dout, dlse))
 
-  def traced(*args):
-    with pytest.MonkeyPatch.context() as patch:
-      if tiles is not None:
-        patch.setattr(tiling, "band_tiling", lambda **_: tiles)
-      return run(*args)
-
-  return traced
+  return run
 
 
 def _check(
@@ -190,9 +182,7 @@ def test_queries_split_over_programs(branch: str, programs: int) -> None:
   _check(branch, tiles, batch=2, kv_heads=2, group=2, length=139)
 
 
-def _reads(
-  band: band_attention.Band, block_q: int, length: int, block_k: int
-) -> Any:
+def _reads(band: bands.Band, block_q: int, length: int, block_k: int) -> Any:
   """[offset, first row, tile of queries, tile of keys]: the place of a pair.
 
   The number of the keys' tile, counted from the first that the queries read,
@@ -202,10 +192,10 @@ def _reads(
   shape = (length + 90, 9, -(-length // block_q), -(-band.length // block_k))
   offset, first_row, i, j = (jnp.asarray(x) for x in np.indices(shape))
   offset -= 50
-  begin, end = band_attention_vjp.query_tiles(
+  begin, end = band_vjp.query_tiles(
     band, offset, first_row, j * block_k, block_k, length, block_q
   )
-  keys = band_attention.key_tiles(
+  keys = bands.key_tiles(
     band,
     offset,
     first_row,
@@ -226,20 +216,21 @@ def test_the_scratch_of_a_tile_holds_all_that_is_read(
   """What dq reads has been written, and nothing is written out of bounds."""
   length = 23
   stride, span = (4, 8) if window is None else (1, 1)
-  band = band_attention.Band(stride, span, window, 37)
+  band = bands.Band(stride, span, window, 37)
   tile = tiling.BandTile(4, 4, 2, rows=block_q)
   tiles = tiling.BandTiling(tile, tile, tile)
-  plan = band_attention_vjp.make_plan(
+  schedule = band_vjp.make_schedule(
+    Spec(None, 1.0, 37, tiles=tiles),
+    band,
+    bands.QuerySizes(length, 1, 1),
     batch=1,
     num_keys=37 if window else 8,
     dtype=jnp.float32,
-    sizes=band_attention.Sizes(length, 1, 1),
-    spec=band_attention.Spec(band, 1.0, tiles),
   )
   written, read = _reads(band, block_q, length, 4)
   assert (read >= 0).any()
   assert (written[read >= 0] == read[read >= 0]).all()
-  assert written.max() < plan.slots
+  assert written.max() < schedule.slots
 
 
 @pytest.mark.parametrize("keys, rows", [(32, 16), (16, 8), (16, 24)])
@@ -326,27 +317,7 @@ def _lower(branch: str, **sizes: Any) -> str:
     functools.partial(_inputs, branch, config, length=333, **sizes)
   )
 
-  def run(query, key, value, dout, dlse):
-    def op(query, key, value):
-      offset = jnp.zeros(1, jnp.int32)
-      call: dict[str, Any] = {"scale": 0.1, "query_offset": offset}
-      if branch == "compressed":
-        return pallas_kernels.compressed_attention(
-          query,
-          key,
-          value,
-          stride=16,
-          span=32,
-          key_length=333,
-          **call,
-        )
-      return pallas_kernels.window_attention(
-        query, key, value, window=100, **call
-      )
-
-    result, pullback = jax.vjp(op, query, key, value)
-    return result, pullback((dout, dlse))
-
+  run = _pullback(branch, "triton", config, length=333, scale=0.1)
   mesh = AbstractMesh(
     (),
     (),
@@ -355,7 +326,7 @@ def _lower(branch: str, **sizes: Any) -> str:
     ),
   )
   with jax.sharding.use_abstract_mesh(mesh):
-    traced = jax.jit(run).trace(*inputs)
+    traced = run.trace(*inputs)
     return traced.lower(lowering_platforms=("cuda",)).as_text()
 
 

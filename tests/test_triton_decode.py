@@ -16,9 +16,9 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh
 
 import nsa_jax
-import pallas_kernels
 from nsa_jax import KV, NSAConfig
-from pallas_kernels import DecodeTiling, Tile
+from pallas_kernels.interface import DecodeArrays, Queries, Spec
+from pallas_kernels.triton.tiling import DecodeTiling, Tile
 from tests import helpers
 from tests.helpers import Dims, Oracle
 
@@ -38,40 +38,26 @@ SMALL = DecodeTiling(
 )
 
 
-def _static(config: NSAConfig, head_dim: int) -> dict[str, Any]:
-  return {
-    "stride": config.compression_stride,
-    "span": config.compression_block,
-    "selection_block": config.selection_block,
-    "num_selected": config.num_selected,
-    "num_initial": config.num_initial,
-    "num_local": config.num_local,
-    "window": config.window,
-    "scale": head_dim**-0.5,
-  }
-
-
 @functools.cache
 def _decode(config: NSAConfig, tiles: DecodeTiling | None) -> Any:
   """A jitted f(inputs, ring or None, offset, lengths) -> (out, ids)."""
 
   @jax.jit
   def run(inputs, ring, offset, lengths):
-    window: Any = ring or (None, None)
-    return pallas_kernels.decode_attention(
-      inputs["query"],
-      inputs["compressed"].key,
-      inputs["compressed"].value,
-      inputs["selected"].key,
-      inputs["selected"].value,
-      window[0],
-      window[1],
-      inputs["gates"],
-      offset,
-      lengths,
-      **_static(config, inputs["query"].shape[-1]),
-      compressed_query=inputs.get("compressed_query"),
-      tiles=tiles,
+    query, selected = inputs["query"], inputs["selected"]
+    scale = query.shape[-1] ** -0.5
+    return helpers.run_kernel(
+      "decode",
+      Spec(config, scale, selected.key.shape[1], tiles=tiles),
+      DecodeArrays(
+        query,
+        inputs.get("compressed_query", query),
+        inputs["compressed"],
+        selected,
+        ring,
+        inputs["gates"],
+      ),
+      (lengths, Queries(offset)),
     )
 
   return run

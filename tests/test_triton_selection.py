@@ -4,6 +4,7 @@ Both get the same lse. Where the scores leave a margin ids are equal; elsewhere
 the scores of the chosen blocks are (`Oracle.assert_ids`).
 """
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -14,9 +15,9 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh
 
 import nsa_jax
-import pallas_kernels
 from nsa_jax import NSAConfig
-from pallas_kernels import SelectionTiling, Tile
+from pallas_kernels.interface import Queries, Spec
+from pallas_kernels.triton.tiling import SelectionTiling, Tile
 from tests import helpers
 from tests.helpers import Dims, Oracle
 
@@ -25,13 +26,6 @@ pytestmark = pytest.mark.usefixtures("fast_compilation")
 BASE = NSAConfig(8, 4, 16, 3, 1, 1)
 # Every loop of both kernels takes several steps at test sizes.
 SMALL = SelectionTiling(16, Tile(16, 1, 1), 4, 4, 1)
-
-
-@pytest.fixture
-def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-  monkeypatch.setattr(
-    "pallas_kernels.triton.tiling.selection_tiling", lambda **_: SMALL
-  )
 
 
 @functools.cache
@@ -55,7 +49,12 @@ def _lse(config: NSAConfig, key_length: int) -> Any:
   return run
 
 
-def _select(implementation: Any, config: NSAConfig, key_length: int) -> Any:
+def _select(
+  implementation: Any,
+  config: NSAConfig,
+  key_length: int,
+  tiles: SelectionTiling | None = None,
+) -> Any:
   """A jitted function f(query, key, lse, integers) -> ids."""
 
   @jax.jit
@@ -67,20 +66,26 @@ def _select(implementation: Any, config: NSAConfig, key_length: int) -> Any:
       **integers,
       config=config,
       key_length=key_length,
+      tiles=tiles,
       implementation=implementation,
     )
 
   return run
 
 
-def _check(dims: Dims, dtype: str, integers: Any = None, seed: int = 0) -> Any:
+def _check(
+  dims: Dims,
+  dtype: str,
+  integers: Any = None,
+  tiles: SelectionTiling | None = SMALL,
+) -> Any:
   """Ids of the kernels against the oracle, and exactly where it is clear."""
   integers = integers or {}
   config, keys = dims.config, dims.keys
-  inputs = helpers.make_inputs(dims, dtype, seed)
+  inputs = helpers.make_inputs(dims, dtype)
   query, key = inputs["query"], inputs["compressed"].key
   lse = _lse(config, keys)(query, key, integers)
-  ids = _select("triton", config, keys)(query, key, lse, integers)
+  ids = _select("triton", config, keys, tiles)(query, key, lse, integers)
   expected = _select("reference", config, keys)(query, key, lse, integers)
   oracle = Oracle(
     config,
@@ -118,7 +123,6 @@ CASES: dict[str, tuple[Dims, str]] = {
 }
 
 
-@pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("name", CASES)
 def test_matches_reference(name: str) -> None:
   _check(*CASES[name])
@@ -126,10 +130,9 @@ def test_matches_reference(name: str) -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_default_tiles(dtype: str) -> None:
-  _check(Dims(BASE, 1, 70, 70), dtype)
+  _check(Dims(BASE, 1, 70, 70), dtype, tiles=None)
 
 
-@pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("initial", [0, 1])
 def test_offsets(initial: int) -> None:
   """T < S; queries before the first and after the last token."""
@@ -138,7 +141,6 @@ def test_offsets(initial: int) -> None:
   _check(Dims(config, 2, 21, 91), "float32", {"query_offset": offset})
 
 
-@pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("initial", [0, 1])
 def test_segments(initial: int) -> None:
   config = NSAConfig(8, 4, 16, 3, initial, 1)
@@ -151,25 +153,14 @@ def test_segments(initial: int) -> None:
 
   # Nothing in the padding is felt, nor what later tokens and the other segment
   # hold; given to the kernels themselves, before anything cleans it up.
-  run = functools.partial(
-    pallas_kernels.select_blocks,
-    key_length=160,
-    compression_block=8,
-    compression_stride=4,
-    selection_block=16,
-    num_selected=3,
-    num_initial=initial,
-    num_local=1,
-    scale=0.25,
-    query_offset=jnp.zeros(2, jnp.int32),
-    block_segments=nsa_jax.compression.compressed_block_segments(
-      jnp.asarray(segments), config
-    ),
-    query_segments=jnp.asarray(segments),
-    segment_starts=nsa_jax.compression.segment_starts(
-      jnp.asarray(segments), jnp.asarray(segments)
-    ),
-  )
+  tokens = jnp.asarray(segments)
+  spec = Spec(config, 0.25, 160, tiles=SMALL)
+
+  @jax.jit
+  def run(*arrays):
+    index = None, Queries(0, tokens, tokens)
+    return helpers.run_kernel("select_blocks", spec, arrays, index)
+
   query, key = inputs["query"], inputs["compressed"].key
   whole = segments[:, 4 * np.arange(dims.num_compressed)[:, None] + range(8)]
   hidden = (whole != whole[..., :1]).any(-1) | (whole[..., 0] == 0)
@@ -184,7 +175,6 @@ def test_segments(initial: int) -> None:
   np.testing.assert_array_equal(later[:, :120], np.asarray(ids)[:, :120])
 
 
-@pytest.mark.usefixtures("small_tiles")
 def test_queries_of_other_segments() -> None:
   """Blocks between a query and the segment it reads are candidates of score 0.
 
@@ -203,27 +193,24 @@ def test_queries_of_other_segments() -> None:
   _check(dims, "float32", integers)
 
 
-@pytest.mark.usefixtures("small_tiles")
 def test_ties_go_to_the_lower_index() -> None:
   """With equal keys all blocks but the first, which has 7 of 8 shares, tie."""
   config = NSAConfig(8, 4, 16, 5, 0, 2)
   query = jnp.ones((1, 160, 2, 16))
   key = jnp.ones((1, 39, 1, 16))
   lse = _lse(config, 160)(query, key, {})
-  ids = np.asarray(_select("triton", config, 160)(query, key, lse, {}))[0, :, 0]
+  run = _select("triton", config, 160, SMALL)
+  ids = np.asarray(run(query, key, lse, {}))[0, :, 0]
   for t in range(96, 160):
     own = t // 16
     assert ids[t].tolist() == [1, 2, 3, own - 1, own], t
 
 
-@pytest.mark.usefixtures("small_tiles")
-def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunks_change_nothing() -> None:
   dims = Dims(BASE, 2, 70, 70)
   *_, whole = _check(dims, "float32")
-  monkeypatch.setattr(
-    "pallas_kernels.triton.block_selection.SCORE_BYTES", 2**14
-  )
-  *_, chunked = _check(dims, "float32")
+  tiles = dataclasses.replace(SMALL, scratch=2**14)
+  *_, chunked = _check(dims, "float32", tiles=tiles)
   np.testing.assert_array_equal(chunked, whole)
 
 
@@ -352,7 +339,7 @@ def test_every_tiling_lowers_for_cuda(sizes: dict[str, Any]) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", CASES)
 def test_gpu_matches_reference(name: str) -> None:
-  _check(*CASES[name])
+  _check(*CASES[name], tiles=None)
 
 
 @pytest.mark.gpu

@@ -2,18 +2,18 @@
 
 from nsa_jax.xla.attention import (
   block_scores,
-  compressed_attention,
+  compressed,
+  full,
   select_blocks,
-  selected_attention,
-  window_attention,
+  selected,
+  window,
 )
-from nsa_jax.xla.decode import decode_attention
 
 __all__ = [
   "block_scores",
-  "compressed_attention",
-  "decode_attention",
+  "compressed",
+  "full",
   "select_blocks",
-  "selected_attention",
-  "window_attention",
+  "selected",
+  "window",
 ]

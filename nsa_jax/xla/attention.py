@@ -8,31 +8,34 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
-from nsa_jax import compression
+from nsa_jax import geometry
 from nsa_jax.config import NSAConfig
 from nsa_jax.typing import Array, Queries
 from nsa_jax.xla.chunks import chunk_rows, map_chunks
+from pallas_kernels.interface import (
+  Spec,
+  compressed_block_segments,
+  segment_starts,
+)
+
+# Blocks of one token, with which the compressed branch is full attention.
+_TOKENS = NSAConfig(1, 1, 1)
 
 
-def compressed_attention(
-  query: Array,
-  key: Array,
-  value: Array,
-  *,
-  config: NSAConfig,
-  key_length: int,
-  scale: float,
-  queries: Queries,
+def compressed(
+  spec: Spec, qkv: tuple[Array, Array, Array], index: tuple[None, Queries]
 ) -> tuple[Array, Array]:
   """Softmax attention over the visible compressed blocks."""
+  query, key, value = qkv
+  _, queries = index
   batch, length, heads, _ = query.shape
   dtype = query.dtype
-  mask = _visible_blocks(config, key_length, queries.key_segments)
+  mask = _visible_blocks(spec, queries.key_segments)
 
   def body(query, positions, query_segments):
     visible = mask(positions, query_segments)  # [B, R, C]
     return _attend(
-      _scores("brkgh,bckh->brkgc", query, key.astype(dtype), scale),
+      _scores("brkgh,bckh->brkgc", query, key.astype(dtype), spec.scale),
       visible[:, :, None, None],
       value.astype(dtype),
       "brkgc,bckv->brkgv",
@@ -41,107 +44,113 @@ def compressed_attention(
   rows = chunk_rows(length, batch * heads * key.shape[1])
   query = _grouped(query, key.shape[2])
   key, value = _shared(key), _shared(value)
-  out, lse = map_chunks(
-    body, rows, query, queries.positions, queries.query_segments
-  )
+  positions = queries.positions(batch, length)
+  out, lse = map_chunks(body, rows, query, positions, queries.query_segments)
   return _ungrouped(out, lse)
 
 
+def full(
+  spec: Spec, qkv: tuple[Array, Array, Array], index: tuple[None, Queries]
+) -> tuple[Array, Array]:
+  """Softmax attention over all tokens up to the query's own.
+
+  These are blocks of one token, all of them visible that end at the query.
+  """
+  return compressed(spec._replace(config=_TOKENS), qkv, index)
+
+
 def block_scores(
-  query: Array,
-  compressed_key: Array,
-  lse: Array,
-  *,
-  config: NSAConfig,
-  key_length: int,
-  scale: float,
-  queries: Queries,
+  spec: Spec, arrays: tuple[Array, Array, Array], index: tuple[None, Queries]
 ) -> Array:
   """Eq. 8-10: importance of every selection block, [B, T, K, M]."""
-  return _for_block_scores(
-    lambda scores, *_: scores,
-    query,
-    compressed_key,
-    lse,
-    config=config,
-    key_length=key_length,
-    scale=scale,
-    queries=queries,
-  )
+  return _for_block_scores(lambda scores, *_: scores, spec, arrays, index)
 
 
 def select_blocks(
-  query: Array,
-  compressed_key: Array,
-  lse: Array,
-  *,
-  config: NSAConfig,
-  key_length: int,
-  scale: float,
-  queries: Queries,
+  spec: Spec, arrays: tuple[Array, Array, Array], index: tuple[None, Queries]
 ) -> Array:
   """Eq. 11: the forced blocks and the best of the others, [B, T, K, n]."""
-  num_blocks = compression.num_selection_blocks(key_length, config)
-  positions, key_segments, query_segments = queries
-  if key_segments is None or query_segments is None:
-    first = jnp.zeros_like(positions)
-  else:
-    starts = compression.segment_starts(key_segments, query_segments)
-    first = starts // config.selection_block
+  _, queries = index
+  first = first_candidates(spec, queries, *arrays[0].shape[:2])
 
-  def top_n(scores, positions, query_segments, first):
-    first = first[..., None]
-    last = positions[..., None] // config.selection_block
-    block = jnp.arange(num_blocks)
-    candidate = (first <= block) & (block <= last)
-    candidate &= ((positions >= 0) & (positions < key_length))[..., None]
-    if query_segments is not None:
-      candidate &= (query_segments > 0)[..., None]
-    forced = (block < first + config.num_initial) | (
-      block > last - config.num_local
-    )
-    rank = jnp.where(forced[:, :, None], jnp.inf, scores)
-    rank = jnp.where(candidate[:, :, None], rank, -jnp.inf)
-    # top_k keeps the lower index first among equals.
-    best, ids = jax.lax.top_k(rank, min(config.num_selected, num_blocks))
-    ids = jnp.sort(jnp.where(best > -jnp.inf, ids, num_blocks), axis=-1)
-    ids = jnp.where(ids < num_blocks, ids, -1).astype(jnp.int32)
-    missing = config.num_selected - ids.shape[-1]
-    return jnp.pad(ids, [(0, 0)] * 3 + [(0, missing)], constant_values=-1)
+  def consume(scores, positions, query_segments, first):
+    return top_n(spec, scores, positions, query_segments, first)
 
-  return _for_block_scores(
-    top_n,
-    query,
-    compressed_key,
-    lse,
-    first,
-    config=config,
-    key_length=key_length,
-    scale=scale,
-    queries=queries,
+  return _for_block_scores(consume, spec, arrays, index, first)
+
+
+def first_candidates(
+  spec: Spec, queries: Queries, batch: int, length: int
+) -> Array:
+  """The first block of every query's segment, int32 [B, T]."""
+  if queries.key_segments is None or queries.query_segments is None:
+    return jnp.zeros((batch, length), jnp.int32)
+  starts = segment_starts(queries.key_segments, queries.query_segments)
+  return starts // spec.config.selection_block
+
+
+def top_n(
+  spec: Spec,
+  scores: Array,
+  positions: Array,
+  query_segments: Array | None,
+  first: Array,
+) -> Array:
+  """The forced blocks and the best of the others by any scores.
+
+  Args:
+    spec: of the call.
+    scores: [B, T, K, M]; a NaN counts as the lowest score.
+    positions: int32 [B, T].
+    query_segments: int32 [B, T], 0 for queries that select nothing; or None.
+    first: int32 [B, T], as of `first_candidates`.
+
+  Returns:
+    int32 [B, T, K, n]: block ids strictly ascending, then -1.
+  """
+  config = spec.config
+  num_blocks = scores.shape[-1]
+  first = first[..., None]
+  last = positions[..., None] // config.selection_block
+  block = jnp.arange(num_blocks)
+  candidate = (first <= block) & (block <= last)
+  candidate &= ((positions >= 0) & (positions < spec.key_length))[..., None]
+  if query_segments is not None:
+    candidate &= (query_segments > 0)[..., None]
+  forced = (block < first + config.num_initial) | (
+    block > last - config.num_local
   )
+  # Forced blocks come before all scores, these before what is no candidate.
+  limits = jnp.finfo(scores.dtype)
+  rank = jnp.clip(
+    jnp.where(scores == scores, scores, -jnp.inf), limits.min, limits.max
+  )
+  rank = jnp.where(forced[:, :, None], jnp.inf, rank)
+  rank = jnp.where(candidate[:, :, None], rank, -jnp.inf)
+  # top_k keeps the lower index first among equals.
+  best, ids = jax.lax.top_k(rank, min(config.num_selected, num_blocks))
+  ids = jnp.sort(jnp.where(best > -jnp.inf, ids, num_blocks), axis=-1)
+  ids = jnp.where(ids < num_blocks, ids, -1).astype(jnp.int32)
+  missing = config.num_selected - ids.shape[-1]
+  return jnp.pad(ids, [(0, 0)] * 3 + [(0, missing)], constant_values=-1)
 
 
-def selected_attention(
-  query: Array,
-  key: Array,
-  value: Array,
-  block_ids: Array,
-  *,
-  config: NSAConfig,
-  scale: float,
-  queries: Queries,
+def selected(
+  spec: Spec, qkv: tuple[Array, Array, Array], index: tuple[Array, Queries]
 ) -> tuple[Array, Array]:
   """Eq. 12: softmax attention over the causal tokens of the given blocks."""
+  query, key, value = qkv
+  block_ids, queries = index
   batch, length, _, head_dim = query.shape
   key_length, kv_heads = key.shape[1:3]
-  block = config.selection_block
+  block = spec.config.selection_block
   keys_per_query = block_ids.shape[-1] * block
   keys = _shared(_blocks(key, block))
   values = _shared(_blocks(value, block))
   row = jnp.arange(batch)[:, None, None, None]
   head = jnp.arange(kv_heads)[:, None]
-  positions, key_segments, query_segments = queries
+  positions = queries.positions(batch, length)
+  key_segments = queries.key_segments
   segments = None
   if key_segments is not None:
     segments = _pad_to(key_segments, block).reshape(batch, -1, block)
@@ -161,7 +170,7 @@ def selected_attention(
       return chosen.reshape(*ids.shape[:3], keys_per_query, -1)
 
     return _attend(
-      _scores("brkgh,brksh->brkgs", query, gather(keys), scale),
+      _scores("brkgh,brksh->brkgs", query, gather(keys), spec.scale),
       mask,
       gather(values),
       "brkgs,brksv->brkgv",
@@ -182,33 +191,29 @@ def selected_attention(
     _grouped(query, kv_heads),
     block_ids,
     positions,
-    query_segments,
+    queries.query_segments,
   )
   return _ungrouped(out, lse)
 
 
-def window_attention(
-  query: Array,
-  key: Array,
-  value: Array,
-  *,
-  config: NSAConfig,
-  scale: float,
-  key_offset: int | Array,
-  queries: Queries,
+def window(
+  spec: Spec, qkv: tuple[Array, Array, Array], index: tuple[None, Queries]
 ) -> tuple[Array, Array]:
   """Softmax attention over the last w tokens, the query's own included."""
+  query, key, value = qkv
+  _, queries = index
+  width, key_offset = spec.config.window, queries.key_offset
   batch, length, heads, _ = query.shape
   key_length, kv_heads = key.shape[1:3]
-  positions, key_segments, query_segments = queries
+  positions = queries.positions(batch, length)
   # A chunk of R queries reads one slice of R + w - 1 keys. With R >= w all
   # slices together are at most twice the keys, so they can be cut beforehand:
   # their gradients are then added once, not once per chunk.
-  rows = min(length, max(config.window, 128))
+  rows = min(length, max(width, 128))
   chunks = -(-length // rows)
-  span = min(key_length, rows + config.window - 1)
+  span = min(key_length, rows + width - 1)
   first = positions[:, :1] + rows * jnp.arange(chunks)  # [B, chunks]
-  start = first - (config.window - 1) - jnp.reshape(key_offset, (-1, 1))
+  start = first - (width - 1) - jnp.reshape(key_offset, (-1, 1))
   start = start.clip(0, key_length - span).T  # [chunks, B]
 
   def slices(x):
@@ -225,12 +230,12 @@ def window_attention(
 
     def attend(query, positions, query_segments):
       readable = (token <= positions[..., None]) & (token >= 0)
-      readable &= token > positions[..., None] - config.window
+      readable &= token > positions[..., None] - width
       if segments is not None:
         readable &= segments[:, None] == query_segments[..., None]
         readable &= (query_segments > 0)[..., None]
       return _attend(
-        _scores("brkgh,bskh->brkgs", query, key.astype(dtype), scale),
+        _scores("brkgh,bskh->brkgs", query, key.astype(dtype), spec.scale),
         readable[:, :, None, None],
         value.astype(dtype),
         "brkgs,bskv->brkgv",
@@ -245,34 +250,26 @@ def window_attention(
     rows,
     _grouped(query, kv_heads),
     positions,
-    query_segments,
-    per_chunk=(start, slices(key), slices(value), slices(key_segments)),
+    queries.query_segments,
+    per_chunk=(start, slices(key), slices(value), slices(queries.key_segments)),
   )
   return _ungrouped(out, lse)
 
 
-def _for_block_scores(
-  consume,
-  query,
-  compressed_key,
-  lse,
-  *per_query,
-  config,
-  key_length,
-  scale,
-  queries,
-):
+def _for_block_scores(consume, spec, arrays, index, *per_query):
   """Maps consume(p_slc, positions, query_segments, *per_query) over chunks."""
+  query, compressed_key, lse = arrays
+  _, queries = index
   batch, length, heads, _ = query.shape
   num_compressed, kv_heads = compressed_key.shape[1:3]
-  mask = _visible_blocks(config, key_length, queries.key_segments)
+  mask = _visible_blocks(spec, queries.key_segments)
 
   def body(query, lse, positions, query_segments, *per_query):
     visible = mask(positions, query_segments)[:, :, None, None]
-    scores = _scores("brkgh,bckh->brkgc", query, compressed_key, scale)
+    scores = _scores("brkgh,bckh->brkgc", query, compressed_key, spec.scale)
     lse = lse.astype(scores.dtype)[..., None]
     p_cmp = jnp.exp(jnp.where(visible, scores - lse, -jnp.inf)).sum(axis=3)
-    p_slc = _to_selection_blocks(p_cmp, key_length, config)
+    p_slc = _to_selection_blocks(p_cmp, spec)
     return consume(p_slc, positions, query_segments, *per_query)
 
   rows = chunk_rows(length, batch * heads * max(num_compressed, 1))
@@ -281,33 +278,33 @@ def _for_block_scores(
     rows,
     _grouped(query, kv_heads),
     _grouped(lse, kv_heads),
-    queries.positions,
+    queries.positions(batch, length),
     queries.query_segments,
     *per_query,
   )
 
 
-def _to_selection_blocks(p_cmp, key_length, config):
+def _to_selection_blocks(p_cmp, spec):
   """Eq. 9 for [..., C] -> [..., M]: a box filter, then sums of neighbours.
 
   p_slc[j] = sum_m box[(l'/d) j + m] with box[i] = sum_k p_cmp[i - k].
   """
-  num_blocks = compression.num_selection_blocks(key_length, config)
-  ratio = config.selection_block // config.compression_stride
+  num_blocks = geometry.num_selection_blocks(spec.key_length, spec.config)
+  ratio = spec.ratio
   length = num_blocks * ratio
   lead = [(0, 0)] * (p_cmp.ndim - 1)
   box = jnp.zeros((*p_cmp.shape[:-1], length), p_cmp.dtype)
-  for k in range(config.compression_block // config.compression_stride):
+  for k in range(spec.reach):
     box += jnp.pad(p_cmp, [*lead, (k, length - k - p_cmp.shape[-1])])
   return box.reshape(*p_cmp.shape[:-1], num_blocks, ratio).sum(axis=-1)
 
 
-def _visible_blocks(config, key_length, key_segments):
+def _visible_blocks(spec, key_segments):
   """Visibility of compressed blocks as a function of queries, [B, R, C]."""
-  ends = compression.compressed_block_ends(key_length, config)
+  ends = geometry.compressed_block_ends(spec.key_length, spec.config)
   segments = None
   if key_segments is not None:
-    segments = compression.compressed_block_segments(key_segments, config)
+    segments = compressed_block_segments(key_segments, spec.config)
 
   def mask(positions, query_segments):
     visible = ends <= positions[..., None]

@@ -3,7 +3,6 @@
 Nothing here knows what attention is selected, compressed or windowed.
 """
 
-import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,8 +13,6 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels.platforms import by_platform
-
 # Softmax runs on exp2, which is one instruction; log2(e) goes into the scale.
 LOG2E = math.log2(math.e)
 # Masked scores, and where running maxima start. The maximum starts far above
@@ -25,42 +22,24 @@ MASK = -1e30
 MAX_INIT = -1e20
 
 
-def pallas_call(
-  kernel: Callable[..., None],
-  *,
-  name: str,
-  num_warps: int,
-  num_stages: int,
-  with_exp2: bool = False,
-  **kwargs: Any,
-) -> Callable[..., Any]:
-  """`pl.pallas_call` for the Triton backend; interpreted where no GPU is.
-
-  The platform is that of the lowering, so one traced program serves both, and
-  a program lowered for a CPU holds no kernel.
+def options(
+  name: str, num_warps: int, num_stages: int, interpret: bool
+) -> dict[str, Any]:
+  """Keyword arguments of `pl.pallas_call` for the Triton backend.
 
   Args:
-    kernel: the kernel.
-    name: for profiles.
+    name: of the kernel, for profiles.
     num_warps: warps per program.
     num_stages: depth of the pipelines of its loops.
-    with_exp2: pass the kernel `exp2`, the fastest there is.
-    **kwargs: of `pl.pallas_call`.
+    interpret: run it by the interpreter, on any platform.
   """
+  params = plgpu.CompilerParams(num_warps=num_warps, num_stages=num_stages)
+  return {"name": name, "compiler_params": params, "interpret": interpret}
 
-  def call(interpret: bool) -> Callable[..., Any]:
-    exp2 = {"exp2": jnp.exp2 if interpret else _exp2} if with_exp2 else {}
-    return pl.pallas_call(
-      functools.partial(kernel, **exp2),
-      name=name,
-      compiler_params=plgpu.CompilerParams(
-        num_warps=num_warps, num_stages=num_stages
-      ),
-      interpret=interpret,
-      **kwargs,
-    )
 
-  return by_platform(cuda=call(False), default=call(True))
+def exp2(interpret: bool) -> Callable[[jax.Array], jax.Array]:
+  """2^x for kernels: the fastest there is."""
+  return jnp.exp2 if interpret else _exp2
 
 
 def _exp2(x: jax.Array) -> jax.Array:
@@ -76,6 +55,18 @@ def _exp2(x: jax.Array) -> jax.Array:
     result_shape_dtypes=[jax.ShapeDtypeStruct(x.shape, jnp.float32)],
   )
   return out
+
+
+def segment_pair(
+  key_segments: jax.Array | None, query_segments: jax.Array | None
+) -> tuple[jax.Array, ...]:
+  """Segments as the kernels take them: of keys and queries, or none.
+
+  Queries that read nothing get a segment that no key has.
+  """
+  if key_segments is None or query_segments is None:
+    return ()
+  return key_segments, jnp.where(query_segments > 0, query_segments, -1)
 
 
 def whole(x: jax.Array | jax.ShapeDtypeStruct) -> pl.BlockSpec:

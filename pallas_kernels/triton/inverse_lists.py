@@ -109,16 +109,16 @@ def _sum_pieces_kernel(
   ).astype(sum_ref.dtype)
 
 
-def sum_pieces(partial: jax.Array, starts: jax.Array, dtype: Any) -> jax.Array:
+def sum_pieces(
+  partial: jax.Array, starts: jax.Array, dtype: Any, *, interpret: bool
+) -> jax.Array:
   """Adds the partial sums [P, l', W] of every row, in order: [R, l', W]."""
   num_pieces, block, columns = partial.shape
   width = 32 if columns % 32 == 0 else 16
   rows = starts.shape[0] - 1
-  return common.pallas_call(
+  return pl.pallas_call(
     _sum_pieces_kernel,
-    name="nsa_sum_pieces",
-    num_warps=4,
-    num_stages=2,
+    **common.options("nsa_sum_pieces", 4, 2, interpret),
     grid=(rows, columns // width),
     in_specs=[
       pl.BlockSpec(starts.shape, lambda r, c: (0,)),

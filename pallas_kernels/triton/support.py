@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.interface import Spec
+
 _DTYPES = (jnp.float16, jnp.bfloat16, jnp.float32)
 _BLOCKS = (16, 32, 64, 128)
 _MAX_GROUP = 64
@@ -40,6 +42,16 @@ def check_where() -> None:
         "the kernels do not track what varies over a mesh: pass "
         "`check_vma=False` to `jax.shard_map`"
       )
+
+
+def check_tiles(spec: Spec, kind: type) -> None:
+  """That the tiles asked for, if any, are those of this kernel.
+
+  Raises:
+    ValueError: naming the value and the class.
+  """
+  if spec.tiles is not None and not isinstance(spec.tiles, kind):
+    raise ValueError(f"`tiles`={spec.tiles!r} must be a {kind.__name__}.")
 
 
 def check_heads(query: jax.Array, key: jax.Array, value: jax.Array) -> None:

@@ -43,6 +43,8 @@ class SelectedTiling:
     dkv: gradient of keys and values.
     rows: with `by_block`, rows (queries x heads of a group) of a step.
     piece: queries in one piece of the list of a block.
+    scratch: with `by_block`, bytes that the partial outputs of a chunk of
+      queries may take, m times as many as their outputs take.
   """
 
   by_block: bool
@@ -51,6 +53,7 @@ class SelectedTiling:
   dkv: Tile
   rows: int = 64
   piece: int = 1024
+  scratch: int = 2**31
 
 
 @dataclasses.dataclass(frozen=True)
@@ -248,6 +251,7 @@ class SelectionTiling:
     rows: queries per program of the top-n kernel; divides `block_q`.
     block_m: scores of a query read per step of the top-n kernel.
     top_n_warps: warps per program of the top-n kernel.
+    scratch: bytes that the scores of a chunk of queries may take.
   """
 
   block_q: int
@@ -255,6 +259,7 @@ class SelectionTiling:
   rows: int
   block_m: int
   top_n_warps: int
+  scratch: int = 5 * 2**27
 
 
 def selection_tiling(

@@ -12,54 +12,43 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
+from pallas_kernels.interface import Queries, Spec
 from pallas_kernels.triton import common
-from pallas_kernels.triton.inverse_lists import chosen, invert, sum_pieces
-from pallas_kernels.triton.selected_attention import (
-  Sizes,
-  Spec,
+from pallas_kernels.triton.by_query import (
+  Reads,
+  Unpadded,
   group_heads,
   layout,
   program,
+  reads_of,
   walk_blocks,
 )
+from pallas_kernels.triton.inverse_lists import chosen, invert, sum_pieces
 
 
 def backward(
-  query: jax.Array,
-  key: jax.Array,
-  value: jax.Array,
-  ids: jax.Array,
-  offset: jax.Array,
-  segments: tuple[jax.Array, ...],
+  spec: Spec,
+  qkv: tuple[jax.Array, ...],
+  index: tuple[jax.Array, Queries],
   out: jax.Array,
   lse: jax.Array,
   dout: jax.Array,
   dlse: jax.Array,
-  *,
-  spec: Spec,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+) -> tuple[jax.Array, ...]:
   """Gradients of query, key and value, in their dtypes.
 
   Args:
-    query: [B, T, N, H]; as are the next five arguments those of `forward`.
-    key: [B, S, K, H].
-    value: [B, S, K, V].
-    ids: int32 [B, T, K, m].
-    offset: int32 [B].
-    segments: () or int32 [B, S] and [B, T].
+    spec: as of `forward`, as are the next two.
+    qkv: query, key and value.
+    index: block ids and queries.
     out: [B, T, N, V], of `forward`, as is lse [B, T, N].
     lse: [B, T, N].
     dout: [B, T, N, V], cotangent of `out`.
     dlse: float32 [B, T, N], cotangent of `lse`.
-    spec: block length, scale and tiles.
   """
-  dq, delta = query_gradient(
-    query, key, value, ids, offset, segments, out, lse, dout, dlse, spec=spec
-  )
-  dk, dv = key_value_gradient(
-    query, key, value, ids, offset, segments, lse, delta, dout, spec=spec
-  )
-  return dq, dk, dv
+  reads = reads_of(index)
+  dq, delta = query_gradient(spec, qkv, reads, out, lse, dout, dlse)
+  return dq, *key_value_gradient(spec, qkv, reads, lse, delta, dout)
 
 
 def _dq_kernel(
@@ -73,7 +62,7 @@ def _dq_kernel(
   dlse_ref,  # [queries, G]
   *refs,  # those of `program`; dq [queries, G, H], delta [queries, G]
   spec: Spec,
-  sizes: Sizes,
+  sizes: Unpadded,
 ):
   *reads, dq_ref, delta_ref = refs
   queries, rows, head_dim = q_ref.shape
@@ -87,7 +76,7 @@ def _dq_kernel(
     rows=rows,
     sizes=sizes,
     key_length=key_length,
-    block=spec.block,
+    block=spec.config.selection_block,
   )
 
   def load(ref, pieces, i):
@@ -123,8 +112,8 @@ def _dq_kernel(
     mine,
     k_ref,
     v_ref,
-    block=spec.block,
-    block_k=spec.tiling.dq.block_k,
+    block=spec.config.selection_block,
+    block_k=spec.tiles.dq.block_k,
   )
   for i, dq in enumerate(states):
     for (column, width), d in zip(head_pieces, dq, strict=True):
@@ -135,21 +124,26 @@ def _dq_kernel(
 
 
 def query_gradient(
-  query, key, value, ids, offset, segments, out, lse, dout, dlse, *, spec
+  spec: Spec,
+  qkv: tuple[jax.Array, ...],
+  reads: Reads,
+  out: jax.Array,
+  lse: jax.Array,
+  dout: jax.Array,
+  dlse: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
   """dq [B, T, N, H] and delta = sum(dout * out) - dlse, float32 [B, T, N]."""
+  query, key, value = qkv
   key_length, kv_heads = key.shape[1:3]
   grouped = group_heads(query, kv_heads)
-  tile = spec.tiling.dq
-  specs = layout(
-    grouped, key_length, ids, offset, segments, tile=tile, block=spec.block
-  )
+  tile = spec.tiles.dq
+  specs = layout(grouped, key_length, reads, tile, spec)
   head_dim, value_dim = query.shape[-1], value.shape[-1]
-  dq, delta = common.pallas_call(
+  dq, delta = pl.pallas_call(
     functools.partial(_dq_kernel, spec=spec, sizes=specs.sizes),
-    name="nsa_selected_dq",
-    num_warps=tile.num_warps,
-    num_stages=tile.num_stages,
+    **common.options(
+      "nsa_selected_dq", tile.num_warps, tile.num_stages, spec.interpret
+    ),
     grid=specs.grid,
     in_specs=[
       specs.offset,
@@ -168,7 +162,7 @@ def query_gradient(
       jax.ShapeDtypeStruct(grouped.shape[:4], jnp.float32),
     ],
   )(
-    offset,
+    reads.offset,
     grouped,
     key,
     value,
@@ -192,8 +186,9 @@ def _dkv_kernel(
   *segments, q_ref, dout_ref, lse_ref, delta_ref, dk_ref, dv_ref = refs
   kv_heads, rows, head_dim = q_ref.shape[2:]
   key_length, value_dim = v_ref.shape[1], v_ref.shape[-1]
-  num_blocks = -(-key_length // spec.block)
-  block_k = spec.tiling.dkv.block_k
+  block = spec.config.selection_block
+  num_blocks = -(-key_length // block)
+  block_k = spec.tiles.dkv.block_k
   head_pieces = common.pieces(head_dim)
   value_pieces = common.pieces(value_dim)
   row_mask = common.padding_mask(group, rows)
@@ -205,7 +200,7 @@ def _dkv_kernel(
     j = common.rem(row, num_blocks)
     h = common.rem(common.div(row, num_blocks), kv_heads)
     b = common.div(row, num_blocks * kv_heads)
-    start = j * spec.block + local
+    start = j * block + local
     token = start + jnp.arange(block_k)
     inside = token < key_length
     span_k = pl.ds(start, block_k)
@@ -257,16 +252,23 @@ def _dkv_kernel(
 
 
 def key_value_gradient(
-  query, key, value, ids, offset, segments, lse, delta, dout, *, spec
+  spec: Spec,
+  qkv: tuple[jax.Array, ...],
+  reads: Reads,
+  lse: jax.Array,
+  delta: jax.Array,
+  dout: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
   """dk [B, S, K, H] and dv [B, S, K, V]."""
+  query, key, value = qkv
+  ids, offset, segments = reads
   kv_heads = key.shape[2]
   group = query.shape[2] // kv_heads
   rows = common.padded_rows(group)
-  tiling = spec.tiling
+  tiles, block = spec.tiles, spec.config.selection_block
   batch, length = query.shape[:2]
   key_length = key.shape[1]
-  num_blocks = -(-key_length // spec.block)
+  num_blocks = -(-key_length // block)
   num_rows = batch * kv_heads * num_blocks
   item = jnp.arange(length, dtype=jnp.int32)[:, None, None]
   position = offset[:, None, None, None] + item
@@ -274,13 +276,13 @@ def key_value_gradient(
     jnp.arange(batch, dtype=jnp.int32)[:, None, None, None] * kv_heads
     + jnp.arange(kv_heads, dtype=jnp.int32)[:, None]
   )
-  valid = chosen(ids, position, key_length, spec.block)
+  valid = chosen(ids, position, key_length, block)
   lists = invert(
     jnp.where(valid, head * num_blocks + ids, num_rows),
     jnp.broadcast_to(item, ids.shape),
     num_rows=num_rows,
     num_items=length,
-    piece=tiling.piece,
+    piece=tiles.piece,
   )
   per_row = [group_heads(x, kv_heads) for x in (query, dout, lse, delta)]
 
@@ -290,29 +292,34 @@ def key_value_gradient(
 
   num_pieces = lists.pieces.shape[0]
   widths = (key.shape[-1], value.shape[-1])
-  partial = common.pallas_call(
+  partial = pl.pallas_call(
     functools.partial(_dkv_kernel, spec=spec, group=group),
-    name="nsa_selected_dkv",
-    num_warps=tiling.dkv.num_warps,
-    num_stages=tiling.dkv.num_stages,
-    grid=(num_pieces, spec.block // tiling.dkv.block_k),
+    **common.options(
+      "nsa_selected_dkv",
+      tiles.dkv.num_warps,
+      tiles.dkv.num_stages,
+      spec.interpret,
+    ),
+    grid=(num_pieces, block // tiles.dkv.block_k),
     in_specs=[
       pl.BlockSpec((None, 3), lambda p, _: (p, 0)),
       *map(common.whole, (lists.items, offset, key, value, *segments)),
       *map(padded, per_row),
     ],
     out_specs=[
-      pl.BlockSpec((None, spec.block, width), lambda p, _: (p, 0, 0))
+      pl.BlockSpec((None, block, width), lambda p, _: (p, 0, 0))
       for width in widths
     ],
     out_shape=[
-      jax.ShapeDtypeStruct((num_pieces, spec.block, width), jnp.float32)
+      jax.ShapeDtypeStruct((num_pieces, block, width), jnp.float32)
       for width in widths
     ],
   )(lists.pieces, lists.items, offset, key, value, *segments, *per_row)
 
   def finish(partial, like):
-    total = sum_pieces(partial, lists.starts, like.dtype)
+    total = sum_pieces(
+      partial, lists.starts, like.dtype, interpret=spec.interpret
+    )
     total = total.reshape(batch, kv_heads, -1, like.shape[-1])
     return jnp.swapaxes(total[:, :, :key_length], 1, 2)
 

@@ -227,7 +227,7 @@ def filter_logits(
 
   Example:
     >>> import jax.numpy as jnp
-    >>> from nsa_jax.generate import filter_logits
+    >>> from nsa_jax.sampling import filter_logits
     >>> filter_logits(jnp.log(jnp.array([0.2, 0.5, 0.3])), top_p=0.6).tolist()
     [-inf, -0.6931471824645996, -1.2039728164672852]
   """

@@ -11,7 +11,7 @@ temporary; chunks of queries keep them within a budget.
 """
 
 import functools
-from typing import NamedTuple
+from typing import NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -19,46 +19,22 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels.triton import common
-from pallas_kernels.triton.selected_attention import group_heads
-from pallas_kernels.triton.tiling import SelectionTiling
+from pallas_kernels.interface import (
+  Queries,
+  Spec,
+  compressed_block_segments,
+  per_row,
+  segment_starts,
+)
+from pallas_kernels.triton import common, support
+from pallas_kernels.triton.by_query import group_heads
+from pallas_kernels.triton.tiling import SelectionTiling, selection_tiling
 
-# Bytes of the scores of one chunk.
-SCORE_BYTES = 5 * 2**27
 # Columns behind the scores of a query: the last block carries over to one that
 # nobody reads, but that must be there; as many as keep the rows aligned.
 _SPARE = 32
 # Later than any block.
 _NEVER = 2**30
-
-
-class Spec(NamedTuple):
-  """The static side of a call; hashable."""
-
-  compression: int  # l
-  stride: int  # d
-  block: int  # l'
-  num_selected: int  # n
-  num_initial: int
-  num_local: int
-  key_length: int  # S
-  scale: float
-  tiling: SelectionTiling
-
-  @property
-  def ratio(self) -> int:
-    """Compressed blocks that begin in one selection block."""
-    return self.block // self.stride
-
-  @property
-  def reach(self) -> int:
-    """Strides in one compressed block; with 1 none reaches the next block."""
-    return self.compression // self.stride
-
-  @property
-  def num_free(self) -> int:
-    """Places that scores decide."""
-    return self.num_selected - self.num_initial - self.num_local
 
 
 def _arange(size: int) -> jax.Array:
@@ -81,7 +57,8 @@ def _scores_kernel(
 
   `carried` is stored one place further, as no value moves between threads.
   """
-  tiling = spec.tiling
+  config = spec.config
+  tiling = spec.tiles
   refs, score_refs = refs[:-num_scores], refs[-num_scores:]
   length, group, head_dim = q_ref.shape
   block_q, block_k = tiling.block_q, tiling.scores.block_k
@@ -93,7 +70,11 @@ def _scores_kernel(
   row_mask = start + _arange(block_q) < length if masked else None
   t = offset_ref[0] + start + _arange(block_q)
 
-  first_end = step_k * (block_k * spec.stride) + spec.compression - 1
+  first_end = (
+    step_k * (block_k * config.compression_stride)
+    + config.compression_block
+    - 1
+  )
   needed = first_end <= offset_ref[0] + start + block_q - 1
   if masked:
     needed &= start < length
@@ -122,7 +103,7 @@ def _scores_kernel(
     )
     # What a query does not see may be anything, inf and NaN as well, but never
     # leaves its place.
-    end = key * spec.stride + spec.compression - 1
+    end = key * config.compression_stride + config.compression_block - 1
     visible = end[None, :] <= t[:, None]
     if refs:
       key_segment = common.load(refs[0], key_mask)
@@ -170,7 +151,8 @@ def _top_n_kernel(
   )
   rows, width = score_refs[0].shape
   width -= _SPARE
-  block_m = spec.tiling.block_m
+  config = spec.config
+  block_m = spec.tiles.block_m
   size = _group_size(width, block_m)
   per_step = block_m // size
   num_steps = pl.next_power_of_2(width // block_m)
@@ -185,13 +167,13 @@ def _top_n_kernel(
       start + _arange(rows) < length,
       _NEVER,
     )
-  last = common.div(jnp.maximum(t, 0), spec.block)
+  last = common.div(jnp.maximum(t, 0), config.selection_block)
   count = jnp.where((t >= 0) & (t < spec.key_length), last - first + 1, 0)
   # With at most n candidates all of them are chosen; with more, forced blocks
   # do not overlap.
-  crowded = count > spec.num_selected
-  lo = jnp.where(crowded, first + spec.num_initial, _NEVER)
-  hi = jnp.where(crowded, last - spec.num_local, -1)
+  crowded = count > config.num_selected
+  lo = jnp.where(crowded, first + config.num_initial, _NEVER)
+  hi = jnp.where(crowded, last - config.num_local, -1)
 
   def free_scores(j, scores):
     """Scores of the blocks j [rows or 1, X], as integers; -1 unless free.
@@ -202,7 +184,7 @@ def _top_n_kernel(
     x = scores[0]
     if num_scores == 2:
       # Nothing carries over to the first block: that may not be written.
-      always = spec.num_initial > 0  # the first block is not free
+      always = config.num_initial > 0  # the first block is not free
       x += scores[1] if always else jnp.where(j > first[:, None], scores[1], 0)
     x = lax.bitcast_convert_type(x, jnp.int32)
     x = jnp.maximum(x, 0)  # a NaN must not lead astray
@@ -228,7 +210,7 @@ def _top_n_kernel(
   row = jnp.broadcast_to(_arange(rows)[:, None], (rows, size))
   group = _arange(num_steps * per_step)[None, :]
   place = _arange(pl.next_power_of_2(num_free))[None, :]
-  slot = _arange(pl.next_power_of_2(spec.num_selected))[None, :]
+  slot = _arange(pl.next_power_of_2(config.num_selected))[None, :]
 
   def choose(i, carry):
     high, chosen, last_score, last_block = carry
@@ -259,20 +241,20 @@ def _top_n_kernel(
   def sort(i, carry):
     ids, smaller = carry
     block = jnp.where(chosen > smaller, chosen, _NEVER).min(axis=1)[:, None]
-    return jnp.where(slot == spec.num_initial + i, block, ids), block
+    return jnp.where(slot == config.num_initial + i, block, ids), block
 
   first, last, count = first[:, None], last[:, None], count[:, None]
-  after = slot - (spec.num_selected - spec.num_local)
-  ids = jnp.where(after >= 0, last - spec.num_local + 1 + after, first + slot)
+  after = slot - (config.num_selected - config.num_local)
+  ids = jnp.where(after >= 0, last - config.num_local + 1 + after, first + slot)
   ids, _ = lax.fori_loop(
     0, some * num_free, sort, (ids, jnp.full((rows, 1), -1, jnp.int32))
   )
   few = jnp.where(slot < count, first + slot, -1)
-  ids = jnp.where(count > spec.num_selected, ids, few)
+  ids = jnp.where(count > config.num_selected, ids, few)
   plgpu.store(
     ids_ref,
     ids,
-    mask=jnp.broadcast_to(slot < spec.num_selected, ids.shape),
+    mask=jnp.broadcast_to(slot < config.num_selected, ids.shape),
   )
 
 
@@ -281,30 +263,40 @@ def _group_size(width: int, block_m: int) -> int:
   return min(1 << (width.bit_length() // 2), block_m)
 
 
-def forward(
-  query: jax.Array,
-  key: jax.Array,
-  lse: jax.Array,
-  offset: jax.Array,
-  segments: tuple[jax.Array, ...],
-  *,
+def check(
   spec: Spec,
-) -> jax.Array:
-  """Ids int32 [B, T, K, n] of the selected blocks.
+  arrays: tuple[jax.Array, jax.Array, jax.Array],
+  index: tuple[None, Queries],
+) -> None:
+  """As `interface` says; `tiles` are a `SelectionTiling`."""
+  query, compressed_key, _ = arrays
+  del index
+  support.check_where()
+  support.check_heads(query, compressed_key, compressed_key)
+  support.check_selection_block(spec.config.selection_block)
+  support.check_tiles(spec, SelectionTiling)
 
-  Args:
-    query: [B, T, N, H].
-    key: [B, C, K, H], compressed; C > 0.
-    lse: [B, T, N], natural logarithm.
-    offset: int32 [B], position of the first query.
-    segments: () or segments of compressed blocks [B, C], of queries [B, T] (one
-      that no block has reads nothing), and the first candidate of every query
-      [B, T], past the end if it has none.
-    spec: lengths, counts, scale and tiles.
-  """
-  tiling = spec.tiling
+
+def forward(
+  spec: Spec,
+  arrays: tuple[jax.Array, jax.Array, jax.Array],
+  index: tuple[None, Queries],
+) -> jax.Array:
+  """As `interface` says: ids int32 [B, T, K, n] of the selected blocks."""
+  query, key, lse = arrays
+  config = spec.config
+  _, queries = index
   batch, length = query.shape[:2]
   num_keys, kv_heads = key.shape[1:3]
+  offset = per_row(queries.offset, batch)
+  segments = _segments(spec, queries)
+  num_blocks = pl.cdiv(spec.key_length, config.selection_block)
+  if not spec.num_free or num_blocks <= config.num_selected or not num_keys:
+    return _without_scores(spec, length, kv_heads, offset, segments)
+  if spec.tiles is None:
+    tiles = selection_tiling(length=length, dtype=query.dtype, ratio=spec.ratio)
+    spec = spec._replace(tiles=tiles)
+  tiling = spec.tiles
   block_q, block_k = tiling.block_q, tiling.scores.block_k
   grouped = group_heads(query, kv_heads)
   group, head_dim = grouped.shape[3:]
@@ -316,13 +308,13 @@ def forward(
   width = steps_m * tiling.block_m + _SPARE
   num_scores = 2 if spec.reach > 1 else 1
   per_query = batch * kv_heads * width * 4 * num_scores
-  rows = max(SCORE_BYTES // per_query, block_q)
+  rows = max(tiling.scratch // per_query, block_q)
   rows = min(1 << (rows.bit_length() - 1), pl.cdiv(length, block_q) * block_q)
   chunks = pl.cdiv(length, rows)
 
   one = pl.BlockSpec((1,), lambda *_: (0,))
   all_queries = pl.BlockSpec((None, length), lambda i, j, h, b: (b, 0))
-  scores_call = common.pallas_call(
+  scores_call = pl.pallas_call(
     functools.partial(
       _scores_kernel,
       num_scores=num_scores,
@@ -330,9 +322,12 @@ def forward(
       masked=chunks * rows != length,
       spec=spec,
     ),
-    name="nsa_block_scores",
-    num_warps=tiling.scores.num_warps,
-    num_stages=tiling.scores.num_stages,
+    **common.options(
+      "nsa_block_scores",
+      tiling.scores.num_warps,
+      tiling.scores.num_stages,
+      spec.interpret,
+    ),
     # Neighbouring programs share their queries.
     grid=(steps_k, rows // block_q, kv_heads, batch),
     in_specs=[
@@ -365,14 +360,12 @@ def forward(
     ]
     * num_scores,
   )
-  padded_n = pl.next_power_of_2(spec.num_selected)
-  top_n_call = common.pallas_call(
+  padded_n = pl.next_power_of_2(config.num_selected)
+  top_n_call = pl.pallas_call(
     functools.partial(
       _top_n_kernel, num_scores=num_scores, length=length, spec=spec
     ),
-    name="nsa_top_n",
-    num_warps=tiling.top_n_warps,
-    num_stages=1,
+    **common.options("nsa_top_n", tiling.top_n_warps, 1, spec.interpret),
     grid=(rows // tiling.rows, kv_heads, batch),
     in_specs=[
       one,
@@ -389,7 +382,7 @@ def forward(
       (None, tiling.rows, None, padded_n), lambda i, h, b: (b, i, h, 0)
     ),
     out_shape=jax.ShapeDtypeStruct(
-      (batch, rows, kv_heads, spec.num_selected), jnp.int32
+      (batch, rows, kv_heads, config.num_selected), jnp.int32
     ),
   )
 
@@ -405,29 +398,64 @@ def forward(
   return ids[:, :length]
 
 
-def without_scores(
+def backward(
+  spec: Spec,
+  arrays: tuple[jax.Array, jax.Array, jax.Array],
+  index: tuple[None, Queries],
+  *results: object,
+) -> NoReturn:
+  """Block selection has no derivatives.
+
+  Raises:
+    NotImplementedError: always.
+  """
+  raise NotImplementedError(
+    "select_blocks has no derivatives: its inputs are under stop_gradient"
+  )
+
+
+def _segments(spec, queries):
+  """As the kernels take them, or ().
+
+  Segments of the compressed blocks [B, C], of the queries [B, T] (one that no
+  block has reads nothing), and the first candidate of every query [B, T], past
+  the end if it has none.
+  """
+  tokens, of_query = queries.key_segments, queries.query_segments
+  if tokens is None:
+    return ()
+  first = segment_starts(tokens, of_query) // spec.config.selection_block
+  return (
+    *common.segment_pair(
+      compressed_block_segments(tokens, spec.config), of_query
+    ),
+    jnp.where(of_query > 0, first, spec.key_length),
+  )
+
+
+def _without_scores(
+  spec: Spec,
   length: int,
   kv_heads: int,
   offset: jax.Array,
   segments: tuple[jax.Array, ...],
-  *,
-  spec: Spec,
 ) -> jax.Array:
   """As `forward`, where the number of candidates alone decides.
 
   That is, if no query has more than n candidates, or all places are forced.
   """
+  config = spec.config
   t = offset[:, None] + jnp.arange(length, dtype=jnp.int32)
   first = segments[2] if segments else jnp.zeros_like(t)
-  last = jnp.maximum(t, 0) // spec.block
+  last = jnp.maximum(t, 0) // config.selection_block
   count = jnp.where((t >= 0) & (t < spec.key_length), last - first + 1, 0)
-  slot = jnp.arange(spec.num_selected, dtype=jnp.int32)
+  slot = jnp.arange(config.num_selected, dtype=jnp.int32)
   first, last, count = first[..., None], last[..., None], count[..., None]
-  local = slot - spec.num_selected + 1 + last
+  local = slot - config.num_selected + 1 + last
   ids = jnp.where(
-    (count > spec.num_selected) & (slot >= spec.num_initial),
+    (count > config.num_selected) & (slot >= config.num_initial),
     local,
     jnp.where(slot < count, first + slot, -1),
   )
-  shape = (*ids.shape[:2], kv_heads, spec.num_selected)
+  shape = (*ids.shape[:2], kv_heads, config.num_selected)
   return jnp.broadcast_to(ids[:, :, None], shape)

@@ -16,20 +16,13 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
+from pallas_kernels.interface import Queries, Spec, per_row
 from pallas_kernels.triton import common
-from pallas_kernels.triton.tiling import SelectedTiling, Tile
+from pallas_kernels.triton.tiling import Tile
 
 
-class Spec(NamedTuple):
-  """The static side of a call; hashable."""
-
-  block: int  # l'
-  scale: float
-  tiling: SelectedTiling
-
-
-class Sizes(NamedTuple):
-  """Sizes of what is padded."""
+class Unpadded(NamedTuple):
+  """Sizes that tiles pad."""
 
   length: int  # T
   group: int  # G
@@ -108,7 +101,12 @@ def _pair_kernel(
 
 
 def pair_lists(
-  ids: jax.Array, offset: jax.Array, key_length: int, block: int
+  ids: jax.Array,
+  offset: jax.Array,
+  key_length: int,
+  block: int,
+  *,
+  interpret: bool,
 ) -> tuple[jax.Array, jax.Array]:
   """What queries 2 i and 2 i + 1 have in common, and what each has alone.
 
@@ -117,6 +115,7 @@ def pair_lists(
     offset: int32 [B].
     key_length: S.
     block: l'.
+    interpret: run the kernel by the interpreter.
 
   Returns:
     lists int32 [B, ceil(T / 2), K, 3 m + 1] and their counts [B, ., K, 8].
@@ -128,7 +127,7 @@ def pair_lists(
   def spec(rows, width):
     return pl.BlockSpec((None, rows, None, width), lambda p, h, b: (b, p, h, 0))
 
-  lists, counts = common.pallas_call(
+  lists, counts = pl.pallas_call(
     functools.partial(
       _pair_kernel,
       length=length,
@@ -136,9 +135,7 @@ def pair_lists(
       key_length=key_length,
       block=block,
     ),
-    name="nsa_selected_pairs",
-    num_warps=1,
-    num_stages=1,
+    **common.options("nsa_selected_pairs", 1, 1, interpret),
     grid=(pairs, kv_heads, batch),
     in_specs=[
       spec(2, pl.next_power_of_2(num_ids)),
@@ -171,7 +168,7 @@ def program(
   *,
   queries: int,
   rows: int,
-  sizes: Sizes,
+  sizes: Unpadded,
   key_length: int,
   block: int,
 ) -> Program:
@@ -315,7 +312,7 @@ def _fwd_kernel(
   v_ref,  # [S, V]
   *refs,  # those of `program`; out [queries, G, V], lse [queries, G]
   spec: Spec,
-  sizes: Sizes,
+  sizes: Unpadded,
 ):
   *reads, out_ref, lse_ref = refs
   queries, rows, head_dim = q_ref.shape
@@ -329,7 +326,7 @@ def _fwd_kernel(
     rows=rows,
     sizes=sizes,
     key_length=key_length,
-    block=spec.block,
+    block=spec.config.selection_block,
   )
   q = [
     common.load_pieces(q_ref, (common.index(i), slice(None)), head_pieces, mask)
@@ -362,8 +359,8 @@ def _fwd_kernel(
     mine,
     k_ref,
     v_ref,
-    block=spec.block,
-    block_k=spec.tiling.fwd.block_k,
+    block=spec.config.selection_block,
+    block_k=spec.tiles.fwd.block_k,
   )
   for i, (acc, m_i, l_i) in enumerate(states):
     some = l_i > 0
@@ -381,7 +378,7 @@ class Layout(NamedTuple):
   """Arrays and block specs that the query-outer kernels have in common."""
 
   grid: tuple[int, int, int]  # programs of a head, key/value heads, batch
-  sizes: Sizes
+  sizes: Unpadded
   offset: pl.BlockSpec  # of [B]
   per_query: Any  # width -> spec of [B, T, K, G, width]
   per_row: pl.BlockSpec  # of [B, T, K, G]
@@ -390,20 +387,39 @@ class Layout(NamedTuple):
   read_specs: tuple[pl.BlockSpec, ...]
 
 
+class Reads(NamedTuple):
+  """What the queries of a call read.
+
+  Attributes:
+    ids: int32 [B, T, K, m], strictly ascending, then -1.
+    offset: int32 [B], position of the first query.
+    segments: () or key segments [B, S] and query segments [B, T], int32; a
+      query segment that no key has reads nothing.
+  """
+
+  ids: jax.Array
+  offset: jax.Array
+  segments: tuple[jax.Array, ...]
+
+
+def reads_of(index: tuple[jax.Array, Queries]) -> Reads:
+  """The index of a call as the kernels take it."""
+  ids, queries = index
+  return Reads(
+    ids,
+    per_row(queries.offset, len(ids)),
+    common.segment_pair(queries.key_segments, queries.query_segments),
+  )
+
+
 def layout(
-  grouped: jax.Array,
-  key_length: int,
-  ids: jax.Array,
-  offset: jax.Array,
-  segments: tuple[jax.Array, ...],
-  *,
-  tile: Tile,
-  block: int,
+  grouped: jax.Array, key_length: int, reads: Reads, tile: Tile, spec: Spec
 ) -> Layout:
   """For queries [B, T, K, G, H]; consecutive programs share a head."""
   batch, length, kv_heads, group, _ = grouped.shape
   rows = common.padded_rows(group)
   queries = tile.queries
+  ids, offset, segments = reads
 
   def per_query(*last):
     return pl.BlockSpec(
@@ -411,12 +427,18 @@ def layout(
       lambda p, h, b: (b, p, h, *(0,) * len(last)),
     )
 
-  reads: tuple[jax.Array, ...] = (ids,)
+  lists: tuple[jax.Array, ...] = (ids,)
   if queries == 1:
     widths = [pl.next_power_of_2(ids.shape[-1])]
   else:
-    reads = pair_lists(ids, offset, key_length, block)
-    widths = [x.shape[-1] for x in reads]
+    lists = pair_lists(
+      ids,
+      offset,
+      key_length,
+      spec.config.selection_block,
+      interpret=spec.interpret,
+    )
+    widths = [x.shape[-1] for x in lists]
   specs = [
     pl.BlockSpec((None, None, None, width), lambda p, h, b: (b, p, h, 0))
     for width in widths
@@ -428,14 +450,14 @@ def layout(
     ]
   return Layout(
     grid=(-(-length // queries), kv_heads, batch),
-    sizes=Sizes(length, group, ids.shape[-1]),
+    sizes=Unpadded(length, group, ids.shape[-1]),
     offset=pl.BlockSpec((1,), lambda p, h, b: (b,)),
     per_query=lambda width: per_query(rows, width),
     per_row=per_query(rows),
     keys=lambda width: pl.BlockSpec(
       (None, key_length, None, width), lambda p, h, b: (b, 0, h, 0)
     ),
-    reads=(*reads, *segments),
+    reads=(*lists, *segments),
     read_specs=tuple(specs),
   )
 
@@ -446,39 +468,27 @@ def group_heads(x: jax.Array, kv_heads: int) -> jax.Array:
 
 
 def forward(
-  query: jax.Array,
-  key: jax.Array,
-  value: jax.Array,
-  ids: jax.Array,
-  offset: jax.Array,
-  segments: tuple[jax.Array, ...],
-  *,
-  spec: Spec,
+  spec: Spec, qkv: tuple[jax.Array, ...], index: tuple[jax.Array, Queries]
 ) -> tuple[jax.Array, jax.Array]:
   """Out [B, T, N, V] and lse [B, T, N] (float32) of the selected branch.
 
   Args:
-    query: [B, T, N, H].
-    key: [B, S, K, H].
-    value: [B, S, K, V].
-    ids: int32 [B, T, K, m], strictly ascending, then -1.
-    offset: int32 [B], position of the first query.
-    segments: () or key segments [B, S] and query segments [B, T], int32; a
-      query segment that no key has reads nothing.
-    spec: block length, scale and tiles.
+    spec: with tiles.
+    qkv: query [B, T, N, H], key [B, S, K, H], value [B, S, K, V].
+    index: block ids and queries.
   """
+  query, key, value = qkv
   batch, length, heads, head_dim = query.shape
   key_length, kv_heads, value_dim = value.shape[1:]
+  reads = reads_of(index)
   grouped = group_heads(query, kv_heads)
-  tile = spec.tiling.fwd
-  specs = layout(
-    grouped, key_length, ids, offset, segments, tile=tile, block=spec.block
-  )
-  out, lse = common.pallas_call(
+  tile = spec.tiles.fwd
+  specs = layout(grouped, key_length, reads, tile, spec)
+  out, lse = pl.pallas_call(
     functools.partial(_fwd_kernel, spec=spec, sizes=specs.sizes),
-    name="nsa_selected_fwd",
-    num_warps=tile.num_warps,
-    num_stages=tile.num_stages,
+    **common.options(
+      "nsa_selected_fwd", tile.num_warps, tile.num_stages, spec.interpret
+    ),
     grid=specs.grid,
     in_specs=[
       specs.offset,
@@ -492,7 +502,7 @@ def forward(
       jax.ShapeDtypeStruct((*grouped.shape[:4], value_dim), query.dtype),
       jax.ShapeDtypeStruct(grouped.shape[:4], jnp.float32),
     ],
-  )(offset, grouped, key, value, *specs.reads)
+  )(reads.offset, grouped, key, value, *specs.reads)
   return (
     out.reshape(batch, length, heads, value_dim),
     lse.reshape(batch, length, heads),

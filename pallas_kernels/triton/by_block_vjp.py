@@ -13,26 +13,28 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
+from pallas_kernels.interface import Queries, Spec
 from pallas_kernels.triton import common
-from pallas_kernels.triton.inverse_lists import sum_pieces
-from pallas_kernels.triton.selected_attention import Spec
-from pallas_kernels.triton.selected_by_block import (
-  Plan,
+from pallas_kernels.triton.by_block import (
+  Chunking,
   by_head,
-  call_by_piece,
-  call_by_query,
+  by_piece,
+  by_row,
   count_chosen,
+  first_rows,
   gather,
   load_block,
   load_piece,
-  plan_chunks,
+  make_chunk,
+  make_chunking,
   query_heads,
   query_rows,
-  scan_chunks,
   scatter,
   split_blocks,
   walk_queries,
 )
+from pallas_kernels.triton.by_query import reads_of
+from pallas_kernels.triton.inverse_lists import sum_pieces
 
 
 def _bwd_kernel(
@@ -48,18 +50,18 @@ def _bwd_kernel(
   delta_ref,  # [B K T, G]
   *refs,  # segments, if any; dk [l', H] and dv [l', V], partial; dq per pair
   spec: Spec,
-  plan: Plan,
+  chunking: Chunking,
 ):
   *segments, dk_ref, dv_ref, dq_ref = refs
   group = q_ref.shape[1]
 
   def zeros(ref):
-    return common.accumulators(plan.block, common.pieces(ref.shape[-1]))
+    return common.accumulators(chunking.block, common.pieces(ref.shape[-1]))
 
   @pl.when(piece_ref[2] > piece_ref[1])
   def _():
-    piece = load_piece(piece_ref, first_row_ref, offset_ref, segments, plan)
-    k, v = (load_block(ref, piece, plan) for ref in (k_ref, v_ref))
+    piece = load_piece(piece_ref, first_row_ref, offset_ref, segments, chunking)
+    k, v = (load_block(ref, piece, chunking) for ref in (k_ref, v_ref))
 
     def body(step, carry):
       dk, dv = carry
@@ -88,8 +90,8 @@ def _bwd_kernel(
       piece,
       items_ref,
       segments,
-      plan,
-      queries=spec.tiling.rows // group,
+      chunking,
+      queries=spec.tiles.rows // group,
       group=group,
     )
     for ref, xs, scale in ((dk_ref, dk, spec.scale), (dv_ref, dv, 1)):
@@ -106,7 +108,7 @@ def _sum_dq_kernel(
   part_ref,  # [m, G, H]
   dq_ref,  # [G, H]
   *,
-  plan: Plan,
+  chunking: Chunking,
 ):
   group, head_dim = dq_ref.shape
   columns = common.pieces(head_dim)
@@ -119,7 +121,7 @@ def _sum_dq_kernel(
 
   acc = lax.fori_loop(
     0,
-    count_chosen(ids_ref, first_row_ref, offset_ref, plan),
+    count_chosen(ids_ref, first_row_ref, offset_ref, chunking),
     body,
     common.accumulators(group, columns),
   )
@@ -128,67 +130,77 @@ def _sum_dq_kernel(
 
 
 def backward(
-  query: jax.Array,
-  key: jax.Array,
-  value: jax.Array,
-  ids: jax.Array,
-  offset: jax.Array,
-  segments: tuple[jax.Array, ...],
+  spec: Spec,
+  qkv: tuple[jax.Array, ...],
+  index: tuple[jax.Array, Queries],
   out: jax.Array,
   lse: jax.Array,
   dout: jax.Array,
   dlse: jax.Array,
-  *,
-  spec: Spec,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """As `selected_attention_vjp.backward`."""
-  tile = spec.tiling.dkv
-  ids, spec = split_blocks(ids, spec, tile.block_k)
-  plan = plan_chunks(query, key, ids, spec.block)
+) -> tuple[jax.Array, ...]:
+  """As `by_query_vjp.backward`."""
+  query, key, value = qkv
+  reads = reads_of(index)
+  tile, block_k = spec.tiles.dkv, spec.tiles.dkv.block_k
+  ids = split_blocks(reads.ids, spec.config.selection_block, block_k)
+  chunking = make_chunking(query, key, ids, block_k, spec.tiles.scratch)
+  row_ids = by_head(ids, chunking.length, -1).reshape(-1, chunking.num_ids)
   f32 = jnp.float32
   delta = jnp.sum(dout.astype(f32) * out.astype(f32), axis=-1) - dlse
   lse = jnp.where(lse == -jnp.inf, 0, lse) * common.LOG2E
   rows, dout, lse, delta = (
-    query_rows(x, plan) for x in (query, dout, lse, delta)
+    query_rows(x, chunking) for x in (query, dout, lse, delta)
   )
-  keys, values = (by_head(x, plan.key_length) for x in (key, value))
-  blocks = [(spec.block, x.shape[-1]) for x in (key, value)]
+  keys, values = (by_head(x, chunking.key_length) for x in (key, value))
+  arrays = (reads.offset, rows, keys, values, dout, lse, delta, *reads.segments)
+  blocks = [(block_k, x.shape[-1]) for x in (key, value)]
+  per_pair = [(rows.shape[1:], query.dtype)]
 
-  def chunk(chunk):
-    *partial, part = call_by_piece(
-      functools.partial(_bwd_kernel, spec=spec, plan=plan),
-      chunk,
-      offset,
-      (rows, keys, values, dout, lse, delta, *segments),
-      blocks,
-      [(rows.shape[1:], query.dtype)],
-      name="nsa_selected_by_block_bwd",
-      plan=plan,
-      tile=tile,
+  def step(totals, first_row):
+    chunk = make_chunk(
+      first_row, row_ids, reads.offset, chunking, spec.tiles.piece
     )
-    (dq,) = call_by_query(
-      functools.partial(_sum_dq_kernel, plan=plan),
-      chunk,
-      offset,
-      [part],
-      name="nsa_selected_sum_dq",
-      plan=plan,
-    )
-    sums = (sum_pieces(x, chunk.lists.starts, f32) for x in partial)
-    return [x.reshape(plan.heads, -1, x.shape[-1]) for x in sums], dq
+    args, grid = by_piece(chunk, arrays, blocks, per_pair, chunking)
+    *partial, part = pl.pallas_call(
+      functools.partial(_bwd_kernel, spec=spec, chunking=chunking),
+      **common.options(
+        "nsa_selected_by_block_bwd",
+        tile.num_warps,
+        tile.num_stages,
+        spec.interpret,
+      ),
+      **grid,
+    )(*args)
+    args, grid = by_row(chunk, reads.offset, [part], chunking)
+    (dq,) = pl.pallas_call(
+      functools.partial(_sum_dq_kernel, chunking=chunking),
+      **common.options("nsa_selected_sum_dq", 1, 3, spec.interpret),
+      **grid,
+    )(*args)
+    first_head = first_row // chunking.length
+
+    def add(total, partial):
+      sums = sum_pieces(
+        partial, chunk.lists.starts, f32, interpret=spec.interpret
+      )
+      sums = sums.reshape(chunking.heads, -1, sums.shape[-1])
+      sums += lax.dynamic_slice_in_dim(total, first_head, chunking.heads)
+      return lax.dynamic_update_slice_in_dim(total, sums, first_head, axis=0)
+
+    return [add(*x) for x in zip(totals, partial, strict=True)], dq
 
   # Sums over the chunks of a head.
   zeros = [
-    jnp.zeros((keys.shape[0], plan.num_blocks * block, width), f32)
+    jnp.zeros((keys.shape[0], chunking.num_blocks * block, width), f32)
     for block, width in blocks
   ]
-  totals, dq = scan_chunks(chunk, ids, offset, zeros, plan, spec.tiling.piece)
+  totals, dq = lax.scan(step, zeros, first_rows(row_ids, chunking))
 
   def tokens(x, like):  # [B K, M l', W] -> [B, S, K, W]
-    x = x[:, : plan.key_length].reshape(
-      like.shape[0], plan.kv_heads, -1, x.shape[-1]
+    x = x[:, : chunking.key_length].reshape(
+      like.shape[0], chunking.kv_heads, -1, x.shape[-1]
     )
     return jnp.swapaxes(x, 1, 2).astype(like.dtype)
 
   dk, dv = map(tokens, totals, (key, value))
-  return query_heads(dq, query, plan), dk, dv
+  return query_heads(dq, query, chunking), dk, dv

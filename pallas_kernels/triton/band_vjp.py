@@ -18,12 +18,14 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
+from pallas_kernels.interface import Spec
 from pallas_kernels.triton import common
-from pallas_kernels.triton.band_attention import (
+from pallas_kernels.triton.band import (
   Band,
-  Sizes,
-  Spec,
+  QuerySizes,
+  Reads,
   ceil_div,
+  choose_tiles,
   flat_rows,
   gather,
   key_span,
@@ -31,6 +33,7 @@ from pallas_kernels.triton.band_attention import (
   per_head,
   tile_rows,
 )
+from pallas_kernels.triton.tiling import BandTiling
 
 
 class Inputs(NamedTuple):
@@ -46,14 +49,15 @@ class Inputs(NamedTuple):
   segments: tuple[jax.Array, ...]
 
 
-class Plan(NamedTuple):
+class Schedule(NamedTuple):
   """How the work is cut; hashable.
 
   Tiles of queries are those of the dq kernel, of keys those of the other.
   """
 
-  sizes: Sizes
-  spec: Spec
+  spec: Spec  # with tiles
+  band: Band
+  sizes: QuerySizes
   num_tiles: int  # of queries
   num_key_tiles: int
   num_chunks: int
@@ -64,16 +68,16 @@ class Plan(NamedTuple):
   @property
   def steps(self) -> int:
     """Steps of the dk, dv kernel in one tile of queries."""
-    return self.spec.tiling.steps
+    return self.spec.tiles.steps
 
   @property
   def block_q(self) -> int:
     """Queries of a tile."""
-    return queries_of_tile(self.spec, self.sizes)
+    return queries_of_tile(self.spec.tiles, self.sizes)
 
   def tiles_of(self, chunk: Any) -> tuple[Any, int]:
     """First tile of queries of a chunk, and the distance to the next."""
-    if self.spec.band.window is None:
+    if self.band.window is None:
       # As many keys are read in every chunk: none leaves the device idle.
       return chunk, self.num_chunks
     # The tiles of keys that a chunk reads are few.
@@ -88,7 +92,7 @@ class Plan(NamedTuple):
     the tile does. All of it is written: `query_tiles` has the same pairs.
     """
     bounds = key_tiles(
-      self.spec.band,
+      self.band,
       offset,
       first_row,
       tile * self.block_q,
@@ -98,40 +102,48 @@ class Plan(NamedTuple):
     return bounds.begin, bounds.end
 
 
-def queries_of_tile(spec: Spec, sizes: Sizes) -> int:
+def queries_of_tile(tiles: BandTiling, sizes: QuerySizes) -> int:
   """Queries of a tile of the dq kernel, in whole steps of the other."""
-  return spec.tiling.steps * (spec.tiling.dkv.rows // sizes.group)
+  return tiles.steps * (tiles.dkv.rows // sizes.group)
 
 
-def make_plan(
-  batch: int, num_keys: int, dtype: Any, sizes: Sizes, spec: Spec
-) -> Plan:
+def make_schedule(
+  spec: Spec,
+  band: Band,
+  sizes: QuerySizes,
+  *,
+  batch: int,
+  num_keys: int,
+  dtype: Any,
+) -> Schedule:
   """Chunks and shares by shape.
 
   Args:
+    spec: with tiles.
+    band: of the branch.
+    sizes: of the queries.
     batch: B.
     num_keys: rows of keys.
     dtype: of ds.
-    sizes: of the queries.
-    spec: band, scale and tiles.
   """
-  tiling, band = spec.tiling, spec.band
-  block_k, block_q = tiling.dkv.block_k, queries_of_tile(spec, sizes)
+  tiles = spec.tiles
+  block_k, block_q = tiles.dkv.block_k, queries_of_tile(tiles, sizes)
   num_tiles = -(-sizes.length // block_q)
   num_key_tiles = slots = -(-num_keys // block_k)
   if band.window is not None:
     # Window and queries end where tiles do not.
     slots = min(slots, (band.window + block_q - 2) // block_k + 2)
   heads = batch * (sizes.heads // sizes.group)
-  size = heads * slots * block_k * tiling.dq.rows * jnp.dtype(dtype).itemsize
-  num_chunks = -(-num_tiles // max(1, tiling.scratch // size))
+  size = heads * slots * block_k * tiles.dq.rows * jnp.dtype(dtype).itemsize
+  num_chunks = -(-num_tiles // max(1, tiles.scratch // size))
   chunk_tiles = -(-num_tiles // num_chunks)
-  splits = -(-tiling.programs // (num_key_tiles * heads))
+  splits = -(-tiles.programs // (num_key_tiles * heads))
   # A program that starts must have something to do.
-  splits = max(1, min(splits, chunk_tiles * tiling.steps // 8))
-  return Plan(
-    sizes,
+  splits = max(1, min(splits, chunk_tiles * tiles.steps // 8))
+  return Schedule(
     spec,
+    band,
+    sizes,
     num_tiles,
     num_key_tiles,
     num_chunks,
@@ -142,53 +154,53 @@ def make_plan(
 
 
 def backward(
-  query: jax.Array,
-  key: jax.Array,
-  value: jax.Array,
-  place: jax.Array,
-  segments: tuple[jax.Array, ...],
+  spec: Spec,
+  qkv: tuple[jax.Array, ...],
+  reads: Reads,
   out: jax.Array,
   lse: jax.Array,
   dout: jax.Array,
   dlse: jax.Array,
-  *,
-  spec: Spec,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
   """Gradients of query, key and value, in their dtypes.
 
   Args:
-    query: [B, T, N, H]; as are the next four arguments those of `forward`.
-    key: [B, S, K, H].
-    value: [B, S, K, V].
-    place: int32 [B, 2].
-    segments: () or int32 [B, S] and [B T].
+    spec: as of `forward`, as are the next two.
+    qkv: query, key and value.
+    reads: what the queries read.
     out: [B, T, N, V], of `forward`, as is lse [B, T, N].
     lse: [B, T, N].
     dout: [B, T, N, V], cotangent of `out`.
     dlse: float32 [B, T, N], cotangent of `lse`.
-    spec: band, scale and tiles.
   """
+  query, key, value = qkv
   delta = jnp.sum(dout.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
   # Rows that read nothing get probabilities of exactly 0.
   lse = jnp.where(lse == -jnp.inf, -common.MASK, lse * common.LOG2E)
   inputs = Inputs(
-    place,
+    reads.place,
     flat_rows(query),
     flat_rows(dout),
     flat_rows(lse),
     flat_rows(delta - dlse),
     key,
     value,
-    segments,
+    reads.flat_segments,
   )
   _, length, heads, _ = query.shape
-  sizes = Sizes(length, heads, heads // key.shape[2])
-  plan = make_plan(len(key), key.shape[1], key.dtype, sizes, spec)
-  step = functools.partial(_add_chunk, inputs=inputs, plan=plan)
+  schedule = make_schedule(
+    spec._replace(tiles=choose_tiles(spec, reads.band, qkv)),
+    reads.band,
+    QuerySizes(length, heads, heads // key.shape[2]),
+    batch=len(key),
+    num_keys=key.shape[1],
+    dtype=key.dtype,
+  )
+  step = functools.partial(_add_chunk, inputs=inputs, schedule=schedule)
   # The first chunk has nothing to add to.
   grads = step(jnp.int32(0), None)
-  if plan.num_chunks > 1:
-    grads = lax.fori_loop(1, plan.num_chunks, step, grads)
+  if schedule.num_chunks > 1:
+    grads = lax.fori_loop(1, schedule.num_chunks, step, grads)
   dq, dk, dv = grads
 
   def finish(x, like):
@@ -207,7 +219,7 @@ def _add_chunk(
   chunk: jax.Array,
   grads: tuple[jax.Array, ...] | None,
   inputs: Inputs,
-  plan: Plan,
+  schedule: Schedule,
 ) -> tuple[jax.Array, ...]:
   """Gradients with those of one chunk of queries added, in place.
 
@@ -216,8 +228,8 @@ def _add_chunk(
   """
   chunk = chunk.astype(jnp.int32).reshape(1)
   dq, *sums = grads or (None,)
-  *sums, ds = _key_value_gradient(chunk, tuple(sums), inputs, plan)
-  return (_query_gradient(chunk, ds, dq, inputs, plan), *sums)
+  *sums, ds = _key_value_gradient(chunk, tuple(sums), inputs, schedule)
+  return (_query_gradient(chunk, ds, dq, inputs, schedule), *sums)
 
 
 def query_tiles(
@@ -251,7 +263,7 @@ def query_tiles(
   return begin, end
 
 
-def row_and_head(head: Any, sizes: Sizes) -> tuple[Any, Any]:
+def row_and_head(head: Any, sizes: QuerySizes) -> tuple[Any, Any]:
   """Batch row and key/value head of one of the B K pairs.
 
   From one number: Triton knows that the only batch row is 0, and keeps so much
@@ -273,15 +285,15 @@ def _dkv_kernel(
   # Segments [S] and [B T], if any; dk and dv so far, except in the first chunk;
   # dk [block_k, H], dv [block_k, V]; ds [chunk, slots block_k, rows of dq].
   *refs,
-  plan: Plan,
+  schedule: Schedule,
   segmented: bool,
   exp2: Callable[[jax.Array], jax.Array],
 ):
   *optional, dk_ref, dv_ref, ds_ref = refs
   segments = optional[:2] if segmented else ()
   before = optional[len(segments) :]
-  sizes, spec = plan.sizes, plan.spec
-  band, tile = spec.band, spec.tiling.dkv
+  sizes, spec, band = schedule.sizes, schedule.spec, schedule.band
+  tile = spec.tiles.dkv
   num_keys, value_dim = v_ref.shape
   head_pieces = common.pieces(q_ref.shape[-1])
   value_pieces = common.pieces(value_dim)
@@ -295,17 +307,19 @@ def _dkv_kernel(
     j * tile.block_k,
     tile.block_k,
     sizes.length,
-    plan.block_q,
+    schedule.block_q,
   )
   # Of this chunk, counted from its first.
-  start, apart = plan.tiles_of(chunk_ref[0])
+  start, apart = schedule.tiles_of(chunk_ref[0])
   begin, end = (
-    jnp.minimum(ceil_div(jnp.maximum(x - start, 0), apart), plan.chunk_tiles)
-    * plan.steps
+    jnp.minimum(
+      ceil_div(jnp.maximum(x - start, 0), apart), schedule.chunk_tiles
+    )
+    * schedule.steps
     for x in (begin, end)
   )
   # Equal shares of what reads these keys: no program is left over at the end.
-  share = ceil_div(jnp.maximum(end - begin, 0), plan.splits)
+  share = ceil_div(jnp.maximum(end - begin, 0), schedule.splits)
   begin += split * share
   end = jnp.minimum(end, begin + share)
 
@@ -321,9 +335,12 @@ def _dkv_kernel(
     # loads.
     def step(i, carry):
       dk, dv = carry
-      number, part = common.div(i, plan.steps), common.rem(i, plan.steps)
+      number, part = (
+        common.div(i, schedule.steps),
+        common.rem(i, schedule.steps),
+      )
       queries = start + number * apart
-      rows = tile_rows(queries, b, h, tile.rows, sizes, plan.steps, part)
+      rows = tile_rows(queries, b, h, tile.rows, sizes, schedule.steps, part)
       q = gather(q_ref, rows.index, head_pieces)
       dout = gather(dout_ref, rows.index, value_pieces)
       lse, delta = lse_ref[rows.index], delta_ref[rows.index]
@@ -346,7 +363,7 @@ def _dkv_kernel(
       )
       dp = common.dot_pieces(v, dout)
       ds = (p * (dp - delta[None, :])).astype(q_ref.dtype)
-      slot = j - plan.keys_of(queries, offset, first_row, tile.block_k)[0]
+      slot = j - schedule.keys_of(queries, offset, first_row, tile.block_k)[0]
       ds_ref[
         number,
         pl.ds(slot * tile.block_k, tile.block_k),
@@ -384,16 +401,16 @@ def _key_value_gradient(
   chunk: jax.Array,
   before: tuple[jax.Array, ...],
   inputs: Inputs,
-  plan: Plan,
+  schedule: Schedule,
 ) -> tuple[jax.Array, ...]:
   """dk and dv as of `_add_chunk`, and ds [B K, chunk, slots block_k, rows]."""
-  tiling = plan.spec.tiling
-  tile = tiling.dkv
+  tiles = schedule.spec.tiles
+  tile = tiles.dkv
   batch, num_keys, kv_heads, _ = inputs.key.shape
   heads = batch * kv_heads
   widths = (inputs.key.shape[-1], inputs.value.shape[-1])
   place, keys, segments = per_head(
-    inputs.key, inputs.segments, lambda s, i, j: row_and_head(i, plan.sizes)
+    inputs.key, inputs.segments, lambda s, i, j: row_and_head(i, schedule.sizes)
   )
   grads = [
     pl.BlockSpec(
@@ -401,7 +418,7 @@ def _key_value_gradient(
     )
     for width in widths
   ]
-  ds = (plan.chunk_tiles, plan.slots * tile.block_k, tiling.dq.rows)
+  ds = (schedule.chunk_tiles, schedule.slots * tile.block_k, tiles.dq.rows)
   per_query = inputs[1:5]
   args = (
     chunk,
@@ -412,15 +429,20 @@ def _key_value_gradient(
     *inputs.segments,
   )
   return tuple(
-    common.pallas_call(
+    pl.pallas_call(
       functools.partial(
-        _dkv_kernel, plan=plan, segmented=bool(inputs.segments)
+        _dkv_kernel,
+        schedule=schedule,
+        segmented=bool(inputs.segments),
+        exp2=common.exp2(schedule.spec.interpret),
       ),
-      name=f"nsa_{plan.spec.branch}_dkv",
-      num_warps=tile.num_warps,
-      num_stages=tile.num_stages,
-      with_exp2=True,
-      grid=(plan.splits, heads, plan.num_key_tiles),
+      **common.options(
+        f"nsa_{schedule.band.branch}_dkv",
+        tile.num_warps,
+        tile.num_stages,
+        schedule.spec.interpret,
+      ),
+      grid=(schedule.splits, heads, schedule.num_key_tiles),
       in_specs=[
         common.whole(chunk),
         place,
@@ -436,7 +458,7 @@ def _key_value_gradient(
       out_shape=[
         *(
           jax.ShapeDtypeStruct(
-            (plan.splits, heads, num_keys, width), jnp.float32
+            (schedule.splits, heads, num_keys, width), jnp.float32
           )
           for width in widths
         ),
@@ -453,25 +475,25 @@ def _dq_kernel(
   ds_ref,  # [chunk, slots block_k, rows]
   k_ref,  # [S, H]
   *refs,  # dq so far, except in the first chunk; dq [B T N, H]
-  plan: Plan,
+  schedule: Schedule,
 ):
   dq_ref = refs[-1]
-  sizes, spec = plan.sizes, plan.spec
-  tile, block_k = spec.tiling.dq, spec.tiling.dkv.block_k
+  sizes, spec, tiles = schedule.sizes, schedule.spec, schedule.spec.tiles
+  tile, block_k = tiles.dq, tiles.dkv.block_k
   num_keys, head_dim = k_ref.shape
   head_pieces = common.pieces(head_dim)
   h, b = pl.program_id(1), pl.program_id(2)
   offset, first_row = place_ref[0], place_ref[1]
   # The last queries read most: they start first.
-  number = plan.chunk_tiles - 1 - pl.program_id(0)
-  start, apart = plan.tiles_of(chunk_ref[0])
+  number = schedule.chunk_tiles - 1 - pl.program_id(0)
+  start, apart = schedule.tiles_of(chunk_ref[0])
   i = start + number * apart
 
   # Chunks are equal, but the tiles need not be enough for the last of each.
-  @pl.when(i < plan.num_tiles)
+  @pl.when(i < schedule.num_tiles)
   def _():
-    rows = tile_rows(i, b, h, spec.tiling.dkv.rows, sizes, plan.steps)
-    first = plan.keys_of(i, offset, first_row, block_k)[0] * block_k
+    rows = tile_rows(i, b, h, tiles.dkv.rows, sizes, schedule.steps)
+    first = schedule.keys_of(i, offset, first_row, block_k)[0] * block_k
 
     def step(j, dq):
       span_k, _, inside = key_span(j, tile.block_k, num_keys)
@@ -481,7 +503,7 @@ def _dq_kernel(
       return tuple(d + common.dot(ds, x) for d, x in zip(dq, k, strict=True))
 
     dq = lax.fori_loop(
-      *plan.keys_of(i, offset, first_row, tile.block_k),
+      *schedule.keys_of(i, offset, first_row, tile.block_k),
       step,
       common.accumulators(tile.rows, head_pieces),
     )
@@ -495,21 +517,24 @@ def _query_gradient(
   ds: jax.Array,
   before: jax.Array | None,
   inputs: Inputs,
-  plan: Plan,
+  schedule: Schedule,
 ) -> jax.Array:
   """dq [B T N, H]."""
-  tile = plan.spec.tiling.dq
+  tile = schedule.spec.tiles.dq
   batch, _, kv_heads, head_dim = inputs.key.shape
   place, keys, _ = per_head(inputs.key, ())
   query = jax.ShapeDtypeStruct(inputs.query.shape, inputs.query.dtype)
   args = (chunk, inputs.place, ds, inputs.key)
   aliased = () if before is None else (before,)
-  return common.pallas_call(
-    functools.partial(_dq_kernel, plan=plan),
-    name=f"nsa_{plan.spec.branch}_dq",
-    num_warps=tile.num_warps,
-    num_stages=tile.num_stages,
-    grid=(plan.chunk_tiles, kv_heads, batch),
+  return pl.pallas_call(
+    functools.partial(_dq_kernel, schedule=schedule),
+    **common.options(
+      f"nsa_{schedule.band.branch}_dq",
+      tile.num_warps,
+      tile.num_stages,
+      schedule.spec.interpret,
+    ),
+    grid=(schedule.chunk_tiles, kv_heads, batch),
     in_specs=[
       common.whole(chunk),
       place,

@@ -16,8 +16,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from pallas_kernels.triton import common
-from pallas_kernels.triton.tiling import BandTiling
+from pallas_kernels.interface import Queries, Spec
+from pallas_kernels.triton import common, support
+from pallas_kernels.triton.tiling import BandTile, BandTiling, band_tiling
 
 
 class Band(NamedTuple):
@@ -39,6 +40,11 @@ class Band(NamedTuple):
   window: int | None
   length: int
 
+  @property
+  def branch(self) -> str:
+    """For the names of kernels."""
+    return "compressed" if self.window is None else "window"
+
   def stop(self, t: Any) -> Any:
     """End of the range of rows that a scalar t >= 0 reads."""
     rows = common.div(jnp.maximum(t - self.span + 1, 0), self.stride) + 1
@@ -52,20 +58,31 @@ class Band(NamedTuple):
     return mask
 
 
-class Spec(NamedTuple):
-  """The static side of a call; hashable."""
+class Reads(NamedTuple):
+  """What the queries of a call read.
+
+  Attributes:
+    band: static.
+    place: int32 [B, 2]: position of the first query, counted from the first
+      row of keys, and the first row that may be read (with a window).
+    segments: () or segments of the rows of keys [B, S] and of the queries
+      [B, T], int32; a query segment that no key has reads nothing.
+  """
 
   band: Band
-  scale: float
-  tiling: BandTiling
+  place: jax.Array
+  segments: tuple[jax.Array, ...]
 
   @property
-  def branch(self) -> str:
-    """For the names of kernels."""
-    return "compressed" if self.band.window is None else "window"
+  def flat_segments(self) -> tuple[jax.Array, ...]:
+    """`segments`, those of the queries as [B T]: as the kernels index them."""
+    if not self.segments:
+      return ()
+    key_segments, query_segments = self.segments
+    return key_segments, query_segments.reshape(-1)
 
 
-class Sizes(NamedTuple):
+class QuerySizes(NamedTuple):
   """Sizes that the flat arrays of queries do not show."""
 
   length: int  # T
@@ -147,7 +164,7 @@ def key_tiles(
   return Bounds(begin, full_begin, full_end, end)
 
 
-class Rows(NamedTuple):
+class TileRows(NamedTuple):
   """The rows of a tile of queries, query by query, head by head."""
 
   query: Any  # int32 [rows], in [0, T)
@@ -160,10 +177,10 @@ def tile_rows(
   b: Any,
   h: Any,
   rows: int,
-  sizes: Sizes,
+  sizes: QuerySizes,
   steps: int = 1,
   step: Any = None,
-) -> Rows:
+) -> TileRows:
   """Rows of a tile of batch row b and key/value head h.
 
   A tile is taken in `steps` of `rows` rows each: the result is one of them, or
@@ -188,7 +205,7 @@ def tile_rows(
     real = (row < block_q * group) & (query < length)
     query = jnp.minimum(query, length - 1)
   index = (b * length + query) * heads + h * group + common.rem(local, group)
-  return Rows(query, index, real)
+  return TileRows(query, index, real)
 
 
 def gather(
@@ -211,16 +228,17 @@ def _fwd_kernel(
   k_ref,  # [S, H], S or C rows of keys
   v_ref,  # [S, V]
   *refs,  # segments [S] and [B T], if any; out [B T N, V], lse [B T N]
-  spec: Spec,
-  sizes: Sizes,
+  band: Band,
+  tile: BandTile,
+  scale: float,
+  sizes: QuerySizes,
   exp2: Callable[[jax.Array], jax.Array],
 ):
   *segments, out_ref, lse_ref = refs
-  band, tile = spec.band, spec.tiling.fwd
   num_keys, value_dim = v_ref.shape
   head_pieces = common.pieces(q_ref.shape[-1])
   value_pieces = common.pieces(value_dim)
-  factor = spec.scale * common.LOG2E
+  factor = scale * common.LOG2E
   # The last queries read most: they start first.
   i = pl.num_programs(0) - 1 - pl.program_id(0)
   h, b = pl.program_id(1), pl.program_id(2)
@@ -300,7 +318,7 @@ def per_head(
 
   Args:
     key: [B, S, K, H].
-    segments: as of `forward`.
+    segments: () or those of the keys [B, S] and of the flat queries [B T].
     row_and_head: from indices of the grid to batch row and key/value head.
 
   Returns:
@@ -323,43 +341,65 @@ def per_head(
   return spec(2), keys, per_row
 
 
+def check(
+  spec: Spec, qkv: tuple[jax.Array, ...], index: tuple[None, Queries]
+) -> None:
+  """As `interface` says; `tiles` are a `BandTiling`."""
+  del index
+  support.check_where()
+  support.check_heads(*qkv)
+  support.check_tiles(spec, BandTiling)
+
+
+def choose_tiles(
+  spec: Spec, band: Band, qkv: tuple[jax.Array, ...]
+) -> BandTiling:
+  """The tiles that were asked for, or those of the heuristic."""
+  query, key, value = qkv
+  return spec.tiles or band_tiling(
+    windowed=band.window is not None,
+    group=query.shape[2] // key.shape[2],
+    head_dim=query.shape[-1],
+    value_dim=value.shape[-1],
+    dtype=query.dtype,
+  )
+
+
 def forward(
-  query: jax.Array,
-  key: jax.Array,
-  value: jax.Array,
-  place: jax.Array,
-  segments: tuple[jax.Array, ...],
-  *,
-  spec: Spec,
+  spec: Spec, qkv: tuple[jax.Array, ...], reads: Reads
 ) -> tuple[jax.Array, jax.Array]:
   """Out [B, T, N, V] and lse [B, T, N] (float32).
 
   Args:
-    query: [B, T, N, H].
-    key: [B, S, K, H]; S rows, which may be blocks.
-    value: [B, S, K, V].
-    place: int32 [B, 2]: position of the first query, counted from the first
-      row of keys, and the first row that may be read (with a window).
-    segments: () or segments of the rows of keys [B, S] and of the queries
-      [B T], int32; a query segment that no key has reads nothing.
-    spec: band, scale and tiles.
+    spec: scale and tiles.
+    qkv: query [B, T, N, H]; key [B, S, K, H] and value [B, S, K, V] of S rows,
+      which may be blocks.
+    reads: what the queries read.
   """
+  query, key, value = qkv
+  band, place, segments = reads.band, reads.place, reads.flat_segments
   batch, length, heads, _ = query.shape
   kv_heads, value_dim = value.shape[2:]
-  sizes = Sizes(length, heads, heads // kv_heads)
-  tile = spec.tiling.fwd
+  sizes = QuerySizes(length, heads, heads // kv_heads)
+  tile = choose_tiles(spec, band, qkv).fwd
   flat = flat_rows(query)
   place_spec, keys, segment_specs = per_head(key, segments)
   shapes = [
     jax.ShapeDtypeStruct((len(flat), value_dim), query.dtype),
     jax.ShapeDtypeStruct((len(flat),), jnp.float32),
   ]
-  out, lse = common.pallas_call(
-    functools.partial(_fwd_kernel, spec=spec, sizes=sizes),
-    name=f"nsa_{spec.branch}_fwd",
-    num_warps=tile.num_warps,
-    num_stages=tile.num_stages,
-    with_exp2=True,
+  out, lse = pl.pallas_call(
+    functools.partial(
+      _fwd_kernel,
+      band=band,
+      tile=tile,
+      scale=spec.scale,
+      sizes=sizes,
+      exp2=common.exp2(spec.interpret),
+    ),
+    **common.options(
+      f"nsa_{band.branch}_fwd", tile.num_warps, tile.num_stages, spec.interpret
+    ),
     grid=(-(-length // (tile.rows // sizes.group)), kv_heads, batch),
     in_specs=[
       place_spec,

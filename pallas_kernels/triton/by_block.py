@@ -21,16 +21,13 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
+from pallas_kernels.interface import Queries, Spec
 from pallas_kernels.triton import common
+from pallas_kernels.triton.by_query import group_heads, reads_of
 from pallas_kernels.triton.inverse_lists import InverseLists, chosen, invert
-from pallas_kernels.triton.selected_attention import Spec, group_heads
-from pallas_kernels.triton.tiling import Tile
-
-# Bytes of the partial outputs of one chunk.
-PARTIAL_BYTES = 2**31
 
 
-class Plan(NamedTuple):
+class Chunking(NamedTuple):
   """How the queries of all heads are cut into chunks; static."""
 
   kv_heads: int  # K
@@ -48,9 +45,9 @@ class Plan(NamedTuple):
     return self.heads * self.rows * self.num_ids
 
 
-def plan_chunks(
-  query: jax.Array, key: jax.Array, ids: jax.Array, block: int
-) -> Plan:
+def make_chunking(
+  query: jax.Array, key: jax.Array, ids: jax.Array, block: int, scratch: int
+) -> Chunking:
   """As many whole heads as fit, or a power of two of queries of one head.
 
   Args:
@@ -58,13 +55,14 @@ def plan_chunks(
     key: [B, S, K, W]; or values, whichever has the width of the outputs.
     ids: int32 [B, T, K, m].
     block: l'.
+    scratch: bytes that the partial outputs of a chunk may take.
   """
   batch, length, kv_heads, num_ids = ids.shape
   key_length, width = key.shape[1], key.shape[-1]
   num_blocks = -(-key_length // block)
   group = pl.next_power_of_2(query.shape[2] // kv_heads)
   query_bytes = num_ids * group * width * query.dtype.itemsize
-  most = max(PARTIAL_BYTES // query_bytes, 16)
+  most = max(scratch // query_bytes, 16)
   # Few enough for a 32-bit sort key of the lists, which is several times as
   # fast; but not if most lists of a chunk would end before they fill a step.
   short_key = (2**32 - 1) // (num_ids * (num_blocks + 1))
@@ -78,7 +76,7 @@ def plan_chunks(
     total = batch * kv_heads
     fits = range(1, min(most // length, total) + 1)
     heads = max(d for d in fits if total % d == 0)
-  return Plan(
+  return Chunking(
     kv_heads, length, heads, rows, num_ids, num_blocks, block, key_length
   )
 
@@ -92,14 +90,12 @@ class Chunk(NamedTuple):
   lists: InverseLists
 
 
-def split_blocks(
-  ids: jax.Array, spec: Spec, block_k: int
-) -> tuple[jax.Array, Spec]:
-  """The same call with blocks of `block_k` tokens, and more of them."""
-  parts = spec.block // block_k
+def split_blocks(ids: jax.Array, block: int, block_k: int) -> jax.Array:
+  """Ids of the same tokens, of blocks of `block_k` in place of `block`."""
+  parts = block // block_k
   inner = ids[..., None] * parts + jnp.arange(parts, dtype=jnp.int32)
   inner = jnp.where(ids[..., None] < 0, -1, inner)
-  return inner.reshape(*ids.shape[:-1], -1), spec._replace(block=block_k)
+  return inner.reshape(*ids.shape[:-1], -1)
 
 
 def by_head(x: jax.Array, length: int, fill: int = 0) -> jax.Array:
@@ -110,9 +106,9 @@ def by_head(x: jax.Array, length: int, fill: int = 0) -> jax.Array:
   return x.reshape(-1, *x.shape[2:])
 
 
-def query_rows(x: jax.Array, plan: Plan) -> jax.Array:
+def query_rows(x: jax.Array, chunking: Chunking) -> jax.Array:
   """[B, T, N, ...] -> [B K T, G, ...], G padded to a power of two."""
-  x = by_head(group_heads(x, plan.kv_heads), plan.length)
+  x = by_head(group_heads(x, chunking.kv_heads), chunking.length)
   x = x.reshape(-1, *x.shape[2:])
   group = x.shape[1]
   pad = [(0, 0)] * x.ndim
@@ -120,70 +116,64 @@ def query_rows(x: jax.Array, plan: Plan) -> jax.Array:
   return jnp.pad(x, pad)
 
 
-def query_heads(x: jax.Array, like: jax.Array, plan: Plan) -> jax.Array:
+def query_heads(x: jax.Array, like: jax.Array, chunking: Chunking) -> jax.Array:
   """The inverse of `query_rows`, of all chunks [., D C, G, ...].
 
   `like` [B, T, N, ...] has the sizes before padding.
   """
   batch, length, heads = like.shape[:3]
-  x = x.reshape(batch, plan.kv_heads, plan.length, *x.shape[2:])
-  x = jnp.swapaxes(x, 1, 2)[:, :length, :, : heads // plan.kv_heads]
+  x = x.reshape(batch, chunking.kv_heads, chunking.length, *x.shape[2:])
+  x = jnp.swapaxes(x, 1, 2)[:, :length, :, : heads // chunking.kv_heads]
   return x.reshape(batch, length, heads, *x.shape[4:])
 
 
-def scan_chunks(
-  body: Callable[[Chunk], tuple[Any, Any]],
-  ids: jax.Array,
+def first_rows(row_ids: jax.Array, chunking: Chunking) -> jax.Array:
+  """First row of every chunk, int32 [chunks]; `row_ids` as of `make_chunk`."""
+  size = chunking.heads * chunking.rows
+  return jnp.arange(0, len(row_ids), size, dtype=jnp.int32)
+
+
+def make_chunk(
+  first_row: jax.Array,
+  row_ids: jax.Array,
   offset: jax.Array,
-  totals: Any,
-  plan: Plan,
+  chunking: Chunking,
   piece: int,
-) -> tuple[Any, Any]:
-  """Runs `body` on one chunk after the other.
+) -> Chunk:
+  """The lists of the chunk that begins with a row.
 
   Args:
-    body: from a chunk to a pytree like `totals` of the sums of the chunk's
-      heads, [D, ...], and a pytree of anything.
-    ids: int32 [B, T, K, m].
-    offset: int32 [B].
-    totals: pytree of arrays [B K, ...] that the sums are added to.
-    plan: of the chunks.
+    first_row: int32 ().
+    row_ids: int32 [B K T, m], -1 in rows that pad a head.
+    offset: int32 [B], position of the first query.
+    chunking: of the rows.
     piece: pairs in a piece of a list.
-
-  Returns:
-    `totals`, and the second pytree with a leading axis for the chunks.
   """
-  rows_ids = by_head(ids, plan.length, -1).reshape(-1, plan.num_ids)
-  count = plan.heads * plan.rows
-  item = jnp.arange(plan.rows * plan.num_ids, dtype=jnp.int32)
-  item = jnp.tile(item.reshape(plan.rows, plan.num_ids), (plan.heads, 1))
-  local_head = jnp.repeat(jnp.arange(plan.heads, dtype=jnp.int32), plan.rows)
-
-  def step(totals, first_row):
-    local = lax.dynamic_slice_in_dim(rows_ids, first_row, count)
-    first_head = first_row // plan.length
-    head = first_head + local_head
-    row = first_row + jnp.arange(count, dtype=jnp.int32)
-    position = offset[head // plan.kv_heads] + row - head * plan.length
-    valid = chosen(local, position[:, None], plan.key_length, plan.block)
-    num_rows = plan.heads * plan.num_blocks
-    lists = invert(
-      jnp.where(valid, local_head[:, None] * plan.num_blocks + local, num_rows),
-      item,
-      num_rows=num_rows,
-      num_items=plan.rows * plan.num_ids,
-      piece=piece,
-    )
-    sums, result = body(Chunk(first_row[None], local, lists))
-
-    def add(total, x):
-      x += lax.dynamic_slice_in_dim(total, first_head, plan.heads)
-      return lax.dynamic_update_slice_in_dim(total, x, first_head, axis=0)
-
-    return jax.tree.map(add, totals, sums), result
-
-  first_rows = jnp.arange(0, rows_ids.shape[0], count, dtype=jnp.int32)
-  return lax.scan(step, totals, first_rows)
+  count = chunking.heads * chunking.rows
+  num_items = chunking.rows * chunking.num_ids
+  item = jnp.arange(num_items, dtype=jnp.int32)
+  item = jnp.tile(
+    item.reshape(chunking.rows, chunking.num_ids), (chunking.heads, 1)
+  )
+  local_head = jnp.repeat(
+    jnp.arange(chunking.heads, dtype=jnp.int32), chunking.rows
+  )
+  local = lax.dynamic_slice_in_dim(row_ids, first_row, count)
+  head = first_row // chunking.length + local_head
+  row = first_row + jnp.arange(count, dtype=jnp.int32)
+  position = offset[head // chunking.kv_heads] + row - head * chunking.length
+  valid = chosen(local, position[:, None], chunking.key_length, chunking.block)
+  num_rows = chunking.heads * chunking.num_blocks
+  lists = invert(
+    jnp.where(
+      valid, local_head[:, None] * chunking.num_blocks + local, num_rows
+    ),
+    item,
+    num_rows=num_rows,
+    num_items=num_items,
+    piece=piece,
+  )
+  return Chunk(first_row[None], local, lists)
 
 
 class Piece(NamedTuple):
@@ -206,28 +196,28 @@ def load_piece(
   first_row_ref: Any,
   offset_ref: Any,
   segments: Sequence[Any],
-  plan: Plan,
+  chunking: Chunking,
 ) -> Piece:
   """The piece of this program and, with segments, those of its keys."""
   row, first, last = piece_ref[0], piece_ref[1], piece_ref[2]
-  local_head = common.div(row, plan.num_blocks)
-  first_head = common.div(first_row_ref[0], plan.length)
+  local_head = common.div(row, chunking.num_blocks)
+  first_head = common.div(first_row_ref[0], chunking.length)
   head = first_head + local_head
-  batch = common.div(head, plan.kv_heads)
-  start_k = common.rem(row, plan.num_blocks) * plan.block
-  token = start_k + jnp.arange(plan.block)
+  batch = common.div(head, chunking.kv_heads)
+  start_k = common.rem(row, chunking.num_blocks) * chunking.block
+  token = start_k + jnp.arange(chunking.block)
   key_segment = None
   if segments:
-    keys_ref = segments[0].at[batch, pl.ds(start_k, plan.block)]
-    key_segment = common.load(keys_ref, token < plan.key_length)
+    keys_ref = segments[0].at[batch, pl.ds(start_k, chunking.block)]
+    key_segment = common.load(keys_ref, token < chunking.key_length)
   return Piece(
     first,
     last,
     head,
     batch,
-    first_pair=local_head * (plan.rows * plan.num_ids),
+    first_pair=local_head * (chunking.rows * chunking.num_ids),
     # A chunk of several heads starts with the first query of one.
-    first_query=first_row_ref[0] - first_head * plan.length,
+    first_query=first_row_ref[0] - first_head * chunking.length,
     offset=offset_ref[batch],
     start_k=start_k,
     token=token,
@@ -235,13 +225,15 @@ def load_piece(
   )
 
 
-def load_block(ref: Any, piece: Piece, plan: Plan) -> tuple[jax.Array, ...]:
+def load_block(
+  ref: Any, piece: Piece, chunking: Chunking
+) -> tuple[jax.Array, ...]:
   """The block's rows of keys or values [B K, S, W], in pieces of W."""
   return common.load_pieces(
     ref,
-    (piece.head, pl.ds(piece.start_k, plan.block)),
+    (piece.head, pl.ds(piece.start_k, chunking.block)),
     common.pieces(ref.shape[-1]),
-    piece.token < plan.key_length,
+    piece.token < chunking.key_length,
   )
 
 
@@ -260,7 +252,7 @@ def walk_queries(
   piece: Piece,
   items_ref: Any,
   segments: Sequence[Any],
-  plan: Plan,
+  chunking: Chunking,
   *,
   queries: int,
   group: int,
@@ -278,14 +270,14 @@ def walk_queries(
     used = start + jnp.arange(queries) < piece.last
     item = common.load(items_ref.at[pl.ds(start, queries)], used)
     item = jnp.where(used, item, filler)
-    query = piece.first_query + common.div(item, plan.num_ids)
+    query = piece.first_query + common.div(item, chunking.num_ids)
     segment = None
     if segments:
       segment = per_row(segments[1][piece.batch, query])
     return body(
       Step(
-        pair=jnp.where(used, piece.first_pair + item, plan.num_pairs),
-        row=piece.head * plan.length + query,
+        pair=jnp.where(used, piece.first_pair + item, chunking.num_pairs),
+        row=piece.head * chunking.length + query,
         position=per_row(jnp.where(used, piece.offset + query, -1)),
         segment=segment,
       ),
@@ -322,16 +314,16 @@ def _fwd_kernel(
   v_ref,  # [B K, S, V]
   *refs,  # segments [B, S], [B, T], if any; out [pairs + m, G, V], lse [., G]
   spec: Spec,
-  plan: Plan,
+  chunking: Chunking,
 ):
   *segments, out_ref, lse_ref = refs
   group = q_ref.shape[1]
-  queries = spec.tiling.rows // group
+  queries = spec.tiles.rows // group
 
   @pl.when(piece_ref[2] > piece_ref[1])
   def _():
-    piece = load_piece(piece_ref, first_row_ref, offset_ref, segments, plan)
-    k, v = (load_block(ref, piece, plan) for ref in (k_ref, v_ref))
+    piece = load_piece(piece_ref, first_row_ref, offset_ref, segments, chunking)
+    k, v = (load_block(ref, piece, chunking) for ref in (k_ref, v_ref))
 
     def body(step, count):
       q = gather(q_ref, step)
@@ -357,26 +349,26 @@ def _fwd_kernel(
       piece,
       items_ref,
       segments,
-      plan,
+      chunking,
       queries=queries,
       group=group,
     )
 
 
 def count_chosen(
-  ids_ref: Any, first_row_ref: Any, offset_ref: Any, plan: Plan
+  ids_ref: Any, first_row_ref: Any, offset_ref: Any, chunking: Chunking
 ) -> jax.Array:
   """How many partial results the program's query has.
 
   Ids ascend: those that were attended come first.
   """
   row = first_row_ref[0] + pl.program_id(0)
-  head = common.div(row, plan.length)
-  position = offset_ref[common.div(head, plan.kv_heads)]
-  position += row - head * plan.length
-  mask = common.padding_mask(plan.num_ids, ids_ref.shape[0])
+  head = common.div(row, chunking.length)
+  position = offset_ref[common.div(head, chunking.kv_heads)]
+  position += row - head * chunking.length
+  mask = common.padding_mask(chunking.num_ids, ids_ref.shape[0])
   ids = common.load(ids_ref, mask, other=-1)
-  valid = chosen(ids, position, plan.key_length, plan.block)
+  valid = chosen(ids, position, chunking.key_length, chunking.block)
   return jnp.sum(valid.astype(jnp.int32))
 
 
@@ -389,7 +381,7 @@ def _merge_kernel(
   out_ref,  # [G, V]
   lse_ref,  # [G]
   *,
-  plan: Plan,
+  chunking: Chunking,
 ):
   group, value_dim = out_ref.shape
   columns = common.pieces(value_dim)
@@ -408,7 +400,7 @@ def _merge_kernel(
 
   acc, m_i, l_i = lax.fori_loop(
     0,
-    count_chosen(ids_ref, first_row_ref, offset_ref, plan),
+    count_chosen(ids_ref, first_row_ref, offset_ref, chunking),
     body,
     (
       common.accumulators(group, columns),
@@ -427,142 +419,130 @@ def _merge_kernel(
   lse_ref[...] = jnp.where(some, lse, -jnp.inf)
 
 
-def call_by_piece(
-  kernel: Callable[..., None],
+class Launch(NamedTuple):
+  """A kernel's arguments, and how its grid cuts them."""
+
+  args: tuple[jax.Array, ...]
+  grid: dict[str, Any]  # keyword arguments of `pallas_call`
+
+
+def by_piece(
   chunk: Chunk,
-  offset: jax.Array,
   arrays: Sequence[jax.Array],
   per_piece: Sequence[tuple[int, ...]],
   per_pair: Sequence[tuple[tuple[int, ...], Any]],
-  *,
-  name: str,
-  plan: Plan,
-  tile: Tile,
-) -> list[jax.Array]:
+  chunking: Chunking,
+) -> Launch:
   """A program for every piece of the lists.
 
   Args:
-    kernel: see `_fwd_kernel` for its refs.
     chunk: the lists.
-    offset: int32 [B].
-    arrays: given to the kernel as a whole.
+    arrays: given to the kernel as a whole: offset [B] and the others.
     per_piece: shapes of what a piece leaves, float32.
     per_pair: shapes and dtypes of what a pair leaves. Unused rows of a step
       write to one more query than there are.
-    name: of the kernel.
-    plan: of the chunks.
-    tile: of the kernel.
+    chunking: of the rows.
   """
   lists = chunk.lists
   num_pieces = lists.pieces.shape[0]
-  pairs = plan.num_pairs + plan.num_ids
-  inputs = (lists.items, chunk.first_row, offset, *arrays)
+  pairs = chunking.num_pairs + chunking.num_ids
+  inputs = (lists.items, chunk.first_row, *arrays)
 
   def one(shape):
     return pl.BlockSpec((None, *shape), lambda p: (p, *[0] * len(shape)))
 
   outs = [jax.ShapeDtypeStruct((pairs, *x), dtype) for x, dtype in per_pair]
-  return common.pallas_call(
-    kernel,
-    name=name,
-    num_warps=tile.num_warps,
-    num_stages=tile.num_stages,
-    grid=(num_pieces,),
-    in_specs=[one((3,)), *map(common.whole, inputs)],
-    out_specs=[*map(one, per_piece), *map(common.whole, outs)],
-    out_shape=[
+  grid = {
+    "grid": (num_pieces,),
+    "in_specs": [one((3,)), *map(common.whole, inputs)],
+    "out_specs": [*map(one, per_piece), *map(common.whole, outs)],
+    "out_shape": [
       *(jax.ShapeDtypeStruct((num_pieces, *x), jnp.float32) for x in per_piece),
       *outs,
     ],
-  )(lists.pieces, *inputs)
+  }
+  return Launch((lists.pieces, *inputs), grid)
 
 
-def call_by_query(
-  kernel: Callable[..., None],
+def by_row(
   chunk: Chunk,
   offset: jax.Array,
   parts: Sequence[jax.Array],
-  *,
-  name: str,
-  plan: Plan,
-) -> list[jax.Array]:
-  """A program for every query, from what its pairs left to [D C, ...].
+  chunking: Chunking,
+) -> Launch:
+  """A program for every query of the chunk, from what its pairs left.
 
   Args:
-    kernel: see `_merge_kernel` for its refs.
     chunk: the ids.
     offset: int32 [B].
-    parts: [pairs, ...]; results have the same shapes and dtypes.
-    name: of the kernel.
-    plan: of the chunks.
+    parts: [pairs, ...]; results are [D C, ...] of the same dtypes.
+    chunking: of the rows.
   """
-  rows = plan.heads * plan.rows
+  rows = chunking.heads * chunking.rows
 
   def rows_of(first, x):
     tail = x.shape[1:]
     return pl.BlockSpec((first, *tail), lambda t: (t, *[0] * len(tail)))
 
-  return common.pallas_call(
-    kernel,
-    name=name,
-    num_warps=1,
-    num_stages=3,
-    grid=(rows,),
-    in_specs=[
-      pl.BlockSpec((None, pl.next_power_of_2(plan.num_ids)), lambda t: (t, 0)),
+  num_ids = chunking.num_ids
+  grid = {
+    "grid": (rows,),
+    "in_specs": [
+      pl.BlockSpec((None, pl.next_power_of_2(num_ids)), lambda t: (t, 0)),
       common.whole(chunk.first_row),
       common.whole(offset),
-      *(rows_of(plan.num_ids, x) for x in parts),
+      *(rows_of(num_ids, x) for x in parts),
     ],
-    out_specs=[rows_of(None, x) for x in parts],
-    out_shape=[
+    "out_specs": [rows_of(None, x) for x in parts],
+    "out_shape": [
       jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype) for x in parts
     ],
-  )(chunk.ids, chunk.first_row, offset, *parts)
+  }
+  return Launch((chunk.ids, chunk.first_row, offset, *parts), grid)
 
 
 def forward(
-  query: jax.Array,
-  key: jax.Array,
-  value: jax.Array,
-  ids: jax.Array,
-  offset: jax.Array,
-  segments: tuple[jax.Array, ...],
-  *,
-  spec: Spec,
+  spec: Spec, qkv: tuple[jax.Array, ...], index: tuple[jax.Array, Queries]
 ) -> tuple[jax.Array, jax.Array]:
-  """As `selected_attention.forward`."""
-  tile = spec.tiling.fwd
-  ids, spec = split_blocks(ids, spec, tile.block_k)
-  plan = plan_chunks(query, value, ids, spec.block)
-  rows = query_rows(query, plan)
-  keys, values = (by_head(x, plan.key_length) for x in (key, value))
+  """As `by_query.forward`."""
+  query, key, value = qkv
+  reads = reads_of(index)
+  tile, block_k = spec.tiles.fwd, spec.tiles.fwd.block_k
+  ids = split_blocks(reads.ids, spec.config.selection_block, block_k)
+  chunking = make_chunking(query, value, ids, block_k, spec.tiles.scratch)
+  row_ids = by_head(ids, chunking.length, -1).reshape(-1, chunking.num_ids)
+  rows = query_rows(query, chunking)
+  keys, values = (by_head(x, chunking.key_length) for x in (key, value))
+  arrays = (reads.offset, rows, keys, values, *reads.segments)
   per_row = (rows.shape[1],)
+  per_pair = (
+    ((*per_row, value.shape[-1]), query.dtype),
+    (per_row, jnp.float32),
+  )
 
-  def chunk(chunk):
-    parts = call_by_piece(
-      functools.partial(_fwd_kernel, spec=spec, plan=plan),
-      chunk,
-      offset,
-      (rows, keys, values, *segments),
-      (),
-      (
-        ((*per_row, value.shape[-1]), query.dtype),
-        (per_row, jnp.float32),
+  def step(carry, first_row):
+    chunk = make_chunk(
+      first_row, row_ids, reads.offset, chunking, spec.tiles.piece
+    )
+    args, grid = by_piece(chunk, arrays, (), per_pair, chunking)
+    parts = pl.pallas_call(
+      functools.partial(_fwd_kernel, spec=spec, chunking=chunking),
+      **common.options(
+        "nsa_selected_by_block_fwd",
+        tile.num_warps,
+        tile.num_stages,
+        spec.interpret,
       ),
-      name="nsa_selected_by_block_fwd",
-      plan=plan,
-      tile=tile,
-    )
-    return (), call_by_query(
-      functools.partial(_merge_kernel, plan=plan),
-      chunk,
-      offset,
-      parts,
-      name="nsa_selected_merge",
-      plan=plan,
-    )
+      **grid,
+    )(*args)
+    args, grid = by_row(chunk, reads.offset, parts, chunking)
+    merged = pl.pallas_call(
+      functools.partial(_merge_kernel, chunking=chunking),
+      **common.options("nsa_selected_merge", 1, 3, spec.interpret),
+      **grid,
+    )(*args)
+    return carry, merged
 
-  _, result = scan_chunks(chunk, ids, offset, (), plan, spec.tiling.piece)
-  out, lse = (query_heads(x, query, plan) for x in result)
+  _, result = lax.scan(step, (), first_rows(row_ids, chunking))
+  out, lse = (query_heads(x, query, chunking) for x in result)
   return out, lse

@@ -1,9 +1,10 @@
 """The decode cache of one attention layer, as pure functions over one pytree.
 
-`init` makes it, `append` and `prefill` add tokens, `attend` reads it, `rewind`
-forgets tokens. Shapes are static and rows have lengths of their own, so that
-everything works under `jit`, `scan` and `vmap`, and in place where the cache is
-donated. What is valid follows from the lengths alone: nothing is ever cleared.
+`init` makes it, `append` and `prefill` add tokens, `rewind` forgets tokens;
+`nsa_jax.ops.cached` attends over it. Shapes are static and rows have lengths of
+their own, so that everything works under `jit`, `scan` and `vmap`, and in place
+where the cache is donated. What is valid follows from the lengths alone:
+nothing is ever cleared.
 
 Per token and key/value head an NSA layer keeps one key and one value (H + V
 numbers) for the selection and a d-th part of that for the compressed blocks.
@@ -23,11 +24,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import export
 
-from nsa_jax import _checks, attention, compression, dispatch
+from nsa_jax import _checks, geometry
 from nsa_jax.config import NSAConfig, check_config
-from nsa_jax.gating import gated_sum
-from nsa_jax.typing import KV, Array, Implementation, Queries
-from nsa_jax.xla.decode import keep_rows, ring, take_rows
+from nsa_jax.typing import KV, Array
+from pallas_kernels.interface import query_positions
 
 KINDS = ("nsa", "full", "window")
 
@@ -132,13 +132,13 @@ def init(
       jnp.zeros((batch, rows, heads, value_dim), dtype),
     )
 
-  blocks = compression.num_selection_blocks(capacity, config)
+  blocks = geometry.num_selection_blocks(capacity, config)
   capacity = blocks * config.selection_block
   nsa = kind == "nsa"
   own_window = kind == "window" or (nsa and not share_kv)
   return Cache(
     selected=None if kind == "window" else empty(capacity),
-    compressed=empty(compression.num_compressed_blocks(capacity, config))
+    compressed=empty(geometry.num_compressed_blocks(capacity, config))
     if nsa
     else None,
     window=empty(config.window + extra) if own_window else None,
@@ -415,287 +415,6 @@ def too_short(cache: Cache, lengths: Array) -> Array:
   return (lengths > 0) & (lengths < cache.earliest)
 
 
-def attend(
-  query: Array,
-  cache: Cache,
-  gates: Array,
-  *,
-  config: NSAConfig,
-  query_offset: int | Array,
-  scale: float | None = None,
-  compressed_query: Array | None = None,
-  window: KV | None = None,
-  return_block_ids: bool = False,
-  implementation: Implementation = None,
-) -> Array | tuple[Array, Array]:
-  """Native Sparse Attention of the newest tokens over the cache (Eq. 5).
-
-  For inference: gradients are not promised.
-
-  Args:
-    query: [B, T, N, H], of tokens that the cache already holds.
-    cache: of kind "nsa", after `append` or `prefill`.
-    gates: [B, T, N, 3], as in `native_sparse_attention`.
-    config: that of `init`.
-    query_offset: position of the first query of each row, the length before
-      the append: int32 [B] or (). A Python integer is that of all rows; the
-      tokens beyond the last query are then not read at all, so that the prompt
-      at 0 costs what it costs without a cache. The ring of the window has all
-      that the last `max_append` tokens of a row read, as long as nothing is
-      rewound; earlier queries miss keys without a word.
-    scale: static softmax scale, 1/sqrt(H) by default.
-    compressed_query: [B, T, N, H], as in `native_sparse_attention`.
-    window: what `prefill` returned; needed for more than `max_append` queries
-      if the window has keys and values of its own.
-    return_block_ids: also return the ids of the selected blocks.
-    implementation: "triton", "xla", "reference", or a sequence of names, as in
-      `native_sparse_attention`; None is the decode kernels on NVIDIA GPUs, if
-      they support the call, and "xla" elsewhere.
-
-  Returns:
-    out [B, T, N, V] in the dtype of `query`, or (out, block_ids) with block_ids
-    int32 [B, T, K, n]. Queries at positions < 0 or >= `lengths`, such as the
-    padding of a ragged batch, get 0 and ids -1.
-
-  Raises:
-    ValueError: if an argument does not fit, with its name, value and the rule.
-    NotImplementedError: if no implementation asked for can do the call.
-
-  Example:
-    >>> import jax.numpy as jnp
-    >>> from nsa_jax import NSAConfig, cache
-    >>> held = cache.init(
-    ...   1, 64, config=NSAConfig(), num_kv_heads=1, head_dim=8
-    ... )._replace(lengths=jnp.array([9]))
-    >>> query, gates = jnp.ones((1, 1, 4, 8)), jnp.ones((1, 1, 4, 3))
-    >>> cache.attend(
-    ...   query, held, gates, config=NSAConfig(), query_offset=jnp.array([8])
-    ... ).shape
-    (1, 1, 4, 8)
-  """
-  check_config(config)
-  cache = jax.tree.map(jnp.asarray, cache)
-  if cache.selected is None or cache.compressed is None or cache.tail is None:
-    raise ValueError("`cache` must be of kind 'nsa': it lacks fields.")
-  query, selected = _checks.pair("cache.selected", query, cache.selected)
-  batch, length = query.shape[:2]
-  gates = _checks.array("gates", gates, 4, "[B, T, N, 3]")
-  _checks.floating("gates", gates)
-  _checks.shape("gates", gates, (*query.shape[:3], 3), "[B, T, N, 3]")
-  if compressed_query is None:
-    compressed_query = query
-  else:
-    compressed_query = _checks.same_as(
-      "compressed_query", compressed_query, "query", query
-    )
-  scale = _checks.scale(scale, query.shape[-1])
-  query_offset = _checks.offset("query_offset", query_offset, ((), (batch,)))
-  most = max_append(cache, config)
-  few = most is not None and length <= most
-  if window is not None:
-    window = _window_rows(query, window)
-    _checks.shape(
-      "window.value",
-      window.value,
-      (None, None, None, selected.value.shape[-1]),
-      "V of the cache",
-    )
-  if cache.window is not None and window is None and not few:
-    raise ValueError(
-      f"`query` has {length} tokens, more than `max_append`={most}: `window` "
-      "must be what `prefill` returned."
-    )
-
-  # What a static offset shows to lie beyond the last query is cut off.
-  key_length = selected.key.shape[1]
-  if isinstance(query_offset, int):
-    stop = max(query_offset + length, 1)
-    if few and window is None:  # which takes whole blocks
-      stop += -stop % config.selection_block
-    key_length = min(stop, key_length)
-  blocks = compression.num_compressed_blocks(key_length, config)
-  selected = _first(selected, key_length)
-  compressed = _first(cache.compressed, blocks)
-
-  if few and window is None:
-    out, ids = dispatch.call(
-      "decode_attention",
-      implementation,
-      query,
-      compressed,
-      selected,
-      cache.window,
-      gates,
-      jnp.broadcast_to(jnp.asarray(query_offset, jnp.int32), (batch,)),
-      cache.lengths,
-      config=config,
-      scale=scale,
-      compressed_query=compressed_query,
-    )
-    return (out, ids) if return_block_ids else out
-
-  # Rows beyond a row's length are masked here; a NaN there is read by none.
-  held = cache.lengths[:, None]
-  ends = compression.compressed_block_ends(key_length, config)
-  compressed = keep_rows(compressed, ends < held)
-  selected = keep_rows(selected, jnp.arange(key_length) < held)
-  common: dict[str, Any] = {
-    "config": config,
-    "scale": scale,
-    "query_offset": query_offset,
-    "implementation": implementation,
-  }
-  out_compressed, lse = attention.compressed_attention(
-    compressed_query, *compressed, key_length=key_length, **common
-  )
-  ids = attention.select_blocks(
-    compressed_query, compressed.key, lse, key_length=key_length, **common
-  )
-  out_selected, _ = attention.selected_attention(
-    query, *selected, ids, **common
-  )
-  if window is None:
-    out_window, _ = attention.window_attention(query, *selected, **common)
-  else:
-    out_window = _attend_window(query, window, cache.lengths, **common)
-  out = gated_sum(gates, (out_compressed, out_selected, out_window))
-  positions = compression.query_positions(query_offset, batch, length)
-  real = _real(positions, cache.lengths)
-  out = attention._keep(out, real)
-  return (out, attention._keep(ids, real, -1)) if return_block_ids else out
-
-
-def attend_window(
-  query: Array,
-  cache: Cache,
-  *,
-  config: NSAConfig,
-  query_offset: int | Array,
-  scale: float | None = None,
-  window: KV | None = None,
-  implementation: Implementation = None,
-) -> Array:
-  """Window attention of the newest tokens over a cache of kind "window".
-
-  Args:
-    query: [B, T, N, H], of tokens that the cache already holds.
-    cache: after `append` or `prefill`.
-    config: that of `init`.
-    query_offset: as in `attend`; as are the others.
-    scale: static softmax scale, 1/sqrt(H) by default.
-    window: what `prefill` returned, for more than `max_append` queries.
-    implementation: as in `window_attention`.
-
-  Returns:
-    out [B, T, N, V]; 0 at positions < 0 or >= `lengths`.
-
-  Raises:
-    ValueError: if an argument does not fit, with its name, value and the rule.
-    NotImplementedError: if no implementation asked for can do the call.
-
-  Example:
-    >>> import jax.numpy as jnp
-    >>> from nsa_jax import NSAConfig, cache
-    >>> held = cache.init(
-    ...   1, 64, config=NSAConfig(), num_kv_heads=1, head_dim=8, kind="window"
-    ... )._replace(lengths=jnp.array([9]))
-    >>> cache.attend_window(
-    ...   jnp.ones((1, 1, 4, 8)), held, config=NSAConfig(), query_offset=8
-    ... ).shape
-    (1, 1, 4, 8)
-  """
-  check_config(config)
-  cache = jax.tree.map(jnp.asarray, cache)
-  if cache.window is None:
-    raise ValueError("`cache` must be of kind 'window': it has no `window`.")
-  query, _ = _checks.pair("cache.window", query, cache.window)
-  batch, length = query.shape[:2]
-  query_offset = _checks.offset("query_offset", query_offset, ((), (batch,)))
-  if window is None:
-    most = max_append(cache, config)
-    if most is not None and length > most:
-      raise ValueError(
-        f"`query` has {length} tokens, more than `max_append`={most}: "
-        "`window` must be what `prefill` returned."
-      )
-    before = config.window - 1
-    token = compression.query_positions(
-      query_offset - before, batch, before + length
-    )
-    window = ring(cache.window, token)
-  out = _attend_window(
-    query,
-    _window_rows(query, window),
-    cache.lengths,
-    config=config,
-    scale=scale,
-    query_offset=query_offset,
-    implementation=implementation,
-  )
-  positions = compression.query_positions(query_offset, batch, length)
-  return attention._keep(out, _real(positions, cache.lengths))
-
-
-def attend_full(
-  query: Array,
-  cache: Cache,
-  *,
-  query_offset: int | Array,
-  scale: float | None = None,
-) -> Array:
-  """Causal attention of the newest tokens to all tokens that a row holds.
-
-  Plain XLA in chunks of queries, for layers without a window.
-
-  Args:
-    query: [B, T, N, H], of tokens that the cache already holds.
-    cache: of kind "full" (or "nsa"), after `append` or `prefill`.
-    query_offset: as in `attend`.
-    scale: static softmax scale, 1/sqrt(H) by default.
-
-  Returns:
-    out [B, T, N, V]; 0 at positions < 0 or >= `lengths`.
-
-  Raises:
-    ValueError: if an argument does not fit, with its name, value and the rule.
-
-  Example:
-    >>> import jax.numpy as jnp
-    >>> from nsa_jax import NSAConfig, cache
-    >>> held = cache.init(
-    ...   1, 64, config=NSAConfig(), num_kv_heads=1, head_dim=8, kind="full"
-    ... )._replace(lengths=jnp.array([9]))
-    >>> query = jnp.ones((1, 1, 4, 8))
-    >>> cache.attend_full(query, held, query_offset=8).shape
-    (1, 1, 4, 8)
-  """
-  cache = jax.tree.map(jnp.asarray, cache)
-  if cache.selected is None:
-    raise ValueError("`cache` must be of kind 'full': it has no `selected`.")
-  query, selected = _checks.pair("cache.selected", query, cache.selected)
-  batch, length = query.shape[:2]
-  query_offset = _checks.offset("query_offset", query_offset, ((), (batch,)))
-  key_length = selected.key.shape[1]
-  if isinstance(query_offset, int):
-    key_length = min(max(query_offset + length, 1), key_length)
-  positions = compression.query_positions(query_offset, batch, length)
-  # What a rewound token left behind may be NaN, and 0 * NaN is NaN.
-  held = jnp.arange(key_length) < cache.lengths[:, None]
-  selected = keep_rows(_first(selected, key_length), held)
-  # Blocks of one token, all that end at or before the query: full attention.
-  out, _ = dispatch.call(
-    "compressed_attention",
-    "xla",
-    query,
-    *selected,
-    config=NSAConfig(1, 1, 1),
-    key_length=key_length,
-    scale=_checks.scale(scale, query.shape[-1]),
-    queries=Queries(positions, None, None),
-  )
-  return attention._keep(out, _real(positions, cache.lengths))
-
-
 def max_append(cache: Cache, config: NSAConfig) -> int | None:
   """A of a cache, from the sizes of its rings; None if it has no ring.
 
@@ -725,7 +444,7 @@ def max_append(cache: Cache, config: NSAConfig) -> int | None:
   fits = not most or (len(most) == 1 and min(most) > 0)
   if cache.selected is not None and cache.compressed is not None:
     capacity = cache.selected.key.shape[1]
-    blocks = compression.num_compressed_blocks(capacity, config)
+    blocks = geometry.num_compressed_blocks(capacity, config)
     fits &= blocks == cache.compressed.key.shape[1]
     fits &= not capacity % config.selection_block
   if not fits:
@@ -739,41 +458,6 @@ def max_append(cache: Cache, config: NSAConfig) -> int | None:
       f"the cache, {sizes}."
     )
   return min(most, default=None)
-
-
-def _window_rows(query, window):
-  """The argument `window` of `attend`, validated."""
-  _, window = _checks.pair("window", query, window)
-  if window.key.shape[1] < query.shape[1]:
-    raise ValueError(
-      f"`window.key` of shape {window.key.shape} must have a row for each of "
-      f"the {query.shape[1]} queries: what `prefill` returned with them."
-    )
-  return window
-
-
-def _attend_window(
-  query, rows, lengths, *, config, scale, query_offset, implementation
-):
-  """Window attention over rows that end where the queries do, per row of B."""
-  length = query.shape[1]
-  before = rows.key.shape[1] - length
-  if isinstance(query_offset, int):  # Fewer tokens may be there at all.
-    before = min(before, max(query_offset, 0))
-    rows = KV(*(x[:, x.shape[1] - before - length :] for x in rows))
-  token = compression.query_positions(
-    query_offset - before, lengths.shape[0], before + length
-  )
-  out, _ = attention.window_attention(
-    query,
-    *keep_rows(rows, _real(token, lengths)),
-    config=config,
-    scale=scale,
-    key_offset=query_offset - before,
-    query_offset=query_offset,
-    implementation=implementation,
-  )
-  return out
 
 
 def _check_new(cache, new, compress, counts, config):
@@ -852,7 +536,7 @@ def _append(cache, new, compress, counts, config):
   if cache.selected is not None:
     capacity = cache.selected.key.shape[1]
     stop = jnp.minimum(stop, capacity)
-    positions = compression.query_positions(lengths, *selected.key.shape[:2])
+    positions = query_positions(lengths, *selected.key.shape[:2])
     fields["selected"] = _write(
       cache.selected, selected, positions, positions < stop[:, None]
     )
@@ -864,9 +548,9 @@ def _append(cache, new, compress, counts, config):
     span, stride = config.compression_block, config.compression_stride
     blocks = -(-length // stride)  # that T tokens can complete
     first = jnp.maximum((lengths - span) // stride + 1, 0)
-    index = compression.query_positions(first, first.shape[0], blocks)
+    index = query_positions(first, first.shape[0], blocks)
     tokens = _with_last(cache.tail, compressed, lengths, span - 1)
-    rows = compression.query_positions(
+    rows = query_positions(
       first * stride - lengths + span - 1,
       first.shape[0],
       (blocks - 1) * stride + span,
@@ -910,25 +594,27 @@ def _write(held, new, rows, valid):
 def _write_ring(held, new, lengths, stop):
   """Writes the newest rows, position p to row p % R."""
   size, length = held.key.shape[1], new.key.shape[1]
-  positions = compression.query_positions(lengths, lengths.shape[0], length)
+  positions = query_positions(lengths, lengths.shape[0], length)
   if length > size:  # The last ones that are no padding.
     start = jnp.maximum(stop - size, lengths)
-    positions = compression.query_positions(start, lengths.shape[0], size)
+    positions = query_positions(start, lengths.shape[0], size)
     new = take_rows(new, positions - lengths[:, None])
   return _write(held, new, positions % size, positions < stop[:, None])
 
 
 def _with_last(held, new, lengths, count):
   """The last `count` rows of a ring before the new ones, then those."""
-  token = compression.query_positions(lengths - count, lengths.shape[0], count)
-  last = ring(held, token)
+  token = query_positions(lengths - count, lengths.shape[0], count)
+  last = ring_rows(held, token)
   return jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=1), last, new)
 
 
-def _real(positions, lengths):
-  """Which positions [B, n] a row holds."""
-  return (positions >= 0) & (positions < lengths[:, None])
+def take_rows(pair: KV, rows: Array) -> KV:
+  """Rows [B, n] of keys and values [B, S, ...]; out of range, the nearest."""
+  batch = jnp.arange(rows.shape[0])[:, None]
+  return jax.tree.map(lambda x: x.at[batch, rows].get(mode="clip"), pair)
 
 
-def _first(pair, length):
-  return KV(*(x[:, :length] for x in pair))
+def ring_rows(pair: KV, positions: Array) -> KV:
+  """Rows of a ring, in which position p lies in row p % R."""
+  return take_rows(pair, positions % pair.key.shape[1])

@@ -1,0 +1,33 @@
+"""Decode caches: their state, and attention over them."""
+
+from nsa_jax.cache.state import (
+  KINDS,
+  Cache,
+  Compress,
+  append,
+  bytes_per_token,
+  init,
+  max_append,
+  num_bytes,
+  prefill,
+  rewind,
+  too_short,
+)
+from nsa_jax.ops.cached import attend, attend_full, attend_window
+
+__all__ = [
+  "KINDS",
+  "Cache",
+  "Compress",
+  "append",
+  "attend",
+  "attend_full",
+  "attend_window",
+  "bytes_per_token",
+  "init",
+  "max_append",
+  "num_bytes",
+  "prefill",
+  "rewind",
+  "too_short",
+]

@@ -1,0 +1,467 @@
+"""Attention layers without a module system: parameters in, arrays out.
+
+A module (linen today) makes the parameters that the tables here name, binds
+them to functions, and calls `sparse_attention` or `dense_attention`. All that
+is decided here holds for every module system.
+"""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from nsa_jax import _checks, cache, compression
+from nsa_jax.cache import Cache
+from nsa_jax.config import AttentionConfig, NSAConfig
+from nsa_jax.ops.branches import full_attention, window_attention
+from nsa_jax.ops.nsa import native_sparse_attention
+from nsa_jax.rope import apply_rope
+from nsa_jax.typing import KV, Array, CompressionName
+from pallas_kernels.interface import query_positions
+
+BRANCHES = ("compressed", "selected", "window")
+
+# Functions of an array, with their parameters bound, by the names of
+# `projections`, `norms` and `COMPRESSIONS`, and "out".
+Parts = Mapping[str, Callable[..., Array]]
+
+COMPRESSIONS = ("compress_key", "compress_value")
+
+
+def projections(
+  config: AttentionConfig, kind: str = "nsa"
+) -> dict[str, tuple[int, int]]:
+  """Linear maps of the input [B, T, D] by name: heads and features of each.
+
+  "out" maps [B, T, N, V] back and is not among them.
+
+  Args:
+    config: of the layer.
+    kind: "nsa", or "full" or "window" for dense attention.
+  """
+  heads, kv_heads = config.num_heads, config.num_kv_heads
+  widths = {"key": config.head_dim, "value": config.value_dim}
+  shapes = {"query": (heads, config.head_dim)}
+  if kind == "nsa":
+    shapes["gate"] = (heads, 3)
+  for name, width in widths.items():
+    if kind != "nsa" or config.share_kv:
+      shapes[name] = kv_heads, width
+    else:
+      for branch in BRANCHES:
+        shapes[f"{name}_{branch}"] = kv_heads, width
+  return shapes
+
+
+def norms(config: AttentionConfig, kind: str = "nsa") -> tuple[str, ...]:
+  """Names of the RMSNorms over H; none without `normalize_qk`."""
+  if not config.normalize_qk:
+    return ()
+  if kind != "nsa":
+    return ("query_norm", "key_norm")
+  own = ["key_norm"]
+  if not config.share_kv:
+    own = ["key_selected_norm", "key_window_norm"]
+  return ("query_norm", *own, "key_compressed_norm")
+
+
+def phi_parameters(
+  kind: CompressionName, config: NSAConfig, heads: int, head_dim: int
+) -> dict[str, tuple[Any, tuple[int, ...]]]:
+  """Initialiser and shape of every parameter of phi, by name.
+
+  In the order in which the functions of `compression` take them. The hidden
+  layer of "mlp" has 2 H features.
+
+  Args:
+    kind: "mlp", "linear", "weighted" or "mean".
+    config: `compression_block` is read.
+    heads: K.
+    head_dim: of what is compressed, H or V.
+  """
+  block, hidden = config.compression_block, 2 * head_dim
+  zeros = jax.nn.initializers.zeros
+  kernel = jax.nn.initializers.lecun_normal(batch_axis=(0,))
+  position = jax.nn.initializers.normal(0.02)
+  average = jax.nn.initializers.constant(1 / block)
+  tables: dict[str, dict[str, tuple[Any, tuple[int, ...]]]] = {
+    "mean": {},
+    "weighted": {"weight": (average, (heads, block))},
+    "linear": {
+      "position": (position, (heads, block, head_dim)),
+      "weight": (kernel, (heads, block * head_dim, head_dim)),
+    },
+    "mlp": {
+      "position": (position, (heads, block, head_dim)),
+      "w1": (kernel, (heads, block * head_dim, hidden)),
+      "b1": (zeros, (heads, hidden)),
+      "w2": (kernel, (heads, hidden, head_dim)),
+      "b2": (zeros, (heads, head_dim)),
+    },
+  }
+  return tables[kind]
+
+
+def compress(
+  kind: CompressionName,
+  config: NSAConfig,
+  parameters: Mapping[str, Array],
+  x: Array,
+  segment_ids: Array | None = None,
+) -> Array:
+  """phi: keys or values [B, S, K, H] to compressed blocks [B, C, K, H].
+
+  Args:
+    kind: as of `phi_parameters`.
+    config: the block length and the stride are read.
+    parameters: as of `phi_parameters`, in that order.
+    x: [B, S, K, H].
+    segment_ids: int32 [B, S].
+  """
+  function = getattr(compression, f"compress_{kind}")
+  return function(
+    x, *parameters.values(), config=config, segment_ids=segment_ids
+  )
+
+
+class Attended(NamedTuple):
+  """What a layer returns.
+
+  Attributes:
+    out: [B, T, D].
+    gates: [B, T, N, 3]; None from dense attention.
+    block_ids: int32 [B, T, K, n], where asked for.
+    cache: with the new tokens; None without decoding.
+  """
+
+  out: Array
+  gates: Array | None = None
+  block_ids: Array | None = None
+  cache: Cache | None = None
+
+
+class Decoding(NamedTuple):
+  """A call that appends to a cache: where its tokens go.
+
+  Attributes:
+    held: the cache before them.
+    counts: int32 [B], tokens each row gets: the first ones.
+    offset: position of the first one, static or int32 [B].
+    positions: int32 [B, T].
+  """
+
+  held: Cache
+  counts: Array
+  offset: int | Array
+  positions: Array
+
+  def add(self, config: AttentionConfig, **new: Any) -> tuple[Cache, KV | None]:
+    """Appends; the new cache, and the argument `prefill_window` of `attend`."""
+    most = cache.max_append(self.held, config.nsa)
+    few = most is None or self.positions.shape[1] <= most
+    # What does not follow has keys rotated to other positions.
+    counts = jnp.where(self.offset == self.held.lengths, self.counts, 0)
+    new |= {"config": config.nsa, "counts": counts}
+    if few:
+      return cache.append(self.held, **new), None
+    return cache.prefill(self.held, **new)
+
+  def keep_new(self, x: Array, fill: int = 0) -> Array:
+    """x [B, T, ...] with `fill` at padding.
+
+    With a static offset padding may lie where a row already holds tokens.
+    """
+    new = jnp.arange(x.shape[1]) < self.counts[:, None]
+    return jnp.where(new.reshape(*new.shape, *(1,) * (x.ndim - 2)), x, fill)
+
+  def mark_lost(self, out: Array) -> Array:
+    """NaN at tokens that could not be appended where they should be."""
+    held = self.held
+    index = jnp.arange(out.shape[1])
+    lost = cache.too_short(held, held.lengths) | (self.offset != held.lengths)
+    lost = lost[:, None]
+    if held.selected is not None:
+      lost |= held.lengths[:, None] + index >= held.selected.key.shape[1]
+    lost &= index < self.counts[:, None]
+    return jnp.where(lost[..., None], jnp.nan, out)
+
+
+def begin_decoding(
+  held: Cache,
+  x: Array,
+  segment_ids: Array | None,
+  prefix_length: int | None,
+) -> Decoding:
+  """What a layer's call with tokens x [B, T, ...] appends to its cache.
+
+  Args:
+    held: the cache.
+    x: the new tokens.
+    segment_ids: int32 [B, T]: one segment in each row, then padding.
+    prefix_length: tokens that every row holds which gets new ones, if known.
+
+  Raises:
+    ValueError: if an argument does not fit.
+  """
+  batch, length = x.shape[:2]
+  if held.lengths.shape != (batch,):
+    raise ValueError(
+      f"`x` has {batch} rows, which must be the {held.lengths.shape[0]} of the "
+      "cache."
+    )
+  counts = jnp.full(batch, length, jnp.int32)
+  if segment_ids is not None:
+    known = _checks.concrete(segment_ids)
+    ids = _checks.integers("segment_ids", segment_ids, (batch, length))
+    follows = jnp.cumprod(ids > 0, axis=1)
+    counts = follows.sum(axis=1).astype(jnp.int32)
+    if known is not None:
+      right = known == known[:, :1] * (np.cumprod(known > 0, axis=1))
+      if not right.all():
+        row = int(np.argmin(right.all(axis=1)))
+        raise ValueError(
+          f"`segment_ids`[{row}]={known[row].tolist()} must be one segment, "
+          "then padding, with `decode`=True."
+        )
+  if prefix_length == 0:
+    held = cache.rewind(held, jnp.where(counts > 0, 0, held.lengths))
+  offset = held.lengths if prefix_length is None else prefix_length
+  lengths, new = _checks.concrete(held.lengths), _checks.concrete(counts)
+  if prefix_length is not None and lengths is not None and new is not None:
+    wrong = (lengths != prefix_length) & (new > 0)
+    if wrong.any():
+      raise ValueError(
+        f"`prefix_length`={prefix_length} must be what every row with new "
+        f"tokens holds: {lengths.tolist()}."
+      )
+  return Decoding(held, counts, offset, query_positions(offset, batch, length))
+
+
+def empty_cache(
+  config: AttentionConfig,
+  batch: int,
+  capacity: int,
+  *,
+  max_append: int,
+  dtype: Any,
+  kind: str = "nsa",
+) -> Cache:
+  """The cache of a layer, as `cache.init` makes it."""
+  return cache.init(
+    batch,
+    capacity,
+    config=config.nsa,
+    num_kv_heads=config.num_kv_heads,
+    head_dim=config.head_dim,
+    value_head_dim=config.value_dim,
+    max_append=max_append,
+    share_kv=config.share_kv if kind == "nsa" else False,
+    kind=kind,
+    dtype=dtype,
+  )
+
+
+def complete_positions(
+  x: Array,
+  positions: Array | None,
+  segment_ids: Array | None,
+  alignment: int,
+) -> tuple[Array, Array | None]:
+  """Validated int32 positions and segments of tokens `x` [B, T, ...].
+
+  Positions restart at 0 at each segment start by default. Segments start at
+  multiples of `alignment`.
+  """
+  if segment_ids is not None:
+    given = segment_ids
+    segment_ids = _checks.integers("segment_ids", segment_ids, x.shape[:2])
+    _checks.segments(given, alignment)
+  if positions is not None:
+    return _checks.integers("positions", positions, x.shape[:2]), segment_ids
+  index = jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32), x.shape[:2])
+  if segment_ids is None:
+    return index, None
+  starts = segment_ids != jnp.roll(segment_ids, 1, axis=1)
+  first = jax.lax.cummax(jnp.where(starts, index, 0), axis=1)
+  return index - first, segment_ids
+
+
+def sparse_attention(
+  config: AttentionConfig,
+  parts: Parts,
+  x: Array,
+  *,
+  positions: Array | None,
+  segment_ids: Array | None,
+  decoding: Decoding | None = None,
+  return_block_ids: bool = False,
+) -> Attended:
+  """Native Sparse Attention of tokens x [B, T, D] to the tokens before them.
+
+  Args:
+    config: of the layer.
+    parts: functions by name; those of `COMPRESSIONS` take segments as well.
+    x: [B, T, D].
+    positions: int32 [B, T] for RoPE, or None.
+    segment_ids: int32 [B, T], or None.
+    decoding: where the tokens go in a cache; they attend over it.
+    return_block_ids: whether block ids are asked for.
+  """
+  positions, segment_ids = _positions(
+    config, x, positions, segment_ids, decoding
+  )
+  if segment_ids is not None:
+    # A NaN in the padding would reach the gradients of the projections.
+    x = jnp.where((segment_ids > 0)[..., None], x, 0)
+
+  def normalize(name, x):
+    return parts[name](x) if config.normalize_qk else x
+
+  def rotate(x, positions=positions):
+    return x if config.rope is None else apply_rope(x, positions, config.rope)
+
+  def project(name):
+    if config.share_kv:
+      return dict.fromkeys(BRANCHES, parts[name](x))
+    return {branch: parts[f"{name}_{branch}"](x) for branch in BRANCHES}
+
+  def phi(tokens, first, segment_ids=None):
+    """Compressed keys and values of blocks with first tokens at `first`."""
+    key = parts["compress_key"](tokens.key, segment_ids)
+    key = normalize("key_compressed_norm", key)
+    if config.rope_compressed == "block":
+      key = rotate(key, first[:, : key.shape[1]])
+    return KV(key, parts["compress_value"](tokens.value, segment_ids))
+
+  query = parts["query"](x)
+  logits = parts["gate"](x)
+  gates = jax.nn.sigmoid(
+    logits.astype(jnp.promote_types(jnp.float32, logits.dtype))
+  )
+  keys, values = project("key"), project("value")
+  query = normalize("query_norm", query)
+  rotated_query = rotate(query)
+  if config.share_kv:
+    selected_key = rotate(normalize("key_norm", keys["selected"]))
+    window_key = selected_key
+  else:
+    selected_key, window_key = (
+      rotate(normalize(f"key_{branch}_norm", keys[branch]))
+      for branch in ("selected", "window")
+    )
+  tokens = KV(keys["compressed"], values["compressed"])
+  if config.rope_compressed == "tokens":
+    tokens = tokens._replace(key=rotate(tokens.key))
+  selected = KV(selected_key, values["selected"])
+  window = KV(window_key, values["window"])
+  call: dict[str, Any] = {
+    "config": config.nsa,
+    "compressed_query": query if config.rope_compressed == "none" else None,
+    "select": config.select and functools.partial(config.select, x=x),
+    "implementation": config.implementation,
+  }
+  held = None
+  if decoding is None:
+    stride = config.nsa.compression_stride
+    compressed = phi(tokens, positions[:, ::stride], segment_ids)
+    heads, block_ids = native_sparse_attention(
+      rotated_query,
+      compressed,
+      selected,
+      window,
+      gates,
+      segment_ids=segment_ids,
+      return_block_ids=True,
+      **call,
+    )
+  else:
+    shift = positions - decoding.positions
+    held, chunk = decoding.add(
+      config,
+      compressed=tokens,
+      selected=selected,
+      window=None if config.share_kv else window,
+      compress=lambda tokens, first: phi(tokens, first + shift[:, :1]),
+    )
+    heads, block_ids = cache.attend(
+      rotated_query,
+      held,
+      gates,
+      query_offset=decoding.offset,
+      prefill_window=chunk,
+      return_block_ids=True,
+      **call,
+    )
+    heads = decoding.keep_new(heads)
+    block_ids = decoding.keep_new(block_ids, -1)
+  out = parts["out"](heads)
+  if decoding is not None:
+    out = decoding.mark_lost(out)
+  return Attended(out, gates, block_ids if return_block_ids else None, held)
+
+
+def dense_attention(
+  config: AttentionConfig,
+  kind: str,
+  parts: Parts,
+  x: Array,
+  *,
+  positions: Array | None,
+  segment_ids: Array | None,
+  decoding: Decoding | None = None,
+) -> Attended:
+  """Full or window attention of tokens x [B, T, D], the baselines.
+
+  Args:
+    config: of the layer.
+    kind: "full" or "window".
+    parts: as of `sparse_attention`; as are the others.
+    x: [B, T, D].
+    positions: int32 [B, T], or None.
+    segment_ids: int32 [B, T], or None.
+    decoding: where the tokens go in a cache.
+  """
+  positions, segment_ids = _positions(
+    config, x, positions, segment_ids, decoding
+  )
+  query, key, value = (parts[name](x) for name in ("query", "key", "value"))
+  if config.normalize_qk:
+    query, key = parts["query_norm"](query), parts["key_norm"](key)
+  if config.rope is not None:
+    query, key = (apply_rope(y, positions, config.rope) for y in (query, key))
+  call: dict[str, Any] = {"implementation": config.implementation}
+  held = None
+  if decoding is None:
+    call |= {"segment_ids": segment_ids, "return_lse": False}
+    if kind == "window":
+      heads = window_attention(query, key, value, config=config.nsa, **call)
+    else:
+      heads = full_attention(query, key, value, **call)
+  elif kind == "window":
+    held, chunk = decoding.add(config, window=KV(key, value))
+    heads = cache.attend_window(
+      query,
+      held,
+      config=config.nsa,
+      query_offset=decoding.offset,
+      prefill_window=chunk,
+      **call,
+    )
+  else:
+    held, _ = decoding.add(config, selected=KV(key, value))
+    heads = cache.attend_full(query, held, query_offset=decoding.offset, **call)
+  out = parts["out"](heads)
+  if decoding is not None:
+    out = decoding.mark_lost(out)
+  return Attended(out, cache=held)
+
+
+def _positions(config, x, positions, segment_ids, decoding):
+  if decoding is not None and positions is None:
+    positions = decoding.positions
+  return complete_positions(
+    x, positions, segment_ids, config.nsa.selection_block
+  )

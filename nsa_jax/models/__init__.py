@@ -1,0 +1,1 @@
+"""Language models of the layers: configuration and Flax modules."""

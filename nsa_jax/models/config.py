@@ -1,0 +1,259 @@
+"""Configuration of the language models, whatever module system they use."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, get_args
+
+import jax.numpy as jnp
+import numpy as np
+
+from nsa_jax import _checks
+from nsa_jax.config import AttentionConfig, NSAConfig
+from nsa_jax.rope import RopeConfig
+from nsa_jax.typing import AttentionName, RematName
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TransformerConfig(AttentionConfig):
+  """Shape and options of `TransformerLM`; frozen and hashable.
+
+  Attributes:
+    vocab_size: number of tokens; 256 for bytes.
+    num_layers: blocks.
+    model_dim: D, width of the residual stream.
+    mlp_dim: hidden width of SwiGLU.
+    attention: "nsa", "full" or "window" (`nsa.window` tokens) for all layers,
+      or one of them per layer. `rope` and `normalize_qk` are for every kind.
+    tie_embeddings: the output head is the embedding.
+    remat: "full" recomputes a block in the backward pass; "save_attention" as
+      well, but keeps the results of the attention and of the selection.
+    scan_layers: one compiled block for all layers, which then share one kind
+      of attention; parameters get a leading axis of `num_layers`. So does a
+      decode cache, which the scan then copies at every step: `unstack_layers`.
+    dtype: of the computation and of the residual stream; norms, softmax and
+      logits are in float32.
+    num_heads: as in `AttentionConfig`; as are the other fields.
+
+  Raises:
+    ValueError: if a value breaks a rule.
+
+  Example:
+    >>> from nsa_jax import TransformerConfig
+    >>> TransformerConfig.preset("tiny", num_layers=3).layer_kinds
+    ('nsa', 'nsa', 'nsa')
+  """
+
+  vocab_size: int = 256
+  num_layers: int
+  model_dim: int
+  mlp_dim: int
+  attention: AttentionName | Sequence[AttentionName] = "nsa"
+  tie_embeddings: bool = True
+  remat: RematName = "none"
+  scan_layers: bool = False
+  dtype: Any = jnp.float32
+
+  def __post_init__(self):
+    super().__post_init__()
+    for name in ("vocab_size", "num_layers", "model_dim", "mlp_dim"):
+      _checks.static_int(name, getattr(self, name), 1)
+    _checks.choice("remat", self.remat, get_args(RematName))
+    _checks.flag("tie_embeddings", self.tie_embeddings)
+    _checks.flag("scan_layers", self.scan_layers)
+    # Two spellings of one configuration must be equal and have one hash.
+    for name in ("dtype", "param_dtype"):
+      dtype = _checks.dtype(name, getattr(self, name))
+      object.__setattr__(self, name, dtype)
+    for name in ("attention", "implementation"):
+      value = getattr(self, name)
+      if isinstance(value, Sequence) and not isinstance(value, str):
+        object.__setattr__(self, name, tuple(value))
+    kinds = get_args(AttentionName)
+    if not isinstance(self.attention, tuple):
+      _checks.choice("attention", self.attention, kinds)
+      return
+    for kind in self.attention:
+      _checks.choice("attention", kind, kinds)
+    if len(self.attention) != self.num_layers:
+      raise ValueError(
+        f"`attention`={self.attention} must have `num_layers`="
+        f"{self.num_layers} entries."
+      )
+    if self.scan_layers and len(set(self.attention)) > 1:
+      raise ValueError(
+        f"`attention`={self.attention} must be of one kind with `scan_layers`="
+        "True: all layers are one compiled block."
+      )
+
+  @property
+  def layer_kinds(self) -> tuple[str, ...]:
+    """Kind of attention of every layer."""
+    if isinstance(self.attention, str):
+      return (self.attention,) * self.num_layers
+    return tuple(self.attention)
+
+  @classmethod
+  def preset(cls, name: str, **overrides: Any) -> "TransformerConfig":
+    """A named configuration.
+
+    Args:
+      name: "tiny" (T = 512, for a CPU), "small" (T = 2048) or "base"
+        (T = 8192).
+      **overrides: fields that replace the preset's.
+
+    Raises:
+      ValueError: if `name` is unknown or a field breaks a rule.
+
+    Example:
+      >>> from nsa_jax import TransformerConfig
+      >>> TransformerConfig.preset("small", attention="full").model_dim
+      384
+    """
+    _checks.choice("name", name, tuple(_PRESETS))
+    fields = {field.name for field in dataclasses.fields(cls)}
+    for override in overrides:
+      if override not in fields:
+        raise ValueError(
+          f"`{override}` must be a field of TransformerConfig: "
+          f"{', '.join(sorted(fields))}."
+        )
+    return cls(**{**_PRESETS[name], **overrides})
+
+  def to_dict(self) -> dict[str, Any]:
+    """The fields as JSON has them; `from_dict` is the inverse.
+
+    Returns:
+      A dictionary of strings, numbers, booleans, None, lists and dictionaries:
+      a dtype is its name, `nsa` and `rope` are dictionaries of their fields.
+
+    Raises:
+      ValueError: if the configuration has a `select`: JSON has no functions.
+
+    Example:
+      >>> import json
+      >>> from nsa_jax import TransformerConfig
+      >>> config = TransformerConfig.preset("tiny", dtype="bfloat16")
+      >>> fields = json.loads(json.dumps(config.to_dict()))
+      >>> fields["dtype"], fields["nsa"]["window"], fields["rope"]["base"]
+      ('bfloat16', 32, 10000.0)
+      >>> TransformerConfig.from_dict(fields) == config
+      True
+    """
+    if self.select is not None:
+      raise ValueError(
+        f"`select`={self.select!r} must be None: JSON has no functions."
+      )
+    fields = dataclasses.asdict(self)
+    del fields["select"]
+    for name in ("dtype", "param_dtype"):
+      fields[name] = fields[name].name
+    return _to_json(fields)
+
+  @classmethod
+  def from_dict(cls, fields: Mapping[str, Any]) -> "TransformerConfig":
+    """The configuration of which `to_dict` gave the fields.
+
+    Args:
+      fields: what `to_dict` returned. A field that is missing takes its
+        default: later versions read what earlier ones wrote.
+
+    Raises:
+      ValueError: if `fields` (or `nsa` or `rope` in it) is no dictionary, has
+        an unknown field, or lacks one without a default, or if a value breaks
+        a rule.
+
+    Example:
+      >>> from nsa_jax import TransformerConfig
+      >>> fields = TransformerConfig.preset("tiny").to_dict()
+      >>> del fields["rope"]
+      >>> TransformerConfig.from_dict(fields).rope.base
+      10000.0
+    """
+    _check_fields(cls, fields)
+    values = dict(fields)
+    if "nsa" in values:
+      values["nsa"] = _nested(NSAConfig, "nsa", values["nsa"])
+    if values.get("rope") is not None:
+      values["rope"] = _nested(RopeConfig, "rope", values["rope"])
+    for field in dataclasses.fields(cls):
+      if field.name not in values and field.default is dataclasses.MISSING:
+        raise ValueError(f"`{field.name}` is missing and has no default.")
+    return cls(**values)
+
+
+def _check_fields(kind, fields, name=""):
+  """Raises ValueError unless `fields` is a dictionary of fields of `kind`."""
+  if not isinstance(fields, Mapping):
+    raise ValueError(
+      f"`{name or 'fields'}`={fields!r} must be a dictionary of fields of "
+      f"{kind.__name__}."
+    )
+  known = {field.name for field in dataclasses.fields(kind)} - {"select"}
+  for field in fields:
+    if field not in known:
+      raise ValueError(
+        f"`{name}{'.' if name else ''}{field}` must be a field of "
+        f"{kind.__name__}: {', '.join(sorted(known))}."
+      )
+
+
+def _nested(kind, name, fields):
+  """The configuration in the field `name` of another one."""
+  _check_fields(kind, fields, name)
+  return kind(**fields)
+
+
+def _to_json(value):
+  """What `json.loads` gives back for `value`: no tuples, no NumPy scalars."""
+  if isinstance(value, dict):
+    return {name: _to_json(entry) for name, entry in value.items()}
+  if isinstance(value, tuple):
+    return [_to_json(entry) for entry in value]
+  return value.item() if isinstance(value, np.generic) else value
+
+
+_PRESETS: dict[str, dict[str, Any]] = {
+  "tiny": {
+    "num_layers": 2,
+    "model_dim": 128,
+    "num_heads": 4,
+    "num_kv_heads": 1,
+    "head_dim": 32,
+    "mlp_dim": 352,
+    "nsa": NSAConfig(
+      compression_block=8,
+      compression_stride=4,
+      selection_block=16,
+      num_selected=4,
+      num_initial=1,
+      num_local=1,
+      window=32,
+    ),
+  },
+  "small": {
+    "num_layers": 6,
+    "model_dim": 384,
+    "num_heads": 8,
+    "num_kv_heads": 2,
+    "head_dim": 64,
+    "mlp_dim": 1024,
+    "nsa": NSAConfig(
+      compression_block=16,
+      compression_stride=8,
+      selection_block=32,
+      num_selected=8,
+      num_initial=1,
+      num_local=2,
+      window=128,
+    ),
+  },
+  "base": {
+    "num_layers": 16,
+    "model_dim": 1024,
+    "num_heads": 16,
+    "num_kv_heads": 1,
+    "head_dim": 64,
+    "mlp_dim": 2816,
+    "nsa": NSAConfig(),
+  },
+}

@@ -1,0 +1,267 @@
+"""Decoder language model (Flax linen) with sparse or dense attention per layer.
+
+Pre-norm RMSNorm and SwiGLU around `NativeSparseAttention`, or around full or
+window attention with the same kind of projections as baselines. Sampling is in
+`nsa_jax.sampling`, training in `examples/`.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from nsa_jax import _checks, dispatch
+from nsa_jax.layers import core
+from nsa_jax.layers.linen import (
+  DenseAttention,
+  NativeSparseAttention,
+  layer_fields,
+  rms_norm,
+)
+from nsa_jax.models.config import TransformerConfig
+from nsa_jax.typing import Array
+
+# What the ops tag with `checkpoint_name`. With these kept, the selection never
+# runs twice, nor does the forward pass of a branch whose implementation has a
+# backward rule of its own.
+SAVED_NAMES = (
+  *(
+    f"nsa_{branch}_{result}"
+    for branch in dispatch.BRANCHES
+    for result in ("out", "lse")
+  ),
+  "nsa_block_ids",
+)
+
+
+class TransformerLM(nn.Module):
+  """Decoder language model.
+
+  Attributes:
+    config: shape and options.
+    decode: append to a decode cache and attend over it, as in
+      `NativeSparseAttention`; `init` with tokens [B, capacity] makes it.
+    max_append: as in `NativeSparseAttention`.
+
+  Example:
+    >>> import jax, jax.numpy as jnp
+    >>> from nsa_jax import TransformerConfig, TransformerLM
+    >>> config = TransformerConfig.preset("tiny", num_layers=1, model_dim=16)
+    >>> model = TransformerLM(config)
+    >>> tokens = jnp.zeros((1, 32), jnp.int32)
+    >>> init = jax.jit(model.init_with_output)
+    >>> logits, params = init(jax.random.key(0), tokens)
+    >>> logits.shape
+    (1, 32, 256)
+  """
+
+  config: TransformerConfig
+  decode: bool = False
+  max_append: int = 1
+
+  def __post_init__(self):
+    _checks.flag("decode", self.decode)
+    _checks.static_int("max_append", self.max_append, 1)
+    super().__post_init__()
+
+  @nn.compact
+  def __call__(
+    self,
+    tokens: Array,
+    *,
+    positions: Array | None = None,
+    segment_ids: Array | None = None,
+    prefix_length: int | None = None,
+  ) -> Array:
+    """Logits of the token after each token.
+
+    Args:
+      tokens: int32 [B, T], in [0, vocab_size); any other token makes the
+        logits at its place NaN, and may do so in all of its row.
+      positions: int32 [B, T] for RoPE; by default 0, 1, ... in each segment.
+        With `decode` consecutive, by default from each row's length on.
+      segment_ids: int32 [B, T] for packed or padded rows: contiguous runs that
+        start at multiples of `config.nsa.selection_block`; 0 is padding. With
+        `decode` one run per row from its first token on, and padding after it.
+      prefix_length: as in `NativeSparseAttention`.
+
+    Returns:
+      float32 [B, T, vocab_size].
+
+    Raises:
+      ValueError: if an argument does not fit.
+    """
+    config = self.config
+    tokens = _checks.array("tokens", tokens, 2, "[B, T]")
+    tokens = _checks.integers("tokens", tokens, tokens.shape)
+    # Each layer knows the positions that follow what its cache holds.
+    if positions is not None or not self.decode:
+      positions, segment_ids = core.complete_positions(
+        tokens, positions, segment_ids, config.nsa.selection_block
+      )
+
+    shape = (config.vocab_size, config.model_dim)
+    embedding = self.param(
+      "embedding",
+      nn.initializers.normal(config.model_dim**-0.5),
+      shape,
+      config.param_dtype,
+    )
+    # Out-of-range tokens give NaN instead of another token's embedding.
+    x = (
+      embedding.astype(config.dtype)
+      .at[tokens]
+      .get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
+    )
+    x = self._blocks(x, positions, segment_ids, prefix_length)
+    x = rms_norm(config, "final_norm")(x)
+    head = embedding
+    if not config.tie_embeddings:
+      head = self.param(
+        "head",
+        nn.initializers.normal(config.model_dim**-0.5),
+        shape,
+        config.param_dtype,
+      )
+    return jnp.einsum(
+      "btd,vd->btv",
+      x,
+      head.astype(config.dtype),
+      preferred_element_type=jnp.float32,
+    )
+
+  def _blocks(self, x, positions, segment_ids, prefix_length):
+    config = self.config
+    block: Any = TransformerBlock
+    if config.remat != "none" and not self.decode:
+      saved = SAVED_NAMES if config.remat == "save_attention" else ()
+      block = nn.remat(
+        block,
+        # Inside a scan XLA cannot merge the two passes anyway.
+        prevent_cse=not config.scan_layers,
+        policy=jax.checkpoint_policies.save_only_these_names(*saved),
+      )
+    if config.scan_layers:
+      block = nn.scan(
+        block,
+        variable_axes={"params": 0, "intermediates": 0, "cache": 0},
+        split_rngs={"params": True},
+        in_axes=nn.broadcast,
+        length=config.num_layers,
+        metadata_params={nn.PARTITION_NAME: "layers"},
+      )
+      names = {"layers": config.layer_kinds[0]}
+    else:
+      names = {f"layer_{i}": kind for i, kind in enumerate(config.layer_kinds)}
+    fields = (self.decode, self.max_append, prefix_length)
+    blocks = [
+      block(config, kind, *fields, name=name) for name, kind in names.items()
+    ]
+    for one in blocks:
+      x, _ = one(x, positions, segment_ids)
+    return x
+
+
+def unstack_layers(
+  model: TransformerLM, params: Mapping[str, Any]
+) -> tuple[TransformerLM, dict[str, Any]]:
+  """A model with `scan_layers` as one without it, for decoding.
+
+  A scan copies the stacked cache at every step; single layers update theirs in
+  place.
+
+  Args:
+    model: trained with `scan_layers`.
+    params: its parameters, what `init` returns under "params".
+
+  Returns:
+    The model without `scan_layers`, and its parameters, copies of the layers.
+
+  Raises:
+    ValueError: if the model or the parameters are not stacked.
+
+  Example:
+    >>> import jax, jax.numpy as jnp
+    >>> from nsa_jax import TransformerConfig, TransformerLM, unstack_layers
+    >>> config = TransformerConfig.preset(
+    ...   "tiny", num_layers=2, model_dim=16, scan_layers=True
+    ... )
+    >>> model = TransformerLM(config)
+    >>> init = jax.jit(model.init)
+    >>> params = init(jax.random.key(0), jnp.zeros((1, 8), jnp.int32))["params"]
+    >>> model, params = unstack_layers(model, params)
+    >>> sorted(params)
+    ['embedding', 'final_norm', 'layer_0', 'layer_1']
+  """
+  config = model.config
+  if not config.scan_layers:
+    raise ValueError("`model.config.scan_layers`=False: nothing is stacked.")
+  if "layers" not in params:
+    raise ValueError(
+      f"`params` has the entries {sorted(params)}; it must have 'layers', as "
+      'what `init` returns under "params" has.'
+    )
+  single = dict(params)
+  stacked = single.pop("layers")
+  for i in range(config.num_layers):
+    single[f"layer_{i}"] = jax.tree.map(lambda x, i=i: x[i], stacked)
+  config = dataclasses.replace(config, scan_layers=False)
+  return model.clone(config=config), single
+
+
+class TransformerBlock(nn.Module):
+  """x + attention(norm(x)), then x + SwiGLU(norm(x)).
+
+  Attributes:
+    config: shape and options.
+    kind: "nsa", "full" or "window".
+    decode: as in `TransformerLM`; as are the next two.
+    max_append: of the cache.
+    prefix_length: of the call.
+  """
+
+  config: TransformerConfig
+  kind: str
+  decode: bool = False
+  max_append: int = 1
+  prefix_length: int | None = None
+
+  @nn.compact
+  def __call__(
+    self, x: Array, positions: Array | None, segment_ids: Array | None
+  ) -> tuple[Array, None]:
+    """Maps [B, T, D] to [B, T, D]; the None is what `nn.scan` stacks."""
+    config = self.config
+    h = rms_norm(config, "attention_norm")(x)
+    x = x + self._attention()(
+      h,
+      positions=positions,
+      segment_ids=segment_ids,
+      prefix_length=self.prefix_length,
+    )
+    h = rms_norm(config, "mlp_norm")(x)
+    dense = functools.partial(
+      nn.Dense,
+      use_bias=False,
+      dtype=config.dtype,
+      param_dtype=config.param_dtype,
+    )
+    gate = dense(config.mlp_dim, name="mlp_gate")(h)
+    up = dense(config.mlp_dim, name="mlp_up")(h)
+    x = x + dense(config.model_dim, name="mlp_down")(nn.silu(gate) * up)
+    return x, None
+
+  def _attention(self):
+    config = self.config
+    call: dict[str, Any] = {
+      "decode": self.decode,
+      "max_append": self.max_append,
+      "name": "attention",
+    }
+    if self.kind == "nsa":
+      return NativeSparseAttention(**layer_fields(config), **call)
+    return DenseAttention(config, self.kind, **call)

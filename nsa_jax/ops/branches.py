@@ -1,0 +1,419 @@
+"""The four kinds of attention: compressed, selected, window, full."""
+
+from typing import Any, Literal, overload
+
+import jax.numpy as jnp
+
+from nsa_jax import _checks, dispatch, geometry
+from nsa_jax.config import NSAConfig, check_config
+from nsa_jax.ops.scope import Scope, keep, make_scope
+from nsa_jax.typing import Array, Implementation
+from pallas_kernels.interface import Spec
+
+
+def compressed_attention(
+  query: Array,
+  key: Array,
+  value: Array,
+  *,
+  config: NSAConfig,
+  key_length: int,
+  scale: float | None = None,
+  query_offset: int | Array | None = None,
+  segment_ids: Array | None = None,
+  query_segment_ids: Array | None = None,
+  tiles: Any = None,
+  implementation: Implementation = None,
+) -> tuple[Array, Array]:
+  """Attention over compressed blocks (Eq. 7), those wholly at or before t.
+
+  Args:
+    query: [B, T, N, H].
+    key: [B, C, K, H], compressed; C = num_compressed_blocks(key_length).
+    value: [B, C, K, V], compressed.
+    config: `compression_block` and `compression_stride` are read.
+    key_length: S, static: the number of tokens the blocks were made from.
+    scale: as in `native_sparse_attention`; as are the next three and
+      `implementation`.
+    query_offset: int, or int32 () or [B].
+    segment_ids: int32 [B, S], of the tokens.
+    query_segment_ids: int32 [B, T].
+    tiles: tile sizes of the kernels, a `BandTiling`; None for the fastest
+      known.
+    implementation: None, a name, or a sequence of names.
+
+  Returns:
+    out [B, T, N, V] in the dtype of `query` and the natural-log lse [B, T, N]
+    in float32 (float64 for float64). A query that sees no block gets 0 and
+    -inf, and no gradient.
+
+  Raises:
+    ValueError: if an argument does not fit, with its name, value and the rule.
+    NotImplementedError: if no implementation asked for can do the call.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> from nsa_jax import NSAConfig, compressed_attention
+    >>> query, blocks = jnp.ones((1, 64, 2, 8)), jnp.ones((1, 3, 1, 8))
+    >>> out, lse = compressed_attention(
+    ...   query, blocks, blocks, config=NSAConfig(), key_length=64
+    ... )
+    >>> out.shape, lse.shape
+    ((1, 64, 2, 8), (1, 64, 2))
+  """
+  check_config(config)
+  query, key, value = _checks.attention_inputs(query, key, value, min_length=0)
+  key_length = check_compressed("key", key, key_length, config)
+  scope = make_scope(
+    query,
+    key_length,
+    query_offset,
+    segment_ids,
+    query_segment_ids,
+    alignment=config.selection_block,
+  )
+  spec = Spec(config, _checks.scale(scale, query), key_length, tiles=tiles)
+  return attend_branch(
+    "compressed", implementation, spec, (query, key, value), scope
+  )
+
+
+def selected_attention(
+  query: Array,
+  key: Array,
+  value: Array,
+  block_ids: Array,
+  *,
+  config: NSAConfig,
+  scale: float | None = None,
+  query_offset: int | Array | None = None,
+  segment_ids: Array | None = None,
+  query_segment_ids: Array | None = None,
+  tiles: Any = None,
+  implementation: Implementation = None,
+) -> tuple[Array, Array]:
+  """Attention over the tokens s <= t of the given blocks (Eq. 12).
+
+  Args:
+    query: [B, T, N, H].
+    key: [B, S, K, H].
+    value: [B, S, K, V].
+    block_ids: int32 [B, T, K, m], m >= 1, shared by the heads of a group:
+      strictly ascending, then -1. Any selector may have made them;
+      `block_ids_from_scores` makes them from scores. What ids of another form
+      give is undefined where they are traced and cannot be refused.
+    config: only `selection_block` is read.
+    scale: as in `native_sparse_attention`; as are the next three and
+      `implementation`.
+    query_offset: int, or int32 () or [B].
+    segment_ids: int32 [B, S].
+    query_segment_ids: int32 [B, T].
+    tiles: tile sizes of the kernels, a `SelectedTiling`; None for the fastest
+      known.
+    implementation: None, a name, or a sequence of names.
+
+  Returns:
+    out and lse as in `compressed_attention`.
+
+  Raises:
+    ValueError: if an argument does not fit, with its name, value and the rule.
+    NotImplementedError: if no implementation asked for can do the call.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> from nsa_jax import NSAConfig, selected_attention
+    >>> query, key = jnp.ones((1, 128, 2, 8)), jnp.ones((1, 128, 1, 8))
+    >>> ids = jnp.zeros((1, 128, 1, 1), jnp.int32)
+    >>> out, lse = selected_attention(query, key, key, ids, config=NSAConfig())
+    >>> out.shape, lse.shape
+    ((1, 128, 2, 8), (1, 128, 2))
+  """
+  check_config(config)
+  query, key, value = _checks.attention_inputs(query, key, value)
+  scope = make_scope(
+    query,
+    key.shape[1],
+    query_offset,
+    segment_ids,
+    query_segment_ids,
+    alignment=config.selection_block,
+  )
+  spec = Spec(config, _checks.scale(scale, query), key.shape[1], tiles=tiles)
+  block_ids = check_block_ids(block_ids, query, key, config)
+  return attend_branch(
+    "selected", implementation, spec, (query, key, value), scope, block_ids
+  )
+
+
+@overload
+def window_attention(
+  query: Array,
+  key: Array,
+  value: Array,
+  *,
+  config: NSAConfig,
+  scale: float | None = None,
+  key_offset: int | Array = 0,
+  query_offset: int | Array | None = None,
+  segment_ids: Array | None = None,
+  query_segment_ids: Array | None = None,
+  return_lse: Literal[True] = True,
+  tiles: Any = None,
+  implementation: Implementation = None,
+) -> tuple[Array, Array]: ...
+
+
+@overload
+def window_attention(
+  query: Array,
+  key: Array,
+  value: Array,
+  *,
+  config: NSAConfig,
+  scale: float | None = None,
+  key_offset: int | Array = 0,
+  query_offset: int | Array | None = None,
+  segment_ids: Array | None = None,
+  query_segment_ids: Array | None = None,
+  return_lse: Literal[False],
+  tiles: Any = None,
+  implementation: Implementation = None,
+) -> Array: ...
+
+
+def window_attention(
+  query: Array,
+  key: Array,
+  value: Array,
+  *,
+  config: NSAConfig,
+  scale: float | None = None,
+  key_offset: int | Array = 0,
+  query_offset: int | Array | None = None,
+  segment_ids: Array | None = None,
+  query_segment_ids: Array | None = None,
+  return_lse: bool = True,
+  tiles: Any = None,
+  implementation: Implementation = None,
+) -> Array | tuple[Array, Array]:
+  """Attention over the last w tokens, max(0, t - w + 1) .. t.
+
+  Args:
+    query: [B, T, N, H].
+    key: [B, S, K, H]; row s has position key_offset + s. Rows at negative
+      positions are no tokens and are not read.
+    value: [B, S, K, V].
+    config: only `window` is read.
+    scale: as in `native_sparse_attention`; as are the next three and
+      `implementation`.
+    key_offset: position of the first key, int or int32 () or [B].
+    query_offset: int, or int32 () or [B]; key_offset + S - T by default.
+    segment_ids: int32 [B, S], contiguous runs, of any alignment here.
+    query_segment_ids: int32 [B, T].
+    return_lse: False to return out alone, which more implementations can.
+    tiles: tile sizes of the kernels, a `BandTiling`; None for the fastest
+      known.
+    implementation: None, a name, or a sequence of names.
+
+  Returns:
+    out and lse as in `compressed_attention`, or out alone.
+
+  Raises:
+    ValueError: if an argument does not fit, with its name, value and the rule.
+    NotImplementedError: if no implementation asked for can do the call.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> from nsa_jax import NSAConfig, window_attention
+    >>> query, key = jnp.ones((1, 100, 2, 8)), jnp.ones((1, 100, 1, 8))
+    >>> out, lse = window_attention(query, key, key, config=NSAConfig(window=8))
+    >>> round(float(jnp.exp(lse[0, 50, 0]) / jnp.exp(8**0.5)))  # keys it saw
+    8
+  """
+  check_config(config)
+  _checks.flag("return_lse", return_lse)
+  query, key, value = _checks.attention_inputs(query, key, value)
+  key_offset = _checks.offset("key_offset", key_offset, ((), query.shape[:1]))
+  scope = make_scope(
+    query,
+    key.shape[1],
+    query_offset,
+    segment_ids,
+    query_segment_ids,
+    key_offset=key_offset,
+  )
+  scale = _checks.scale(scale, query)
+  spec = Spec(config, scale, key.shape[1], need_lse=return_lse, tiles=tiles)
+  out, lse = attend_branch(
+    "window", implementation, spec, (query, key, value), scope
+  )
+  return (out, lse) if return_lse else out
+
+
+@overload
+def full_attention(
+  query: Array,
+  key: Array,
+  value: Array,
+  *,
+  scale: float | None = None,
+  query_offset: int | Array | None = None,
+  segment_ids: Array | None = None,
+  query_segment_ids: Array | None = None,
+  return_lse: Literal[True] = True,
+  implementation: Implementation = None,
+) -> tuple[Array, Array]: ...
+
+
+@overload
+def full_attention(
+  query: Array,
+  key: Array,
+  value: Array,
+  *,
+  scale: float | None = None,
+  query_offset: int | Array | None = None,
+  segment_ids: Array | None = None,
+  query_segment_ids: Array | None = None,
+  return_lse: Literal[False],
+  implementation: Implementation = None,
+) -> Array: ...
+
+
+def full_attention(
+  query: Array,
+  key: Array,
+  value: Array,
+  *,
+  scale: float | None = None,
+  query_offset: int | Array | None = None,
+  segment_ids: Array | None = None,
+  query_segment_ids: Array | None = None,
+  return_lse: bool = True,
+  implementation: Implementation = None,
+) -> Array | tuple[Array, Array]:
+  """Attention over all tokens s <= t: the dense baseline.
+
+  Args:
+    query: [B, T, N, H].
+    key: [B, S, K, H].
+    value: [B, S, K, V].
+    scale: as in `native_sparse_attention`; as are the next three.
+    query_offset: int, or int32 () or [B].
+    segment_ids: int32 [B, S], contiguous runs, of any alignment here.
+    query_segment_ids: int32 [B, T].
+    return_lse: False to return out alone, which more implementations can.
+    implementation: "cudnn", "xla", "reference", or a sequence of these names.
+      None is cuDNN where it can do the call: out alone, in half precision,
+      without segments, T = S, and with an NVIDIA GPU as default device; "xla",
+      with memory linear in the length, for everything else.
+
+  Returns:
+    out and lse as in `compressed_attention`, or out alone.
+
+  Raises:
+    ValueError: if an argument does not fit, with its name, value and the rule.
+    NotImplementedError: if no implementation asked for can do the call.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> from nsa_jax import full_attention
+    >>> query, key = jnp.ones((1, 100, 2, 8)), jnp.ones((1, 100, 1, 8))
+    >>> out, lse = full_attention(query, key, key)
+    >>> round(float(jnp.exp(lse[0, 50, 0]) / jnp.exp(8**0.5)))  # keys it saw
+    51
+  """
+  _checks.flag("return_lse", return_lse)
+  query, key, value = _checks.attention_inputs(query, key, value)
+  scope = make_scope(
+    query, key.shape[1], query_offset, segment_ids, query_segment_ids
+  )
+  spec = Spec(
+    None, _checks.scale(scale, query), key.shape[1], need_lse=return_lse
+  )
+  out, lse = attend_branch(
+    "full", implementation, spec, (query, key, value), scope
+  )
+  return (out, lse) if return_lse else out
+
+
+def attend_branch(
+  op: str,
+  implementation: Implementation,
+  spec: Spec,
+  qkv: tuple[Array, Array, Array],
+  scope: Scope,
+  block_ids: Array | None = None,
+) -> tuple[Array, Any]:
+  """One branch of validated arguments; masks what no query may read.
+
+  Args:
+    op: "compressed", "selected", "window" or "full".
+    implementation: what was asked for.
+    spec: the static side of the call.
+    qkv: query, key and value.
+    scope: of the call.
+    block_ids: of the selected branch.
+
+  Returns:
+    out and lse, or None in its place if the spec needs none.
+  """
+  query, key, value = qkv
+  readable = scope.readable_keys
+  if op == "compressed":
+    if not key.shape[1]:  # No complete block: no kernel to run.
+      dispatch.names(implementation)
+      acc = jnp.promote_types(jnp.float32, query.dtype)
+      out = jnp.zeros((*query.shape[:3], value.shape[-1]), query.dtype)
+      return out, jnp.full(query.shape[:3], -jnp.inf, acc)
+    readable = scope.readable_blocks(spec.config)
+  arrays = (
+    keep(query, scope.valid_queries),
+    keep(key, readable),
+    keep(value, readable),
+  )
+  index = block_ids, scope.queries
+  run = dispatch.choose(op, implementation, spec, arrays, index)
+  out, lse = run(arrays, index)
+  out = keep(out, scope.valid_queries)
+  return out, None if lse is None else keep(lse, scope.valid_queries, -jnp.inf)
+
+
+def check_compressed(
+  name: str, key: Array, key_length: int, config: NSAConfig
+) -> int:
+  """S, validated: `key` holds its compressed blocks."""
+  key_length = _checks.static_int("key_length", key_length, minimum=1)
+  num_compressed = geometry.num_compressed_blocks(key_length, config)
+  if key.shape[1] != num_compressed:
+    raise ValueError(
+      f"`{name}` of shape {key.shape} must have {num_compressed} blocks, "
+      f"num_compressed_blocks of `key_length`={key_length}."
+    )
+  return key_length
+
+
+def check_block_ids(
+  ids: Any, query: Array, key: Array, config: NSAConfig
+) -> Array:
+  """Block ids of queries and keys, validated, as int32."""
+  given = ids
+  ids = _checks.array("block_ids", ids, 4, "[B, T, K, m]")
+  if not jnp.issubdtype(ids.dtype, jnp.integer):
+    raise ValueError(
+      f"`block_ids` of dtype {ids.dtype} must have an integer dtype."
+    )
+  _checks.shape(
+    "block_ids",
+    ids,
+    (*query.shape[:2], key.shape[2], None),
+    "[B, T, K, m], one list per query and key/value head",
+  )
+  if not ids.shape[-1]:
+    raise ValueError(
+      f"`block_ids` of shape {ids.shape} must have at least one block (m >= 1)."
+    )
+  num_blocks = geometry.num_selection_blocks(key.shape[1], config)
+  _checks.block_ids(given, num_blocks)
+  # Nobody reads a block beyond the keys, but a token in it may leave int32.
+  return jnp.minimum(ids, jnp.int32(num_blocks)).astype(jnp.int32)

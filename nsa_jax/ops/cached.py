@@ -1,0 +1,432 @@
+"""Attention of the newest tokens over a decode cache."""
+
+from collections.abc import Mapping
+from typing import Any, Literal, overload
+
+import jax
+import jax.numpy as jnp
+
+from nsa_jax import _checks, dispatch, geometry
+from nsa_jax.cache.state import Cache, max_append, ring_rows, take_rows
+from nsa_jax.config import NSAConfig, check_config
+from nsa_jax.ops import nsa
+from nsa_jax.ops.branches import attend_branch
+from nsa_jax.ops.scope import Scope, keep, make_scope
+from nsa_jax.typing import KV, Array, Implementation, Selector
+from pallas_kernels.interface import (
+  DecodeArrays,
+  Queries,
+  Spec,
+  query_positions,
+)
+
+
+@overload
+def attend(
+  query: Array,
+  cache: Cache,
+  gates: Array,
+  *,
+  config: NSAConfig,
+  query_offset: int | Array,
+  scale: float | None = None,
+  compressed_query: Array | None = None,
+  prefill_window: KV | None = None,
+  select: Selector | None = None,
+  return_block_ids: Literal[False] = False,
+  tiles: Mapping[str, Any] | None = None,
+  implementation: Implementation = None,
+) -> Array: ...
+
+
+@overload
+def attend(
+  query: Array,
+  cache: Cache,
+  gates: Array,
+  *,
+  config: NSAConfig,
+  query_offset: int | Array,
+  scale: float | None = None,
+  compressed_query: Array | None = None,
+  prefill_window: KV | None = None,
+  select: Selector | None = None,
+  return_block_ids: Literal[True],
+  tiles: Mapping[str, Any] | None = None,
+  implementation: Implementation = None,
+) -> tuple[Array, Array]: ...
+
+
+@overload
+def attend(
+  query: Array,
+  cache: Cache,
+  gates: Array,
+  *,
+  config: NSAConfig,
+  query_offset: int | Array,
+  scale: float | None = None,
+  compressed_query: Array | None = None,
+  prefill_window: KV | None = None,
+  select: Selector | None = None,
+  return_block_ids: bool,
+  tiles: Mapping[str, Any] | None = None,
+  implementation: Implementation = None,
+) -> Array | tuple[Array, Array]: ...
+
+
+def attend(
+  query: Array,
+  cache: Cache,
+  gates: Array,
+  *,
+  config: NSAConfig,
+  query_offset: int | Array,
+  scale: float | None = None,
+  compressed_query: Array | None = None,
+  prefill_window: KV | None = None,
+  select: Selector | None = None,
+  return_block_ids: bool = False,
+  tiles: Mapping[str, Any] | None = None,
+  implementation: Implementation = None,
+) -> Array | tuple[Array, Array]:
+  """Native Sparse Attention of the newest tokens over the cache (Eq. 5).
+
+  For inference: gradients are not promised.
+
+  Args:
+    query: [B, T, N, H], of tokens that the cache already holds.
+    cache: of kind "nsa", after `append` or `prefill`.
+    gates: [B, T, N, 3], as in `native_sparse_attention`.
+    config: that of `init`.
+    query_offset: position of the first query of each row, the length before
+      the append: int32 [B] or (). A Python integer is that of all rows; the
+      tokens beyond the last query are then not read at all, so that the prompt
+      at 0 costs what it costs without a cache. The ring of the window has all
+      that the last `max_append` tokens of a row read, as long as nothing is
+      rewound; earlier queries silently miss keys.
+    scale: static softmax scale, 1/sqrt(H) by default.
+    compressed_query: [B, T, N, H], as in `native_sparse_attention`; as is
+      `select`.
+    prefill_window: what `prefill` returned; needed for more than `max_append`
+      queries if the window has keys and values of its own.
+    select: a selector of one's own. The decode kernels select blocks
+      themselves, so the branches then run one by one.
+    return_block_ids: also return the ids of the selected blocks.
+    tiles: tile sizes as in `native_sparse_attention`, and those of the decode
+      kernels, a `DecodeTiling`, under "decode".
+    implementation: "triton", "xla", "reference", or a sequence of names, as in
+      `native_sparse_attention`; None is the decode kernels on NVIDIA GPUs, if
+      they support the call, and "xla" elsewhere.
+
+  Returns:
+    out [B, T, N, V] in the dtype of `query`, or (out, block_ids) with block_ids
+    int32 [B, T, K, n]. Queries at positions < 0 or >= `lengths`, such as the
+    padding of a ragged batch, get 0 and ids -1.
+
+  Raises:
+    ValueError: if an argument does not fit, with its name, value and the rule.
+    NotImplementedError: if no implementation asked for can do the call.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> from nsa_jax import NSAConfig, cache
+    >>> held = cache.init(
+    ...   1, 64, config=NSAConfig(), num_kv_heads=1, head_dim=8
+    ... )._replace(lengths=jnp.array([9]))
+    >>> query, gates = jnp.ones((1, 1, 4, 8)), jnp.ones((1, 1, 4, 3))
+    >>> cache.attend(
+    ...   query, held, gates, config=NSAConfig(), query_offset=jnp.array([8])
+    ... ).shape
+    (1, 1, 4, 8)
+  """
+  check_config(config)
+  cache = jax.tree.map(jnp.asarray, cache)
+  if cache.selected is None or cache.compressed is None or cache.tail is None:
+    raise ValueError("`cache` must be of kind 'nsa': it lacks fields.")
+  query, selected = _checks.pair("cache.selected", query, cache.selected)
+  batch, length = query.shape[:2]
+  gates, compressed_query = nsa.check_queries(query, gates, compressed_query)
+  scale = _checks.scale(scale, query)
+  query_offset = _checks.offset("query_offset", query_offset, ((), (batch,)))
+  _checks.selector(select)
+  few = _check_few(cache.window, query, prefill_window, cache, config)
+  if prefill_window is not None:
+    prefill_window = _check_prefill_window(query, prefill_window)
+    _checks.shape(
+      "prefill_window.value",
+      prefill_window.value,
+      (None, None, None, selected.value.shape[-1]),
+      "V of the cache",
+    )
+
+  # What a static offset shows to lie beyond the last query is cut off.
+  key_length = selected.key.shape[1]
+  if isinstance(query_offset, int):
+    stop = max(query_offset + length, 1)
+    if few and prefill_window is None:  # The kernels take whole blocks.
+      stop += -stop % config.selection_block
+    key_length = min(stop, key_length)
+  blocks = geometry.num_compressed_blocks(key_length, config)
+  arrays = DecodeArrays(
+    query,
+    compressed_query,
+    _first(cache.compressed, blocks),
+    _first(selected, key_length),
+    cache.window,
+    gates,
+  )
+  tiles = dict(tiles) if isinstance(tiles, Mapping) else tiles
+  decode_tiles = tiles.pop("decode", None) if tiles else None
+  spec = Spec(
+    config,
+    scale,
+    key_length,
+    tiles=decode_tiles,
+    own_selection=select is not None,
+  )
+  index = cache.lengths, Queries(query_offset)
+  run = None
+  if few and prefill_window is None:
+    run = dispatch.choose_fused(
+      "decode", implementation, spec, arrays, index, _compose_by_xla
+    )
+  if run is None:
+    out, ids = _compose(
+      spec, arrays, index, implementation, prefill_window, select, tiles
+    )
+  else:
+    out, ids = run(arrays, index)
+  return (out, ids) if return_block_ids else out
+
+
+def attend_window(
+  query: Array,
+  cache: Cache,
+  *,
+  config: NSAConfig,
+  query_offset: int | Array,
+  scale: float | None = None,
+  prefill_window: KV | None = None,
+  implementation: Implementation = None,
+) -> Array:
+  """Window attention of the newest tokens over a cache of kind "window".
+
+  Args:
+    query: [B, T, N, H], of tokens that the cache already holds.
+    cache: after `append` or `prefill`.
+    config: that of `init`.
+    query_offset: as in `attend`; as are the others.
+    scale: static softmax scale, 1/sqrt(H) by default.
+    prefill_window: what `prefill` returned, for more than `max_append` queries.
+    implementation: as in `window_attention`.
+
+  Returns:
+    out [B, T, N, V]; 0 at positions < 0 or >= `lengths`.
+
+  Raises:
+    ValueError: if an argument does not fit, with its name, value and the rule.
+    NotImplementedError: if no implementation asked for can do the call.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> from nsa_jax import NSAConfig, cache
+    >>> held = cache.init(
+    ...   1, 64, config=NSAConfig(), num_kv_heads=1, head_dim=8, kind="window"
+    ... )._replace(lengths=jnp.array([9]))
+    >>> cache.attend_window(
+    ...   jnp.ones((1, 1, 4, 8)), held, config=NSAConfig(), query_offset=8
+    ... ).shape
+    (1, 1, 4, 8)
+  """
+  check_config(config)
+  cache = jax.tree.map(jnp.asarray, cache)
+  if cache.window is None:
+    raise ValueError("`cache` must be of kind 'window': it has no `window`.")
+  query, ring = _checks.pair("cache.window", query, cache.window)
+  query_offset = _checks.offset(
+    "query_offset", query_offset, ((), query.shape[:1])
+  )
+  _check_few(ring, query, prefill_window, cache, config)
+  if prefill_window is not None:
+    prefill_window = _check_prefill_window(query, prefill_window)
+  rows, scope = _window_rows(
+    query, ring, prefill_window, query_offset, cache.lengths, config.window
+  )
+  spec = Spec(
+    config, _checks.scale(scale, query), scope.key_length, need_lse=False
+  )
+  return attend_branch("window", implementation, spec, (query, *rows), scope)[0]
+
+
+def attend_full(
+  query: Array,
+  cache: Cache,
+  *,
+  query_offset: int | Array,
+  scale: float | None = None,
+  implementation: Implementation = None,
+) -> Array:
+  """Causal attention of the newest tokens to all tokens that a row holds.
+
+  Args:
+    query: [B, T, N, H], of tokens that the cache already holds.
+    cache: of kind "full" (or "nsa"), after `append` or `prefill`.
+    query_offset: as in `attend`.
+    scale: static softmax scale, 1/sqrt(H) by default.
+    implementation: as in `full_attention`.
+
+  Returns:
+    out [B, T, N, V]; 0 at positions < 0 or >= `lengths`.
+
+  Raises:
+    ValueError: if an argument does not fit, with its name, value and the rule.
+    NotImplementedError: if no implementation asked for can do the call.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> from nsa_jax import NSAConfig, cache
+    >>> held = cache.init(
+    ...   1, 64, config=NSAConfig(), num_kv_heads=1, head_dim=8, kind="full"
+    ... )._replace(lengths=jnp.array([9]))
+    >>> query = jnp.ones((1, 1, 4, 8))
+    >>> cache.attend_full(query, held, query_offset=8).shape
+    (1, 1, 4, 8)
+  """
+  cache = jax.tree.map(jnp.asarray, cache)
+  if cache.selected is None:
+    raise ValueError("`cache` must be of kind 'full': it has no `selected`.")
+  query, selected = _checks.pair("cache.selected", query, cache.selected)
+  batch, length = query.shape[:2]
+  query_offset = _checks.offset("query_offset", query_offset, ((), (batch,)))
+  key_length = selected.key.shape[1]
+  if isinstance(query_offset, int):
+    key_length = min(max(query_offset + length, 1), key_length)
+  scope = _held_scope(query, key_length, query_offset, cache.lengths)
+  spec = Spec(None, _checks.scale(scale, query), key_length, need_lse=False)
+  qkv = (query, *_first(selected, key_length))
+  return attend_branch("full", implementation, spec, qkv, scope)[0]
+
+
+def _compose(
+  spec, arrays, index, implementation, prefill_window, select, tiles
+):
+  """`attend` by the branches, one by one."""
+  lengths, queries = index
+  query = arrays.query
+  scope = _held_scope(query, spec.key_length, queries.offset, lengths)
+  window, window_scope = arrays.selected, scope
+  own_rows = arrays.window is not None or prefill_window is not None
+  few_rows = spec.config.window + query.shape[1] <= spec.key_length
+  if own_rows or few_rows:
+    window, window_scope = _window_rows(
+      query,
+      arrays.window,
+      prefill_window,
+      queries.offset,
+      lengths,
+      spec.config.window,
+      selected=arrays.selected,
+    )
+  out, ids = nsa.compose(
+    nsa.Arguments(
+      query,
+      arrays.compressed_query,
+      arrays.compressed,
+      arrays.selected,
+      window,
+      arrays.gates,
+    ),
+    spec,
+    scope,
+    window_scope,
+    implementation,
+    select,
+    tiles,
+  )
+  return out, keep(ids, scope.valid_queries, -1)
+
+
+def _compose_by_xla(spec, arrays, index):
+  return _compose(spec, arrays, index, "xla", None, None, None)
+
+
+def _held_scope(query, key_length, query_offset, lengths):
+  """The scope of queries over the first `lengths` of the keys."""
+  scope = make_scope(query, key_length, query_offset, None, None)
+  positions = scope.queries.positions(*query.shape[:2])
+  last = lengths[:, None] - 1
+  if scope.last_position is not None:
+    last = jnp.minimum(last, scope.last_position)
+  return scope._replace(
+    valid_queries=_held(positions, lengths),
+    # What a rewound token left behind may be NaN, and 0 * NaN is NaN.
+    readable_keys=jnp.arange(key_length) <= last,
+    last_position=last,
+  )
+
+
+def _window_rows(
+  query, ring, prefill_window, query_offset, lengths, window, selected=None
+):
+  """Keys and values that the windows of the queries read, and their scope.
+
+  In order: the tokens before the first query, and those of the queries.
+  """
+  batch, length = query.shape[:2]
+  before = window - 1
+  if prefill_window is not None:
+    before = prefill_window.key.shape[1] - length
+  if isinstance(query_offset, int):  # Fewer tokens may be there at all.
+    before = min(before, max(query_offset, 0))
+  key_offset = query_offset - before
+  token = query_positions(key_offset, batch, before + length)
+  known = _held(token, lengths)
+  valid = _held(query_positions(query_offset, batch, length), lengths)
+  segments: tuple[Any, Any] = None, None
+  if prefill_window is not None:
+    first = prefill_window.key.shape[1] - before - length
+    rows = KV(*(x[:, first:] for x in prefill_window))
+  elif ring is not None:
+    rows = ring_rows(ring, token)
+    # Earlier tokens are overwritten by others: no query may read those.
+    known &= token >= lengths[:, None] - ring.key.shape[1]
+    segments = known.astype(jnp.int32), valid.astype(jnp.int32)
+  else:
+    rows = take_rows(selected, token)
+  queries = Queries(query_offset, *segments, key_offset)
+  return rows, Scope(queries, before + length, valid, known, None)
+
+
+def _check_few(ring, query, prefill_window, cache, config):
+  """Whether the ring of the window, if any, holds what the queries read."""
+  most = max_append(cache, config)
+  length = query.shape[1]
+  few = most is None or length <= most
+  if ring is not None and prefill_window is None and not few:
+    raise ValueError(
+      f"`query` has {length} tokens, more than `max_append`={most}: "
+      "`prefill_window` must be what `prefill` returned."
+    )
+  return few
+
+
+def _check_prefill_window(query, window):
+  """The argument `prefill_window`, validated."""
+  _, window = _checks.pair("prefill_window", query, window)
+  if window.key.shape[1] < query.shape[1]:
+    raise ValueError(
+      f"`prefill_window.key` of shape {window.key.shape} must have a row for "
+      f"each of the {query.shape[1]} queries: what `prefill` returned with "
+      "them."
+    )
+  return window
+
+
+def _held(positions, lengths):
+  """Which positions [B, n] a row holds."""
+  return (positions >= 0) & (positions < lengths[:, None])
+
+
+def _first(pair, length):
+  return KV(*(x[:, :length] for x in pair))

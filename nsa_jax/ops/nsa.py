@@ -1,0 +1,350 @@
+"""Native Sparse Attention (Eq. 5): the one composition of its branches."""
+
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple, overload
+
+from nsa_jax import _checks, geometry
+from nsa_jax.config import NSAConfig, check_config
+from nsa_jax.gating import gated_sum
+from nsa_jax.ops.branches import attend_branch, check_block_ids
+from nsa_jax.ops.scope import Scope, keep, make_scope
+from nsa_jax.ops.selection import select as select_best
+from nsa_jax.typing import KV, Array, Implementation, Selector
+from pallas_kernels.interface import Spec
+
+
+@overload
+def native_sparse_attention(
+  query: Array,
+  compressed: KV,
+  selected: KV,
+  window: KV,
+  gates: Array,
+  *,
+  config: NSAConfig,
+  scale: float | None = None,
+  query_offset: int | Array | None = None,
+  segment_ids: Array | None = None,
+  query_segment_ids: Array | None = None,
+  compressed_query: Array | None = None,
+  block_ids: Array | None = None,
+  select: Selector | None = None,
+  return_block_ids: Literal[False] = False,
+  tiles: Mapping[str, Any] | None = None,
+  implementation: Implementation = None,
+) -> Array: ...
+
+
+@overload
+def native_sparse_attention(
+  query: Array,
+  compressed: KV,
+  selected: KV,
+  window: KV,
+  gates: Array,
+  *,
+  config: NSAConfig,
+  scale: float | None = None,
+  query_offset: int | Array | None = None,
+  segment_ids: Array | None = None,
+  query_segment_ids: Array | None = None,
+  compressed_query: Array | None = None,
+  block_ids: Array | None = None,
+  select: Selector | None = None,
+  return_block_ids: Literal[True],
+  tiles: Mapping[str, Any] | None = None,
+  implementation: Implementation = None,
+) -> tuple[Array, Array]: ...
+
+
+@overload
+def native_sparse_attention(
+  query: Array,
+  compressed: KV,
+  selected: KV,
+  window: KV,
+  gates: Array,
+  *,
+  config: NSAConfig,
+  scale: float | None = None,
+  query_offset: int | Array | None = None,
+  segment_ids: Array | None = None,
+  query_segment_ids: Array | None = None,
+  compressed_query: Array | None = None,
+  block_ids: Array | None = None,
+  select: Selector | None = None,
+  return_block_ids: bool,
+  tiles: Mapping[str, Any] | None = None,
+  implementation: Implementation = None,
+) -> Array | tuple[Array, Array]: ...
+
+
+def native_sparse_attention(
+  query: Array,
+  compressed: KV,
+  selected: KV,
+  window: KV,
+  gates: Array,
+  *,
+  config: NSAConfig,
+  scale: float | None = None,
+  query_offset: int | Array | None = None,
+  segment_ids: Array | None = None,
+  query_segment_ids: Array | None = None,
+  compressed_query: Array | None = None,
+  block_ids: Array | None = None,
+  select: Selector | None = None,
+  return_block_ids: bool = False,
+  tiles: Mapping[str, Any] | None = None,
+  implementation: Implementation = None,
+) -> Array | tuple[Array, Array]:
+  """Native Sparse Attention (arXiv 2502.11089, Eq. 5), causal.
+
+      out[t] = sum over c of gates[t, :, c] * Attn_c(query[t], K_c, V_c)
+
+  for c in compressed, selected, window, each with a softmax of its own.
+
+  Args:
+    query: [B, T, N, H].
+    compressed: keys [B, C, K, H] and values [B, C, K, V] made by a
+      `compress_*` function from S tokens, C = num_compressed_blocks(S).
+    selected: keys [B, S, K, H] and values [B, S, K, V] of the selected blocks.
+    window: keys [B, S, K, H] and values [B, S, K, V] of the sliding window.
+    gates: [B, T, N, 3], any floating-point dtype, in the order compressed,
+      selected, window, already through the sigmoid.
+    config: the algorithm's hyper-parameters.
+    scale: static softmax scale, 1/sqrt(H) by default.
+    query_offset: position of the first query in the row of keys: an integer,
+      or an int32 array of shape () or [B]; S - T by default. Queries at
+      positions outside [0, S) behave like padding.
+    segment_ids: int32 [B, S] for packed sequences: contiguous runs that start
+      at multiples of `selection_block`; 0 is padding.
+    query_segment_ids: int32 [B, T]; by default `segment_ids` at the queries'
+      positions.
+    compressed_query: [B, T, N, H], the query of the compressed branch and of
+      the selection, if it is another one (for example not rotated).
+    block_ids: int32 [B, T, K, m] to skip the selection: block ids strictly
+      ascending, then -1.
+    select: a selector of one's own, in place of the importance scores (Eq.
+      8-11). It is called with keyword arguments: `query` [B, T, N, H] (that of
+      the compressed branch), `compressed_key` [B, C, K, H], `lse` [B, T, N] of
+      the compressed branch, `selected_key` [B, S, K, H], `config`,
+      `key_length`, `scale`, `query_offset`, `segment_ids` and
+      `query_segment_ids`; and returns block ids, for example from
+      `block_ids_from_scores`. It takes `**_` for those it has no use for.
+    return_block_ids: also return the ids of the selected blocks.
+    tiles: tile sizes of the kernels by op: "compressed", "select_blocks",
+      "selected", "window"; None for the fastest known.
+    implementation: a name ("triton", "xla", "reference"), or a sequence of
+      names to try in order; in one, "cudnn" may serve the window alone. None
+      is "triton" on NVIDIA GPUs and "xla" elsewhere, in one traced program and
+      with reverse mode only; or "xla" alone, if the kernels cannot do the call.
+
+  Returns:
+    out [B, T, N, V] in the dtype of `query`, or (out, block_ids) with block_ids
+    int32 [B, T, K, n], or as given. Queries with nothing to attend get 0.
+
+  Raises:
+    ValueError: if an argument does not fit, with its name, value and the rule.
+    NotImplementedError: if no implementation asked for can do the call.
+
+  Example:
+    >>> import jax, jax.numpy as jnp
+    >>> import nsa_jax
+    >>> config = nsa_jax.NSAConfig(8, 4, 16, num_selected=4, window=16)
+    >>> query = jax.random.normal(jax.random.key(0), (1, 128, 4, 16))
+    >>> key, value = jax.random.normal(jax.random.key(1), (2, 1, 128, 1, 16))
+    >>> compressed = nsa_jax.KV(
+    ...   nsa_jax.compress_mean(key, config=config),
+    ...   nsa_jax.compress_mean(value, config=config),
+    ... )
+    >>> pair = nsa_jax.KV(key, value)
+    >>> gates = jnp.full((1, 128, 4, 3), 0.5)
+    >>> nsa_jax.native_sparse_attention(
+    ...   query, compressed, pair, pair, gates, config=config
+    ... ).shape
+    (1, 128, 4, 16)
+  """
+  check_config(config)
+  query, selected = _checks.pair("selected", query, selected)
+  _, window = _checks.pair("window", query, window)
+  _, compressed = _checks.pair("compressed", query, compressed, min_length=0)
+  key, value = selected
+  key_length = key.shape[1]
+  _checks.shape(
+    "window.key", window.key, key.shape, "the shape of `selected.key`"
+  )
+  num_compressed = geometry.num_compressed_blocks(key_length, config)
+  _checks.shape(
+    "compressed.key",
+    compressed.key,
+    (key.shape[0], num_compressed, *key.shape[2:]),
+    "num_compressed_blocks(S) blocks, and the heads of `selected.key`",
+  )
+  for name, other in (
+    ("window.value", window.value),
+    ("compressed.value", compressed.value),
+  ):
+    _checks.shape(
+      name,
+      other,
+      (None, None, None, value.shape[-1]),
+      "the head dimension of `selected.value`",
+    )
+  gates, compressed_query = check_queries(query, gates, compressed_query)
+  spec = Spec(config, _checks.scale(scale, query), key_length)
+  scope = make_scope(
+    query,
+    key_length,
+    query_offset,
+    segment_ids,
+    query_segment_ids,
+    alignment=config.selection_block,
+  )
+  _checks.selector(select)
+  if block_ids is not None:
+    if select is not None:
+      raise ValueError(
+        f"`select`={select!r} must be None where `block_ids` are given."
+      )
+    block_ids = check_block_ids(block_ids, query, key, config)
+  out, block_ids = compose(
+    Arguments(
+      query, compressed_query, compressed, selected, window, gates, block_ids
+    ),
+    spec,
+    scope,
+    scope,
+    implementation,
+    select,
+    tiles,
+  )
+  return (out, block_ids) if return_block_ids else out
+
+
+class Arguments(NamedTuple):
+  """The arrays of the op, validated; as in `native_sparse_attention`."""
+
+  query: Array
+  compressed_query: Array
+  compressed: KV
+  selected: KV
+  window: KV
+  gates: Array
+  block_ids: Array | None = None
+
+
+def compose(
+  arrays: Arguments,
+  spec: Spec,
+  scope: Scope,
+  window_scope: Scope,
+  implementation: Implementation,
+  select: Selector | None = None,
+  tiles: Mapping[str, Any] | None = None,
+) -> tuple[Array, Array]:
+  """compressed -> select -> selected -> window -> gated sum.
+
+  Args:
+    arrays: of the call.
+    spec: its static side.
+    scope: of the compressed and the selected branch.
+    window_scope: of the window, whose keys may be others.
+    implementation: as in `native_sparse_attention`; as are the next two.
+    select: a selector of the user's.
+    tiles: by op.
+
+  Returns:
+    out and block ids.
+  """
+  tiles = check_tiles(tiles)
+  query, compressed_query = arrays.query, arrays.compressed_query
+  out_compressed, lse = attend_branch(
+    "compressed",
+    implementation,
+    spec._replace(tiles=tiles.get("compressed")),
+    (compressed_query, *arrays.compressed),
+    scope,
+  )
+  block_ids = arrays.block_ids
+  if block_ids is None and select is not None:
+    block_ids = _call_selector(select, spec, arrays, lse, scope)
+  elif block_ids is None:
+    block_ids = select_best(
+      implementation,
+      spec._replace(tiles=tiles.get("select_blocks")),
+      compressed_query,
+      arrays.compressed.key,
+      lse,
+      scope,
+    )
+  out_selected, _ = attend_branch(
+    "selected",
+    implementation,
+    spec._replace(tiles=tiles.get("selected"), need_lse=False),
+    (query, *arrays.selected),
+    scope,
+    block_ids,
+  )
+  out_window, _ = attend_branch(
+    "window",
+    implementation,
+    spec._replace(
+      tiles=tiles.get("window"),
+      need_lse=False,
+      key_length=window_scope.key_length,
+    ),
+    (query, *arrays.window),
+    window_scope,
+  )
+  out = gated_sum(
+    keep(arrays.gates, scope.valid_queries),
+    (out_compressed, out_selected, out_window),
+  )
+  return keep(out, scope.valid_queries), block_ids
+
+
+def _call_selector(select, spec, arrays, lse, scope):
+  """Block ids of a user's selector, which sees nothing that is masked."""
+  config, queries = spec.config, scope.queries
+  key = keep(arrays.selected.key, scope.readable_keys)
+  ids = select(
+    query=keep(arrays.compressed_query, scope.valid_queries),
+    compressed_key=keep(arrays.compressed.key, scope.readable_blocks(config)),
+    lse=lse,
+    selected_key=key,
+    config=config,
+    key_length=spec.key_length,
+    scale=spec.scale,
+    query_offset=queries.offset,
+    segment_ids=queries.key_segments,
+    query_segment_ids=queries.query_segments,
+  )
+  return check_block_ids(ids, arrays.query, key, config)
+
+
+def check_queries(
+  query: Array, gates: Array, compressed_query: Array | None
+) -> tuple[Array, Array]:
+  """`gates` and `compressed_query` of queries [B, T, N, H], validated."""
+  gates = _checks.array("gates", gates, 4, "[B, T, N, 3]")
+  _checks.floating("gates", gates)
+  _checks.shape("gates", gates, (*query.shape[:3], 3), "[B, T, N, 3]")
+  if compressed_query is None:
+    return gates, query
+  return gates, _checks.same_as(
+    "compressed_query", compressed_query, "query", query
+  )
+
+
+def check_tiles(tiles: Any) -> Mapping[str, Any]:
+  """Tile sizes by op, validated."""
+  known = ("compressed", "select_blocks", "selected", "window")
+  if tiles is None:
+    return {}
+  if not isinstance(tiles, Mapping) or not set(tiles) <= set(known):
+    raise ValueError(
+      f"`tiles`={tiles!r} must be a mapping from {', '.join(map(repr, known))} "
+      "to tile sizes."
+    )
+  return tiles

@@ -1,0 +1,263 @@
+"""Which blocks a query reads: importance (Eq. 8-10) and the best n (Eq. 11)."""
+
+from typing import Any
+
+import jax
+from jax.ad_checkpoint import checkpoint_name
+
+from nsa_jax import _checks, dispatch, geometry
+from nsa_jax.config import NSAConfig, check_config
+from nsa_jax.ops.branches import check_compressed
+from nsa_jax.ops.scope import Scope, keep, make_scope
+from nsa_jax.typing import Array, Implementation
+from nsa_jax.xla.attention import first_candidates, top_n
+from pallas_kernels.interface import Spec
+
+
+def block_scores(
+  query: Array,
+  compressed_key: Array,
+  lse: Array,
+  *,
+  config: NSAConfig,
+  key_length: int,
+  scale: float | None = None,
+  query_offset: int | Array | None = None,
+  segment_ids: Array | None = None,
+  query_segment_ids: Array | None = None,
+  implementation: Implementation = None,
+) -> Array:
+  """Importance of every selection block (Eq. 8-10), for study and tests.
+
+  Takes O(T M) memory; `select_blocks` does not.
+
+  Args:
+    query: [B, T, N, H].
+    compressed_key: [B, C, K, H]; C = num_compressed_blocks(key_length).
+    lse: [B, T, N], from `compressed_attention` with the same arguments.
+    config: the block lengths and the stride are read.
+    key_length: S, static: the number of tokens the blocks were made from.
+    scale: as in `native_sparse_attention`; as are the next three and
+      `implementation`.
+    query_offset: int, or int32 () or [B].
+    segment_ids: int32 [B, S], of the tokens.
+    query_segment_ids: int32 [B, T].
+    implementation: None, a name, or a sequence of names.
+
+  Returns:
+    [B, T, K, M], float32 (float64 for float64): attention probability of the
+    compressed blocks, weighted by their overlap with each selection block in
+    units of the stride, summed over the heads of a group.
+
+  Raises:
+    ValueError: if an argument does not fit, with its name, value and the rule.
+    NotImplementedError: if no implementation asked for can do the call.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> from nsa_jax import NSAConfig, block_scores, compressed_attention
+    >>> query, blocks = jnp.ones((1, 64, 2, 8)), jnp.ones((1, 3, 1, 8))
+    >>> config = NSAConfig()
+    >>> _, lse = compressed_attention(
+    ...   query, blocks, blocks, config=config, key_length=64
+    ... )
+    >>> block_scores(query, blocks, lse, config=config, key_length=64).shape
+    (1, 64, 1, 1)
+  """
+  query, compressed_key, lse, spec, scope = _inputs(
+    query, compressed_key, lse, config, key_length, scale, query_offset,
+    segment_ids, query_segment_ids,
+  )  # fmt: skip
+  scores = _run(
+    "block_scores", implementation, spec, query, compressed_key, lse, scope
+  )
+  return keep(scores, scope.valid_queries)
+
+
+def select_blocks(
+  query: Array,
+  compressed_key: Array,
+  lse: Array,
+  *,
+  config: NSAConfig,
+  key_length: int,
+  scale: float | None = None,
+  query_offset: int | Array | None = None,
+  segment_ids: Array | None = None,
+  query_segment_ids: Array | None = None,
+  tiles: Any = None,
+  implementation: Implementation = None,
+) -> Array:
+  """The n blocks each query reads (Eq. 8-11), the same for a whole group.
+
+  The first `num_initial` blocks of the sequence (or segment) and the
+  `num_local` blocks ending at the query's own are always chosen; the other
+  places go to the largest importance scores, ties to the lower index. No
+  gradient passes through.
+
+  Args:
+    query: [B, T, N, H].
+    compressed_key: [B, C, K, H]; C = num_compressed_blocks(key_length).
+    lse: [B, T, N], from `compressed_attention` with the same arguments.
+    config: the algorithm's hyper-parameters; all but `window` are read.
+    key_length: as in `block_scores`; as are the next four and
+      `implementation`.
+    scale: static softmax scale.
+    query_offset: int, or int32 () or [B].
+    segment_ids: int32 [B, S], of the tokens.
+    query_segment_ids: int32 [B, T].
+    tiles: tile sizes of the kernels, a `SelectionTiling`; None for the fastest
+      known.
+    implementation: None, a name, or a sequence of names.
+
+  Returns:
+    int32 [B, T, K, n]: block ids strictly ascending, then -1.
+
+  Raises:
+    ValueError: if an argument does not fit, with its name, value and the rule.
+    NotImplementedError: if no implementation asked for can do the call.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> from nsa_jax import NSAConfig, compressed_attention, select_blocks
+    >>> query, blocks = jnp.ones((1, 128, 2, 8)), jnp.ones((1, 7, 1, 8))
+    >>> config = NSAConfig(num_selected=4)
+    >>> _, lse = compressed_attention(
+    ...   query, blocks, blocks, config=config, key_length=128
+    ... )
+    >>> ids = select_blocks(query, blocks, lse, config=config, key_length=128)
+    >>> ids[0, 100, 0].tolist()
+    [0, 1, -1, -1]
+  """
+  query, compressed_key, lse, spec, scope = _inputs(
+    query, compressed_key, lse, config, key_length, scale, query_offset,
+    segment_ids, query_segment_ids,
+  )  # fmt: skip
+  spec = spec._replace(tiles=tiles)
+  return select(implementation, spec, query, compressed_key, lse, scope)
+
+
+def block_ids_from_scores(
+  scores: Array,
+  *,
+  config: NSAConfig,
+  key_length: int,
+  query_offset: int | Array | None = None,
+  segment_ids: Array | None = None,
+  query_segment_ids: Array | None = None,
+) -> Array:
+  """Valid block ids from any scores (Eq. 11): what a selector has to return.
+
+  The forced blocks are in, no block lies in the future or in another segment,
+  and the places that are left go to the largest scores, ties to the lower
+  index. With at most n candidates, all of them are chosen.
+
+  Args:
+    scores: [B, T, K, M], floating-point, M = num_selection_blocks(key_length);
+      of any range. A NaN counts as the lowest score.
+    config: `selection_block`, `num_selected`, `num_initial` and `num_local` are
+      read.
+    key_length: S, static: tokens of the keys.
+    query_offset: as in `native_sparse_attention`; as are the next two.
+    segment_ids: int32 [B, S], of the tokens.
+    query_segment_ids: int32 [B, T].
+
+  Returns:
+    int32 [B, T, K, n]: block ids strictly ascending, then -1. No gradient
+    passes through.
+
+  Raises:
+    ValueError: if an argument does not fit, with its name, value and the rule.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> from nsa_jax import NSAConfig, block_ids_from_scores
+    >>> scores = jnp.array([3.0, 1.0, 2.0, 0.0]).reshape(1, 1, 1, 4)
+    >>> config = NSAConfig(num_selected=3, num_initial=0, num_local=1)
+    >>> ids = block_ids_from_scores(scores, config=config, key_length=256)
+    >>> ids.tolist()  # the query is the last token
+    [[[[0, 2, 3]]]]
+  """
+  check_config(config)
+  key_length = _checks.static_int("key_length", key_length, minimum=1)
+  scores = _checks.array("scores", scores, 4, "[B, T, K, M]")
+  _checks.floating("scores", scores)
+  _checks.not_empty("scores", scores)
+  _checks.shape(
+    "scores",
+    scores,
+    (None, None, None, geometry.num_selection_blocks(key_length, config)),
+    "[B, T, K, M], M = num_selection_blocks(key_length)",
+  )
+  scope = make_scope(
+    scores,
+    key_length,
+    query_offset,
+    segment_ids,
+    query_segment_ids,
+    alignment=config.selection_block,
+  )
+  batch, length = scores.shape[:2]
+  spec, queries = Spec(config, 1.0, key_length), scope.queries
+  return top_n(
+    spec,
+    jax.lax.stop_gradient(scores),
+    queries.positions(batch, length),
+    queries.query_segments,
+    first_candidates(spec, queries, batch, length),
+  )
+
+
+def select(
+  implementation: Implementation,
+  spec: Spec,
+  query: Array,
+  compressed_key: Array,
+  lse: Array,
+  scope: Scope,
+) -> Array:
+  """`select_blocks` of validated arguments."""
+  query, compressed_key, lse = jax.lax.stop_gradient(
+    (query, compressed_key, lse)
+  )
+  ids = _run(
+    "select_blocks", implementation, spec, query, compressed_key, lse, scope
+  )
+  return checkpoint_name(ids, "nsa_block_ids")
+
+
+def _run(op, implementation, spec, query, compressed_key, lse, scope):
+  arrays = (
+    keep(query, scope.valid_queries),
+    keep(compressed_key, scope.readable_blocks(spec.config)),
+    keep(lse, scope.valid_queries),
+  )
+  index = None, scope.queries
+  run = dispatch.choose(op, implementation, spec, arrays, index)
+  return run(arrays, index)
+
+
+def _inputs(
+  query, compressed_key, lse, config, key_length, scale, query_offset,
+  segment_ids, query_segment_ids,
+):  # fmt: skip
+  """Arrays, spec and scope of a selection, validated."""
+  check_config(config)
+  query = _checks.queries(query)
+  compressed_key = _checks.keys("compressed_key", compressed_key, query, 0)
+  lse = _checks.array("lse", lse, 3, "[B, T, N]")
+  _checks.floating("lse", lse)
+  _checks.shape("lse", lse, query.shape[:3], "[B, T, N] of `query`")
+  key_length = check_compressed(
+    "compressed_key", compressed_key, key_length, config
+  )
+  scope = make_scope(
+    query,
+    key_length,
+    query_offset,
+    segment_ids,
+    query_segment_ids,
+    alignment=config.selection_block,
+  )
+  spec = Spec(config, _checks.scale(scale, query), key_length)
+  return query, compressed_key, lse, spec, scope

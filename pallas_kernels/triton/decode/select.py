@@ -1,0 +1,232 @@
+"""Block selection (Eq. 8-11) inside the second launch of decoding."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from pallas_kernels.interface import Spec
+from pallas_kernels.triton import common
+from pallas_kernels.triton.decode.softmax import arange, columns_of
+
+# Later than any block.
+_NEVER = 2**30
+
+
+def select_ids(
+  weight_refs: Any,
+  t: Any,
+  length: Any,
+  *,
+  num_blocks: int,
+  num_splits: int,
+  group: int,
+  spec: Spec,
+  exp2: Callable[[jax.Array], jax.Array],
+) -> jax.Array:
+  """The first forced blocks, the best of the others, the last forced ones.
+
+  The last of all is the query's own. With at most n candidates, all of them,
+  then -1. n is padded to a power of two; what is at the places that there are
+  not does not matter.
+
+  Args:
+    weight_refs: top and total [splits, G], tops [tiles, G], sums [G, M'] and
+      edges [tiles, G], if any; or none of all, if there are at most n
+      candidates, all places are forced or nothing is compressed.
+    t: position of the query.
+    length: tokens of its row.
+    num_blocks: M without padding.
+    num_splits: without padding.
+    group: G without padding.
+    spec: of the call.
+    exp2: 2^x.
+  """
+  n = spec.config.num_selected
+  last = common.div(jnp.maximum(t, 0), spec.config.selection_block)
+  count = jnp.where((t >= 0) & (t < length), last + 1, 0)
+  slot = arange(pl.next_power_of_2(n))
+  few = jnp.where(slot < count, slot, -1)
+  forced = jnp.where(
+    slot < spec.config.num_initial, slot, last - (n - 1) + slot
+  )
+  # With at most n candidates all of them are chosen; with more, forced blocks
+  # do not overlap.
+  crowded = count > n
+  if not weight_refs:
+    return jnp.where(crowded, forced, few)
+  hi = jnp.where(crowded, last - spec.config.num_local, -1)
+  scores = _importance(
+    weight_refs, hi, num_blocks, num_splits, group, spec, exp2
+  )
+  block = arange(scores.shape[0])
+  free = (block >= spec.config.num_initial) & (block <= hi)
+  # Scores are not negative: their bits are in order, and for integers a warp
+  # finds the largest in one instruction. A NaN must not lead astray.
+  bits = jnp.maximum(lax.bitcast_convert_type(scores, jnp.int32), 0)
+  bits = jnp.where(free, bits, -1)
+  place = slot - spec.config.num_initial
+  is_free = (place >= 0) & (place < spec.num_free)
+  best = _best(
+    bits,
+    # A bound that the compiler cannot know: it would unroll the loop, and run
+    # through instructions that are not in the cache yet.
+    jnp.clip(hi + 1 - spec.config.num_initial, 0, spec.num_free),
+    place,
+    spec.tiles.blocks.num_warps,
+  )
+  return jnp.where(crowded, jnp.where(is_free, best, forced), few)
+
+
+def _best(
+  bits: jax.Array, count: Any, place: jax.Array, num_warps: int
+) -> jax.Array:
+  """The `count` largest of [M] at their places, the largest at 0.
+
+  The lower index comes first where two are equal. Every warp finds those of its
+  own share, and does not wait for the others; then all of these are compared
+  with each other.
+
+  Args:
+    bits: int32 [M], -1 where there is no candidate.
+    count: of those to choose, at most that of the candidates, or 0.
+    place: [n]; what is at a place that there is not does not matter.
+    num_warps: warps of the program.
+
+  Returns:
+    int32 [n].
+  """
+  # In this shape the middle axis is that of the warps, as the compiler lays out
+  # a vector: four elements to a thread. M and the warps are powers of two. At
+  # most 128 candidates are compared; more places have fewer shares.
+  width = min(128, len(bits))
+  shares = min(num_warps, len(bits) // width, max(1, 128 // len(place)))
+  shape = len(bits) // (shares * width), shares, width
+  block = arange(len(bits)).reshape(shape)
+  # The largest of a single share are in order, each at its place at once.
+  slot = (arange(len(place)) if shares > 1 else place)[None, :]
+
+  def largest(x):
+    return x.max(axis=0).max(axis=1)
+
+  def find(i, carry):
+    bits, values, blocks = carry
+    value = largest(bits)
+    here = bits == value[None, :, None]
+    first = -largest(jnp.where(here, -block, -_NEVER))
+    return (
+      jnp.where(block == first[None, :, None], -1, bits),
+      jnp.where(slot == i, value[:, None], values),
+      jnp.where(slot == i, first[:, None], blocks),
+    )
+
+  found = (shares, len(place))
+  _, values, blocks = lax.fori_loop(
+    0,
+    count,
+    find,
+    (
+      bits.reshape(shape),
+      jnp.full(found, -1, jnp.int32),
+      jnp.full(found, _NEVER, jnp.int32),
+    ),
+  )
+  value, block = values.reshape(-1), blocks.reshape(-1)
+  if shares == 1:
+    return block
+  better = value[:, None] > value[None, :]
+  equal = value[:, None] == value[None, :]
+  better |= equal & (block[:, None] < block[None, :])
+  rank = _total(better)
+  return _total(jnp.where(rank[:, None] == place[None, :], block[:, None], 0))
+
+
+def _total(x: jax.Array) -> jax.Array:
+  """Int32 sums over the first axis, most of which a thread holds."""
+  return x.astype(jnp.int32).sum(axis=0, dtype=jnp.int32)
+
+
+def ascending(ids: jax.Array, count: int) -> jax.Array:
+  """The place of each of the first `count` ids in ascending order, -1 last."""
+  slot = arange(len(ids))
+  key = jnp.where((ids >= 0) & (slot < count), ids, _NEVER + slot)
+  if len(ids) <= 64:
+    return _total(key[:, None] < key[None, :])
+
+  # All with all would not fit in registers.
+  def step(i, place):
+    one = jnp.where(slot == i, key, 0).sum(dtype=jnp.int32)
+    return place + (one < key).astype(jnp.int32)
+
+  return lax.fori_loop(0, len(ids), step, jnp.zeros_like(slot))
+
+
+def _importance(
+  refs: Any,
+  hi: Any,
+  num_blocks: int,
+  num_splits: int,
+  group: int,
+  spec: Spec,
+  exp2: Callable[[jax.Array], jax.Array],
+) -> jax.Array:
+  """Scores of the blocks up to `hi` and of some more, which may be anything."""
+  top_ref, total_ref, tops_ref, sums_ref, *edges_refs = refs
+  splits, rows = top_ref.shape
+  block_m, columns = spec.tiles.block_m, columns_of(spec)
+  tiles = block_m // columns
+  chunks = pl.next_power_of_2(pl.cdiv(num_blocks, block_m))
+
+  exists = arange(splits)[:, None] < num_splits
+  exists &= arange(rows)[None, :] < group
+  row = jnp.minimum(arange(rows), group - 1)
+  real = common.padding_mask(group, rows)
+
+  def of_tiles(ref, tile):  # [G, tiles] of a ref [all tiles, G]
+    shape = rows, tiles
+    index = jnp.broadcast_to(tile[None, :], shape)
+    return ref[index, jnp.broadcast_to(row[:, None], shape)]
+
+  def visit(i, scores):
+    # All loads come first: they wait for memory together.
+    tile = i * tiles + arange(tiles)
+    before = jnp.maximum(tile - 1, 0)
+    top = plgpu.load(top_ref, mask=exists, other=common.MAX_INIT)
+    total = plgpu.load(total_ref, mask=exists, other=0)
+    tops = of_tiles(tops_ref, tile)
+    edges = [
+      (of_tiles(tops_ref, before), of_tiles(ref, before)) for ref in edges_refs
+    ]
+    x = common.load(sums_ref.at[:, pl.ds(i * block_m, block_m)], real)
+
+    high = top.max(axis=0)
+    total = (total * exp2(top - high[None, :])).sum(axis=0)
+    share = 1 / jnp.where(total > 0, total, 1)
+
+    def factor(tops):
+      x = exp2(tops - high[:, None]) * share[:, None]
+      return x if real is None else jnp.where(real[:, None], x, 0)
+
+    shape = rows, tiles, columns
+    factors = jnp.broadcast_to(factor(tops)[:, :, None], shape)
+    x = (x * factors.reshape(rows, block_m)).sum(axis=0)
+    for tops, edge in edges:
+      # What reaches into a tile; nothing reaches into the first.
+      edge = (edge * factor(tops)).sum(axis=0)
+      edge = jnp.where(tile > 0, edge, 0)[:, None]
+      x += jnp.where((arange(columns) == 0)[None, :], edge, 0).reshape(block_m)
+    here = arange(chunks) == i
+    return jnp.where(here[:, None], x[None, :], scores)
+
+  scores = jnp.zeros((chunks, block_m), jnp.float32)
+  if chunks == 1:
+    # Without a loop the loads do not wait for the length of the row.
+    scores = visit(0, scores)
+  else:
+    steps = common.div(hi + block_m, block_m)
+    scores = lax.fori_loop(0, steps, visit, scores)
+  return scores.reshape(chunks * block_m)
