@@ -1,0 +1,365 @@
+"""Selectors of one's own: `select` in op, layer and cache; ids from scores."""
+
+import functools
+from typing import Any
+
+import hypothesis
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import strategies as st
+
+import nsa_jax
+from nsa_jax import KV, NSAConfig, cache
+from nsa_jax.layers.linen import NativeSparseAttention
+from tests import helpers
+from tests.helpers import Dims, Oracle
+
+pytestmark = pytest.mark.usefixtures("fast_compilation")
+
+CONFIG = NSAConfig(8, 4, 16, 3, 1, 1, 16)
+DIMS = Dims(CONFIG, 2, 72, 72, 2, 2, 16, 16)
+
+
+def importance(query, compressed_key, lse, **call: Any) -> Any:
+  """The library's own selection as a user would write it."""
+  names = ("config", "key_length", "query_offset")
+  names += ("segment_ids", "query_segment_ids")
+  where = {name: call[name] for name in names}
+  scores = nsa_jax.block_scores(
+    query, compressed_key, lse, scale=call["scale"], **where
+  )
+  return nsa_jax.block_ids_from_scores(scores, **where)
+
+
+def last_blocks(query, *, config, key_length, query_offset, **_: Any) -> Any:
+  """The newest blocks: scores are their numbers."""
+  blocks = nsa_jax.num_selection_blocks(key_length, config)
+  shape = *query.shape[:2], 2, blocks  # K = 2
+  scores = jnp.broadcast_to(jnp.arange(blocks, dtype=jnp.float32), shape)
+  return nsa_jax.block_ids_from_scores(
+    scores, config=config, key_length=key_length, query_offset=query_offset
+  )
+
+
+# ------------------------------------------------------------------- the op
+
+
+@pytest.mark.parametrize("mode", ["full", "rows", "packed"])
+def test_the_importance_scores_as_a_selector_change_nothing(mode: str) -> None:
+  dims = DIMS
+  integers: dict[str, Any] = {}
+  if mode == "rows":
+    dims = Dims(CONFIG, 2, 5, 72, 2, 2, 16, 16)
+    integers["query_offset"] = helpers.int32([-2, 67])
+  if mode == "packed":
+    integers["segment_ids"] = helpers.packed_segments(dims)
+  inputs = helpers.make_inputs(dims, "float32")
+
+  @functools.partial(jax.jit, static_argnames="select")
+  def run(inputs, integers, select=None):
+    return nsa_jax.native_sparse_attention(
+      **inputs,
+      **integers,
+      config=CONFIG,
+      select=select,
+      return_block_ids=True,
+      implementation="xla",
+    )
+
+  out, ids = run(inputs, integers, importance)
+  want, want_ids = run(inputs, integers)
+  np.testing.assert_array_equal(ids, want_ids)
+  helpers.assert_close(out, want, "float32")
+
+
+@pytest.mark.parametrize("implementation", [None, "triton"])
+def test_a_selector_equals_its_block_ids(implementation: Any) -> None:
+  inputs = helpers.make_inputs(DIMS, "float32")
+  ids = last_blocks(
+    inputs["query"], config=CONFIG, key_length=72, query_offset=0
+  )
+
+  def run(inputs: Any, **choice: Any) -> Any:
+    def attend(inputs: Any) -> Any:
+      return nsa_jax.native_sparse_attention(
+        **inputs,
+        **choice,
+        config=CONFIG,
+        return_block_ids=True,
+        implementation=implementation,
+      )
+
+    out, pullback, ids = jax.vjp(attend, inputs, has_aux=True)
+    return out, ids, pullback(out)
+
+  actual = jax.jit(functools.partial(run, select=last_blocks))(inputs)
+  expected = jax.jit(run)(inputs, block_ids=ids)
+  helpers.assert_same_bits(actual, expected)
+
+
+def test_a_selector_sees_what_it_may_read() -> None:
+  """All that the docstring names, and no NaN of what is masked."""
+  inputs = helpers.make_inputs(DIMS, "float32")
+  segments = np.ones((2, 72), np.int32)
+  segments[:, 48:] = 0
+  inputs["selected"] = helpers.poison(inputs["selected"], segments == 0)
+  seen: dict[str, Any] = {}
+
+  def select(**call: Any) -> Any:
+    seen.update(call)
+    return importance(**call)
+
+  nsa_jax.native_sparse_attention(
+    **inputs,
+    config=CONFIG,
+    scale=0.3,
+    segment_ids=segments,
+    select=select,
+    implementation="xla",
+  )
+  shapes = {k: v.shape for k, v in seen.items() if hasattr(v, "shape")}
+  assert shapes == {
+    "query": (2, 72, 4, 16),
+    "compressed_key": (2, 17, 2, 16),
+    "lse": (2, 72, 4),
+    "selected_key": (2, 72, 2, 16),
+    "segment_ids": (2, 72),
+    "query_segment_ids": (2, 72),
+  }
+  rest = {k: v for k, v in seen.items() if k not in shapes}
+  assert rest == {
+    "config": CONFIG,
+    "key_length": 72,
+    "scale": 0.3,
+    "query_offset": 0,
+  }
+  for name in ("query", "compressed_key", "selected_key"):
+    assert np.isfinite(np.asarray(seen[name])).all(), name
+
+
+@pytest.mark.parametrize(
+  "select, message",
+  [
+    (3, "`select`=3 must be a function that returns block ids"),
+    (
+      lambda **_: jnp.zeros((2, 72, 2, 2), jnp.int32),
+      r"`block_ids`.*strictly ascending",
+    ),
+    (
+      lambda **_: jnp.zeros((2, 72, 4, 2), jnp.int32),
+      r"`block_ids` of shape \(2, 72, 4, 2\)",
+    ),
+    (lambda **_: None, "`block_ids`=None must be an array"),
+  ],
+)
+def test_bad_selectors(select: Any, message: str) -> None:
+  inputs = helpers.make_inputs(DIMS, "float32")
+  with pytest.raises(ValueError, match=message):
+    nsa_jax.native_sparse_attention(
+      **inputs, config=CONFIG, select=select, implementation="xla"
+    )
+
+
+def test_ids_and_a_selector_are_one_too_many() -> None:
+  inputs = helpers.make_inputs(DIMS, "float32")
+  with pytest.raises(ValueError, match=r"`select`=.* must be None where"):
+    nsa_jax.native_sparse_attention(
+      **inputs,
+      config=CONFIG,
+      select=last_blocks,
+      block_ids=np.zeros((2, 72, 2, 1), np.int32),
+    )
+
+
+# --------------------------------------------------------- layer and cache
+
+
+def test_a_layer_gives_its_input_to_the_selector() -> None:
+  seen: list[Any] = []
+
+  def select(x, **call: Any) -> Any:
+    seen.append(x.shape)
+    return last_blocks(**call)
+
+  layer = NativeSparseAttention(4, 2, 16, config=CONFIG, select=select)
+  x = jax.random.normal(jax.random.key(0), (2, 72, 24))
+  params = {"params": layer.init(jax.random.key(1), x)["params"]}
+  out, sown = layer.apply(params, x, mutable=["intermediates"])
+  ids = np.asarray(sown["intermediates"]["block_ids"][0])
+  assert ids[0, 71, 0].tolist() == [0, 3, 4]
+  assert set(seen) == {(2, 72, 24)}
+  plain = layer.clone(select=None).apply(params, x)
+  assert np.abs(np.asarray(out) - np.asarray(plain)).max() > 1e-3
+
+  # The cache selects as the whole pass does, a prompt and step by step.
+  decoder = layer.clone(decode=True)
+  held = decoder.init(jax.random.key(1), x)["cache"]
+  pieces = []
+  for start, stop in ((0, 69), (69, 70), (70, 71), (71, 72)):
+    piece, updated = decoder.apply(
+      params | {"cache": held}, x[:, start:stop], mutable=["cache"]
+    )
+    held = updated["cache"]
+    pieces.append(piece)
+  helpers.assert_close(jnp.concatenate(pieces, 1), out, "float32")
+
+
+@pytest.mark.parametrize("share_kv", [False, True])
+@pytest.mark.parametrize("implementation", [None, "xla", "triton", "reference"])
+def test_a_selector_over_a_cache(implementation: Any, share_kv: bool) -> None:
+  """The branches run one by one, with the kernels that were asked for."""
+  held, query, gates = _cache(share_kv)
+
+  def run(select: Any, implementation: Any) -> Any:
+    return cache.attend(
+      query,
+      held,
+      gates,
+      config=CONFIG,
+      query_offset=jnp.array([61, 30]),
+      select=select,
+      return_block_ids=True,
+      implementation=implementation,
+    )
+
+  out, ids = run(importance, implementation)
+  want, want_ids = run(None, "reference")
+  np.testing.assert_array_equal(ids, want_ids)
+  helpers.assert_close(out, want, "float32")
+  assert (run(last_blocks, implementation)[1] != ids).any()
+
+
+def _cache(share_kv: bool) -> Any:
+  """A filled cache of ragged rows, and the newest query of each."""
+  rng = np.random.default_rng(0)
+
+  def normal(*shape: int) -> Any:
+    return jnp.asarray(rng.standard_normal(shape), jnp.float32)
+
+  held = cache.init(
+    2, 64, config=CONFIG, num_kv_heads=2, head_dim=16, share_kv=share_kv
+  )
+  tokens = KV(normal(2, 62, 2, 16), normal(2, 62, 2, 16))
+
+  def phi(pair: KV, first: Any) -> KV:
+    return KV(*(nsa_jax.compress_mean(x, config=CONFIG) for x in pair))
+
+  held, _ = cache.prefill(
+    held,
+    config=CONFIG,
+    compressed=tokens,
+    selected=tokens,
+    window=None if share_kv else tokens,
+    compress=phi,
+    counts=jnp.array([62, 31]),
+  )
+  return held, normal(2, 1, 4, 16), jax.nn.sigmoid(normal(2, 1, 4, 3))
+
+
+def test_the_decode_kernels_refuse_a_selector() -> None:
+  """Then no fused kernel is in the program, but those of the branches are."""
+  held, query, gates = _cache(False)
+
+  @functools.partial(jax.jit, static_argnames="select")
+  def run(query, select=None):
+    return cache.attend(
+      query,
+      held,
+      gates,
+      config=CONFIG,
+      query_offset=jnp.array([61, 30]),
+      select=select,
+    )
+
+  with helpers.h200():
+    fused, apart = (
+      run.trace(query, select=select)
+      .lower(lowering_platforms=("cuda",))
+      .as_text()
+      for select in (None, importance)
+    )
+  assert "nsa_decode_blocks" in fused
+  assert "nsa_decode" not in apart
+  assert "nsa_selected_by_block_fwd" in apart
+
+
+# --------------------------------------------------------- ids from scores
+
+
+@st.composite
+def _calls(draw: Any) -> tuple[Oracle, np.ndarray]:
+  initial, local = draw(st.integers(0, 3)), draw(st.integers(1, 3))
+  config = NSAConfig(
+    2,
+    2,
+    draw(st.sampled_from([2, 4, 8])),
+    draw(st.integers(initial + local, 9)),
+    initial,
+    local,
+  )
+  keys = draw(st.integers(1, 40))
+  queries = draw(st.integers(1, keys))
+  offset = draw(st.one_of(st.none(), st.integers(-3, keys + 2)))
+  segments = None
+  if draw(st.booleans()):
+    block = config.selection_block
+    starts = sorted(draw(st.sets(st.integers(0, 5), max_size=3)))
+    segments = np.zeros((2, keys), np.int32)
+    for number, start in enumerate(starts, 1):
+      length = draw(st.integers(1, 3 * block))
+      segments[:, start * block : start * block + length] = number
+  oracle = Oracle(config, keys, queries, 2, offset, segments)
+  shape = (2, queries, 1, helpers.count_selection(keys, config))
+  rng = np.random.default_rng(draw(st.integers(0, 99)))
+  few = [-np.inf, -1e30, -2.0, 0.0, 1.0, 1e30, np.inf, np.nan]
+  scores = rng.choice(np.array(few, np.float32), shape)
+  return oracle, scores
+
+
+@hypothesis.given(_calls())
+@hypothesis.example(
+  (
+    Oracle(NSAConfig(2, 2, 2, 3, 0, 1), 9, 9, 2),
+    np.full((2, 9, 1, 5), -np.inf, np.float32),
+  )
+)
+def test_any_scores_give_valid_ids(call: tuple[Oracle, np.ndarray]) -> None:
+  """Forced blocks in, causal, n of them, ascending, the best by the rule."""
+  oracle, scores = call
+
+  def run(scores: Any) -> Any:
+    return nsa_jax.block_ids_from_scores(
+      scores,
+      config=oracle.config,
+      key_length=oracle.length,
+      query_offset=oracle.offset,
+      segment_ids=oracle.segment_ids,
+    )
+
+  ids = run(scores)
+  # A NaN is the lowest score, and an infinity a score like others.
+  limits = np.finfo(np.float32)
+  ranked = np.nan_to_num(
+    scores, nan=limits.min, posinf=limits.max, neginf=limits.min
+  )
+  np.testing.assert_array_equal(ids, oracle.select(ranked))
+  if oracle.length < 6:  # compiles anew for every shape
+    np.testing.assert_array_equal(jax.jit(run)(scores), ids)
+
+
+@pytest.mark.parametrize(
+  "scores, message",
+  [
+    (jnp.zeros((1, 9, 5)), r"`scores` of shape \(1, 9, 5\) must have rank 4"),
+    (jnp.zeros((1, 9, 1, 4)), r"`scores` of shape .*num_selection_blocks"),
+    (jnp.zeros((1, 9, 1, 5), int), "`scores` of dtype int32.*floating"),
+    (jnp.zeros((1, 0, 1, 5)), "`scores` of shape .* at least one entry"),
+  ],
+)
+def test_scores_that_do_not_fit(scores: Any, message: str) -> None:
+  with pytest.raises(ValueError, match=message):
+    nsa_jax.block_ids_from_scores(
+      scores, config=NSAConfig(2, 2, 2, 3, 0, 1), key_length=9
+    )
