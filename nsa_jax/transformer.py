@@ -13,6 +13,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax.typing import Dtype
 
 from nsa_jax import _checks, cache
@@ -167,14 +168,92 @@ class TransformerConfig:
       384
     """
     _checks.choice("name", name, tuple(_PRESETS))
-    fields = {field.name for field in dataclasses.fields(cls)}
-    for override in overrides:
-      if override not in fields:
-        raise ValueError(
-          f"`{override}` must be a field of TransformerConfig: "
-          f"{', '.join(sorted(fields))}."
-        )
+    _check_fields(cls, overrides)
     return cls(**{**_PRESETS[name], **overrides})
+
+  def to_dict(self) -> dict[str, Any]:
+    """The fields as JSON has them; `from_dict` is the inverse.
+
+    Returns:
+      A dictionary of strings, numbers, booleans, None, lists and dictionaries:
+      a dtype is its name, `nsa` and `rope` are dictionaries of their fields.
+
+    Example:
+      >>> import json
+      >>> from nsa_jax import TransformerConfig
+      >>> config = TransformerConfig.preset("tiny", dtype="bfloat16")
+      >>> fields = json.loads(json.dumps(config.to_dict()))
+      >>> fields["dtype"], fields["nsa"]["window"], fields["rope"]["base"]
+      ('bfloat16', 32, 10000.0)
+      >>> TransformerConfig.from_dict(fields) == config
+      True
+    """
+    fields = dataclasses.asdict(self)
+    for name in ("dtype", "param_dtype"):
+      fields[name] = fields[name].name
+    return _to_json(fields)
+
+  @classmethod
+  def from_dict(cls, fields: Mapping[str, Any]) -> "TransformerConfig":
+    """The configuration of which `to_dict` gave the fields.
+
+    Args:
+      fields: what `to_dict` returned. A field that is missing takes its
+        default: later versions read what earlier ones wrote.
+
+    Raises:
+      ValueError: if `fields` (or `nsa` or `rope` in it) is no dictionary, has
+        an unknown field, or lacks one without a default, or if a value breaks
+        a rule.
+
+    Example:
+      >>> from nsa_jax import TransformerConfig
+      >>> fields = TransformerConfig.preset("tiny").to_dict()
+      >>> del fields["rope"]
+      >>> TransformerConfig.from_dict(fields).rope.base
+      10000.0
+    """
+    _check_fields(cls, fields)
+    values = dict(fields)
+    if "nsa" in values:
+      values["nsa"] = _nested(NSAConfig, "nsa", values["nsa"])
+    if values.get("rope") is not None:
+      values["rope"] = _nested(RopeConfig, "rope", values["rope"])
+    for field in dataclasses.fields(cls):
+      if field.name not in values and field.default is dataclasses.MISSING:
+        raise ValueError(f"`{field.name}` is missing and has no default.")
+    return cls(**values)
+
+
+def _check_fields(kind, fields, name=""):
+  """Raises ValueError unless `fields` is a dictionary of fields of `kind`."""
+  if not isinstance(fields, Mapping):
+    raise ValueError(
+      f"`{name or 'fields'}`={fields!r} must be a dictionary of fields of "
+      f"{kind.__name__}."
+    )
+  known = {field.name for field in dataclasses.fields(kind)}
+  for field in fields:
+    if field not in known:
+      raise ValueError(
+        f"`{name}{'.' if name else ''}{field}` must be a field of "
+        f"{kind.__name__}: {', '.join(sorted(known))}."
+      )
+
+
+def _nested(kind, name, fields):
+  """The configuration in the field `name` of another one."""
+  _check_fields(kind, fields, name)
+  return kind(**fields)
+
+
+def _to_json(value):
+  """What `json.loads` gives back for `value`: no tuples, no NumPy scalars."""
+  if isinstance(value, dict):
+    return {name: _to_json(entry) for name, entry in value.items()}
+  if isinstance(value, tuple):
+    return [_to_json(entry) for entry in value]
+  return value.item() if isinstance(value, np.generic) else value
 
 
 _PRESETS: dict[str, dict[str, Any]] = {
