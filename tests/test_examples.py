@@ -2,13 +2,13 @@
 
 import pytest
 
-from examples import plot_reads, quickstart
+from examples import check_kernels, plot_reads
 
 pytestmark = pytest.mark.usefixtures("fast_compilation")
 
 
-def test_quickstart(capsys):
-  quickstart.main()
+def test_check_kernels(capsys):
+  check_kernels.main()
   title, *rows = capsys.readouterr().out.splitlines()
   assert "relative difference" in title
   assert [row.split()[0] for row in rows] == ["xla", "triton"]
