@@ -172,6 +172,7 @@ def train(args: argparse.Namespace) -> int:
   model = TransformerLM(config)
   optimizer = make_optimizer(args.learning_rate, args.steps)
 
+  @jax.jit
   def init() -> State:
     tokens = jnp.zeros((1, args.seq_len), jnp.int32)
     params = model.init(jax.random.key(args.seed), tokens)["params"]
@@ -189,7 +190,7 @@ def train(args: argparse.Namespace) -> int:
     if args.resume:
       step, state = run.restore(shapes)
     else:
-      step, state = 0, jax.jit(init)()
+      step, state = 0, init()
 
     count = sum(x.size for x in jax.tree.leaves(shapes["params"]))
     device = jax.devices()[0]
