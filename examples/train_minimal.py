@@ -1,7 +1,9 @@
 """Train a byte-level language model with sparse attention: the bare loop.
 
-python examples/train_minimal.py
-python examples/train_minimal.py notes.txt --steps 1000
+    python examples/train_minimal.py
+    python examples/train_minimal.py notes.txt --steps 1000
+
+The default text is the source of `argparse`, which comes with every Python.
 """
 
 import argparse
@@ -51,7 +53,6 @@ def train(path: str, steps: int) -> list[float]:
 
 if __name__ == "__main__":
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  # The default is text that comes with every Python.
   parser.add_argument("text", nargs="?", default=argparse.__file__)
   parser.add_argument("--steps", type=int, default=100)
   args = parser.parse_args()

@@ -6,8 +6,8 @@ has in common with `generate.py`.
 """
 
 # This package has two names. From the root of the repository, and for mypy, it
-# is `examples.lm`; for a script beside it it is `lm`, because Python looks for
-# modules in the folder of the script. The scripts choose by their own
+# is `examples.lm`. A script beside it finds it as `lm`, because Python looks
+# for modules in the folder of the script. The scripts choose by their own
 # `__package__`; the modules in here import one another relatively.
 
 from .flags import UsageError

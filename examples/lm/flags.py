@@ -7,7 +7,7 @@ from typing import Any, NoReturn
 
 
 class UsageError(Exception):
-  """A mistake that the user can put right; the message names the flag."""
+  """A mistake that the user can put right; the commands show it as one line."""
 
 
 class Parser(argparse.ArgumentParser):

@@ -144,8 +144,8 @@ def train(args: argparse.Namespace) -> int:
     The exit code: 0, or 128 + the signal that stopped the run.
 
   Raises:
-    UsageError: if the length, the text or the folder does not do, or the loss
-      is not finite.
+    UsageError: if the sequences are too short for sparse attention, the text
+      or the folder cannot be used, or the loss is not finite.
     NotImplementedError: if the implementation cannot do this attention.
   """
   started = time.perf_counter()
@@ -241,7 +241,7 @@ def compile_steps(
   shapes: State,
   batch: tuple[int, int],
 ) -> tuple[TrainStep, EvalStep]:
-  """Compiles a step of training and the loss of a batch; says how long it took.
+  """Compiles a step of training and the loss of a batch, and prints the time.
 
   Args:
     model: what is trained.
