@@ -21,7 +21,7 @@ import matplotlib
 import numpy as np
 
 from benchmarks import harness
-from examples import train_lm
+from examples.lm import data, train
 from nsa_jax import TransformerConfig, TransformerLM
 
 matplotlib.use("Agg")
@@ -40,7 +40,7 @@ RUNS: dict[str, tuple[Any, Any, bool]] = {
 
 def curves(
   config: TransformerConfig,
-  corpus: train_lm.Corpus,
+  corpus: data.Corpus,
   *,
   runs: Mapping[str, tuple[Any, Any, bool]],
   steps: int,
@@ -61,7 +61,7 @@ def curves(
     learning_rate: at its peak.
     seed: of the parameters and of the batches.
   """
-  optimizer = train_lm.make_optimizer(learning_rate, steps)
+  optimizer = train.make_optimizer(learning_rate, steps)
 
   def init(seed):
     model = TransformerLM(dataclasses.replace(config, implementation="xla"))
@@ -77,12 +77,12 @@ def curves(
     changed = dataclasses.replace(
       config, implementation=implementation, dtype=dtype
     )
-    step = train_lm.make_train_step(TransformerLM(changed), optimizer)
+    step = train.make_train_step(TransformerLM(changed), optimizer)
     wanted[implementation, dtype] = step, (shapes, batch)
   programs = harness.compile_all(wanted)
   start = jax.jit(init)(seed)
   draw = functools.partial(
-    train_lm.training_batch,
+    data.training_batch,
     corpus.train,
     seed=seed,
     batch_size=batch_size,
@@ -169,7 +169,7 @@ def main(argv: Sequence[str] | None = None):
   steps = args.steps or (50 if args.quick else STEPS)
   found = curves(
     TransformerConfig.preset("small", scan_layers=True),
-    train_lm.load_corpus(None, 2**23, args.seq_len),
+    data.load_corpus(None, 2**23, args.seq_len),
     runs=RUNS,
     steps=steps,
     batch_size=args.batch_size,

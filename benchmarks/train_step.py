@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import matplotlib
 
 from benchmarks import harness
-from examples import train_lm
+from examples.lm import train
 from nsa_jax import TransformerConfig, TransformerLM
 from nsa_jax.layers.linen import CompressBlocks
 
@@ -73,12 +73,12 @@ def jobs(
   configs: Mapping[str, TransformerConfig], length: int
 ) -> dict[tuple[str, str], Any]:
   """Programs to compile, by (model, what)."""
-  optimizer = train_lm.make_optimizer(3e-4, 1000)
+  optimizer = train.make_optimizer(3e-4, 1000)
   windows = jax.ShapeDtypeStruct((1, length + 1), jnp.int32)
   found: dict[tuple[str, str], Any] = {}
   for name, config in configs.items():
     start = functools.partial(init, config=config, optimizer=optimizer)
-    step = train_lm.make_train_step(TransformerLM(config), optimizer)
+    step = train.make_train_step(TransformerLM(config), optimizer)
     found[name, "init"] = start, (0,)
     found[name, "step"] = step, (jax.eval_shape(start, 0), windows)
   config = configs["nsa"]

@@ -20,9 +20,11 @@ import numpy as np
 from nsa_jax import generate
 
 if TYPE_CHECKING or __package__:
-  from examples import train_lm
-else:  # As a script: its folder is where modules are looked for.
-  import train_lm
+  from examples.lm import UsageError, load_model
+  from examples.lm.flags import Parser, positive
+else:  # a script; see lm/__init__.py
+  from lm import UsageError, load_model
+  from lm.flags import Parser, positive
 
 
 def make_printer() -> Callable[[bytes], None]:
@@ -43,13 +45,13 @@ def make_printer() -> Callable[[bytes], None]:
 
 def complete(args: argparse.Namespace) -> None:
   """Prints the prompt and what the model makes of it."""
-  model, params, step = train_lm.load_model(args.run, args.implementation)
+  model, params, step = load_model(args.run, args.implementation)
   if args.prompt is None:
     prompt = sys.stdin.buffer.read()
   else:
     prompt = os.fsencode(args.prompt)
   if not prompt:
-    raise train_lm.UsageError("the prompt must have at least one byte.")
+    raise UsageError("the prompt must have at least one byte.")
   print(f"{args.run}, step {step}", file=sys.stderr)
   show = make_printer()
   started = False
@@ -77,7 +79,8 @@ def complete(args: argparse.Namespace) -> None:
 
 
 def make_parser() -> argparse.ArgumentParser:
-  parser = train_lm.Parser(
+  """The flags of the command."""
+  parser = Parser(
     prog="generate.py",
     description="Continue text with a model that train_lm.py has trained.",
     allow_abbrev=False,
@@ -96,7 +99,7 @@ def make_parser() -> argparse.ArgumentParser:
   )
   add(
     "--max-new-tokens",
-    type=train_lm.positive(int),
+    type=positive(int),
     default=400,
     metavar="N",
     help="bytes to add (default: 400)",
@@ -137,6 +140,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+  """Runs the command; returns its exit code."""
   parser = make_parser()
   args = parser.parse_args(argv)
   if isinstance(sys.stdout, io.TextIOWrapper):  # It may know ASCII only.
@@ -144,7 +148,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   try:
     complete(args)
   # What the library cannot do, or not with these values, it says in a sentence.
-  except (train_lm.UsageError, ValueError, NotImplementedError) as error:
+  except (UsageError, ValueError, NotImplementedError) as error:
     parser.error(str(error))
   except KeyboardInterrupt:
     print()

@@ -224,7 +224,9 @@ def dtype(name: str, value: Any) -> jnp.dtype:
   return result
 
 
-def offset(name, value, shapes):
+def offset(
+  name: str, value: Any, shapes: Sequence[tuple[int, ...]]
+) -> int | Array:
   """A Python integer, or an integer array of one of the shapes."""
   if isinstance(value, int | np.integer):
     return static_int(name, value)
@@ -248,7 +250,9 @@ def offset(name, value, shapes):
   return offset.astype(jnp.int32)
 
 
-def pair(name, query, pair, min_length=1):
+def pair(
+  name: str, query: Any, pair: Any, min_length: int = 1
+) -> tuple[Array, KV]:
   """Query and KV of one branch of the whole op, checked."""
   try:
     key, value = pair
@@ -261,7 +265,13 @@ def pair(name, query, pair, min_length=1):
   return query, KV(key, value)
 
 
-def attention_inputs(query, key, value, names=("key", "value"), min_length=1):
+def attention_inputs(
+  query: Any,
+  key: Any,
+  value: Any,
+  names: tuple[str, str] = ("key", "value"),
+  min_length: int = 1,
+) -> tuple[Array, Array, Array]:
   """Query, key and value of one branch, with shapes and dtypes that fit."""
   key_name, value_name = names
   query = queries(query)
@@ -278,14 +288,14 @@ def attention_inputs(query, key, value, names=("key", "value"), min_length=1):
   return query, key, value
 
 
-def queries(query):
+def queries(query: Any) -> Array:
   query = array("query", query, 4, "[B, T, N, H]")
   floating("query", query)
   not_empty("query", query)
   return query
 
 
-def keys(name, key, query, min_length):
+def keys(name: str, key: Any, query: Array, min_length: int) -> Array:
   key = array(name, key, 4, "[B, S, K, H]")
   shape(
     name,
@@ -304,7 +314,7 @@ def keys(name, key, query, min_length):
   return key
 
 
-def same_dtype(name, value, query):
+def same_dtype(name: str, value: Array, query: Array) -> None:
   if value.dtype != query.dtype:
     raise ValueError(
       f"`{name}` of dtype {value.dtype} must have the dtype of `query`, "
@@ -312,7 +322,7 @@ def same_dtype(name, value, query):
     )
 
 
-def same_as(name, value, other_name, other):
+def same_as(name: str, value: Any, other_name: str, other: Array) -> Array:
   value = array(name, value, other.ndim, f"that of `{other_name}`")
   shape(name, value, other.shape, f"the shape of `{other_name}`")
   same_dtype(name, value, other)

@@ -6,6 +6,7 @@ once for the keys and once for the values with separate parameters.
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from nsa_jax import _checks
 from nsa_jax.config import NSAConfig, check_config
@@ -39,7 +40,7 @@ def _product(equation: str, x: Array, weight: Array) -> Array:
 
 
 def compress_mean(
-  x: Array, *, config: NSAConfig, segment_ids: Array | None = None
+  x: ArrayLike, *, config: NSAConfig, segment_ids: ArrayLike | None = None
 ) -> Array:
   """The mean of the l tokens of each block: phi without parameters (Eq. 7).
 
@@ -66,11 +67,11 @@ def compress_mean(
 
 
 def compress_weighted(
-  x: Array,
-  weight: Array,
+  x: ArrayLike,
+  weight: ArrayLike,
   *,
   config: NSAConfig,
-  segment_ids: Array | None = None,
+  segment_ids: ArrayLike | None = None,
 ) -> Array:
   """A weighted sum of the l tokens of each block, as phi (Eq. 7).
 
@@ -103,12 +104,12 @@ def compress_weighted(
 
 
 def compress_linear(
-  x: Array,
-  position: Array,
-  weight: Array,
+  x: ArrayLike,
+  position: ArrayLike,
+  weight: ArrayLike,
   *,
   config: NSAConfig,
-  segment_ids: Array | None = None,
+  segment_ids: ArrayLike | None = None,
 ) -> Array:
   """A linear map of the block plus its position embedding, as phi (Eq. 7).
 
@@ -139,15 +140,15 @@ def compress_linear(
 
 
 def compress_mlp(
-  x: Array,
-  position: Array,
-  w1: Array,
-  b1: Array,
-  w2: Array,
-  b2: Array,
+  x: ArrayLike,
+  position: ArrayLike,
+  w1: ArrayLike,
+  b1: ArrayLike,
+  w2: ArrayLike,
+  b2: ArrayLike,
   *,
   config: NSAConfig,
-  segment_ids: Array | None = None,
+  segment_ids: ArrayLike | None = None,
 ) -> Array:
   """The paper's phi (Eq. 7): gelu((block + position) w1 + b1) w2 + b2.
 

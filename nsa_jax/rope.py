@@ -9,6 +9,7 @@ import math
 
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from nsa_jax import _checks
 from nsa_jax.typing import Array
@@ -105,7 +106,7 @@ def check_head_dim(head_dim: int) -> None:
     )
 
 
-def apply_rope(x: Array, positions: Array, config: RopeConfig) -> Array:
+def apply_rope(x: ArrayLike, positions: ArrayLike, config: RopeConfig) -> Array:
   """Rotates queries or keys to their positions.
 
   Features i and i + H/2 form pair i. With YaRN the result is also multiplied

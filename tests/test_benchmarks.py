@@ -18,7 +18,7 @@ from benchmarks import (
   train_step,
   whole_op,
 )
-from examples import train_lm
+from examples.lm.data import Corpus
 from nsa_jax import NSAConfig, TransformerConfig
 
 pytestmark = pytest.mark.usefixtures("fast_compilation")
@@ -323,7 +323,7 @@ def test_curves_start_alike_and_are_compared(tmp_path):
   text = np.random.default_rng(0).integers(0, 256, 400).astype(np.uint8)
   found = loss_curve.curves(
     config,
-    train_lm.Corpus("noise", text, text),
+    Corpus("noise", text, text),
     runs={
       "xla": ("reference", jnp.float32, False),
       "reversed": ("reference", jnp.float32, True),

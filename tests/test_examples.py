@@ -1,14 +1,20 @@
 """The short examples run and say what they should."""
 
+import re
+import subprocess
+import sys
+
+import numpy as np
 import pytest
 
-from examples import plot_reads, quickstart
+from examples import check_kernels, plot_reads, train_minimal
+from nsa_jax import TransformerConfig
 
 pytestmark = pytest.mark.usefixtures("fast_compilation")
 
 
-def test_quickstart(capsys):
-  quickstart.main()
+def test_check_kernels(capsys):
+  check_kernels.main()
   title, *rows = capsys.readouterr().out.splitlines()
   assert "relative difference" in title
   assert [row.split()[0] for row in rows] == ["xla", "triton"]
@@ -21,3 +27,33 @@ def test_quickstart(capsys):
 def test_plot_reads(tmp_path):
   plot_reads.draw(tmp_path / "reads.png")
   assert (tmp_path / "reads.png").stat().st_size > 10_000
+
+
+def test_train_minimal(capsys, monkeypatch):
+  """A smaller model here, which compiles faster."""
+  config = TransformerConfig.preset(
+    "tiny", num_layers=1, compression="mean", implementation="reference"
+  )
+  monkeypatch.setattr(train_minimal, "CONFIG", config)
+  monkeypatch.setattr(train_minimal, "SEQ_LEN", 64)
+  losses = train_minimal.train(train_minimal.__file__, steps=20)
+  assert len(losses) == 20
+  assert losses[0] > 5  # that of a uniform guess is log(256) = 5.5
+  assert np.mean(losses[-5:]) < losses[0] - 1.5
+  for step, line in zip(
+    (10, 20), capsys.readouterr().out.splitlines(), strict=True
+  ):
+    assert re.fullmatch(rf"step {step}: \d\.\d{{3}} nats/byte", line)
+
+
+@pytest.mark.slow
+def test_train_minimal_script():
+  script = train_minimal.__file__
+  run = subprocess.run(
+    [sys.executable, script, script, "--steps=10"],
+    capture_output=True,
+    text=True,
+    timeout=600,
+  )
+  assert run.returncode == 0, run.stderr
+  assert run.stdout.startswith("step 10: ")

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from examples import generate as example
-from examples import train_lm
+from examples import lm
 from nsa_jax import NSAConfig, TransformerConfig, TransformerLM, generate
 from nsa_jax.sampling import _decode, _init, _sample, _State, filter_logits
 from tests import tiny_run
@@ -485,7 +485,7 @@ def test_example_completes_text(run, capsys, monkeypatch):
   monkeypatch.setattr("sys.stdin", stdin)
   assert example.main(args) == 0
   assert capsys.readouterr().out == out
-  model, params, step = train_lm.load_model(str(run))
+  model, params, step = lm.load_model(str(run))
   assert step == tiny_run.STEP
   prompt = list("def é".encode())
   tokens = generate(model, params, [prompt], max_new_tokens=12, temperature=0)[
@@ -498,7 +498,7 @@ def test_example_completes_text(run, capsys, monkeypatch):
 
 
 def test_example_loads_what_was_saved(run):
-  model, params, _ = train_lm.load_model(str(run), "xla")
+  model, params, _ = lm.load_model(str(run), "xla")
   assert model.config.implementation == "xla"
   saved = tiny_run.make_state()
   jax.tree.map(np.testing.assert_array_equal, params, saved["params"])

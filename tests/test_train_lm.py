@@ -3,36 +3,42 @@
 import argparse
 import json
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
+import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
 from examples import train_lm
+from examples.lm import UsageError, cli, data, train
+from nsa_jax import TransformerConfig
 
 SCRIPT = Path(train_lm.__file__)
 # Short, but long enough for the preset's attention to be sparse.
-SMALL = ["--seq-len=384", "--batch-size=1", "--steps=6"]
+SMALL = ["--seq-len=384", "--batch-size=1", "--steps=6", "--max-bytes=200000"]
 SMALL += ["--eval-batches=2", "--eval-every=2", "--checkpoint-every=2"]
 SMALL += ["--sample-bytes=8"]
 
 # Runs the script, and sends it SIGINT while it prepares its fourth step.
 INTERRUPT = """
 import os, signal, sys
-from examples import train_lm
+from examples.lm import cli, train
 
-batch = train_lm.training_batch
-def interrupt(data, *, step, **kwargs):
+batch = train.training_batch
+def interrupt(text, *, step, **kwargs):
   if step == 3:
     os.kill(os.getpid(), signal.SIGINT)
-  return batch(data, step=step, **kwargs)
+  return batch(text, step=step, **kwargs)
 
-train_lm.training_batch = interrupt
-sys.exit(train_lm.main(sys.argv[1:]))
+train.training_batch = interrupt
+sys.exit(cli.main(sys.argv[1:]))
 """
 
 
@@ -61,7 +67,7 @@ def finished(tmp_path_factory, script_environment):
 def error_line(capsys, *args: object) -> str:
   """The one line that wrong arguments give."""
   with pytest.raises(SystemExit) as caught:
-    train_lm.main([str(arg) for arg in args])
+    cli.main([str(arg) for arg in args])
   assert caught.value.code == 2
   out, err = capsys.readouterr()
   assert out == ""
@@ -112,7 +118,9 @@ def test_resume_is_exact_across_processes(
   cached, finished, tmp_path, script_environment
 ):
   expected, _ = finished
-  env = script_environment if cached else None
+  env = script_environment
+  if not cached:
+    env = env | {"JAX_ENABLE_COMPILATION_CACHE": "false"}
   args = (*SMALL, f"--out={tmp_path}")
   stopped = run_process("-c", INTERRUPT, *args, env=env)
   assert stopped.returncode == 130, stopped.stderr
@@ -138,7 +146,44 @@ def test_resume_is_exact_across_processes(
 
 
 def leaves(tree) -> list[np.ndarray]:
-  return [np.asarray(leaf) for leaf in train_lm.jax.tree.leaves(tree)]
+  return [np.asarray(leaf) for leaf in jax.tree.leaves(tree)]
+
+
+@pytest.mark.parametrize(
+  "name, function, module",
+  [("train_lm", "main", "lm.cli"), ("generate", "load_model", "lm.run")],
+)
+def test_scripts_need_their_own_folder_alone(
+  name, function, module, monkeypatch
+):
+  """The path of a script holds its folder, not the root of the repository."""
+  monkeypatch.syspath_prepend(SCRIPT.parent)
+  with mock.patch.dict(sys.modules):
+    for imported in [key for key in sys.modules if key.startswith("examples")]:
+      del sys.modules[imported]
+    found = runpy.run_path(str(SCRIPT.with_name(f"{name}.py")))
+    assert found[function].__module__ == module
+    assert not any(key.startswith("examples") for key in sys.modules)
+
+
+def test_a_loss_that_is_not_finite_ends_the_run():
+  args = cli.make_parser().parse_args(SMALL)
+  text = np.zeros(1000, np.uint8)
+  windows = data.validation_windows(text, count=2, seq_len=384)
+  run: Any = SimpleNamespace(metrics=[])
+  losses = iter([2.0, np.inf, 2.0])
+
+  def train_step(state, batch):
+    return state, next(losses)
+
+  def eval_step(params, batch):
+    raise AssertionError("not before the losses are known")
+
+  with pytest.raises(UsageError, match="is not finite at step 2; a lower"):
+    train.run_steps(
+      args, run, 0, {"params": {}}, train_step, eval_step, text, windows
+    )
+  assert run.metrics == [{"step": 1, "train_loss": 2.0}]
 
 
 def test_checkpoint_of_another_config(finished, capsys):
@@ -227,32 +272,32 @@ def test_wrong_corpus(tmp_path, capsys):
 
 def test_help(capsys):
   with pytest.raises(SystemExit) as caught:
-    train_lm.main(["--help"])
+    cli.main(["--help"])
   assert caught.value.code == 0
   text = capsys.readouterr().out
-  for action in train_lm.make_parser()._actions:
+  for action in cli.make_parser()._actions:
     assert action.help is not argparse.SUPPRESS
     assert action.option_strings[-1] in text
 
 
 def test_split_depends_on_the_names_alone():
   paths = [f"folder/file{i}.py" for i in range(400)]
-  kept, held_out = train_lm.split_files(paths)
-  assert train_lm.split_files(reversed(paths)) == (kept, held_out)
+  kept, held_out = data.split_files(paths)
+  assert data.split_files(reversed(paths)) == (kept, held_out)
   assert sorted(kept + held_out) == sorted(paths)
   assert 20 < len(held_out) < 60
   # A file more moves no other.
-  more_kept, more_held_out = train_lm.split_files([*paths, "another.py"])
+  more_kept, more_held_out = data.split_files([*paths, "another.py"])
   assert [path for path in more_kept if path != "another.py"] == kept
   assert [path for path in more_held_out if path != "another.py"] == held_out
   # The same on every machine.
-  kept, _ = train_lm.split_files(["a.py", "b/c.py", "d.py"])
+  kept, _ = data.split_files(["a.py", "b/c.py", "d.py"])
   assert kept == ["d.py", "b/c.py", "a.py"]
 
 
 def test_standard_library_corpus():
-  corpus = train_lm.load_corpus(None, 2**20, 512)
-  again = train_lm.load_corpus(None, 2**20, 512)
+  corpus = data.load_corpus(None, 2**20, 512)
+  again = data.load_corpus(None, 2**20, 512)
   assert corpus.digest() == again.digest()
   assert len(corpus.train) + len(corpus.validation) <= 2**20
   assert len(corpus.validation) > 2**15
@@ -264,8 +309,8 @@ def test_folder_and_file_corpus(tmp_path):
     (tmp_path / f"{i}.txt").write_text(f"file {i}. " * 100)
   (tmp_path / ".hidden").write_text("secret" * 100)
   (tmp_path / "image").write_bytes(b"\0secret" * 100)
-  corpus = train_lm.load_corpus(str(tmp_path), 2**20, 64)
-  _, held_out = train_lm.split_files(f"{i}.txt" for i in range(40))
+  corpus = data.load_corpus(str(tmp_path), 2**20, 64)
+  _, held_out = data.split_files(f"{i}.txt" for i in range(40))
   for path in tmp_path.glob("*.txt"):
     text = path.read_bytes()
     assert (text in corpus.validation.tobytes()) == (path.name in held_out)
@@ -273,18 +318,18 @@ def test_folder_and_file_corpus(tmp_path):
   assert b"secret" not in corpus.train.tobytes()
 
   path = tmp_path / "0.txt"
-  corpus = train_lm.load_corpus(str(path), 2**20, 64)
+  corpus = data.load_corpus(str(path), 2**20, 64)
   joined = corpus.train.tobytes() + corpus.validation.tobytes()
   assert joined == path.read_bytes()
-  assert len(corpus.validation) == len(joined) // train_lm.HELD_OUT
+  assert len(corpus.validation) == len(joined) // data.HELD_OUT
 
 
 def test_batches_are_a_function_of_seed_and_step():
-  data = np.arange(200, dtype=np.uint8)
+  text = np.arange(200, dtype=np.uint8)
 
   def batch(seed, step):
-    return train_lm.training_batch(
-      data, seed=seed, step=step, batch_size=64, seq_len=16
+    return data.training_batch(
+      text, seed=seed, step=step, batch_size=64, seq_len=16
     )
 
   first = batch(0, 5)
@@ -294,7 +339,7 @@ def test_batches_are_a_function_of_seed_and_step():
   assert (first != batch(0, 6)).any()
   assert (first != batch(1, 5)).any()
 
-  windows = train_lm.validation_windows(data, count=5, seq_len=16)
+  windows = data.validation_windows(text, count=5, seq_len=16)
   assert windows[0, 0] == 0
   assert windows[-1, -1] == 199
 
@@ -306,17 +351,17 @@ def test_bigram_loss_by_hand():
   windows = np.frombuffer(b"abac", np.uint8)[None].astype(np.int32)
   expected = -np.mean(np.log([3 / 259, 3 / 258, 2 / 259]))
   np.testing.assert_allclose(
-    train_lm.bigram_loss(train, windows), expected, rtol=1e-12
+    data.bigram_loss(train, windows), expected, rtol=1e-12
   )
 
 
 def test_sparsity_of_every_preset():
-  for name, recipe in train_lm.RECIPES.items():
-    config = train_lm.TransformerConfig.preset(name).nsa
-    fraction = train_lm.read_fraction("nsa", config, recipe.seq_len)
+  for name, recipe in cli.RECIPES.items():
+    config = TransformerConfig.preset(name).nsa
+    fraction = train.read_fraction("nsa", config, recipe.seq_len)
     assert 0 < fraction < 0.5
-  assert train_lm.read_fraction("full", config, 100) == 1.0
-  assert train_lm.read_fraction("window", config, 10_000) == (
+  assert train.read_fraction("full", config, 100) == 1.0
+  assert train.read_fraction("window", config, 10_000) == (
     config.window / 10_000
   )
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 import re
 
 import jax
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 
 import nsa_jax
-from nsa_jax import NSAConfig, TransformerConfig, TransformerLM
+from nsa_jax import NSAConfig, RopeConfig, TransformerConfig, TransformerLM
 
 NSA = NSAConfig(
   compression_block=4,
@@ -403,6 +404,103 @@ def test_configurations_are_values():
 def test_config_messages(fields, message):
   with pytest.raises(ValueError, match=re.escape(message)):
     _config(**fields)
+
+
+@pytest.mark.parametrize(
+  "config",
+  [
+    *map(TransformerConfig.preset, ("tiny", "small", "base")),
+    _config(attention=("nsa", "window"), value_head_dim=4),
+    _config(rope=None, tie_embeddings=False, remat="full", scan_layers=True),
+    _config(rope=RopeConfig(base=1e6, yarn_factor=4)),
+    _config(num_layers=np.int64(3), dtype=jnp.bfloat16, param_dtype="float16"),
+    _config(implementation=None),
+    _config(implementation=("triton", "xla")),
+  ],
+)
+def test_dictionaries_hold_a_configuration(config):
+  fields = config.to_dict()
+  text = json.dumps(fields)
+  assert json.loads(text) == fields
+  again = TransformerConfig.from_dict(json.loads(text))
+  assert again == config
+  assert hash(again) == hash(config)
+  names = [field.name for field in dataclasses.fields(config)]
+  names.remove("select")
+  assert list(fields) == names
+
+
+def test_a_selector_is_no_json():
+  config = _config(select=lambda **_: None)
+  with pytest.raises(ValueError, match=r"`select`=.* JSON has no functions"):
+    config.to_dict()
+
+
+def test_entries_of_a_dictionary():
+  config = _config(
+    attention=("nsa", "full"), dtype=jnp.bfloat16, implementation=["xla"]
+  )
+  fields = config.to_dict()
+  assert fields["attention"] == ["nsa", "full"]
+  assert fields["implementation"] == ["xla"]
+  assert (fields["dtype"], fields["param_dtype"]) == ("bfloat16", "float32")
+  assert fields["nsa"] == dataclasses.asdict(NSA)
+  assert fields["rope"] == dataclasses.asdict(RopeConfig())
+  assert _config(rope=None).to_dict()["rope"] is None
+  # The dictionary is the caller's own.
+  fields["nsa"]["window"] = 1
+  assert config.nsa.window == NSA.window
+
+
+def test_missing_entries_take_their_defaults():
+  fields = TransformerConfig.preset("base", dtype="bfloat16").to_dict()
+  for name in ("dtype", "rope", "implementation", "vocab_size"):
+    del fields[name]
+  del fields["nsa"]["window"]
+  config = TransformerConfig.from_dict(fields)
+  assert config == TransformerConfig.preset("base")
+  assert "dtype" not in fields  # the argument is left as it is
+
+
+@pytest.mark.parametrize(
+  "change, message",
+  [
+    ({"heads": 4}, "`heads` must be a field of TransformerConfig: attention, "),
+    ({3: 4}, "`3` must be a field of TransformerConfig: attention, "),
+    (
+      {"nsa": {"block": 16}},
+      "`nsa.block` must be a field of NSAConfig: compression_block, ",
+    ),
+    (
+      {"rope": {"theta": 1e4}},
+      "`rope.theta` must be a field of RopeConfig: base, beta_fast, ",
+    ),
+    ({"nsa": None}, "`nsa`=None must be a dictionary of fields of NSAConfig."),
+    ({"nsa": [16]}, "`nsa`=[16] must be a dictionary of fields of NSAConfig."),
+    ({"rope": 1e4}, "`rope`=10000.0 must be a dictionary of fields of RopeCo"),
+    ({"nsa": {"window": 0}}, "`window`=0 must be at least 1."),
+    ({"rope": {"base": "a"}}, "`base`='a' must be a finite number."),
+    ({"model_dim": "12"}, "`model_dim`='12' must be a static integer."),
+    ({"dtype": "f33"}, "`dtype`='f33' must be a floating-point dtype."),
+    ({"attention": ["nsa"]}, "`attention`=('nsa',) must have `num_layers`=2"),
+  ],
+)
+def test_dictionary_messages(change, message):
+  with pytest.raises(ValueError, match=re.escape(message)):
+    TransformerConfig.from_dict({**_config().to_dict(), **change})
+
+
+@pytest.mark.parametrize(
+  "fields, message",
+  [
+    ("{}", "`fields`='{}' must be a dictionary of fields of TransformerConfig"),
+    (None, "`fields`=None must be a dictionary of fields of TransformerConfig"),
+    ({"num_layers": 2}, "`num_heads` is missing and has no default."),
+  ],
+)
+def test_dictionaries_that_hold_no_configuration(fields, message):
+  with pytest.raises(ValueError, match=re.escape(message)):
+    TransformerConfig.from_dict(fields)
 
 
 def test_preset_message():

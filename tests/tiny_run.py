@@ -6,7 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from examples import train_lm
+from examples.lm.cli import make_parser
+from examples.lm.data import Corpus
+from examples.lm.run import Run, State, run_config
+from examples.lm.train import make_optimizer
 from nsa_jax import TransformerConfig, TransformerLM
 
 STEP = 3
@@ -15,7 +18,7 @@ CONFIG = TransformerConfig.preset(
 )
 
 
-def make_state() -> train_lm.State:
+def make_state() -> State:
   """Random parameters, large enough to give every byte a chance."""
   tokens = jax.ShapeDtypeStruct((1, 8), jnp.int32)
   shapes = jax.eval_shape(TransformerLM(CONFIG).init, jax.random.key(0), tokens)
@@ -23,17 +26,15 @@ def make_state() -> train_lm.State:
   params = jax.tree.map(
     lambda x: jnp.float32(rng.normal(size=x.shape)), shapes["params"]
   )
-  optimizer = train_lm.make_optimizer(1e-3, 10)
+  optimizer = make_optimizer(1e-3, 10)
   return {"params": params, "opt_state": optimizer.init(params)}
 
 
 def save(folder: pathlib.Path) -> pathlib.Path:
-  args = train_lm.make_parser().parse_args([])
+  args = make_parser().parse_args([])
   text = np.zeros(1, np.uint8)
-  config = train_lm.run_config(
-    args, CONFIG, train_lm.Corpus("none", text, text)
-  )
-  run = train_lm.Run(str(folder), config, resume=False)
+  config = run_config(args, CONFIG, Corpus("none", text, text))
+  run = Run(str(folder), config, resume=False)
   run.save(STEP, make_state())
   run.close()
   return folder

@@ -17,7 +17,7 @@ Letters in shapes are explained in `nsa_jax.typing`; here S is the capacity.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, get_args
 
 import jax
 import jax.numpy as jnp
@@ -26,10 +26,10 @@ from jax import export
 
 from nsa_jax import _checks, geometry
 from nsa_jax.config import NSAConfig, check_config
-from nsa_jax.typing import KV, Array
+from nsa_jax.typing import KV, Array, AttentionName
 from pallas_kernels.interface import query_positions
 
-KINDS = ("nsa", "full", "window")
+KINDS = get_args(AttentionName)
 
 # phi with the layer's parameters: from the keys and values of
 # (n - 1) d + l tokens and the index of each block's first token, int32 [B, n],
@@ -79,7 +79,7 @@ def init(
   value_head_dim: int | None = None,
   max_append: int = 1,
   share_kv: bool = False,
-  kind: str = "nsa",
+  kind: AttentionName = "nsa",
   dtype: Any = jnp.float32,
 ) -> Cache:
   """An empty cache, all zeros.
@@ -176,7 +176,7 @@ def bytes_per_token(
   num_kv_heads: int,
   head_dim: int,
   value_head_dim: int | None = None,
-  kind: str = "nsa",
+  kind: AttentionName = "nsa",
   dtype: Any = jnp.float32,
 ) -> float:
   """Bytes by which a row of a cache grows with each token of capacity.

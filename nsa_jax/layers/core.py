@@ -19,7 +19,7 @@ from nsa_jax.config import AttentionConfig, NSAConfig
 from nsa_jax.ops.branches import full_attention, window_attention
 from nsa_jax.ops.nsa import native_sparse_attention
 from nsa_jax.rope import apply_rope
-from nsa_jax.typing import KV, Array, CompressionName
+from nsa_jax.typing import KV, Array, AttentionName, CompressionName
 from pallas_kernels.interface import query_positions
 
 BRANCHES = ("compressed", "selected", "window")
@@ -32,7 +32,7 @@ COMPRESSIONS = ("compress_key", "compress_value")
 
 
 def projections(
-  config: AttentionConfig, kind: str = "nsa"
+  config: AttentionConfig, kind: AttentionName = "nsa"
 ) -> dict[str, tuple[int, int]]:
   """Linear maps of the input [B, T, D] by name: heads and features of each.
 
@@ -56,7 +56,9 @@ def projections(
   return shapes
 
 
-def norms(config: AttentionConfig, kind: str = "nsa") -> tuple[str, ...]:
+def norms(
+  config: AttentionConfig, kind: AttentionName = "nsa"
+) -> tuple[str, ...]:
   """Names of the RMSNorms over H; none without `normalize_qk`."""
   if not config.normalize_qk:
     return ()
@@ -247,7 +249,7 @@ def empty_cache(
   *,
   max_append: int,
   dtype: Any,
-  kind: str = "nsa",
+  kind: AttentionName = "nsa",
 ) -> Cache:
   """The cache of a layer, as `cache.init` makes it."""
   return cache.init(
@@ -405,7 +407,7 @@ def sparse_attention(
 
 def dense_attention(
   config: AttentionConfig,
-  kind: str,
+  kind: AttentionName,
   parts: Parts,
   x: Array,
   *,

@@ -15,6 +15,7 @@ from nsa_jax.layers import core
 from nsa_jax.rope import RopeConfig
 from nsa_jax.typing import (
   Array,
+  AttentionName,
   CompressionName,
   Implementation,
   RopeCompressedName,
@@ -237,7 +238,7 @@ class DenseAttention(nn.Module):
   """
 
   config: AttentionConfig
-  kind: str
+  kind: AttentionName
   decode: bool = False
   max_append: int = 1
 
@@ -312,7 +313,10 @@ def rms_norm(config: AttentionConfig, name: str) -> nn.RMSNorm:
 
 
 def _parts(
-  config: AttentionConfig, kind: str, dense: Callable[..., Any], width: int
+  config: AttentionConfig,
+  kind: AttentionName,
+  dense: Callable[..., Any],
+  width: int,
 ) -> dict[str, Any]:
   """The submodules that `core` asks for by name."""
   parts: dict[str, Any] = {
@@ -356,7 +360,7 @@ def begin_decoding(
 def keep_cache(
   module: Any,
   config: AttentionConfig,
-  kind: str,
+  kind: AttentionName,
   attended: core.Attended,
   x: Array,
 ) -> None:

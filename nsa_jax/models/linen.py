@@ -23,7 +23,7 @@ from nsa_jax.layers.linen import (
   rms_norm,
 )
 from nsa_jax.models.config import TransformerConfig
-from nsa_jax.typing import Array
+from nsa_jax.typing import Array, AttentionName
 
 # What the ops tag with `checkpoint_name`. With these kept, the selection never
 # runs twice, nor does the forward pass of a branch whose implementation has a
@@ -225,7 +225,7 @@ class TransformerBlock(nn.Module):
   """
 
   config: TransformerConfig
-  kind: str
+  kind: AttentionName
   decode: bool = False
   max_append: int = 1
   prefix_length: int | None = None

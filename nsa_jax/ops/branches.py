@@ -3,6 +3,7 @@
 from typing import Any, Literal, overload
 
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from nsa_jax import _checks, dispatch, geometry
 from nsa_jax.config import NSAConfig, check_config
@@ -12,16 +13,16 @@ from pallas_kernels.interface import Spec
 
 
 def compressed_attention(
-  query: Array,
-  key: Array,
-  value: Array,
+  query: ArrayLike,
+  key: ArrayLike,
+  value: ArrayLike,
   *,
   config: NSAConfig,
   key_length: int,
   scale: float | None = None,
-  query_offset: int | Array | None = None,
-  segment_ids: Array | None = None,
-  query_segment_ids: Array | None = None,
+  query_offset: ArrayLike | None = None,
+  segment_ids: ArrayLike | None = None,
+  query_segment_ids: ArrayLike | None = None,
   tiles: Any = None,
   implementation: Implementation = None,
 ) -> tuple[Array, Array]:
@@ -79,16 +80,16 @@ def compressed_attention(
 
 
 def selected_attention(
-  query: Array,
-  key: Array,
-  value: Array,
-  block_ids: Array,
+  query: ArrayLike,
+  key: ArrayLike,
+  value: ArrayLike,
+  block_ids: ArrayLike,
   *,
   config: NSAConfig,
   scale: float | None = None,
-  query_offset: int | Array | None = None,
-  segment_ids: Array | None = None,
-  query_segment_ids: Array | None = None,
+  query_offset: ArrayLike | None = None,
+  segment_ids: ArrayLike | None = None,
+  query_segment_ids: ArrayLike | None = None,
   tiles: Any = None,
   implementation: Implementation = None,
 ) -> tuple[Array, Array]:
@@ -147,16 +148,16 @@ def selected_attention(
 
 @overload
 def window_attention(
-  query: Array,
-  key: Array,
-  value: Array,
+  query: ArrayLike,
+  key: ArrayLike,
+  value: ArrayLike,
   *,
   config: NSAConfig,
   scale: float | None = None,
-  key_offset: int | Array = 0,
-  query_offset: int | Array | None = None,
-  segment_ids: Array | None = None,
-  query_segment_ids: Array | None = None,
+  key_offset: ArrayLike = 0,
+  query_offset: ArrayLike | None = None,
+  segment_ids: ArrayLike | None = None,
+  query_segment_ids: ArrayLike | None = None,
   return_lse: Literal[True] = True,
   tiles: Any = None,
   implementation: Implementation = None,
@@ -165,16 +166,16 @@ def window_attention(
 
 @overload
 def window_attention(
-  query: Array,
-  key: Array,
-  value: Array,
+  query: ArrayLike,
+  key: ArrayLike,
+  value: ArrayLike,
   *,
   config: NSAConfig,
   scale: float | None = None,
-  key_offset: int | Array = 0,
-  query_offset: int | Array | None = None,
-  segment_ids: Array | None = None,
-  query_segment_ids: Array | None = None,
+  key_offset: ArrayLike = 0,
+  query_offset: ArrayLike | None = None,
+  segment_ids: ArrayLike | None = None,
+  query_segment_ids: ArrayLike | None = None,
   return_lse: Literal[False],
   tiles: Any = None,
   implementation: Implementation = None,
@@ -182,16 +183,16 @@ def window_attention(
 
 
 def window_attention(
-  query: Array,
-  key: Array,
-  value: Array,
+  query: ArrayLike,
+  key: ArrayLike,
+  value: ArrayLike,
   *,
   config: NSAConfig,
   scale: float | None = None,
-  key_offset: int | Array = 0,
-  query_offset: int | Array | None = None,
-  segment_ids: Array | None = None,
-  query_segment_ids: Array | None = None,
+  key_offset: ArrayLike = 0,
+  query_offset: ArrayLike | None = None,
+  segment_ids: ArrayLike | None = None,
+  query_segment_ids: ArrayLike | None = None,
   return_lse: bool = True,
   tiles: Any = None,
   implementation: Implementation = None,
@@ -252,14 +253,14 @@ def window_attention(
 
 @overload
 def full_attention(
-  query: Array,
-  key: Array,
-  value: Array,
+  query: ArrayLike,
+  key: ArrayLike,
+  value: ArrayLike,
   *,
   scale: float | None = None,
-  query_offset: int | Array | None = None,
-  segment_ids: Array | None = None,
-  query_segment_ids: Array | None = None,
+  query_offset: ArrayLike | None = None,
+  segment_ids: ArrayLike | None = None,
+  query_segment_ids: ArrayLike | None = None,
   return_lse: Literal[True] = True,
   implementation: Implementation = None,
 ) -> tuple[Array, Array]: ...
@@ -267,28 +268,28 @@ def full_attention(
 
 @overload
 def full_attention(
-  query: Array,
-  key: Array,
-  value: Array,
+  query: ArrayLike,
+  key: ArrayLike,
+  value: ArrayLike,
   *,
   scale: float | None = None,
-  query_offset: int | Array | None = None,
-  segment_ids: Array | None = None,
-  query_segment_ids: Array | None = None,
+  query_offset: ArrayLike | None = None,
+  segment_ids: ArrayLike | None = None,
+  query_segment_ids: ArrayLike | None = None,
   return_lse: Literal[False],
   implementation: Implementation = None,
 ) -> Array: ...
 
 
 def full_attention(
-  query: Array,
-  key: Array,
-  value: Array,
+  query: ArrayLike,
+  key: ArrayLike,
+  value: ArrayLike,
   *,
   scale: float | None = None,
-  query_offset: int | Array | None = None,
-  segment_ids: Array | None = None,
-  query_segment_ids: Array | None = None,
+  query_offset: ArrayLike | None = None,
+  segment_ids: ArrayLike | None = None,
+  query_segment_ids: ArrayLike | None = None,
   return_lse: bool = True,
   implementation: Implementation = None,
 ) -> Array | tuple[Array, Array]:

@@ -5,6 +5,7 @@ from typing import Any, Literal, overload
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from nsa_jax import _checks, dispatch, geometry
 from nsa_jax.cache.state import Cache, max_append, ring_rows, take_rows
@@ -23,14 +24,14 @@ from pallas_kernels.interface import (
 
 @overload
 def attend(
-  query: Array,
+  query: ArrayLike,
   cache: Cache,
-  gates: Array,
+  gates: ArrayLike,
   *,
   config: NSAConfig,
-  query_offset: int | Array,
+  query_offset: ArrayLike,
   scale: float | None = None,
-  compressed_query: Array | None = None,
+  compressed_query: ArrayLike | None = None,
   prefill_window: KV | None = None,
   select: Selector | None = None,
   return_block_ids: Literal[False] = False,
@@ -41,14 +42,14 @@ def attend(
 
 @overload
 def attend(
-  query: Array,
+  query: ArrayLike,
   cache: Cache,
-  gates: Array,
+  gates: ArrayLike,
   *,
   config: NSAConfig,
-  query_offset: int | Array,
+  query_offset: ArrayLike,
   scale: float | None = None,
-  compressed_query: Array | None = None,
+  compressed_query: ArrayLike | None = None,
   prefill_window: KV | None = None,
   select: Selector | None = None,
   return_block_ids: Literal[True],
@@ -59,14 +60,14 @@ def attend(
 
 @overload
 def attend(
-  query: Array,
+  query: ArrayLike,
   cache: Cache,
-  gates: Array,
+  gates: ArrayLike,
   *,
   config: NSAConfig,
-  query_offset: int | Array,
+  query_offset: ArrayLike,
   scale: float | None = None,
-  compressed_query: Array | None = None,
+  compressed_query: ArrayLike | None = None,
   prefill_window: KV | None = None,
   select: Selector | None = None,
   return_block_ids: bool,
@@ -76,14 +77,14 @@ def attend(
 
 
 def attend(
-  query: Array,
+  query: ArrayLike,
   cache: Cache,
-  gates: Array,
+  gates: ArrayLike,
   *,
   config: NSAConfig,
-  query_offset: int | Array,
+  query_offset: ArrayLike,
   scale: float | None = None,
-  compressed_query: Array | None = None,
+  compressed_query: ArrayLike | None = None,
   prefill_window: KV | None = None,
   select: Selector | None = None,
   return_block_ids: bool = False,
@@ -201,11 +202,11 @@ def attend(
 
 
 def attend_window(
-  query: Array,
+  query: ArrayLike,
   cache: Cache,
   *,
   config: NSAConfig,
-  query_offset: int | Array,
+  query_offset: ArrayLike,
   scale: float | None = None,
   prefill_window: KV | None = None,
   implementation: Implementation = None,
@@ -260,10 +261,10 @@ def attend_window(
 
 
 def attend_full(
-  query: Array,
+  query: ArrayLike,
   cache: Cache,
   *,
-  query_offset: int | Array,
+  query_offset: ArrayLike,
   scale: float | None = None,
   implementation: Implementation = None,
 ) -> Array:

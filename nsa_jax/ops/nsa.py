@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple, overload
 
+from jax.typing import ArrayLike
+
 from nsa_jax import _checks, geometry
 from nsa_jax.config import NSAConfig, check_config
 from nsa_jax.gating import gated_sum
@@ -15,19 +17,19 @@ from pallas_kernels.interface import Spec
 
 @overload
 def native_sparse_attention(
-  query: Array,
+  query: ArrayLike,
   compressed: KV,
   selected: KV,
   window: KV,
-  gates: Array,
+  gates: ArrayLike,
   *,
   config: NSAConfig,
   scale: float | None = None,
-  query_offset: int | Array | None = None,
-  segment_ids: Array | None = None,
-  query_segment_ids: Array | None = None,
-  compressed_query: Array | None = None,
-  block_ids: Array | None = None,
+  query_offset: ArrayLike | None = None,
+  segment_ids: ArrayLike | None = None,
+  query_segment_ids: ArrayLike | None = None,
+  compressed_query: ArrayLike | None = None,
+  block_ids: ArrayLike | None = None,
   select: Selector | None = None,
   return_block_ids: Literal[False] = False,
   tiles: Mapping[str, Any] | None = None,
@@ -37,19 +39,19 @@ def native_sparse_attention(
 
 @overload
 def native_sparse_attention(
-  query: Array,
+  query: ArrayLike,
   compressed: KV,
   selected: KV,
   window: KV,
-  gates: Array,
+  gates: ArrayLike,
   *,
   config: NSAConfig,
   scale: float | None = None,
-  query_offset: int | Array | None = None,
-  segment_ids: Array | None = None,
-  query_segment_ids: Array | None = None,
-  compressed_query: Array | None = None,
-  block_ids: Array | None = None,
+  query_offset: ArrayLike | None = None,
+  segment_ids: ArrayLike | None = None,
+  query_segment_ids: ArrayLike | None = None,
+  compressed_query: ArrayLike | None = None,
+  block_ids: ArrayLike | None = None,
   select: Selector | None = None,
   return_block_ids: Literal[True],
   tiles: Mapping[str, Any] | None = None,
@@ -59,19 +61,19 @@ def native_sparse_attention(
 
 @overload
 def native_sparse_attention(
-  query: Array,
+  query: ArrayLike,
   compressed: KV,
   selected: KV,
   window: KV,
-  gates: Array,
+  gates: ArrayLike,
   *,
   config: NSAConfig,
   scale: float | None = None,
-  query_offset: int | Array | None = None,
-  segment_ids: Array | None = None,
-  query_segment_ids: Array | None = None,
-  compressed_query: Array | None = None,
-  block_ids: Array | None = None,
+  query_offset: ArrayLike | None = None,
+  segment_ids: ArrayLike | None = None,
+  query_segment_ids: ArrayLike | None = None,
+  compressed_query: ArrayLike | None = None,
+  block_ids: ArrayLike | None = None,
   select: Selector | None = None,
   return_block_ids: bool,
   tiles: Mapping[str, Any] | None = None,
@@ -80,19 +82,19 @@ def native_sparse_attention(
 
 
 def native_sparse_attention(
-  query: Array,
+  query: ArrayLike,
   compressed: KV,
   selected: KV,
   window: KV,
-  gates: Array,
+  gates: ArrayLike,
   *,
   config: NSAConfig,
   scale: float | None = None,
-  query_offset: int | Array | None = None,
-  segment_ids: Array | None = None,
-  query_segment_ids: Array | None = None,
-  compressed_query: Array | None = None,
-  block_ids: Array | None = None,
+  query_offset: ArrayLike | None = None,
+  segment_ids: ArrayLike | None = None,
+  query_segment_ids: ArrayLike | None = None,
+  compressed_query: ArrayLike | None = None,
+  block_ids: ArrayLike | None = None,
   select: Selector | None = None,
   return_block_ids: bool = False,
   tiles: Mapping[str, Any] | None = None,
@@ -324,7 +326,7 @@ def _call_selector(select, spec, arrays, lse, scope):
 
 
 def check_queries(
-  query: Array, gates: Array, compressed_query: Array | None
+  query: Array, gates: ArrayLike, compressed_query: ArrayLike | None
 ) -> tuple[Array, Array]:
   """`gates` and `compressed_query` of queries [B, T, N, H], validated."""
   gates = _checks.array("gates", gates, 4, "[B, T, N, 3]")

@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from nsa_jax import _checks, geometry
 from nsa_jax.config import NSAConfig
@@ -45,9 +46,9 @@ class Scope(NamedTuple):
 def make_scope(
   query: Array,
   key_length: int,
-  query_offset: int | Array | None,
-  segment_ids: Array | None,
-  query_segment_ids: Array | None,
+  query_offset: ArrayLike | None,
+  segment_ids: ArrayLike | None,
+  query_segment_ids: ArrayLike | None,
   *,
   alignment: int = 1,
   key_offset: int | Array = 0,

@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 from jax.ad_checkpoint import checkpoint_name
+from jax.typing import ArrayLike
 
 from nsa_jax import _checks, dispatch, geometry
 from nsa_jax.config import NSAConfig, check_config
@@ -15,16 +16,16 @@ from pallas_kernels.interface import Spec
 
 
 def block_scores(
-  query: Array,
-  compressed_key: Array,
-  lse: Array,
+  query: ArrayLike,
+  compressed_key: ArrayLike,
+  lse: ArrayLike,
   *,
   config: NSAConfig,
   key_length: int,
   scale: float | None = None,
-  query_offset: int | Array | None = None,
-  segment_ids: Array | None = None,
-  query_segment_ids: Array | None = None,
+  query_offset: ArrayLike | None = None,
+  segment_ids: ArrayLike | None = None,
+  query_segment_ids: ArrayLike | None = None,
   implementation: Implementation = None,
 ) -> Array:
   """Importance of every selection block (Eq. 8-10), for study and tests.
@@ -75,16 +76,16 @@ def block_scores(
 
 
 def select_blocks(
-  query: Array,
-  compressed_key: Array,
-  lse: Array,
+  query: ArrayLike,
+  compressed_key: ArrayLike,
+  lse: ArrayLike,
   *,
   config: NSAConfig,
   key_length: int,
   scale: float | None = None,
-  query_offset: int | Array | None = None,
-  segment_ids: Array | None = None,
-  query_segment_ids: Array | None = None,
+  query_offset: ArrayLike | None = None,
+  segment_ids: ArrayLike | None = None,
+  query_segment_ids: ArrayLike | None = None,
   tiles: Any = None,
   implementation: Implementation = None,
 ) -> Array:
@@ -138,13 +139,13 @@ def select_blocks(
 
 
 def block_ids_from_scores(
-  scores: Array,
+  scores: ArrayLike,
   *,
   config: NSAConfig,
   key_length: int,
-  query_offset: int | Array | None = None,
-  segment_ids: Array | None = None,
-  query_segment_ids: Array | None = None,
+  query_offset: ArrayLike | None = None,
+  segment_ids: ArrayLike | None = None,
+  query_segment_ids: ArrayLike | None = None,
 ) -> Array:
   """Valid block ids from any scores (Eq. 11): what a selector has to return.
 
@@ -238,9 +239,9 @@ def _run(op, implementation, spec, query, compressed_key, lse, scope):
 
 
 def _inputs(
-  query, compressed_key, lse, config, key_length, scale, query_offset,
-  segment_ids, query_segment_ids,
-):  # fmt: skip
+  query: Any, compressed_key: Any, lse: Any, config: Any, key_length: Any,
+  scale: Any, query_offset: Any, segment_ids: Any, query_segment_ids: Any,
+) -> tuple[Array, Array, Array, Spec, Scope]:  # fmt: skip
   """Arrays, spec and scope of a selection, validated."""
   check_config(config)
   query = _checks.queries(query)

@@ -1,6 +1,6 @@
 """Compares the kernels with the oracle, forward and backward.
 
-    python examples/quickstart.py
+    python examples/check_kernels.py
 
 On an NVIDIA GPU the kernels are compiled; anywhere else they are interpreted,
 which is slow and shows the same numbers.

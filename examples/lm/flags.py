@@ -1,0 +1,37 @@
+"""Flags and their errors, as the commands share them."""
+
+import argparse
+import math
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+
+class UsageError(Exception):
+  """A mistake that the user can put right; the commands show it as one line."""
+
+
+class Parser(argparse.ArgumentParser):
+  """A parser that shows an error as one line and exits with code 2."""
+
+  def error(self, message: str) -> NoReturn:
+    self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def positive(kind: Callable[[str], Any]) -> Callable[[str], Any]:
+  """The type of a flag whose value is a finite number greater than 0.
+
+  Args:
+    kind: `int` or `float`.
+  """
+
+  def convert(text: str) -> Any:
+    try:
+      value = kind(text)
+    except ValueError:
+      value = 0
+    if not 0 < value < math.inf:
+      noun = "integer" if kind is int else "number"
+      raise argparse.ArgumentTypeError(f"{text!r} is not a positive {noun}")
+    return value
+
+  return convert

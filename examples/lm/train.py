@@ -1,0 +1,388 @@
+"""Training: optimiser, loss, step, the loop over the steps, the last sample."""
+
+import argparse
+import contextlib
+import functools
+import math
+import os
+import pathlib
+import shlex
+import signal
+import sys
+import time
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tqdm
+
+from nsa_jax import (
+  NSAConfig,
+  TransformerConfig,
+  TransformerLM,
+  generate,
+  num_compressed_blocks,
+)
+
+from .data import (
+  Corpus,
+  bigram_loss,
+  load_corpus,
+  training_batch,
+  validation_windows,
+)
+from .flags import UsageError
+from .plot import plot_losses
+from .run import Params, Run, State, run_config
+
+TrainStep: TypeAlias = Callable[[State, Any], tuple[State, jax.Array]]
+EvalStep: TypeAlias = Callable[[Params, Any], jax.Array]
+
+
+def read_fraction(attention: str, config: NSAConfig, length: int) -> float:
+  """Share of the keys that the last query reads."""
+  if attention == "full":
+    return 1.0
+  if attention == "window":
+    return min(config.window, length) / length
+  compressed = num_compressed_blocks(length, config)
+  selected = config.num_selected * config.selection_block
+  return (compressed + selected + config.window) / length
+
+
+def make_optimizer(
+  learning_rate: float, steps: int
+) -> optax.GradientTransformation:
+  """AdamW after clipping, with warm-up and cosine decay.
+
+  Args:
+    learning_rate: at its peak, after the first tenth of the steps.
+    steps: of the whole run.
+  """
+  warmup = max(1, min(steps // 10, 1000))
+  schedule = optax.warmup_cosine_decay_schedule(
+    init_value=learning_rate / warmup,
+    peak_value=learning_rate,
+    warmup_steps=warmup,
+    decay_steps=max(steps, warmup + 1),
+    end_value=learning_rate / 20,
+  )
+  return optax.chain(
+    optax.clip_by_global_norm(1.0),
+    optax.adamw(
+      schedule,
+      b2=0.98,
+      weight_decay=0.1,
+      # Vectors, that is norm scales and biases, do not decay.
+      mask=lambda params: jax.tree.map(lambda x: x.ndim > 1, params),
+    ),
+  )
+
+
+def loss_fn(
+  model: TransformerLM, params: Params, windows: jax.Array
+) -> jax.Array:
+  """Mean cross-entropy in nats per byte, windows [B, T + 1]."""
+  logits = jnp.asarray(model.apply({"params": params}, windows[:, :-1]))
+  losses = optax.softmax_cross_entropy_with_integer_labels(
+    logits, windows[:, 1:]
+  )
+  return losses.mean()
+
+
+def make_train_step(
+  model: TransformerLM, optimizer: optax.GradientTransformation
+) -> TrainStep:
+  """The function that maps a state and windows to the next state and a loss."""
+
+  def train_step(state, windows):
+    loss, grads = jax.value_and_grad(lambda p: loss_fn(model, p, windows))(
+      state["params"]
+    )
+    updates, opt_state = optimizer.update(
+      grads, state["opt_state"], state["params"]
+    )
+    params = optax.apply_updates(state["params"], updates)
+    return {"params": params, "opt_state": opt_state}, loss
+
+  return train_step
+
+
+class StopRequest:
+  """Turns the first SIGINT or SIGTERM into a stop after the current step.
+
+  The second one acts as if this class were not here.
+  """
+
+  def __enter__(self) -> "StopRequest":
+    self.signal = 0
+    self._before = {
+      number: signal.signal(number, self._handle)
+      for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    return self
+
+  def _handle(self, number: int, frame: Any) -> None:
+    self.signal = number
+    self.__exit__()
+
+  def __exit__(self, *unused: Any) -> None:
+    for number, handler in self._before.items():
+      signal.signal(number, handler)
+
+
+def train(args: argparse.Namespace) -> int:
+  """Trains as the flags say, then writes a sample and a plot.
+
+  Args:
+    args: what the flags of `train_lm.py` give, all of them with a value.
+
+  Returns:
+    The exit code: 0, or 128 + the signal that stopped the run.
+
+  Raises:
+    UsageError: if the sequences are too short for sparse attention, the text
+      or the folder cannot be used, or the loss is not finite.
+    NotImplementedError: if the implementation cannot do this attention.
+  """
+  started = time.perf_counter()
+  config = TransformerConfig.preset(
+    args.preset,
+    attention=args.attention,
+    dtype=args.dtype,
+    implementation=args.implementation,
+  )
+  fraction = read_fraction(args.attention, config.nsa, args.seq_len)
+  if args.attention == "nsa" and fraction >= 0.5:
+    raise UsageError(
+      f"--seq-len {args.seq_len}: too short for the preset {args.preset}: the "
+      f"last query would read {fraction:.1%} of the keys, and sparse attention "
+      f"must read less than half."
+    )
+  corpus = load_corpus(args.corpus, args.max_bytes, args.seq_len)
+  windows = validation_windows(
+    corpus.validation,
+    count=args.eval_batches * args.batch_size,
+    seq_len=args.seq_len,
+  )
+  bigram = bigram_loss(corpus.train, windows)
+  model = TransformerLM(config)
+  optimizer = make_optimizer(args.learning_rate, args.steps)
+
+  @jax.jit
+  def init() -> State:
+    tokens = jnp.zeros((1, args.seq_len), jnp.int32)
+    params = model.init(jax.random.key(args.seed), tokens)["params"]
+    return {"params": params, "opt_state": optimizer.init(params)}
+
+  # What the implementation cannot do shows here, before a folder is made.
+  shapes = jax.eval_shape(init)
+  saved = run_config(args, config, corpus)
+  with contextlib.closing(Run(args.out, saved, args.resume)) as run:
+    if run.last_step is not None and not args.resume:
+      raise UsageError(
+        f"--out {args.out}: holds a run of {run.last_step} steps already; "
+        "continue it with --resume, or choose another folder."
+      )
+    if args.resume:
+      step, state = run.restore(shapes)
+    else:
+      step, state = 0, init()
+
+    count = sum(x.size for x in jax.tree.leaves(shapes["params"]))
+    device = jax.devices()[0]
+    print(
+      f"text       {corpus.name}: {len(corpus.train):,} bytes for training, "
+      f"{len(corpus.validation):,} for validation\n"
+      f"model      {args.preset}, {count:,} parameters, {args.attention} "
+      f"attention, {args.dtype}, on {device.device_kind}\n"
+      f"sparsity   the last query of {args.seq_len} reads {fraction:.1%} of "
+      f"the keys\n"
+      f"bigram     {in_bits(bigram)} on the validation text\n"
+      f"run        {run.folder}, steps {step} to {args.steps}, "
+      f"{args.batch_size} x {args.seq_len} bytes each",
+      flush=True,
+    )
+    batch = (args.batch_size, args.seq_len + 1)
+    train_step, eval_step = compile_steps(model, optimizer, shapes, batch)
+    step, state, stopped_by = run_steps(
+      args, run, step, state, train_step, eval_step, corpus.train, windows
+    )
+    if step < args.steps:
+      print(
+        f"stopped at step {step} of {args.steps}; continue with\n"
+        f"  {resume_command()}"
+      )
+      return 128 + stopped_by
+    sample_path = write_sample(args, model, state["params"], corpus, run)
+    plot_path = plot_losses(
+      run, bigram, f"{args.preset} preset, {args.attention} attention"
+    )
+    validation = run.series("validation_loss")[1][-1]
+  verdict = "beats" if validation < bigram else "does NOT beat"
+  print(
+    f"validation {in_bits(validation)}\n"
+    f"bigram     {in_bits(bigram)}: the model {verdict} it\n"
+    f"took       {time.perf_counter() - started:.0f} s\n"
+    f"metrics    {run.metrics_path}\n"
+    f"plot       {plot_path}\n"
+    f"sample     {sample_path}\n"
+    f"checkpoint {run.folder / 'checkpoints' / str(step)}"
+  )
+  return 0
+
+
+def compile_steps(
+  model: TransformerLM,
+  optimizer: optax.GradientTransformation,
+  shapes: State,
+  batch: tuple[int, int],
+) -> tuple[TrainStep, EvalStep]:
+  """Compiles a step of training and the loss of a batch, and prints the time.
+
+  Args:
+    model: what is trained.
+    optimizer: what trains it.
+    shapes: shapes and dtypes of the state.
+    batch: shape of the windows, [B, T + 1].
+  """
+  started = time.perf_counter()
+  windows = jax.ShapeDtypeStruct(batch, jnp.int32)
+  train_step = jax.jit(make_train_step(model, optimizer), donate_argnums=0)
+  eval_step = jax.jit(functools.partial(loss_fn, model))
+  compiled = (
+    train_step.lower(shapes, windows).compile(),
+    eval_step.lower(shapes["params"], windows).compile(),
+  )
+  print(f"compiled   in {time.perf_counter() - started:.1f} s")
+  return compiled
+
+
+def run_steps(
+  args: argparse.Namespace,
+  run: Run,
+  step: int,
+  state: State,
+  train_step: TrainStep,
+  eval_step: EvalStep,
+  text: np.ndarray,
+  windows: np.ndarray,
+) -> tuple[int, State, int]:
+  """Trains from `step` on, to the last step or until a signal stops it.
+
+  Args:
+    args: the flags.
+    run: takes the losses and the checkpoints.
+    step: the steps that are done already.
+    state: what they led to.
+    train_step: compiled.
+    eval_step: compiled.
+    text: uint8 vector to train on.
+    windows: int32 [eval_batches * batch_size, seq_len + 1] to evaluate on.
+
+  Returns:
+    The step reached, its state, and the signal that stopped it (0: none).
+
+  Raises:
+    UsageError: if the loss is not finite.
+  """
+  eval_batches = np.split(windows, args.eval_batches)
+  pending: list[tuple[int, jax.Array]] = []  # losses still on the device
+
+  def record() -> None:
+    for at, loss in pending:
+      value = float(loss)
+      if not math.isfinite(value):
+        raise UsageError(
+          f"the training loss is not finite at step {at}; a lower "
+          "--learning-rate may help."
+        )
+      run.metrics.append({"step": at, "train_loss": value})
+    pending.clear()
+
+  with (
+    StopRequest() as request,
+    tqdm.tqdm(total=args.steps, initial=step, unit="step") as bar,
+  ):
+    mark, mark_time = step, time.perf_counter()
+    while step < args.steps and not request.signal:
+      batch = training_batch(
+        text,
+        seed=args.seed,
+        step=step,
+        batch_size=args.batch_size,
+        seq_len=args.seq_len,
+      )
+      state, loss = train_step(state, batch)
+      step += 1
+      pending.append((step, loss))
+      bar.update()
+      last = step == args.steps
+      if step % 10 == 0 or last:
+        record()
+        now = time.perf_counter()
+        tokens = (step - mark) * args.batch_size * args.seq_len
+        bar.set_postfix_str(
+          f"loss {run.metrics[-1]['train_loss']:.3f}, "
+          f"{tokens / (now - mark_time):,.0f} tokens/s"
+        )
+        mark, mark_time = step, now
+      # The speed is that of training alone.
+      pause = time.perf_counter()
+      if step % args.eval_every == 0 or last:
+        record()
+        validation = float(
+          np.mean([eval_step(state["params"], b) for b in eval_batches])
+        )
+        run.metrics[-1]["validation_loss"] = validation
+        bar.write(f"step {step}: validation {in_bits(validation)}")
+      if step % args.checkpoint_every == 0 or last:
+        record()
+        run.save(step, state)
+      mark_time += time.perf_counter() - pause
+    record()
+    run.save(step, state)
+  return step, state, request.signal
+
+
+def write_sample(
+  args: argparse.Namespace,
+  model: TransformerLM,
+  params: Params,
+  corpus: Corpus,
+  run: Run,
+) -> pathlib.Path:
+  """Continues a prompt, prints the text and writes it to sample.txt."""
+  if args.prompt is None:
+    prompt = corpus.validation[: min(64, args.seq_len // 2)]
+  else:
+    prompt = np.frombuffer(os.fsencode(args.prompt), np.uint8)
+  room = args.seq_len - len(prompt)
+  out = generate(
+    model,
+    params,
+    [prompt.tolist()],
+    max_new_tokens=min(args.sample_bytes, room),
+    temperature=args.temperature,
+    key=args.seed,
+  )
+  text = np.asarray(out.tokens[0]).astype(np.uint8).tobytes()
+  path = run.folder / "sample.txt"
+  path.write_bytes(text)
+  shown = text[len(prompt) :].decode(errors="replace")
+  print(f"---- sample, after {text[: len(prompt)]!r}\n{shown}\n----")
+  return path
+
+
+def resume_command() -> str:
+  """The command of this process, with --resume."""
+  words = [word for word in sys.argv if word != "--resume"]
+  return shlex.join(["python", *words, "--resume"])
+
+
+def in_bits(nats: float) -> str:
+  """A loss in nats per byte, and the same in bits."""
+  return f"{nats:.4f} nats/byte ({nats / math.log(2):.4f} bits/byte)"
