@@ -1,6 +1,6 @@
-"""The public ops: validate, choose an implementation, call it.
+"""The public ops: they validate, choose an implementation and call it.
 
-What is the same for every implementation happens here, once: defaults,
-positions of the queries, and the removal of everything that no query may read
-(padding, keys after the last query), so that a NaN there reaches no result.
+Work that every implementation shares is done here, once: defaults, query
+positions, and the masking of everything that no query may read (padding, keys
+after the last query), so that a NaN there reaches no result.
 """

@@ -26,7 +26,7 @@ def compressed_attention(
   tiles: Any = None,
   implementation: Implementation = None,
 ) -> tuple[Array, Array]:
-  """Attention over compressed blocks (Eq. 7), those wholly at or before t.
+  """Attention over the compressed blocks that end at or before t (Eq. 7).
 
   Args:
     query: [B, T, N, H].
@@ -34,19 +34,17 @@ def compressed_attention(
     value: [B, C, K, V], compressed.
     config: `compression_block` and `compression_stride` are read.
     key_length: S, static: the number of tokens the blocks were made from.
-    scale: as in `native_sparse_attention`; as are the next three and
-      `implementation`.
-    query_offset: int, or int32 () or [B].
-    segment_ids: int32 [B, S], of the tokens.
-    query_segment_ids: int32 [B, T].
-    tiles: tile sizes of the kernels, a `BandTiling`; None for the fastest
-      known.
-    implementation: None, a name, or a sequence of names.
+    scale: as in `native_sparse_attention`.
+    query_offset: as in `native_sparse_attention`.
+    segment_ids: as in `native_sparse_attention`: int32 [B, S], per token.
+    query_segment_ids: as in `native_sparse_attention`.
+    tiles: tile sizes of the kernels, a `BandTiling`; None for the heuristic.
+    implementation: as in `native_sparse_attention`.
 
   Returns:
     out [B, T, N, V] in the dtype of `query` and the natural-log lse [B, T, N]
-    in float32 (float64 for float64). A query that sees no block gets 0 and
-    -inf, and no gradient.
+    in float32 (float64 for float64). A query that sees no block gets out 0,
+    lse -inf and zero gradient.
 
   Raises:
     ValueError: if an argument does not fit, with its name, value and the rule.
@@ -100,18 +98,17 @@ def selected_attention(
     key: [B, S, K, H].
     value: [B, S, K, V].
     block_ids: int32 [B, T, K, m], m >= 1, shared by the heads of a group:
-      strictly ascending, then -1. Any selector may have made them;
-      `block_ids_from_scores` makes them from scores. What ids of another form
-      give is undefined where they are traced and cannot be refused.
+      strictly ascending, then -1. They may come from any selector;
+      `block_ids_from_scores` makes them from scores. Traced ids cannot be
+      checked: with any other order the result is undefined.
     config: only `selection_block` is read.
-    scale: as in `native_sparse_attention`; as are the next three and
-      `implementation`.
-    query_offset: int, or int32 () or [B].
-    segment_ids: int32 [B, S].
-    query_segment_ids: int32 [B, T].
-    tiles: tile sizes of the kernels, a `SelectedTiling`; None for the fastest
-      known.
-    implementation: None, a name, or a sequence of names.
+    scale: as in `native_sparse_attention`.
+    query_offset: as in `native_sparse_attention`.
+    segment_ids: as in `native_sparse_attention`.
+    query_segment_ids: as in `native_sparse_attention`.
+    tiles: tile sizes of the kernels, a `SelectedTiling`; None for the
+      heuristic.
+    implementation: as in `native_sparse_attention`.
 
   Returns:
     out and lse as in `compressed_attention`.
@@ -201,20 +198,19 @@ def window_attention(
 
   Args:
     query: [B, T, N, H].
-    key: [B, S, K, H]; row s has position key_offset + s. Rows at negative
-      positions are no tokens and are not read.
+    key: [B, S, K, H]; key s has position key_offset + s. Keys at negative
+      positions are not tokens and are not read.
     value: [B, S, K, V].
     config: only `window` is read.
-    scale: as in `native_sparse_attention`; as are the next three and
-      `implementation`.
-    key_offset: position of the first key, int or int32 () or [B].
-    query_offset: int, or int32 () or [B]; key_offset + S - T by default.
-    segment_ids: int32 [B, S], contiguous runs, of any alignment here.
-    query_segment_ids: int32 [B, T].
-    return_lse: False to return out alone, which more implementations can.
-    tiles: tile sizes of the kernels, a `BandTiling`; None for the fastest
-      known.
-    implementation: None, a name, or a sequence of names.
+    scale: as in `native_sparse_attention`.
+    key_offset: position of the first key: int, or int32 of shape () or [B].
+    query_offset: as in `native_sparse_attention`; key_offset + S - T by
+      default.
+    segment_ids: int32 [B, S], contiguous runs; here they may start anywhere.
+    query_segment_ids: as in `native_sparse_attention`.
+    return_lse: False returns out alone, which "cudnn" requires.
+    tiles: tile sizes of the kernels, a `BandTiling`; None for the heuristic.
+    implementation: as in `native_sparse_attention`, or "cudnn".
 
   Returns:
     out and lse as in `compressed_attention`, or out alone.
@@ -299,15 +295,15 @@ def full_attention(
     query: [B, T, N, H].
     key: [B, S, K, H].
     value: [B, S, K, V].
-    scale: as in `native_sparse_attention`; as are the next three.
-    query_offset: int, or int32 () or [B].
-    segment_ids: int32 [B, S], contiguous runs, of any alignment here.
-    query_segment_ids: int32 [B, T].
-    return_lse: False to return out alone, which more implementations can.
+    scale: as in `native_sparse_attention`.
+    query_offset: as in `native_sparse_attention`.
+    segment_ids: int32 [B, S], contiguous runs; here they may start anywhere.
+    query_segment_ids: as in `native_sparse_attention`.
+    return_lse: False returns out alone, which "cudnn" requires.
     implementation: "cudnn", "xla", "reference", or a sequence of these names.
-      None is cuDNN where it can do the call: out alone, in half precision,
-      without segments, T = S, and with an NVIDIA GPU as default device; "xla",
-      with memory linear in the length, for everything else.
+      None is "cudnn" where it can do the call: out alone, 16-bit inputs, T = S,
+      no segments, and an NVIDIA GPU as the default device. Otherwise it is
+      "xla", with memory linear in the length.
 
   Returns:
     out and lse as in `compressed_attention`, or out alone.
@@ -346,18 +342,18 @@ def attend_branch(
   scope: Scope,
   block_ids: Array | None = None,
 ) -> tuple[Array, Any]:
-  """One branch of validated arguments; masks what no query may read.
+  """Runs one branch on validated arguments; masks what no query may read.
 
   Args:
     op: "compressed", "selected", "window" or "full".
-    implementation: what was asked for.
-    spec: the static side of the call.
+    implementation: the caller's argument.
+    spec: static arguments of the call.
     qkv: query, key and value.
-    scope: of the call.
-    block_ids: of the selected branch.
+    scope: which queries and keys are valid.
+    block_ids: for the selected branch.
 
   Returns:
-    out and lse, or None in its place if the spec needs none.
+    out and lse; lse may be None if `spec.need_lse` is False.
   """
   query, key, value = qkv
   readable = scope.readable_keys
@@ -383,7 +379,7 @@ def attend_branch(
 def check_compressed(
   name: str, key: Array, key_length: int, config: NSAConfig
 ) -> int:
-  """S, validated: `key` holds its compressed blocks."""
+  """Validates S against the compressed blocks of `key` and returns it."""
   key_length = _checks.static_int("key_length", key_length, minimum=1)
   num_compressed = geometry.num_compressed_blocks(key_length, config)
   if key.shape[1] != num_compressed:
@@ -397,7 +393,7 @@ def check_compressed(
 def check_block_ids(
   ids: Any, query: Array, key: Array, config: NSAConfig
 ) -> Array:
-  """Block ids of queries and keys, validated, as int32."""
+  """Validates the shape, dtype and values of block ids; int32."""
   given = ids
   ids = _checks.array("block_ids", ids, 4, "[B, T, K, m]")
   if not jnp.issubdtype(ids.dtype, jnp.integer):
@@ -416,5 +412,6 @@ def check_block_ids(
     )
   num_blocks = geometry.num_selection_blocks(key.shape[1], config)
   _checks.block_ids(given, num_blocks)
-  # Nobody reads a block beyond the keys, but a token in it may leave int32.
+  # A block past the keys is never read, but its token positions may overflow
+  # int32.
   return jnp.minimum(ids, jnp.int32(num_blocks)).astype(jnp.int32)

@@ -93,37 +93,36 @@ def attend(
 ) -> Array | tuple[Array, Array]:
   """Native Sparse Attention of the newest tokens over the cache (Eq. 5).
 
-  For inference: gradients are not promised.
+  For inference: gradients are not guaranteed.
 
   Args:
     query: [B, T, N, H], of tokens that the cache already holds.
     cache: of kind "nsa", after `append` or `prefill`.
     gates: [B, T, N, 3], as in `native_sparse_attention`.
-    config: that of `init`.
-    query_offset: position of the first query of each row, the length before
-      the append: int32 [B] or (). A Python integer is that of all rows; the
-      tokens beyond the last query are then not read at all, so that the prompt
-      at 0 costs what it costs without a cache. The ring of the window has all
-      that the last `max_append` tokens of a row read, as long as nothing is
-      rewound; earlier queries silently miss keys.
+    config: the one given to `init`.
+    query_offset: position of the first query of each batch row, which is its
+      length before the append: int32 of shape () or [B]. A Python integer
+      applies to all rows and lets keys after the last query be skipped, so that
+      a prompt at 0 costs the same as without a cache. The window's ring holds
+      every key that the last `max_append` tokens of a row read, unless the row
+      was rewound; earlier queries silently miss keys.
     scale: static softmax scale, 1/sqrt(H) by default.
-    compressed_query: [B, T, N, H], as in `native_sparse_attention`; as is
-      `select`.
-    prefill_window: what `prefill` returned; needed for more than `max_append`
-      queries if the window has keys and values of its own.
-    select: a selector of one's own. The decode kernels select blocks
-      themselves, so the branches then run one by one.
+    compressed_query: [B, T, N, H], as in `native_sparse_attention`.
+    prefill_window: the second result of `prefill`; needed for more than
+      `max_append` queries if the window has its own keys and values.
+    select: a custom selector, as in `native_sparse_attention`. The decode
+      kernels do their own selection, so the branches then run one by one.
     return_block_ids: also return the ids of the selected blocks.
-    tiles: tile sizes as in `native_sparse_attention`, and those of the decode
+    tiles: tile sizes as in `native_sparse_attention`; those of the decode
       kernels, a `DecodeTiling`, under "decode".
     implementation: "triton", "xla", "reference", or a sequence of names, as in
-      `native_sparse_attention`; None is the decode kernels on NVIDIA GPUs, if
-      they support the call, and "xla" elsewhere.
+      `native_sparse_attention`. None is the decode kernels on NVIDIA GPUs and
+      "xla" elsewhere; a call they cannot do runs the branches one by one.
 
   Returns:
     out [B, T, N, V] in the dtype of `query`, or (out, block_ids) with block_ids
     int32 [B, T, K, n]. Queries at positions < 0 or >= `lengths`, such as the
-    padding of a ragged batch, get 0 and ids -1.
+    padding of a ragged batch, get out 0 and ids -1.
 
   Raises:
     ValueError: if an argument does not fit, with its name, value and the rule.
@@ -161,11 +160,11 @@ def attend(
       "V of the cache",
     )
 
-  # What a static offset shows to lie beyond the last query is cut off.
+  # With a static offset, keys after the last query are sliced off.
   key_length = selected.key.shape[1]
   if isinstance(query_offset, int):
     stop = max(query_offset + length, 1)
-    if few and prefill_window is None:  # The kernels take whole blocks.
+    if few and prefill_window is None:  # The kernels read whole blocks.
       stop += -stop % config.selection_block
     key_length = min(stop, key_length)
   blocks = geometry.num_compressed_blocks(key_length, config)
@@ -216,10 +215,11 @@ def attend_window(
   Args:
     query: [B, T, N, H], of tokens that the cache already holds.
     cache: after `append` or `prefill`.
-    config: that of `init`.
-    query_offset: as in `attend`; as are the others.
-    scale: static softmax scale, 1/sqrt(H) by default.
-    prefill_window: what `prefill` returned, for more than `max_append` queries.
+    config: the one given to `init`.
+    query_offset: as in `attend`.
+    scale: as in `attend`.
+    prefill_window: the second result of `prefill`; needed for more than
+      `max_append` queries.
     implementation: as in `window_attention`.
 
   Returns:
@@ -268,13 +268,13 @@ def attend_full(
   scale: float | None = None,
   implementation: Implementation = None,
 ) -> Array:
-  """Causal attention of the newest tokens to all tokens that a row holds.
+  """Causal attention of the newest tokens over all tokens of their row.
 
   Args:
     query: [B, T, N, H], of tokens that the cache already holds.
     cache: of kind "full" (or "nsa"), after `append` or `prefill`.
     query_offset: as in `attend`.
-    scale: static softmax scale, 1/sqrt(H) by default.
+    scale: as in `attend`.
     implementation: as in `full_attention`.
 
   Returns:
@@ -312,7 +312,7 @@ def attend_full(
 def _compose(
   spec, arrays, index, implementation, prefill_window, select, tiles
 ):
-  """`attend` by the branches, one by one."""
+  """`attend` composed of the separate branches."""
   lengths, queries = index
   query = arrays.query
   scope = _held_scope(query, spec.key_length, queries.offset, lengths)
@@ -353,7 +353,7 @@ def _compose_by_xla(spec, arrays, index):
 
 
 def _held_scope(query, key_length, query_offset, lengths):
-  """The scope of queries over the first `lengths` of the keys."""
+  """The scope of queries over the first `lengths` keys of each batch row."""
   scope = make_scope(query, key_length, query_offset, None, None)
   positions = scope.queries.positions(*query.shape[:2])
   last = lengths[:, None] - 1
@@ -361,7 +361,7 @@ def _held_scope(query, key_length, query_offset, lengths):
     last = jnp.minimum(last, scope.last_position)
   return scope._replace(
     valid_queries=_held(positions, lengths),
-    # What a rewound token left behind may be NaN, and 0 * NaN is NaN.
+    # Stale keys of rewound tokens may be NaN, and 0 * NaN is NaN.
     readable_keys=jnp.arange(key_length) <= last,
     last_position=last,
   )
@@ -370,15 +370,16 @@ def _held_scope(query, key_length, query_offset, lengths):
 def _window_rows(
   query, ring, prefill_window, query_offset, lengths, window, selected=None
 ):
-  """Keys and values that the windows of the queries read, and their scope.
+  """Keys and values that the queries' windows read, and their scope.
 
-  In order: the tokens before the first query, and those of the queries.
+  They are in order of position: first the tokens before the first query, then
+  the queries' own.
   """
   batch, length = query.shape[:2]
   before = window - 1
   if prefill_window is not None:
     before = prefill_window.key.shape[1] - length
-  if isinstance(query_offset, int):  # Fewer tokens may be there at all.
+  if isinstance(query_offset, int):  # Fewer tokens may precede the query.
     before = min(before, max(query_offset, 0))
   key_offset = query_offset - before
   token = query_positions(key_offset, batch, before + length)
@@ -390,7 +391,7 @@ def _window_rows(
     rows = KV(*(x[:, first:] for x in prefill_window))
   elif ring is not None:
     rows = ring_rows(ring, token)
-    # Earlier tokens are overwritten by others: no query may read those.
+    # Later tokens have overwritten the earlier ones in the ring.
     known &= token >= lengths[:, None] - ring.key.shape[1]
     segments = known.astype(jnp.int32), valid.astype(jnp.int32)
   else:
@@ -400,7 +401,11 @@ def _window_rows(
 
 
 def _check_few(ring, query, prefill_window, cache, config):
-  """Whether the ring of the window, if any, holds what the queries read."""
+  """Whether there are at most `max_append` queries, if that has a limit.
+
+  Raises:
+    ValueError: if the window's ring lacks keys that the queries read.
+  """
   most = max_append(cache, config)
   length = query.shape[1]
   few = most is None or length <= most
@@ -413,7 +418,7 @@ def _check_few(ring, query, prefill_window, cache, config):
 
 
 def _check_prefill_window(query, window):
-  """The argument `prefill_window`, validated."""
+  """Validates the argument `prefill_window` and returns it."""
   _, window = _checks.pair("prefill_window", query, window)
   if window.key.shape[1] < query.shape[1]:
     raise ValueError(
@@ -425,7 +430,7 @@ def _check_prefill_window(query, window):
 
 
 def _held(positions, lengths):
-  """Which positions [B, n] a row holds."""
+  """Mask of the positions [B, n] that the cache holds."""
   return (positions >= 0) & (positions < lengths[:, None])
 
 

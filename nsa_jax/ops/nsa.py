@@ -1,4 +1,4 @@
-"""Native Sparse Attention (Eq. 5): the one composition of its branches."""
+"""Native Sparse Attention (Eq. 5), composed of its branches."""
 
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple, overload
@@ -104,7 +104,7 @@ def native_sparse_attention(
 
       out[t] = sum over c of gates[t, :, c] * Attn_c(query[t], K_c, V_c)
 
-  for c in compressed, selected, window, each with a softmax of its own.
+  for c in compressed, selected, window, each with its own softmax.
 
   Args:
     query: [B, T, N, H].
@@ -113,38 +113,39 @@ def native_sparse_attention(
     selected: keys [B, S, K, H] and values [B, S, K, V] of the selected blocks.
     window: keys [B, S, K, H] and values [B, S, K, V] of the sliding window.
     gates: [B, T, N, 3], any floating-point dtype, in the order compressed,
-      selected, window, already through the sigmoid.
+      selected, window, after the sigmoid.
     config: the algorithm's hyper-parameters.
     scale: static softmax scale, 1/sqrt(H) by default.
-    query_offset: position of the first query in the row of keys: an integer,
-      or an int32 array of shape () or [B]; S - T by default. Queries at
-      positions outside [0, S) behave like padding.
+    query_offset: position of the first query among the keys: an integer, or an
+      int32 array of shape () or [B]; S - T by default. Queries at positions
+      outside [0, S) behave like padding.
     segment_ids: int32 [B, S] for packed sequences: contiguous runs that start
       at multiples of `selection_block`; 0 is padding.
     query_segment_ids: int32 [B, T]; by default `segment_ids` at the queries'
       positions.
     compressed_query: [B, T, N, H], the query of the compressed branch and of
-      the selection, if it is another one (for example not rotated).
-    block_ids: int32 [B, T, K, m] to skip the selection: block ids strictly
-      ascending, then -1.
-    select: a selector of one's own, in place of the importance scores (Eq.
-      8-11). It is called with keyword arguments: `query` [B, T, N, H] (that of
-      the compressed branch), `compressed_key` [B, C, K, H], `lse` [B, T, N] of
-      the compressed branch, `selected_key` [B, S, K, H], `config`,
-      `key_length`, `scale`, `query_offset`, `segment_ids` and
-      `query_segment_ids`; and returns block ids, for example from
-      `block_ids_from_scores`. It takes `**_` for those it has no use for.
+      the selection, if it differs from `query` (for example, is not rotated).
+    block_ids: int32 [B, T, K, m], block ids that replace the selection:
+      strictly ascending, then -1.
+    select: a custom selector that replaces the importance scores (Eq. 8-11).
+      It is called with keyword arguments: `query` [B, T, N, H] (that of the
+      compressed branch), `compressed_key` [B, C, K, H], `lse` [B, T, N] of the
+      compressed branch, `selected_key` [B, S, K, H], `config`, `key_length`,
+      `scale`, `query_offset`, `segment_ids` and `query_segment_ids`; it should
+      accept `**_` for those it does not use. It returns block ids, for example
+      from `block_ids_from_scores`.
     return_block_ids: also return the ids of the selected blocks.
     tiles: tile sizes of the kernels by op: "compressed", "select_blocks",
-      "selected", "window"; None for the fastest known.
+      "selected", "window"; None for the heuristic.
     implementation: a name ("triton", "xla", "reference"), or a sequence of
-      names to try in order; in one, "cudnn" may serve the window alone. None
-      is "triton" on NVIDIA GPUs and "xla" elsewhere, in one traced program and
-      with reverse mode only; or "xla" alone, if the kernels cannot do the call.
+      names to try in order, op by op; in a sequence, "cudnn" may serve the
+      window. None is "triton" on NVIDIA GPUs and "xla" elsewhere, in one traced
+      program with reverse mode only; or "xla" alone, if the kernels cannot do
+      the call.
 
   Returns:
     out [B, T, N, V] in the dtype of `query`, or (out, block_ids) with block_ids
-    int32 [B, T, K, n], or as given. Queries with nothing to attend get 0.
+    int32 [B, T, K, n], or as given. Queries with nothing to attend get out 0.
 
   Raises:
     ValueError: if an argument does not fit, with its name, value and the rule.
@@ -225,7 +226,7 @@ def native_sparse_attention(
 
 
 class Arguments(NamedTuple):
-  """The arrays of the op, validated; as in `native_sparse_attention`."""
+  """Validated arrays of the op, named as in `native_sparse_attention`."""
 
   query: Array
   compressed_query: Array
@@ -248,13 +249,13 @@ def compose(
   """compressed -> select -> selected -> window -> gated sum.
 
   Args:
-    arrays: of the call.
-    spec: its static side.
+    arrays: arrays of the call.
+    spec: static arguments of the call.
     scope: of the compressed and the selected branch.
-    window_scope: of the window, whose keys may be others.
-    implementation: as in `native_sparse_attention`; as are the next two.
-    select: a selector of the user's.
-    tiles: by op.
+    window_scope: of the window branch, which may read other keys.
+    implementation: as in `native_sparse_attention`.
+    select: as in `native_sparse_attention`.
+    tiles: as in `native_sparse_attention`.
 
   Returns:
     out and block ids.
@@ -307,7 +308,7 @@ def compose(
 
 
 def _call_selector(select, spec, arrays, lse, scope):
-  """Block ids of a user's selector, which sees nothing that is masked."""
+  """Block ids of a custom selector; what no query may read is masked first."""
   config, queries = spec.config, scope.queries
   key = keep(arrays.selected.key, scope.readable_keys)
   ids = select(
@@ -328,7 +329,7 @@ def _call_selector(select, spec, arrays, lse, scope):
 def check_queries(
   query: Array, gates: ArrayLike, compressed_query: ArrayLike | None
 ) -> tuple[Array, Array]:
-  """`gates` and `compressed_query` of queries [B, T, N, H], validated."""
+  """Validates `gates` and `compressed_query` for queries [B, T, N, H]."""
   gates = _checks.array("gates", gates, 4, "[B, T, N, 3]")
   _checks.floating("gates", gates)
   _checks.shape("gates", gates, (*query.shape[:3], 3), "[B, T, N, 3]")
@@ -340,7 +341,7 @@ def check_queries(
 
 
 def check_tiles(tiles: Any) -> Mapping[str, Any]:
-  """Tile sizes by op, validated."""
+  """Validates the mapping from ops to tile sizes."""
   known = ("compressed", "select_blocks", "selected", "window")
   if tiles is None:
     return {}

@@ -1,4 +1,4 @@
-"""What the queries of a call can read at all, and masks for the rest."""
+"""Which queries and keys of a call are valid, and masks for the others."""
 
 from typing import NamedTuple
 
@@ -12,16 +12,16 @@ from pallas_kernels.interface import compressed_block_segments, query_positions
 
 
 class Scope(NamedTuple):
-  """Queries of a call, and what of the arguments counts; None: all of it.
+  """Queries of a call, and masks of what is valid; a mask of None: everything.
 
   Attributes:
     queries: positions and segments.
     key_length: S.
-    valid_queries: bool [B, T], queries that are neither padding nor outside
-      the keys.
-    readable_keys: bool [B or 1, S], keys that some query may read.
-    last_position: int32 [B, 1], of the last query; -1 if it lies behind the
-      keys.
+    valid_queries: bool [B, T], queries that are neither padding nor positioned
+      outside the keys.
+    readable_keys: bool [B, S], keys that some query may read.
+    last_position: int32 [B, 1], position of the last query; -1 if all queries
+      lie past the keys.
   """
 
   queries: Queries
@@ -31,7 +31,7 @@ class Scope(NamedTuple):
   last_position: Array | None
 
   def readable_blocks(self, config: NSAConfig) -> Array | None:
-    """Compressed blocks that some query may read, bool [B or 1, C]."""
+    """Compressed blocks that some query may read, bool [B, C]."""
     readable = None
     if self.last_position is not None:
       ends = geometry.compressed_block_ends(self.key_length, config)
@@ -58,10 +58,10 @@ def make_scope(
   Args:
     query: the queries.
     key_length: S.
-    query_offset: as in `native_sparse_attention`; as are the next two.
-    segment_ids: int32 [B, S].
-    query_segment_ids: int32 [B, T].
-    alignment: of the first token of each segment.
+    query_offset: as in `native_sparse_attention`.
+    segment_ids: as in `native_sparse_attention`.
+    query_segment_ids: as in `native_sparse_attention`.
+    alignment: each segment must start at a multiple of it.
     key_offset: position of the first key.
 
   Raises:
@@ -74,15 +74,15 @@ def make_scope(
     query_offset = stop - length
   query_offset = _checks.offset("query_offset", query_offset, ((), (batch,)))
   if isinstance(query_offset, int) and isinstance(key_offset, int):
-    # What is known here needs no mask, and stays static.
+    # Static offsets stay static, and need no mask if everything is valid.
     first = max(key_offset, 0)
     all_valid = first <= query_offset <= stop - length
     all_readable = key_offset >= 0 and stop - length <= query_offset < stop
     query_offset = min(max(query_offset, first - length), stop)
   else:
     all_valid = all_readable = False
-    # Queries far outside are padding as much as those just outside, and their
-    # positions fit int32.
+    # A query far outside the keys is padding like one just outside, whose
+    # position cannot overflow int32.
     query_offset = jnp.clip(query_offset, first - length, stop)
   positions = query_positions(query_offset, batch, length)
   first, stop, start = (_column(x) for x in (first, stop, key_offset))
@@ -130,12 +130,12 @@ def make_scope(
 
 
 def _column(offset):
-  """An offset that broadcasts against [B, ...]."""
+  """An offset that broadcasts against [B, T] or [B, S]."""
   return offset[:, None] if jnp.ndim(offset) else offset
 
 
 def keep(x: Array, mask: Array | None, fill: float = 0) -> Array:
-  """`x` where a mask [B, rows] holds; elsewhere no value and no gradient."""
+  """`x` where a mask [B, T or S] holds; elsewhere `fill`, without gradient."""
   if mask is None:
     return x
   return jnp.where(mask.reshape(*mask.shape, *(1,) * (x.ndim - 2)), x, fill)

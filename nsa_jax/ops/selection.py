@@ -1,4 +1,4 @@
-"""Which blocks a query reads: importance (Eq. 8-10) and the best n (Eq. 11)."""
+"""Which blocks a query reads: importance (Eq. 8-10) and top-n (Eq. 11)."""
 
 from typing import Any
 
@@ -38,17 +38,16 @@ def block_scores(
     lse: [B, T, N], from `compressed_attention` with the same arguments.
     config: the block lengths and the stride are read.
     key_length: S, static: the number of tokens the blocks were made from.
-    scale: as in `native_sparse_attention`; as are the next three and
-      `implementation`.
-    query_offset: int, or int32 () or [B].
-    segment_ids: int32 [B, S], of the tokens.
-    query_segment_ids: int32 [B, T].
-    implementation: None, a name, or a sequence of names.
+    scale: as in `native_sparse_attention`.
+    query_offset: as in `native_sparse_attention`.
+    segment_ids: as in `native_sparse_attention`: int32 [B, S], per token.
+    query_segment_ids: as in `native_sparse_attention`.
+    implementation: as in `native_sparse_attention`.
 
   Returns:
-    [B, T, K, M], float32 (float64 for float64): attention probability of the
-    compressed blocks, weighted by their overlap with each selection block in
-    units of the stride, summed over the heads of a group.
+    [B, T, K, M], float32 (float64 for float64): the attention probabilities of
+    the compressed blocks, weighted by their overlap with each selection block
+    in units of the stride, summed over the heads of a group.
 
   Raises:
     ValueError: if an argument does not fit, with its name, value and the rule.
@@ -92,24 +91,23 @@ def select_blocks(
   """The n blocks each query reads (Eq. 8-11), the same for a whole group.
 
   The first `num_initial` blocks of the sequence (or segment) and the
-  `num_local` blocks ending at the query's own are always chosen; the other
-  places go to the largest importance scores, ties to the lower index. No
-  gradient passes through.
+  `num_local` blocks ending at the query's own are always chosen (forced); the
+  remaining slots go to the largest importance scores, ties to the lower index.
+  No gradient passes through.
 
   Args:
     query: [B, T, N, H].
     compressed_key: [B, C, K, H]; C = num_compressed_blocks(key_length).
     lse: [B, T, N], from `compressed_attention` with the same arguments.
     config: the algorithm's hyper-parameters; all but `window` are read.
-    key_length: as in `block_scores`; as are the next four and
-      `implementation`.
-    scale: static softmax scale.
-    query_offset: int, or int32 () or [B].
-    segment_ids: int32 [B, S], of the tokens.
-    query_segment_ids: int32 [B, T].
-    tiles: tile sizes of the kernels, a `SelectionTiling`; None for the fastest
-      known.
-    implementation: None, a name, or a sequence of names.
+    key_length: as in `block_scores`.
+    scale: as in `native_sparse_attention`.
+    query_offset: as in `native_sparse_attention`.
+    segment_ids: as in `native_sparse_attention`: int32 [B, S], per token.
+    query_segment_ids: as in `native_sparse_attention`.
+    tiles: tile sizes of the kernels, a `SelectionTiling`; None for the
+      heuristic.
+    implementation: as in `native_sparse_attention`.
 
   Returns:
     int32 [B, T, K, n]: block ids strictly ascending, then -1.
@@ -147,21 +145,21 @@ def block_ids_from_scores(
   segment_ids: ArrayLike | None = None,
   query_segment_ids: ArrayLike | None = None,
 ) -> Array:
-  """Valid block ids from any scores (Eq. 11): what a selector has to return.
+  """Valid block ids from any scores (Eq. 11), as a selector must return.
 
-  The forced blocks are in, no block lies in the future or in another segment,
-  and the places that are left go to the largest scores, ties to the lower
-  index. With at most n candidates, all of them are chosen.
+  The forced blocks are included, no block lies in the future or in another
+  segment, and the remaining slots go to the largest scores, ties to the lower
+  index. If a query has at most n candidates, all of them are chosen.
 
   Args:
-    scores: [B, T, K, M], floating-point, M = num_selection_blocks(key_length);
-      of any range. A NaN counts as the lowest score.
+    scores: [B, T, K, M], floating-point, M = num_selection_blocks(key_length).
+      Any range; a NaN counts as the lowest score.
     config: `selection_block`, `num_selected`, `num_initial` and `num_local` are
       read.
-    key_length: S, static: tokens of the keys.
-    query_offset: as in `native_sparse_attention`; as are the next two.
-    segment_ids: int32 [B, S], of the tokens.
-    query_segment_ids: int32 [B, T].
+    key_length: S, static: number of tokens of the keys.
+    query_offset: as in `native_sparse_attention`.
+    segment_ids: as in `native_sparse_attention`: int32 [B, S], per token.
+    query_segment_ids: as in `native_sparse_attention`.
 
   Returns:
     int32 [B, T, K, n]: block ids strictly ascending, then -1. No gradient
@@ -217,7 +215,7 @@ def select(
   lse: Array,
   scope: Scope,
 ) -> Array:
-  """`select_blocks` of validated arguments."""
+  """`select_blocks` on validated arguments."""
   query, compressed_key, lse = jax.lax.stop_gradient(
     (query, compressed_key, lse)
   )
@@ -242,7 +240,7 @@ def _inputs(
   query: Any, compressed_key: Any, lse: Any, config: Any, key_length: Any,
   scale: Any, query_offset: Any, segment_ids: Any, query_segment_ids: Any,
 ) -> tuple[Array, Array, Array, Spec, Scope]:  # fmt: skip
-  """Arrays, spec and scope of a selection, validated."""
+  """Validates the arguments of a selection; its arrays, spec and scope."""
   check_config(config)
   query = _checks.queries(query)
   compressed_key = _checks.keys("compressed_key", compressed_key, query, 0)
