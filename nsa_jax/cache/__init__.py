@@ -1,4 +1,4 @@
-"""Decode caches: their state, and attention over them."""
+"""Decode caches: state, and attention over it."""
 
 from nsa_jax.cache.state import (
   KINDS,

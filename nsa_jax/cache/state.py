@@ -1,19 +1,19 @@
-"""The decode cache of one attention layer, as pure functions over one pytree.
+"""The decode cache of one attention layer, as pure functions of one pytree.
 
-`init` makes it, `append` and `prefill` add tokens, `rewind` forgets tokens;
-`nsa_jax.ops.cached` attends over it. Shapes are static and rows have lengths of
-their own, so that everything works under `jit`, `scan` and `vmap`, and in place
-where the cache is donated. What is valid follows from the lengths alone:
-nothing is ever cleared.
+`init` makes a cache, `append` and `prefill` add tokens, `rewind` removes
+tokens; `nsa_jax.ops.cached` attends over the cache. Shapes are static and every
+batch row has its own length, so that everything works under `jit`, `scan` and
+`vmap`, and in place if the cache is donated. The lengths alone determine which
+entries are valid: nothing is ever cleared.
 
 Per token and key/value head an NSA layer keeps one key and one value (H + V
-numbers) for the selection and a d-th part of that for the compressed blocks.
-Beside them each row has two rings whose size does not depend on the capacity:
-w + A - 1 keys and values of the window (none with `share_kv`) and the last
-l + A - 1 inputs of phi, where A is `max_append`. `bytes_per_token` and
-`num_bytes` say it in bytes.
+numbers) for the selected branch and 1/d of that for the compressed blocks. In
+addition each batch row has two ring buffers whose size does not depend on the
+capacity: w + A - 1 keys and values of the window (none with `share_kv`) and the
+last l + A - 1 inputs of phi, where A is `max_append`. `bytes_per_token` and
+`num_bytes` give the sizes in bytes.
 
-Letters in shapes are explained in `nsa_jax.typing`; here S is the capacity.
+`nsa_jax.typing` explains the letters in shapes; here S is the capacity.
 """
 
 from collections.abc import Callable
@@ -31,29 +31,30 @@ from pallas_kernels.interface import query_positions
 
 KINDS = get_args(AttentionName)
 
-# phi with the layer's parameters: from the keys and values of
-# (n - 1) d + l tokens and the index of each block's first token, int32 [B, n],
-# to the n compressed blocks.
+# phi with the layer's parameters bound: maps keys and values of (n - 1) d + l
+# tokens, and the index of each block's first token, int32 [B, n], to n
+# compressed blocks.
 Compress = Callable[[KV, Array], KV]
 
 _T = TypeVar("_T")
 
 
 class Cache(NamedTuple):
-  """What one attention layer keeps; fields that its kind has no use for: None.
+  """State of one attention layer; fields that its kind does not use are None.
 
   Attributes:
-    selected: keys and values [B, S, K, H or V] of all tokens, by position, as
-      the selected branch (or full attention) reads them. S is a multiple of l'.
+    selected: keys and values [B, S, K, H or V] of all tokens, by position, for
+      the selected branch (or full attention). S is a multiple of l'.
     compressed: [B, C, K, H or V], C = num_compressed_blocks(S). Block i is
-      valid once its last token i d + l - 1 is held.
-    window: ring [B, w + A - 1, K, H or V]: position p lies in row
+      valid once its last token, i d + l - 1, is in the cache.
+    window: ring [B, w + A - 1, K, H or V]; position p is stored at
       p % (w + A - 1). None with `share_kv`: the window reads `selected`.
     tail: ring [B, l + A - 1, K, H or V] of the inputs of phi.
-    lengths: int32 [B], tokens held by each row.
-    earliest: int32 [B], the shortest length other than 0 to which a row may be
-      rewound: the rings have lost what shorter ones need. The largest int32 if
-      a row went on from a shorter one: only emptying it helps.
+    lengths: int32 [B], tokens in each batch row.
+    earliest: int32 [B], the shortest nonzero length to which a row may be
+      rewound; the rings no longer hold what a shorter row needs. It is the
+      largest int32 after tokens were appended to a row that was too short: such
+      a row must be emptied.
   """
 
   selected: KV | None
@@ -85,19 +86,19 @@ def init(
   """An empty cache, all zeros.
 
   Args:
-    batch: B, rows.
-    capacity: S, tokens a row can hold; rounded up to a multiple of
+    batch: B.
+    capacity: S, maximum tokens per batch row; rounded up to a multiple of
       `selection_block`. A cache of kind "window" has no limit.
     config: the algorithm's hyper-parameters.
     num_kv_heads: K.
     head_dim: H, of keys.
     value_head_dim: V, of values; H by default.
-    max_append: A, the most tokens that `append` adds at once, and the most
-      that `rewind` takes back.
+    max_append: A, the maximum number of tokens that one `append` adds and that
+      `rewind` removes.
     share_kv: the window reads the keys and values of the selected branch.
     kind: "nsa"; "full", for attention to all tokens; or "window", for
-      attention to the last w.
-    dtype: of keys and values.
+      attention to the last w tokens.
+    dtype: dtype of keys and values.
 
   Returns:
     A Cache with `lengths` 0.
@@ -149,10 +150,10 @@ def init(
 
 
 def num_bytes(cache: Any) -> int:
-  """Bytes of a cache, of a model's `cache` collection, or of their shapes.
+  """Size in bytes of a cache or of a model's `cache` collection.
 
   Args:
-    cache: a pytree of arrays, or of what `jax.eval_shape` gives for them.
+    cache: a pytree of arrays or of `jax.ShapeDtypeStruct`.
 
   Example:
     >>> import functools, jax
@@ -179,11 +180,11 @@ def bytes_per_token(
   kind: AttentionName = "nsa",
   dtype: Any = jnp.float32,
 ) -> float:
-  """Bytes by which a row of a cache grows with each token of capacity.
+  """Bytes per batch row of a cache and per token of capacity.
 
       K (H + V) itemsize (1 + 1 / d)
 
-  without 1 / d for kind "full", and 0 for kind "window".
+  for kind "nsa", without the 1 / d for kind "full", and 0 for kind "window".
 
   Args:
     config: `compression_stride` (d) is read.
@@ -191,7 +192,7 @@ def bytes_per_token(
     head_dim: H.
     value_head_dim: V; H by default.
     kind: as in `init`.
-    dtype: of keys and values.
+    dtype: dtype of keys and values.
 
   Raises:
     ValueError: if an argument breaks a rule.
@@ -226,32 +227,33 @@ def append(
   compress: Compress | None = None,
   counts: Array | None = None,
 ) -> Cache:
-  """Adds up to `max_append` tokens to every row.
+  """Adds up to `max_append` tokens to every batch row.
 
-  Only the blocks that these tokens complete are compressed, at most
-  ceil(T / d) a call.
+  phi is applied only to the blocks that these tokens complete, at most
+  ceil(T / d) per call.
 
   Args:
-    cache: of B rows.
-    config: that of `init`.
+    cache: a cache of B rows.
+    config: the one given to `init`.
     compressed: inputs of phi, keys [B, T, K, H] and values [B, T, K, V].
     selected: keys and values of the selected branch (or of full attention).
     window: keys and values of the window.
-    compress: phi: maps keys and values of (n - 1) d + l tokens and the index
+    compress: phi; maps keys and values of (n - 1) d + l tokens, and the index
       of the first token of each block, int32 [B, n], to n blocks.
-    counts: int32 [B], how many of the T tokens are appended to each row, the
-      first ones; all by default. The others are not read.
+    counts: int32 [B], the number of tokens appended to each row, T by default.
+      Later tokens of a row are not read.
 
-  Each of the four is None exactly where the cache has no field for it.
+  `compressed`, `selected`, `window` and `compress` must be None exactly if the
+  cache does not have the field (for `compress`: `tail`).
 
   Returns:
-    The cache with longer rows. Where lengths are traced, tokens beyond the
-    capacity are dropped and `lengths` stays at the capacity: what was held
-    before is not touched. `attend` gives them 0.
+    The cache with the new tokens. If lengths are traced, tokens beyond the
+    capacity are dropped, `lengths` stays at the capacity and earlier tokens are
+    not modified; `attend` returns 0 for dropped tokens.
 
   Raises:
-    ValueError: if an argument does not fit, or, where lengths are concrete, if
-      the tokens do not fit into the capacity.
+    ValueError: if an argument does not fit, or if lengths are concrete and the
+      tokens exceed the capacity.
 
   Example:
     >>> import jax.numpy as jnp
@@ -290,28 +292,28 @@ def prefill(
   compress: Compress | None = None,
   counts: Array | None = None,
 ) -> tuple[Cache, KV | None]:
-  """Adds any number of tokens to every row: a whole prompt, or a chunk of one.
+  """Adds any number of tokens to every batch row: a prompt or a chunk of one.
 
-  The ring of the window keeps the last w + A - 1 tokens, of which the first
-  queries of a longer chunk need others: `attend` is therefore given the
-  window's keys and values that this function returns.
+  The window's ring keeps only the last w + A - 1 tokens, but the first queries
+  of a longer chunk read earlier ones. This function therefore returns the
+  window's keys and values for `attend`.
 
   Args:
-    cache: of B rows.
-    config: that of `init`.
-    compressed: as in `append`, with any T; as are the others.
-    selected: keys and values of the selected branch (or of full attention).
-    window: keys and values of the window.
-    compress: phi.
-    counts: int32 [B], how many of the T tokens each row gets.
+    cache: a cache of B rows.
+    config: the one given to `init`.
+    compressed: as in `append`, with any T.
+    selected: as in `append`, with any T.
+    window: as in `append`, with any T.
+    compress: as in `append`.
+    counts: as in `append`.
 
   Returns:
-    The cache, as from `append`, and the argument `window` of `attend`: keys
-    and values [B, w - 1 + T, K, H or V] of the w - 1 tokens before the chunk
-    and of the chunk, or None if the cache has no ring for the window.
+    The cache, as from `append`, and the argument `prefill_window` of `attend`:
+    keys and values [B, w - 1 + T, K, H or V] of the w - 1 tokens before the
+    chunk and of the chunk, or None if the cache has no ring for the window.
 
   Raises:
-    ValueError: as `append`.
+    ValueError: as in `append`.
 
   Example:
     >>> import jax.numpy as jnp
@@ -337,28 +339,28 @@ def prefill(
 
 
 def rewind(cache: _T, lengths: int | Array) -> _T:
-  """Forgets the newest tokens, for example rejected speculative ones.
+  """Removes the newest tokens, for example rejected speculative ones.
 
-  Only `lengths` changes: blocks that are no longer complete are compressed
-  again when they are complete again.
+  Only `lengths` changes. Blocks that become incomplete are compressed again
+  once new tokens complete them.
 
-  The rings still hold what the next token needs if no more than `max_append`
-  tokens are taken back, counted from the longest that the row has been since it
-  was empty: to `cache.earliest` at least, or to 0, which empties the row.
+  A row may lose at most `max_append` tokens, counted from its greatest length
+  since it was last empty, because the rings do not hold more: the new length is
+  `cache.earliest` or more, or 0, which empties the row.
 
   Args:
-    cache: a Cache, or any pytree of them, as the `cache` collection of a
+    cache: a Cache, or any pytree of them, such as the `cache` collection of a
       model.
-    lengths: int32 [B] or (), the new lengths. A row that is not longer stays
-      as it is.
+    lengths: int32 [B] or (), the new lengths. A row that is already as short
+      does not change.
 
   Returns:
     The same pytree with the new lengths.
 
   Raises:
     ValueError: if a shape or dtype does not fit, or a concrete length is
-      negative or too short. Where lengths are traced and too short, what is
-      attended next is undefined; the layers make it NaN.
+      negative or too short. If lengths are traced and too short, the next
+      attention is undefined; the layers return NaN.
 
   Example:
     >>> import jax.numpy as jnp
@@ -380,7 +382,7 @@ def rewind(cache: _T, lengths: int | Array) -> _T:
       raise ValueError(
         f"`cache` holds a {type(part).__name__}; it must be a pytree of Cache."
       )
-    # The layers of a scanned model are stacked before the batch.
+    # A scanned model stacks its layers on an axis before the batch.
     shape = part.lengths.shape[-1:] if jnp.ndim(lengths) else ()
     new = _checks.integers("lengths", lengths, shape)
     new = jnp.clip(new, 0, part.lengths)
@@ -397,10 +399,10 @@ def rewind(cache: _T, lengths: int | Array) -> _T:
 
 
 def too_short(cache: Cache, lengths: Array) -> Array:
-  """Which rows, bool [B], cannot go on from these lengths.
+  """Batch rows, bool [B], that cannot continue from these lengths.
 
   Args:
-    cache: whose `earliest` is read.
+    cache: only `earliest` is read.
     lengths: int32 [B].
 
   Example:
@@ -419,11 +421,11 @@ def max_append(cache: Cache, config: NSAConfig) -> int | None:
   """A of a cache, from the sizes of its rings; None if it has no ring.
 
   Args:
-    cache: made by `init`.
-    config: that of `init`.
+    cache: a cache made by `init`.
+    config: the one given to `init`.
 
   Raises:
-    ValueError: if the sizes of the cache are those of another `config`.
+    ValueError: if the sizes of the cache do not match `config`.
 
   Example:
     >>> from nsa_jax import NSAConfig, cache
@@ -461,7 +463,7 @@ def max_append(cache: Cache, config: NSAConfig) -> int | None:
 
 
 def _check_new(cache, new, compress, counts, config):
-  """The cache, the appended tokens and `counts`, validated."""
+  """Validates the cache, the new tokens and `counts`, and returns them."""
   check_config(config)
   cache = jax.tree.map(jnp.asarray, cache)
   batch = cache.lengths.shape[0]
@@ -516,7 +518,7 @@ def _check_new(cache, new, compress, counts, config):
   if cache.selected is not None and known is not None:
     capacity = cache.selected.key.shape[1]
     held = _checks.concrete(cache.lengths)
-    # Rows are at least empty, whatever their traced lengths are.
+    # Traced lengths are at least 0.
     total = known + (0 if held is None else held)
     if (total > capacity).any():
       raise ValueError(
@@ -544,9 +546,9 @@ def _append(cache, new, compress, counts, config):
     fields["window"] = _write_ring(cache.window, window, lengths, stop)
   if cache.tail is not None:
     # The first incomplete block of a row starts after position length - l, so
-    # the last l - 1 tokens before the new ones are what is needed of the past.
+    # it contains at most the last l - 1 tokens before the new ones.
     span, stride = config.compression_block, config.compression_stride
-    blocks = -(-length // stride)  # that T tokens can complete
+    blocks = -(-length // stride)  # most blocks that T tokens can complete
     first = jnp.maximum((lengths - span) // stride + 1, 0)
     index = query_positions(first, first.shape[0], blocks)
     tokens = _with_last(cache.tail, compressed, lengths, span - 1)
@@ -571,7 +573,7 @@ def _append(cache, new, compress, counts, config):
     new = jnp.maximum(stop - most, 0)
     earliest = jnp.where(lengths > 0, jnp.maximum(cache.earliest, new), new)
     if cache.tail is not None:
-      # Blocks completed without what the tail has lost stay wrong.
+      # Blocks that are completed without the lost inputs of phi stay wrong.
       lost = too_short(cache, lengths)
       earliest = jnp.where(lost, _checks.INT32.max, earliest)
     fields["earliest"] = earliest
@@ -579,11 +581,12 @@ def _append(cache, new, compress, counts, config):
 
 
 def _write(held, new, rows, valid):
-  """Writes rows [B, n] of keys and values where they are valid."""
+  """Writes n keys and values to indices `rows` [B, n] where `valid`."""
 
   def one(held, new):
     size = held.shape[1]
-    # Out of range is dropped. All different, so that the writes need no order.
+    # Invalid entries go out of range and are dropped. All indices differ, so
+    # that the scatter needs no order.
     place = jnp.where(valid, rows, size + jnp.arange(rows.shape[1]))
     batch = jnp.arange(held.shape[0])[:, None]
     return held.at[batch, place].set(new, mode="drop", unique_indices=True)
@@ -592,10 +595,10 @@ def _write(held, new, rows, valid):
 
 
 def _write_ring(held, new, lengths, stop):
-  """Writes the newest rows, position p to row p % R."""
+  """Writes the newest keys and values to a ring, position p to p % R."""
   size, length = held.key.shape[1], new.key.shape[1]
   positions = query_positions(lengths, lengths.shape[0], length)
-  if length > size:  # The last ones that are no padding.
+  if length > size:  # Only the last `size` tokens that are not padding.
     start = jnp.maximum(stop - size, lengths)
     positions = query_positions(start, lengths.shape[0], size)
     new = take_rows(new, positions - lengths[:, None])
@@ -603,18 +606,18 @@ def _write_ring(held, new, lengths, stop):
 
 
 def _with_last(held, new, lengths, count):
-  """The last `count` rows of a ring before the new ones, then those."""
+  """The last `count` entries of a ring, followed by the new ones."""
   token = query_positions(lengths - count, lengths.shape[0], count)
   last = ring_rows(held, token)
   return jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=1), last, new)
 
 
 def take_rows(pair: KV, rows: Array) -> KV:
-  """Rows [B, n] of keys and values [B, S, ...]; out of range, the nearest."""
+  """Gathers keys and values [B, S, ...] at `rows` [B, n], clipped to [0, S)."""
   batch = jnp.arange(rows.shape[0])[:, None]
   return jax.tree.map(lambda x: x.at[batch, rows].get(mode="clip"), pair)
 
 
 def ring_rows(pair: KV, positions: Array) -> KV:
-  """Rows of a ring, in which position p lies in row p % R."""
+  """Gathers a ring at `positions` [B, n]; position p is stored at p % R."""
   return take_rows(pair, positions % pair.key.shape[1])

@@ -1,4 +1,4 @@
 """Layers around the ops: projections, RoPE, phi, gates, decode cache.
 
-`core` has all that no module system is needed for, `linen` the Flax modules.
+`core` is independent of the module system; `linen` has the Flax modules.
 """

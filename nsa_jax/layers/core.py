@@ -1,8 +1,8 @@
 """Attention layers without a module system: parameters in, arrays out.
 
-A module (linen today) makes the parameters that the tables here name, binds
-them to functions, and calls `sparse_attention` or `dense_attention`. All that
-is decided here holds for every module system.
+A module system (linen today) creates the parameters that the tables here name,
+binds them to functions, and calls `sparse_attention` or `dense_attention`.
+Everything here is shared by all module systems.
 """
 
 import functools
@@ -24,7 +24,7 @@ from pallas_kernels.interface import query_positions
 
 BRANCHES = ("compressed", "selected", "window")
 
-# Functions of an array, with their parameters bound, by the names of
+# Functions of an array with their parameters bound. The keys are the names from
 # `projections`, `norms` and `COMPRESSIONS`, and "out".
 Parts = Mapping[str, Callable[..., Array]]
 
@@ -34,12 +34,12 @@ COMPRESSIONS = ("compress_key", "compress_value")
 def projections(
   config: AttentionConfig, kind: AttentionName = "nsa"
 ) -> dict[str, tuple[int, int]]:
-  """Linear maps of the input [B, T, D] by name: heads and features of each.
+  """Heads and features of every linear map of the input [B, T, D], by name.
 
-  "out" maps [B, T, N, V] back and is not among them.
+  The output projection "out", from [B, T, N, V], is not included.
 
   Args:
-    config: of the layer.
+    config: options of the layer.
     kind: "nsa", or "full" or "window" for dense attention.
   """
   heads, kv_heads = config.num_heads, config.num_kv_heads
@@ -75,14 +75,14 @@ def phi_parameters(
 ) -> dict[str, tuple[Any, tuple[int, ...]]]:
   """Initialiser and shape of every parameter of phi, by name.
 
-  In the order in which the functions of `compression` take them. The hidden
-  layer of "mlp" has 2 H features.
+  They are in the argument order of the functions in `compression`. The hidden
+  layer of "mlp" has 2 * head_dim features.
 
   Args:
     kind: "mlp", "linear", "weighted" or "mean".
     config: `compression_block` is read.
     heads: K.
-    head_dim: of what is compressed, H or V.
+    head_dim: H for keys, V for values.
   """
   block, hidden = config.compression_block, 2 * head_dim
   zeros = jax.nn.initializers.zeros
@@ -117,9 +117,9 @@ def compress(
   """phi: keys or values [B, S, K, H] to compressed blocks [B, C, K, H].
 
   Args:
-    kind: as of `phi_parameters`.
+    kind: as in `phi_parameters`.
     config: the block length and the stride are read.
-    parameters: as of `phi_parameters`, in that order.
+    parameters: those that `phi_parameters` names, in its order.
     x: [B, S, K, H].
     segment_ids: int32 [B, S].
   """
@@ -130,13 +130,13 @@ def compress(
 
 
 class Attended(NamedTuple):
-  """What a layer returns.
+  """Results of a layer.
 
   Attributes:
     out: [B, T, D].
-    gates: [B, T, N, 3]; None from dense attention.
-    block_ids: int32 [B, T, K, n], where asked for.
-    cache: with the new tokens; None without decoding.
+    gates: [B, T, N, 3]; None for dense attention.
+    block_ids: int32 [B, T, K, n] if requested, otherwise None.
+    cache: the cache with the new tokens; None without decoding.
   """
 
   out: Array
@@ -146,13 +146,14 @@ class Attended(NamedTuple):
 
 
 class Decoding(NamedTuple):
-  """A call that appends to a cache: where its tokens go.
+  """A call that appends T tokens to a cache.
 
   Attributes:
-    held: the cache before them.
-    counts: int32 [B], tokens each row gets: the first ones.
-    offset: position of the first one, static or int32 [B].
-    positions: int32 [B, T].
+    held: the cache before the call.
+    counts: int32 [B], number of tokens appended to each row; the rest of a row
+      is padding.
+    offset: position of each row's first token, static or int32 [B].
+    positions: int32 [B, T], position of every token.
   """
 
   held: Cache
@@ -161,10 +162,11 @@ class Decoding(NamedTuple):
   positions: Array
 
   def add(self, config: AttentionConfig, **new: Any) -> tuple[Cache, KV | None]:
-    """Appends; the new cache, and the argument `prefill_window` of `attend`."""
+    """The new cache and the argument `prefill_window` of `attend`."""
     most = cache.max_append(self.held, config.nsa)
     few = most is None or self.positions.shape[1] <= most
-    # What does not follow has keys rotated to other positions.
+    # Tokens that do not follow the cache were rotated to wrong positions: they
+    # are not appended.
     counts = jnp.where(self.offset == self.held.lengths, self.counts, 0)
     new |= {"config": config.nsa, "counts": counts}
     if few:
@@ -174,13 +176,14 @@ class Decoding(NamedTuple):
   def keep_new(self, x: Array, fill: int = 0) -> Array:
     """x [B, T, ...] with `fill` at padding.
 
-    With a static offset padding may lie where a row already holds tokens.
+    With a static offset, padding may be at positions that the cache holds, so
+    that `attend` does not mask it.
     """
     new = jnp.arange(x.shape[1]) < self.counts[:, None]
     return jnp.where(new.reshape(*new.shape, *(1,) * (x.ndim - 2)), x, fill)
 
   def mark_lost(self, out: Array) -> Array:
-    """NaN at tokens that could not be appended where they should be."""
+    """`out` with NaN at tokens that could not be appended correctly."""
     held = self.held
     index = jnp.arange(out.shape[1])
     lost = cache.too_short(held, held.lengths) | (self.offset != held.lengths)
@@ -197,13 +200,14 @@ def begin_decoding(
   segment_ids: Array | None,
   prefix_length: int | None,
 ) -> Decoding:
-  """What a layer's call with tokens x [B, T, ...] appends to its cache.
+  """Prepares appending tokens x [B, T, ...] to a layer's cache.
 
   Args:
     held: the cache.
     x: the new tokens.
-    segment_ids: int32 [B, T]: one segment in each row, then padding.
-    prefix_length: tokens that every row holds which gets new ones, if known.
+    segment_ids: int32 [B, T]: one segment per row, then padding.
+    prefix_length: the length, if static, of every row that gets new tokens; 0
+      empties these rows first.
 
   Raises:
     ValueError: if an argument does not fit.
@@ -251,7 +255,7 @@ def empty_cache(
   dtype: Any,
   kind: AttentionName = "nsa",
 ) -> Cache:
-  """The cache of a layer, as `cache.init` makes it."""
+  """An empty cache for a layer, made by `cache.init`."""
   return cache.init(
     batch,
     capacity,
@@ -272,10 +276,10 @@ def complete_positions(
   segment_ids: Array | None,
   alignment: int,
 ) -> tuple[Array, Array | None]:
-  """Validated int32 positions and segments of tokens `x` [B, T, ...].
+  """Validates positions and segments of tokens `x` [B, T, ...]; int32.
 
-  Positions restart at 0 at each segment start by default. Segments start at
-  multiples of `alignment`.
+  By default positions restart at 0 at each segment start. Segments must start
+  at multiples of `alignment`.
   """
   if segment_ids is not None:
     given = segment_ids
@@ -301,16 +305,16 @@ def sparse_attention(
   decoding: Decoding | None = None,
   return_block_ids: bool = False,
 ) -> Attended:
-  """Native Sparse Attention of tokens x [B, T, D] to the tokens before them.
+  """Causal Native Sparse Attention of tokens x [B, T, D].
 
   Args:
-    config: of the layer.
-    parts: functions by name; those of `COMPRESSIONS` take segments as well.
+    config: options of the layer.
+    parts: functions by name; those of `COMPRESSIONS` also take segment ids.
     x: [B, T, D].
     positions: int32 [B, T] for RoPE, or None.
     segment_ids: int32 [B, T], or None.
-    decoding: where the tokens go in a cache; they attend over it.
-    return_block_ids: whether block ids are asked for.
+    decoding: appends the tokens to a cache, over which they then attend.
+    return_block_ids: also return the block ids.
   """
   positions, segment_ids = _positions(
     config, x, positions, segment_ids, decoding
@@ -331,7 +335,7 @@ def sparse_attention(
     return {branch: parts[f"{name}_{branch}"](x) for branch in BRANCHES}
 
   def phi(tokens, first, segment_ids=None):
-    """Compressed keys and values of blocks with first tokens at `first`."""
+    """Compressed keys and values; `first` are the blocks' first positions."""
     key = parts["compress_key"](tokens.key, segment_ids)
     key = normalize("key_compressed_norm", key)
     if config.rope_compressed == "block":
@@ -418,13 +422,13 @@ def dense_attention(
   """Full or window attention of tokens x [B, T, D], the baselines.
 
   Args:
-    config: of the layer.
+    config: options of the layer.
     kind: "full" or "window".
-    parts: as of `sparse_attention`; as are the others.
+    parts: functions by name.
     x: [B, T, D].
-    positions: int32 [B, T], or None.
-    segment_ids: int32 [B, T], or None.
-    decoding: where the tokens go in a cache.
+    positions: as in `sparse_attention`.
+    segment_ids: as in `sparse_attention`.
+    decoding: as in `sparse_attention`.
   """
   positions, segment_ids = _positions(
     config, x, positions, segment_ids, decoding

@@ -1,4 +1,4 @@
-"""Flax (linen) attention layers over `core`: what their parameters are."""
+"""Flax (linen) attention layers: the parameters for `core`."""
 
 import dataclasses
 import functools
@@ -28,38 +28,38 @@ class NativeSparseAttention(nn.Module):
 
       out = sum over c of gate_c * Attn_c(query, K_c, V_c)          (Eq. 5)
 
-  for c in compressed, selected, window. It stands where
-  `nn.MultiHeadDotProductAttention` stood for causal self-attention. Sows
-  `gates` [B, T, N, 3] and `block_ids` [B, T, K, n] into the collection
-  `intermediates`.
+  for c in compressed, selected, window. A drop-in replacement for
+  `nn.MultiHeadDotProductAttention` in causal self-attention. Sows `gates`
+  [B, T, N, 3] and `block_ids` [B, T, K, n] into the collection `intermediates`.
 
   Attributes:
-    num_heads: as in `AttentionConfig`; as are the next three.
-    num_kv_heads: K, key/value heads.
-    head_dim: H, of queries and keys.
-    value_head_dim: V, of values.
+    num_heads: as in `AttentionConfig`.
+    num_kv_heads: as in `AttentionConfig`.
+    head_dim: as in `AttentionConfig`.
+    value_head_dim: as in `AttentionConfig`.
     config: the algorithm's hyper-parameters, `nsa` of `AttentionConfig`.
-    compression: as in `AttentionConfig`; as are all up to `implementation`.
-    share_kv: one key and one value projection for all branches.
-    rope_compressed: "block", "tokens" or "none".
-    rope: rotary embedding, or None.
-    normalize_qk: RMSNorm of queries and keys.
-    dtype: of the computation.
-    param_dtype: of the parameters.
-    select: a selector of one's own.
-    implementation: of the attention.
+    compression: as in `AttentionConfig`.
+    share_kv: as in `AttentionConfig`.
+    rope_compressed: as in `AttentionConfig`.
+    rope: as in `AttentionConfig`.
+    normalize_qk: as in `AttentionConfig`.
+    dtype: as in `AttentionConfig`.
+    param_dtype: as in `AttentionConfig`.
+    select: as in `AttentionConfig`.
+    implementation: as in `AttentionConfig`.
     precision: of the projections, as in `nn.DenseGeneral`.
     kernel_init: initialiser of all projections; `nn.with_partitioning` works.
-      The parameters of phi have initialisers of their own, not partitioned.
-    use_bias: biases in the projections.
+      The parameters of phi have their own initialisers and no partitioning.
+    use_bias: the projections have biases.
     decode: append to a decode cache and attend over it. `init` with
       x [B, capacity, D] makes it in the collection `cache`; then
       `apply({"params": ..., "cache": ...}, x, mutable=["cache"])` takes the
-      next T >= 1 tokens of every row, a prompt or one token alike. An empty
-      cache is all zeros, so the shapes that `jax.eval_shape` gives for `init`
-      suffice to make one. `nsa_jax.cache` has `rewind` and the functions below.
-    max_append: tokens that `cache.rewind` can take back; up to as many are
-      attended by the kernels for decoding, more as a prompt.
+      next T >= 1 tokens of every row, whether a prompt or a single token. An
+      empty cache is all zeros, so one can be made from the shapes that
+      `jax.eval_shape` gives for `init`. `nsa_jax.cache` has `rewind` and the
+      underlying functions.
+    max_append: tokens that `cache.rewind` can remove. A call with at most this
+      many tokens uses the decode kernels, a longer one runs as a prefill.
 
   Raises:
     ValueError: if an attribute or argument does not fit.
@@ -100,7 +100,7 @@ class NativeSparseAttention(nn.Module):
 
   def __post_init__(self):
     check_config(self.config)
-    _ = self.attention  # which validates it
+    _ = self.attention  # Validates the options.
     _checks.flag("use_bias", self.use_bias)
     _checks.flag("decode", self.decode)
     _checks.static_int("max_append", self.max_append, 1)
@@ -112,7 +112,7 @@ class NativeSparseAttention(nn.Module):
 
   @property
   def attention(self) -> AttentionConfig:
-    """The options that do not depend on the module system."""
+    """The options that are independent of the module system."""
     names = (field.name for field in dataclasses.fields(AttentionConfig))
     return AttentionConfig(
       **{name: getattr(self, _FIELDS.get(name, name)) for name in names}
@@ -133,32 +133,34 @@ class NativeSparseAttention(nn.Module):
     sow_weights: bool = False,
     prefix_length: int | None = None,
   ) -> Array:
-    """Attends from every token to the tokens before it.
+    """Attends causally from every token.
 
     Args:
       x: [B, T, D].
       inputs_k: must be None.
       inputs_v: must be None.
-      mask: must be None; the attention is causal, `segment_ids` does the rest.
+      mask: must be None; the attention is causal, and `segment_ids` masks
+        padding and other segments.
       positions: int32 [B, T] for RoPE; by default 0, 1, ... in each segment.
-        With `decode` consecutive, by default from each row's length on.
+        With `decode` they must be consecutive, and start at the row's length by
+        default.
       segment_ids: int32 [B, T] for packed or padded sequences: contiguous runs
         that start at multiples of `config.selection_block`; 0 is padding. With
-        `decode` one run per row from its first token on, and padding after it,
-        which is not appended.
-      deterministic: accepted for drop-in use, without effect: no dropout.
-      dropout_rng: likewise.
+        `decode`, one run per row from its first token on, then padding, which
+        is not appended.
+      deterministic: accepted for compatibility and ignored: no dropout.
+      dropout_rng: accepted for compatibility and ignored.
       sow_weights: must be False; `gates` and `block_ids` are sown instead.
-      prefix_length: with `decode`, tokens that every row holds which gets new
-        ones, where that is known when tracing: what lies beyond them is then
-        not read, and a prompt costs what it costs without a cache. 0 starts all
-        such rows anew.
+      prefix_length: with `decode`, the length of every row that gets new
+        tokens, if it is known at trace time. Keys after the new tokens are then
+        not read, and a prompt costs the same as without a cache. 0 empties the
+        rows that get new tokens first.
 
     Returns:
-      [B, T, D]. At padding: 0, or the bias. With `decode`, NaN for tokens that
-      the cache has no room for or that do not follow `prefix_length` others,
-      which are not appended, and for those that follow a rewind by too much,
-      where no ValueError could be raised because lengths are traced.
+      [B, T, D]. Padding gets 0, or the bias. With `decode` and traced lengths,
+      which allow no ValueError, a token gets NaN if it exceeds the capacity or
+      does not follow `prefix_length` tokens, and is then not appended; or if it
+      follows a rewind of too many tokens.
 
     Raises:
       ValueError: if an argument does not fit.
@@ -191,7 +193,7 @@ class NativeSparseAttention(nn.Module):
       precision=self.precision,
       kernel_init=self.kernel_init,
     )
-    # The ids are asked for only if somebody collects them.
+    # The ids are computed only if the collection is requested.
     collected = self.is_mutable_collection("intermediates")
     decoding = begin_decoding(self, x, segment_ids, prefix_length)
     parts = _parts(config, "nsa", dense, x.shape[-1])
@@ -215,7 +217,7 @@ class NativeSparseAttention(nn.Module):
     return attended.out
 
 
-# The layer's names of the fields of `AttentionConfig`, where they differ.
+# Fields of `AttentionConfig` that have another name in the layer.
 _FIELDS = {"nsa": "config"}
 
 
@@ -231,10 +233,11 @@ class DenseAttention(nn.Module):
   """Full or window attention, the baselines.
 
   Attributes:
-    config: options; those of phi and the gates are not read.
+    config: options; `compression`, `share_kv`, `rope_compressed` and `select`
+      are not read.
     kind: "full" or "window".
     decode: as in `NativeSparseAttention`.
-    max_append: likewise.
+    max_append: as in `NativeSparseAttention`.
   """
 
   config: AttentionConfig
@@ -278,7 +281,7 @@ class CompressBlocks(nn.Module):
   Attributes:
     kind: "mlp", "linear", "weighted" or "mean".
     config: `compression_block` and `compression_stride` are read.
-    param_dtype: of the parameters.
+    param_dtype: dtype of the parameters.
 
   Example:
     >>> import jax, jax.numpy as jnp
@@ -306,7 +309,7 @@ class CompressBlocks(nn.Module):
 
 
 def rms_norm(config: AttentionConfig, name: str) -> nn.RMSNorm:
-  """RMSNorm with statistics and scaling in float32, whatever `dtype` is."""
+  """RMSNorm with statistics and scaling in float32, for any `dtype`."""
   return nn.RMSNorm(
     dtype=config.dtype, param_dtype=config.param_dtype, name=name
   )
@@ -318,7 +321,7 @@ def _parts(
   dense: Callable[..., Any],
   width: int,
 ) -> dict[str, Any]:
-  """The submodules that `core` asks for by name."""
+  """The submodules for `core`, by name."""
   parts: dict[str, Any] = {
     name: dense(shape, name=name)
     for name, shape in core.projections(config, kind).items()
@@ -334,9 +337,9 @@ def begin_decoding(
   segment_ids: Array | None,
   prefix_length: int | None,
 ) -> core.Decoding | None:
-  """What a layer's call with tokens x [B, T, ...] appends to its cache.
+  """Prepares appending tokens x [B, T, ...] to a layer's cache.
 
-  None if it does not decode, or makes its cache only now.
+  Returns None if the layer does not decode or is being initialised.
   """
   if prefix_length is not None:
     prefix_length = _checks.static_int("prefix_length", prefix_length, 0)
@@ -364,7 +367,7 @@ def keep_cache(
   attended: core.Attended,
   x: Array,
 ) -> None:
-  """Stores the cache of a call, or makes it for [B, capacity] tokens x."""
+  """Stores the updated cache; at `init`, makes one for x [B, capacity, D]."""
   if attended.cache is not None:
     module.put_variable("cache", "kv", attended.cache)
   elif module.decode:

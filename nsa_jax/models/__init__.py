@@ -1,1 +1,1 @@
-"""Language models of the layers: configuration and Flax modules."""
+"""Language models built from the layers: configuration and Flax modules."""

@@ -1,4 +1,4 @@
-"""Configuration of the language models, whatever module system they use."""
+"""Configuration of the language models, for any module system."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -18,21 +18,23 @@ class TransformerConfig(AttentionConfig):
   """Shape and options of `TransformerLM`; frozen and hashable.
 
   Attributes:
-    vocab_size: number of tokens; 256 for bytes.
-    num_layers: blocks.
+    vocab_size: number of different tokens; 256 for bytes.
+    num_layers: number of transformer blocks.
     model_dim: D, width of the residual stream.
     mlp_dim: hidden width of SwiGLU.
     attention: "nsa", "full" or "window" (`nsa.window` tokens) for all layers,
-      or one of them per layer. `rope` and `normalize_qk` are for every kind.
-    tie_embeddings: the output head is the embedding.
-    remat: "full" recomputes a block in the backward pass; "save_attention" as
-      well, but keeps the results of the attention and of the selection.
-    scan_layers: one compiled block for all layers, which then share one kind
-      of attention; parameters get a leading axis of `num_layers`. So does a
-      decode cache, which the scan then copies at every step: `unstack_layers`.
-    dtype: of the computation and of the residual stream; norms, softmax and
-      logits are in float32.
-    num_heads: as in `AttentionConfig`; as are the other fields.
+      or a sequence with one of them per layer. `rope` and `normalize_qk` apply
+      to every kind.
+    tie_embeddings: the output head shares the weights of the embedding.
+    remat: "full" recomputes each block in the backward pass; "save_attention"
+      recomputes all but the results of the attention and of the selection.
+    scan_layers: one compiled block for all layers, which then have the same
+      kind of attention; parameters get a leading axis of size `num_layers`. So
+      does a decode cache, which the scan copies at every step:
+      `unstack_layers` avoids this.
+    dtype: dtype of the computation and of the residual stream; norms, softmax
+      and logits are in float32.
+    num_heads: as in `AttentionConfig`, like the remaining fields.
 
   Raises:
     ValueError: if a value breaks a rule.
@@ -87,7 +89,7 @@ class TransformerConfig(AttentionConfig):
 
   @property
   def layer_kinds(self) -> tuple[str, ...]:
-    """Kind of attention of every layer."""
+    """Kind of attention per layer."""
     if isinstance(self.attention, str):
       return (self.attention,) * self.num_layers
     return tuple(self.attention)
@@ -120,14 +122,14 @@ class TransformerConfig(AttentionConfig):
     return cls(**{**_PRESETS[name], **overrides})
 
   def to_dict(self) -> dict[str, Any]:
-    """The fields as JSON has them; `from_dict` is the inverse.
+    """The fields as JSON types; `from_dict` is the inverse.
 
     Returns:
       A dictionary of strings, numbers, booleans, None, lists and dictionaries:
       a dtype is its name, `nsa` and `rope` are dictionaries of their fields.
 
     Raises:
-      ValueError: if the configuration has a `select`: JSON has no functions.
+      ValueError: if `select` is not None, since JSON has no functions.
 
     Example:
       >>> import json
@@ -151,16 +153,16 @@ class TransformerConfig(AttentionConfig):
 
   @classmethod
   def from_dict(cls, fields: Mapping[str, Any]) -> "TransformerConfig":
-    """The configuration of which `to_dict` gave the fields.
+    """The configuration with the fields that `to_dict` returned.
 
     Args:
-      fields: what `to_dict` returned. A field that is missing takes its
-        default: later versions read what earlier ones wrote.
+      fields: a result of `to_dict`. Missing fields take their defaults, so that
+        later versions can read what earlier ones wrote.
 
     Raises:
-      ValueError: if `fields` (or `nsa` or `rope` in it) is no dictionary, has
-        an unknown field, or lacks one without a default, or if a value breaks
-        a rule.
+      ValueError: if `fields` (or `nsa` or `rope` in it) is not a dictionary,
+        has an unknown field or lacks one without a default, or if a value
+        breaks a rule.
 
     Example:
       >>> from nsa_jax import TransformerConfig
@@ -198,13 +200,13 @@ def _check_fields(kind, fields, name=""):
 
 
 def _nested(kind, name, fields):
-  """The configuration in the field `name` of another one."""
+  """The nested configuration in the field `name`."""
   _check_fields(kind, fields, name)
   return kind(**fields)
 
 
 def _to_json(value):
-  """What `json.loads` gives back for `value`: no tuples, no NumPy scalars."""
+  """`value` as `json.loads` returns it: no tuples, no NumPy scalars."""
   if isinstance(value, dict):
     return {name: _to_json(entry) for name, entry in value.items()}
   if isinstance(value, tuple):

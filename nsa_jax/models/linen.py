@@ -1,8 +1,8 @@
 """Decoder language model (Flax linen) with sparse or dense attention per layer.
 
-Pre-norm RMSNorm and SwiGLU around `NativeSparseAttention`, or around full or
-window attention with the same kind of projections as baselines. Sampling is in
-`nsa_jax.sampling`, training in `examples/`.
+Pre-norm RMSNorm and SwiGLU around `NativeSparseAttention` or, as baselines,
+around full or window attention with the same kind of projections. Sampling is
+in `nsa_jax.sampling`, training in `examples/`.
 """
 
 import dataclasses
@@ -25,9 +25,9 @@ from nsa_jax.layers.linen import (
 from nsa_jax.models.config import TransformerConfig
 from nsa_jax.typing import Array, AttentionName
 
-# What the ops tag with `checkpoint_name`. With these kept, the selection never
-# runs twice, nor does the forward pass of a branch whose implementation has a
-# backward rule of its own.
+# Names that the ops give to results by `checkpoint_name`. If these are saved,
+# the selection is not recomputed, nor is the forward pass of a branch whose
+# implementation has its own backward rule.
 SAVED_NAMES = (
   *(
     f"nsa_{branch}_{result}"
@@ -44,7 +44,7 @@ class TransformerLM(nn.Module):
   Attributes:
     config: shape and options.
     decode: append to a decode cache and attend over it, as in
-      `NativeSparseAttention`; `init` with tokens [B, capacity] makes it.
+      `NativeSparseAttention`; `init` with tokens [B, capacity] makes the cache.
     max_append: as in `NativeSparseAttention`.
 
   Example:
@@ -77,16 +77,14 @@ class TransformerLM(nn.Module):
     segment_ids: Array | None = None,
     prefix_length: int | None = None,
   ) -> Array:
-    """Logits of the token after each token.
+    """Logits of the next token at every position.
 
     Args:
-      tokens: int32 [B, T], in [0, vocab_size); any other token makes the
-        logits at its place NaN, and may do so in all of its row.
-      positions: int32 [B, T] for RoPE; by default 0, 1, ... in each segment.
-        With `decode` consecutive, by default from each row's length on.
-      segment_ids: int32 [B, T] for packed or padded rows: contiguous runs that
-        start at multiples of `config.nsa.selection_block`; 0 is padding. With
-        `decode` one run per row from its first token on, and padding after it.
+      tokens: int32 [B, T], in [0, vocab_size). Any other value makes its logits
+        NaN, and may do so for its whole row.
+      positions: as in `NativeSparseAttention`.
+      segment_ids: as in `NativeSparseAttention`; the block length is that of
+        `config.nsa`.
       prefix_length: as in `NativeSparseAttention`.
 
     Returns:
@@ -98,7 +96,7 @@ class TransformerLM(nn.Module):
     config = self.config
     tokens = _checks.array("tokens", tokens, 2, "[B, T]")
     tokens = _checks.integers("tokens", tokens, tokens.shape)
-    # Each layer knows the positions that follow what its cache holds.
+    # With `decode`, each layer derives the positions from its cache.
     if positions is not None or not self.decode:
       positions, segment_ids = core.complete_positions(
         tokens, positions, segment_ids, config.nsa.selection_block
@@ -141,7 +139,7 @@ class TransformerLM(nn.Module):
       saved = SAVED_NAMES if config.remat == "save_attention" else ()
       block = nn.remat(
         block,
-        # Inside a scan XLA cannot merge the two passes anyway.
+        # Inside a scan, CSE cannot merge the two passes anyway.
         prevent_cse=not config.scan_layers,
         policy=jax.checkpoint_policies.save_only_these_names(*saved),
       )
@@ -169,17 +167,18 @@ class TransformerLM(nn.Module):
 def unstack_layers(
   model: TransformerLM, params: Mapping[str, Any]
 ) -> tuple[TransformerLM, dict[str, Any]]:
-  """A model with `scan_layers` as one without it, for decoding.
+  """Converts a model with `scan_layers` to one without, for decoding.
 
-  A scan copies the stacked cache at every step; single layers update theirs in
-  place.
+  A scan copies the stacked cache at every step; separate layers update their
+  caches in place.
 
   Args:
-    model: trained with `scan_layers`.
+    model: a model with `scan_layers`.
     params: its parameters, what `init` returns under "params".
 
   Returns:
-    The model without `scan_layers`, and its parameters, copies of the layers.
+    The model without `scan_layers`, and its parameters; those of the layers are
+    copies.
 
   Raises:
     ValueError: if the model or the parameters are not stacked.
@@ -219,9 +218,9 @@ class TransformerBlock(nn.Module):
   Attributes:
     config: shape and options.
     kind: "nsa", "full" or "window".
-    decode: as in `TransformerLM`; as are the next two.
-    max_append: of the cache.
-    prefix_length: of the call.
+    decode: as in `TransformerLM`.
+    max_append: as in `TransformerLM`.
+    prefix_length: as in the call of `TransformerLM`.
   """
 
   config: TransformerConfig
@@ -234,7 +233,7 @@ class TransformerBlock(nn.Module):
   def __call__(
     self, x: Array, positions: Array | None, segment_ids: Array | None
   ) -> tuple[Array, None]:
-    """Maps [B, T, D] to [B, T, D]; the None is what `nn.scan` stacks."""
+    """Maps [B, T, D] to [B, T, D]; the None is for `nn.scan` to stack."""
     config = self.config
     h = rms_norm(config, "attention_norm")(x)
     x = x + self._attention()(
