@@ -16,7 +16,7 @@ _FLOATS = ("float16", "bfloat16", "float32", "float64")
 
 
 def static_int(name: str, value: Any, minimum: int = int(INT32.min)) -> int:
-  """A static Python integer that fits int32, not a traced one."""
+  """A static (not traced) Python integer that fits int32."""
   if isinstance(value, (bool, jax.core.Tracer)) or not hasattr(
     value, "__index__"
   ):
@@ -48,7 +48,7 @@ def scale(value: Any, query: Array) -> float:
 
 
 def array(name: str, value: Any, rank: int, letters: str) -> Array:
-  """An array of a given rank."""
+  """Converts to an array and checks its rank."""
   try:
     value = jnp.asarray(value)
   except (TypeError, ValueError) as error:
@@ -63,7 +63,7 @@ def array(name: str, value: Any, rank: int, letters: str) -> Array:
 
 
 def floating(name: str, value: Array) -> None:
-  """One of the floating-point dtypes that all of the package takes."""
+  """Checks for a floating-point dtype that the whole package supports."""
   if value.dtype.name not in _FLOATS:
     raise ValueError(
       f"`{name}` of dtype {value.dtype} must have a floating-point dtype: "
@@ -72,7 +72,7 @@ def floating(name: str, value: Array) -> None:
 
 
 def shape(name: str, value: Array, want: tuple, rule: str) -> None:
-  """`want` gives the size of each axis, None for any."""
+  """Checks the shape against `want`: the size of each axis, or None for any."""
   fits = len(want) == value.ndim and all(
     w is None or w == v for w, v in zip(want, value.shape, strict=True)
   )
@@ -86,7 +86,7 @@ def shape(name: str, value: Array, want: tuple, rule: str) -> None:
 def not_empty(
   name: str, value: Array, axes: Sequence[int] | None = None
 ) -> None:
-  """Every axis, or each of `axes`, has an entry."""
+  """Checks that no axis, or none of `axes`, has size 0."""
   for axis in range(value.ndim) if axes is None else axes:
     if not value.shape[axis]:
       raise ValueError(
@@ -96,7 +96,7 @@ def not_empty(
 
 
 def parameter(name: str, value: Any, want: tuple, letters: str) -> Array:
-  """A floating-point parameter of phi."""
+  """Checks dtype and shape of a parameter of phi."""
   value = array(name, value, len(want), letters)
   floating(name, value)
   shape(name, value, want, letters)
@@ -104,7 +104,7 @@ def parameter(name: str, value: Any, want: tuple, letters: str) -> Array:
 
 
 def integers(name: str, value: Any, want: tuple) -> Array:
-  """An integer array of a given shape, as int32."""
+  """Converts to an int32 array of the given shape."""
   known = concrete(value)
   value = array(name, value, len(want), f"{want}")
   if not jnp.issubdtype(value.dtype, jnp.integer):
@@ -117,7 +117,7 @@ def integers(name: str, value: Any, want: tuple) -> Array:
 
 
 def fits_int32(name: str, known: np.ndarray | None) -> None:
-  """Concrete values are not wrapped around."""
+  """Checks that concrete values do not overflow int32."""
   if known is None or not known.size:
     return
   for worst in (known.min(), known.max()):
@@ -126,10 +126,10 @@ def fits_int32(name: str, known: np.ndarray | None) -> None:
 
 
 def concrete(value: Any) -> np.ndarray | None:
-  """The values of an array, or None where they are not known here.
+  """The values of an array, or None if they are traced or not addressable.
 
-  To be asked of an argument as it was given: under `jit` a NumPy array is a
-  tracer once jax.numpy has touched it.
+  Pass the argument as the user gave it: under `jit`, jax.numpy turns a NumPy
+  array into a tracer.
   """
   if isinstance(value, jax.core.Tracer):
     return None
@@ -142,7 +142,7 @@ def concrete(value: Any) -> np.ndarray | None:
 
 
 def not_negative(name: str, ids: Any) -> None:
-  """Concrete segment ids are at least 0."""
+  """Checks that concrete segment ids are at least 0."""
   known = concrete(ids)
   if known is not None and known.size and known.min() < 0:
     raise ValueError(
@@ -152,7 +152,7 @@ def not_negative(name: str, ids: Any) -> None:
 
 
 def segments(segment_ids: Any, alignment: int) -> None:
-  """Concrete ids [B, S]: not negative, one run a segment, aligned starts."""
+  """Checks concrete ids [B, S]: at least 0, one aligned run per segment."""
   not_negative("segment_ids", segment_ids)
   ids = concrete(segment_ids)
   if ids is None or not ids.size:
@@ -175,7 +175,7 @@ def segments(segment_ids: Any, alignment: int) -> None:
 
 
 def block_ids(ids: Any, num_blocks: int) -> None:
-  """Concrete ids: strictly ascending in [0, M), then -1."""
+  """Checks concrete ids: strictly ascending in [0, M), then -1."""
   values = concrete(ids)
   if values is None or not values.size:
     return
@@ -206,7 +206,7 @@ def flag(name: str, value: Any) -> None:
 
 
 def selector(value: Any) -> None:
-  """A function that selects blocks, or None."""
+  """Checks for a function that selects blocks, or None."""
   if value is not None and not callable(value):
     raise ValueError(
       f"`select`={value!r} must be a function that returns block ids, or None."
@@ -241,8 +241,8 @@ def offset(
       f"`{name}`={value!r} of shape {offset.shape} must be an integer, or an "
       f"integer array of shape {' or '.join(map(str, shapes))}."
     )
-  # Arithmetic in a narrow or an unsigned type would wrap around. What does not
-  # fit int32 lies outside as much as its ends do.
+  # Arithmetic in a narrow or unsigned type would wrap around. An offset that
+  # does not fit int32 is out of range, as are the ends of int32.
   limits = jnp.iinfo(offset.dtype)
   if limits.max > INT32.max:
     low = max(limits.min, int(INT32.min))
@@ -253,7 +253,7 @@ def offset(
 def pair(
   name: str, query: Any, pair: Any, min_length: int = 1
 ) -> tuple[Array, KV]:
-  """Query and KV of one branch of the whole op, checked."""
+  """Checks the query and the KV pair of one branch of the whole op."""
   try:
     key, value = pair
   except (TypeError, ValueError) as error:
@@ -272,7 +272,7 @@ def attention_inputs(
   names: tuple[str, str] = ("key", "value"),
   min_length: int = 1,
 ) -> tuple[Array, Array, Array]:
-  """Query, key and value of one branch, with shapes and dtypes that fit."""
+  """Checks shapes and dtypes of query, key and value of one branch."""
   key_name, value_name = names
   query = queries(query)
   key = keys(key_name, key, query, min_length)

@@ -1,7 +1,7 @@
 """phi, the compression of key/value blocks (Eq. 7).
 
-Pure functions from tokens [B, S, K, H] to compressed blocks [B, C, K, H], used
-once for the keys and once for the values with separate parameters.
+Pure functions from tokens [B, S, K, H] to compressed blocks [B, C, K, H]. Keys
+and values are compressed by separate calls with separate parameters.
 """
 
 import jax
@@ -15,7 +15,7 @@ from nsa_jax.typing import Array
 
 
 def _checked_windows(x, config, segment_ids):
-  """Blocks of [B, S, K, H] with padding zeroed: [B, C, l, K, H]."""
+  """Validated blocks of [B, S, K, H], padding zeroed: [B, C, l, K, H]."""
   x = _checks.array("x", x, 4, "[B, S, K, H]")
   _checks.floating("x", x)
   check_config(config)
@@ -28,7 +28,7 @@ def _checked_windows(x, config, segment_ids):
 
 
 def _product(equation: str, x: Array, weight: Array) -> Array:
-  """A contraction accumulated in float32 (float64); float32 exactly."""
+  """An einsum accumulated in float32 (float64 for float64), without TF32."""
   precision = jax.lax.Precision.HIGHEST if x.dtype.itemsize >= 4 else None
   return jnp.einsum(
     equation,
@@ -42,7 +42,7 @@ def _product(equation: str, x: Array, weight: Array) -> Array:
 def compress_mean(
   x: ArrayLike, *, config: NSAConfig, segment_ids: ArrayLike | None = None
 ) -> Array:
-  """The mean of the l tokens of each block: phi without parameters (Eq. 7).
+  """Parameter-free phi (Eq. 7): the mean of the l tokens of each block.
 
   Args:
     x: [B, S, K, H] keys or values.
@@ -73,12 +73,12 @@ def compress_weighted(
   config: NSAConfig,
   segment_ids: ArrayLike | None = None,
 ) -> Array:
-  """A weighted sum of the l tokens of each block, as phi (Eq. 7).
+  """Weighted phi (Eq. 7): a weighted sum of the l tokens of each block.
 
   Args:
     x: [B, S, K, H] keys or values.
-    weight: [K, l], one weight per head and place in the block, not
-      normalised.
+    weight: [K, l], one weight per head and token of the block, used without
+      normalisation.
     config: `compression_block` and `compression_stride` are read.
     segment_ids: int32 [B, S]; tokens of segment 0 (padding) count as zeros.
 
@@ -111,12 +111,12 @@ def compress_linear(
   config: NSAConfig,
   segment_ids: ArrayLike | None = None,
 ) -> Array:
-  """A linear map of the block plus its position embedding, as phi (Eq. 7).
+  """Linear phi (Eq. 7): (block + position) weight.
 
   Args:
     x: [B, S, K, H] keys or values.
     position: [K, l, H] intra-block position embedding, added to each block.
-    weight: [K, l*H, H'], blocks are flattened (l, H) row-major.
+    weight: [K, l*H, H']; blocks are flattened (l, H) row-major.
     config: `compression_block` and `compression_stride` are read.
     segment_ids: int32 [B, S]; tokens of segment 0 (padding) count as zeros.
 
@@ -155,7 +155,7 @@ def compress_mlp(
   Args:
     x: [B, S, K, H] keys or values.
     position: [K, l, H] intra-block position embedding, added to each block.
-    w1: [K, l*H, F], blocks are flattened (l, H) row-major.
+    w1: [K, l*H, F]; blocks are flattened (l, H) row-major.
     b1: [K, F].
     w2: [K, F, H'].
     b2: [K, H'].
@@ -185,15 +185,15 @@ def compress_mlp(
   w2 = _checks.parameter("w2", w2, (heads, width, None), "[K, F, H']")
   b2 = _checks.parameter("b2", b2, (heads, w2.shape[-1]), "[K, H']")
   hidden = jax.nn.gelu(hidden + b1.astype(hidden.dtype))
-  if blocks.dtype != jnp.float16:  # whose range it may leave
+  if blocks.dtype != jnp.float16:  # In float16 it might overflow.
     hidden = hidden.astype(blocks.dtype)
-  # XLA's CPU runtime has no bfloat16 product that ends in "bcko".
+  # XLA's CPU runtime has no bfloat16 product with output "bcko".
   out = jnp.moveaxis(_product("bckf,kfo->kbco", hidden, w2), 0, 2)
   return (out + b2.astype(out.dtype)).astype(blocks.dtype)
 
 
 def _first_layer(blocks, position, weight, config, name, letter):
-  """(block + position) weight: [B, C, l, K, H] -> [B, C, K, F], unrounded."""
+  """(block + position) weight, [B, C, l, K, H] -> [B, C, K, F], uncast."""
   heads, head_dim = blocks.shape[3:]
   block = config.compression_block
   position = _checks.parameter(
@@ -204,6 +204,6 @@ def _first_layer(blocks, position, weight, config, name, letter):
   )
   weight = weight.reshape(heads, block, head_dim, -1)
   # The position embedding is the same in every block, so its product with the
-  # weight is a bias: no second copy of the blocks.
+  # weight is a bias. Adding it to the blocks would copy them.
   bias = _product("klh,klhf->kf", position.astype(blocks.dtype), weight)
   return _product("bclkh,klhf->bckf", blocks, weight) + bias

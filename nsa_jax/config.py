@@ -23,15 +23,15 @@ class NSAConfig:
   hashable, so they can be static arguments of `jax.jit`.
 
   Attributes:
-    compression_block: l, tokens in one compressed block.
-    compression_stride: d, tokens between the starts of two compressed blocks;
-      divides `compression_block` and `selection_block`.
-    selection_block: l', tokens in one selection block; at least
+    compression_block: l, tokens per compressed block.
+    compression_stride: d, tokens between the starts of consecutive compressed
+      blocks; divides `compression_block` and `selection_block`.
+    selection_block: l', tokens per selection block; at least
       `compression_block`.
-    num_selected: n, blocks every query selects, the forced ones included.
+    num_selected: n, blocks per query, including the forced ones.
     num_initial: forced blocks at the start of the sequence (or segment).
     num_local: forced blocks ending at the query's own; at least 1.
-    window: w, tokens of the sliding window, the query's own included.
+    window: w, tokens of the sliding window, including the query's own.
 
   Raises:
     ValueError: if a value is not an integer or breaks a rule above.
@@ -74,14 +74,14 @@ class NSAConfig:
 
 
 def check_config(value: Any) -> None:
-  """Raises ValueError unless the value of `config` is an NSAConfig."""
+  """Raises ValueError unless `value` is an NSAConfig."""
   if not isinstance(value, NSAConfig):
     raise ValueError(f"`config`={value!r} must be an NSAConfig.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AttentionConfig:
-  """Options of an attention layer, which a model shares; frozen and hashable.
+  """Options of the attention layer, also used by the models; hashable.
 
   Attributes:
     num_heads: N, query heads.
@@ -93,20 +93,20 @@ class AttentionConfig:
     compression: phi, "mlp" (the paper's), "linear", "weighted" or "mean";
       separate parameters for keys and values.
     share_kv: one key and one value projection for all branches, instead of
-      the paper's own pair for each.
-    rope_compressed: "block": phi sees keys that are not rotated, its output is
-      rotated to the position of the block's first token; "tokens": phi sees
-      rotated keys; "none": the compressed branch and the selection use neither
-      rotated keys nor rotated queries.
-    rope: rotary embedding, or None for no positions at all.
-    normalize_qk: RMSNorm over H of the queries and of the keys that enter a
-      dot product (phi's output in the compressed branch), before rotation;
+      one pair per branch as in the paper.
+    rope_compressed: "block": phi gets unrotated keys, and its output is rotated
+      to the position of the block's first token; "tokens": phi gets rotated
+      keys; "none": the compressed branch and the selection use neither rotated
+      keys nor rotated queries.
+    rope: rotary embedding, or None for no position information.
+    normalize_qk: RMSNorm over H, before rotation, of the queries and of the
+      keys that enter a dot product (in the compressed branch, phi's output);
       the query and each key have a learned scale.
-    dtype: of the computation; None for that of the input and parameters,
-      promoted. Gates, norms and softmax are in float32 at least.
-    param_dtype: of the parameters.
-    select: a selector of one's own, as in `native_sparse_attention`; it also
-      gets the layer's input `x` [B, T, D].
+    dtype: dtype of the computation; None promotes those of the input and the
+      parameters. Gates, norms and softmax are in float32 at least.
+    param_dtype: dtype of the parameters.
+    select: a custom selector, as in `native_sparse_attention`; it also gets the
+      layer's input `x` [B, T, D].
     implementation: as in `native_sparse_attention`.
 
   Raises:
@@ -154,12 +154,12 @@ class AttentionConfig:
       _checks.dtype("dtype", self.dtype)
     _checks.dtype("param_dtype", self.param_dtype)
     _checks.selector(self.select)
-    # Implementations import this module.
+    # Imported late: the implementations import this module.
     from nsa_jax import dispatch
 
     dispatch.names(self.implementation)
 
   @property
   def value_dim(self) -> int:
-    """V, of values."""
+    """V, head dimension of values."""
     return self.value_head_dim or self.head_dim

@@ -1,7 +1,7 @@
 """cuDNN's attention, through `jax.nn`: window and full attention.
 
-It returns no lse that is differentiable, and its gradient of the query has
-other bits in every run.
+It returns no differentiable lse, and the bits of its query gradient change from
+run to run.
 """
 
 import dataclasses
@@ -20,13 +20,13 @@ class _Attention:
 
   windowed: bool
 
-  # jax differentiates `forward`, which keeps cuDNN's own residuals.
+  # None: jax differentiates `forward`, which saves cuDNN's own residuals.
   backward = None
 
   def check(
     self, spec: Spec, qkv: tuple[Array, Array, Array], index: tuple[Any, Any]
   ) -> None:
-    """As `pallas_kernels.interface` says."""
+    """As in `pallas_kernels.interface`."""
     query, key, value = qkv
     queries: Queries = index[1]
     name = "window_attention" if self.windowed else "full_attention"
@@ -71,7 +71,7 @@ class _Attention:
     del index
     query, key, value = qkv
     value_dim = value.shape[-1]
-    # One head dimension is all that cuDNN takes; zeros change nothing.
+    # cuDNN wants H = V; padding with zeros changes nothing.
     width = max(query.shape[-1], value_dim)
     query, key, value = (
       jnp.pad(x, [(0, 0)] * 3 + [(0, width - x.shape[-1])]) for x in qkv
@@ -96,13 +96,13 @@ full = _Attention(windowed=False)
 
 
 def max_head_dim() -> int:
-  """The largest head dimension that the default device takes.
+  """The largest head dimension that cuDNN supports on the default device.
 
-  It is judged when tracing, and no switch of platforms is in the program: that
-  would save the residuals of both its branches.
+  The device is checked at trace time instead of switching platforms inside the
+  program, because a switch would save the residuals of both its branches.
 
   Raises:
-    NotImplementedError: if the device is no NVIDIA GPU, or too old a one.
+    NotImplementedError: if the device is not an NVIDIA GPU, or is too old.
   """
   config: Any = jax.config
   device = config.jax_default_device

@@ -1,12 +1,13 @@
-"""Which implementation serves a call, and the errors when none can.
+"""Chooses the implementation that serves a call; errors if none can.
 
-`ValueError` means that the caller is wrong; it is never swallowed.
-`NotImplementedError` means that this implementation cannot do it; the next one
-asked for may.
+`ValueError` means that the caller made a mistake; it is never swallowed.
+`NotImplementedError` means that this implementation cannot do the call; the
+next requested one is tried.
 
-The ops are "compressed", "selected", "window" and "full", the branches, whose
-result is (out, lse); "block_scores", "select_blocks" and "decode".
-`pallas_kernels.interface` says what their functions take and return.
+The ops are the branches "compressed", "selected", "window" and "full", whose
+result is (out, lse), and "block_scores", "select_blocks" and "decode".
+`pallas_kernels.interface` documents the arguments and results of their
+functions.
 """
 
 import functools
@@ -24,9 +25,9 @@ from nsa_jax.typing import Implementation
 from pallas_kernels.interface import Spec
 from pallas_kernels.platforms import by_platform
 
-# `disabled_checks` of `jax.export.export` for programs that hold the kernels,
-# whose custom calls jax does not promise to keep: run such a program with the
-# version of jax that exported it. The target depends on that version.
+# `disabled_checks` of `jax.export.export` for programs with kernels. Their
+# custom calls have no stability guarantee: run such a program with the version
+# of jax that exported it. The name of the target depends on that version.
 EXPORT_DISABLED_CHECKS = tuple(
   export.DisabledSafetyCheck.custom_call(target)
   for target in ("__gpu$xla.gpu.triton", "triton_kernel_call_ffi")
@@ -34,15 +35,16 @@ EXPORT_DISABLED_CHECKS = tuple(
 
 BRANCHES = ("compressed", "selected", "window", "full")
 
-# These do every call of every op but "decode", which they have no need of:
-# functions f(spec, arrays, index), which jax differentiates.
+# Modules that support every call of every op but "decode", which is composed of
+# their other ops. Their functions f(spec, arrays, index) are differentiated by
+# jax.
 PORTABLE: dict[str, Any] = {"reference": reference, "xla": xla}
 
-# A backend is an object with an attribute for every op that it serves; that
-# holds `check`, `forward` and `backward`, as `pallas_kernels.interface` says. A
-# `backward` of None leaves it to jax to differentiate `forward`. A string is
-# the name of a module that is imported at its first use: importing nsa_jax
-# imports no Pallas.
+# A backend is an object with an attribute for every op that it serves. The
+# attribute has `check`, `forward` and `backward`, as in
+# `pallas_kernels.interface`; if `backward` is None, jax differentiates
+# `forward`. A string names a module that is imported at first use, so that
+# importing nsa_jax does not import Pallas.
 BACKENDS: dict[str, Any] = {
   "triton": "pallas_kernels.triton",
   "cudnn": cudnn,
@@ -50,21 +52,21 @@ BACKENDS: dict[str, Any] = {
 
 
 class Kernel(NamedTuple):
-  """Forward and backward function of one op; module-level functions."""
+  """Forward and backward function of one op, both at module level."""
 
   forward: Callable[..., Any]
   backward: Callable[..., Any] | None
 
 
 class Plan(NamedTuple):
-  """What a call runs; static and hashable.
+  """The kernels that a call runs on each platform; static and hashable.
 
   Attributes:
-    op: its name.
-    spec: the static side of the call.
-    cuda: what runs on NVIDIA GPUs.
-    default: what runs elsewhere: `xla`, or the same kernel interpreted if the
-      backend was asked for by name.
+    op: name of the op.
+    spec: static arguments of the call.
+    cuda: runs on NVIDIA GPUs.
+    default: runs elsewhere: `xla`, or the same kernel interpreted if the
+      backend was requested by name.
   """
 
   op: str
@@ -80,7 +82,7 @@ def names(implementation: Implementation, op: str = "window") -> Sequence[str]:
     ValueError: if a name is unknown or the sequence is empty.
   """
   if implementation is None:
-    # cuDNN's other attention has another order of sums in every run.
+    # For full attention only: cuDNN's order of sums changes from run to run.
     return ("cudnn" if op == "full" else "triton", "xla")
   known = [*PORTABLE, *BACKENDS]
   if isinstance(implementation, str):
@@ -101,24 +103,26 @@ def names(implementation: Implementation, op: str = "window") -> Sequence[str]:
 def choose(
   op: str, implementation: Implementation, spec: Spec, arrays: Any, index: Any
 ) -> Callable[[Any, Any], Any]:
-  """The first implementation of `op` that can do the call.
+  """The first requested implementation of `op` that can do the call.
 
-  None is "triton" on NVIDIA GPUs with "xla" in place of the kernels everywhere
-  else, in one traced program; or "xla" alone, if the kernels cannot do it.
+  None is "triton" on NVIDIA GPUs and "xla" on other platforms, in one traced
+  program; or "xla" alone, if the kernels cannot do the call. For "full" it is
+  "cudnn" or "xla".
 
   Args:
-    op: its name.
-    implementation: what was asked for.
-    spec: the static side of the call.
-    arrays: of the call, to be judged; as is the next.
-    index: of the call.
+    op: name of the op.
+    implementation: the caller's argument.
+    spec: static arguments of the call.
+    arrays: arrays of the call; only their shapes and dtypes matter here.
+    index: block ids or lengths, and `Queries`; also only to check support.
 
   Returns:
     A function of `arrays` and `index`.
 
   Raises:
-    ValueError: if `implementation` is wrong.
-    NotImplementedError: if none of those asked for can, with every reason.
+    ValueError: if `implementation` is invalid.
+    NotImplementedError: if no requested implementation can do the call; the
+      message lists the reason of each.
   """
   reasons: list[str] = []
   for name in names(implementation, op):
@@ -148,20 +152,21 @@ def choose_fused(
   index: Any,
   composed: Callable[..., Any],
 ) -> Callable[[Any, Any], Any] | None:
-  """As `choose`, for an op that others can be composed to.
+  """Like `choose`, for an op that can also be composed of other ops.
 
   Args:
-    op: as of `choose`; as are the next four.
-    implementation: what was asked for.
-    spec: the static side of the call.
-    arrays: of the call.
-    index: of the call.
+    op: as in `choose`.
+    implementation: as in `choose`.
+    spec: as in `choose`.
+    arrays: as in `choose`.
+    index: as in `choose`.
     composed: the composition by "xla", a module-level function f(spec, arrays,
-      index): what runs on other platforms if `implementation` is None.
+      index). It runs on other platforms if `implementation` is None.
 
   Returns:
-    A function of `arrays` and `index`; or None, to compose: a portable
-    implementation comes first, or no kernel can do the call.
+    A function of `arrays` and `index`. Or None if the caller must compose the
+    op, because a portable implementation comes first or no kernel can do the
+    call.
   """
   for name in names(implementation, op):
     if name in PORTABLE:
@@ -176,7 +181,7 @@ def choose_fused(
 
 
 def _kernel(name, op, spec, arrays, index, reasons):
-  """A backend's kernel, or None with the reason added to `reasons`."""
+  """A backend's kernel, or None after appending the reason to `reasons`."""
   backend = BACKENDS[name]
   if isinstance(backend, str):
     backend = importlib.import_module(backend)
@@ -193,13 +198,13 @@ def _kernel(name, op, spec, arrays, index, reasons):
 
 
 def _run(op, forward, spec, arrays, index):
-  """A function that jax differentiates."""
+  """Runs a forward function that jax differentiates, and tags its result."""
   return tag(op, forward(spec, arrays, index))
 
 
 @functools.cache
 def portable_kernel(forward: Callable[..., Any]) -> Kernel:
-  """A portable function as a kernel; the same one for the same function."""
+  """A portable function as a Kernel; cached, so that calls can share a Plan."""
 
   def backward(spec, arrays, index, out, lse, dout, dlse):
     # Recomputes the forward pass; CSE merges it with the first, so both
@@ -213,12 +218,12 @@ def portable_kernel(forward: Callable[..., Any]) -> Kernel:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def attend(plan: Plan, arrays: Any, index: Any) -> Any:
-  """Runs a plan: the one function of the kernels with derivatives.
+  """Runs a plan; the only custom_vjp around the kernels.
 
   Args:
-    plan: what to run.
-    arrays: what it is differentiated by: query, key and value of a branch.
-    index: block ids and queries.
+    plan: which kernels to run.
+    arrays: differentiable arguments: query, key and value of a branch.
+    index: block ids or lengths, and `Queries`; not differentiable.
   """
   return _attend_fwd(plan, arrays, index)[0]
 
@@ -239,11 +244,11 @@ def _attend_fwd(plan, arrays, index):
 def _attend_bwd(plan, residuals, cotangents):
   arrays, index, result = residuals
   spec = plan.spec
-  if plan.op not in BRANCHES:  # which says that it has no derivatives
+  if plan.op not in BRANCHES:  # Raises: the op has no derivatives.
     plan.cuda.backward(spec, arrays, index)
   out, lse = result
   dout, dlse = cotangents
-  # Rows that read nothing have no gradient, and NaN times 0 would be one.
+  # Queries that read nothing have zero gradient, but 0 * NaN would be NaN.
   dlse = jnp.where(lse == -jnp.inf, 0, dlse)
   grads = by_platform(
     (plan.cuda.backward, spec),
@@ -263,7 +268,7 @@ attend.defvjp(_attend_fwd, _attend_bwd)
 
 
 def _results(plan, arrays):
-  """Shapes and dtypes of the results, the same for every implementation."""
+  """Shapes and dtypes of the results, equal for every implementation."""
   op, config = plan.op, plan.spec.config
   query = arrays[0]
   batch, length, heads, _ = query.shape
@@ -287,7 +292,7 @@ def _results(plan, arrays):
 
 
 def tag(op: str, result: Any) -> Any:
-  """Names out and lse of a branch for remat policies."""
+  """Tags out and lse of a branch with names for remat policies."""
   if op not in BRANCHES:
     return result
   out, lse = result

@@ -10,13 +10,13 @@ import jax.numpy as jnp
 def gated_sum(gates, branches):
   """Sum of gates[..., c] * branches[c], in float32 at least.
 
-  Forward it is one pass that reads three [T, N, V] tensors and writes one, the
-  least there is. Backward the least is 7: the cotangent and the three outputs
-  read, three cotangents written. On a GPU XLA makes it 7, and the sums over V
-  that the branches' backward passes begin with are in the same pass. On a CPU
-  it is 12: products and sums are apart, and each reads the cotangent. The
-  checkpoint keeps float32 copies of the outputs from being stored between the
-  passes.
+  The forward pass reads three [T, N, V] tensors and writes one, which is the
+  minimum. The minimum of the backward pass is 7: it reads the cotangent and the
+  three outputs and writes three cotangents. On a GPU, XLA reaches 7 and fuses
+  the sums over V at the start of the branches' backward passes into the same
+  pass. On a CPU it takes 12: products and sums are separate, and each reads the
+  cotangent. The checkpoint prevents float32 copies of the outputs from being
+  saved for the backward pass.
   """
   acc = jnp.promote_types(jnp.float32, branches[0].dtype)
   out = sum(

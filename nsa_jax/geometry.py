@@ -1,6 +1,6 @@
-"""Block geometry: how many blocks there are and where they lie.
+"""Block geometry: number and positions of blocks.
 
-Segments of blocks are in `pallas_kernels.interface`: kernels need them too.
+Segments of blocks are in `pallas_kernels.interface`: the kernels need them too.
 """
 
 import jax.numpy as jnp
@@ -78,8 +78,8 @@ def compressed_block_ends(length: int, config: NSAConfig) -> Array:
 def token_windows(x: Array, config: NSAConfig) -> Array:
   """Overlapping blocks of tokens: [B, S, ...] -> [B, C, l, ...].
 
-  Built from slices of stride d instead of a gather, because their transpose
-  is a sum of pads where a gather's would be a scatter.
+  Built from slices of stride d instead of a gather: the transpose of the slices
+  is a sum of pads, that of a gather is a scatter.
   """
   blocks = num_compressed_blocks(x.shape[1], config)
   stride = config.compression_stride

@@ -1,8 +1,8 @@
-"""The oracle: the equations of the paper with dense masks, slow on purpose.
+"""The oracle: the paper's equations with dense masks, simple and slow.
 
-Everything is computed in float32, or float64 for float64 inputs, and takes
-memory quadratic in the length. The functions here get arguments that `ops` has
-validated and completed; `pallas_kernels.interface` says which.
+It computes in float32 (float64 for float64 inputs) and takes memory quadratic
+in the length. `ops` validates and completes the arguments, which
+`pallas_kernels.interface` documents.
 """
 
 import jax
@@ -51,7 +51,7 @@ def block_scores(
 def select_blocks(
   spec: Spec, arrays: tuple[Array, Array, Array], index: tuple[None, Queries]
 ) -> Array:
-  """Eq. 11: the forced blocks and the best of the others, [B, T, K, n]."""
+  """Eq. 11: the forced blocks and the best others, int32 [B, T, K, n]."""
   config, queries = spec.config, index[1]
   scores = block_scores(spec, arrays, index)
   num_blocks = scores.shape[-1]
@@ -118,7 +118,7 @@ def full(
 
 
 def _visible_blocks(spec, query, queries):
-  """Which compressed blocks a query sees, bool [B, T, C]."""
+  """Compressed blocks that each query sees, bool [B, T, C]."""
   ends = geometry.compressed_block_ends(spec.key_length, spec.config)
   segments = queries.key_segments
   if segments is not None:
@@ -127,7 +127,7 @@ def _visible_blocks(spec, query, queries):
 
 
 def _readable(token, query, queries, key_segments):
-  """Causality and segments, bool [B, T, S] for keys at positions `token`."""
+  """Causal and segment mask, bool [B, T, S], of keys at positions `token`."""
   readable = token <= queries.positions(*query.shape[:2])[..., None]
   if key_segments is not None:
     query_segments = queries.query_segments[..., None]
@@ -137,7 +137,7 @@ def _readable(token, query, queries, key_segments):
 
 
 def _scores(query, key, scale):
-  """Scaled dot products of every head with its keys, [B, T, K, G, S]."""
+  """Scaled dot products of queries and keys, [B, T, K, G, S]."""
   acc = jnp.promote_types(jnp.float32, query.dtype)
   query = rearrange(query, "b t (k g) h -> b t k g h", k=key.shape[2])
   return scale * jnp.einsum(
@@ -149,12 +149,12 @@ def _scores(query, key, scale):
 
 
 def _attend(spec, qkv, mask):
-  """Masked softmax attention; mask [B, T, K or 1, S] is shared by a group."""
+  """Masked softmax attention; a group shares the mask [B, T, K or 1, S]."""
   query, key, value = qkv
   scores = _scores(query, key, spec.scale)
   mask = mask[:, :, :, None]
   acc = scores.dtype
-  # Rows with nothing to attend keep finite arithmetic in both directions.
+  # Queries with nothing to attend stay finite, forward and backward.
   some = mask.any(axis=-1, keepdims=True)
   scores = jnp.where(mask, scores, -jnp.inf)
   high = jnp.where(
@@ -165,8 +165,7 @@ def _attend(spec, qkv, mask):
   total = weights.sum(axis=-1, keepdims=True)
   safe_total = jnp.where(some, total, 1)
   lse = jnp.where(some, high + jnp.log(safe_total), -jnp.inf)
-  # As flash attention does: weights not yet divided by their sum, in the dtype
-  # of the values.
+  # As in flash attention: unnormalised weights in the dtype of the values.
   out = jnp.einsum(
     "btkgs,bskv->btkgv",
     weights.astype(value.dtype).astype(acc),

@@ -1,7 +1,7 @@
 """Rotary position embedding with YaRN scaling.
 
-Pure functions over explicit positions. Which arrays are rotated, and with
-which positions, is decided in `layers.py`.
+Pure functions of explicit positions. `layers/core.py` decides which arrays are
+rotated, and to which positions.
 """
 
 import dataclasses
@@ -20,13 +20,13 @@ class RopeConfig:
   """Frequencies of the rotary embedding (arXiv 2104.09864, 2309.00071).
 
   Attributes:
-    base: pair i of H/2 turns by base**(-2 i / H) per token.
+    base: pair i of the H/2 pairs turns by base**(-2 i / H) radians per token.
     yarn_factor: s >= 1, the context extension; 1 means no scaling, and the
-      fields below are then not read.
-    original_max_position: tokens of the context before the extension.
-    beta_fast: pairs that turn more often than this in
-      `original_max_position` tokens keep their frequency.
-    beta_slow: pairs that turn less often than this are slowed down by s.
+      fields below are not used.
+    original_max_position: context length in tokens before the extension.
+    beta_fast: pairs that make more turns than this in `original_max_position`
+      tokens keep their frequency.
+    beta_slow: pairs that make fewer turns than this are slowed down by s.
 
   Raises:
     ValueError: if a value is out of range.
@@ -71,14 +71,16 @@ class RopeConfig:
 def rope_frequencies(head_dim: int, config: RopeConfig) -> np.ndarray:
   """Radians per token of every pair of features, float64 [H / 2].
 
-  With YaRN (arXiv 2309.00071, "NTK-by-parts"), r turns in the original
-  context and ramp = clip((r - beta_slow) / (beta_fast - beta_slow), 0, 1):
+  With YaRN (arXiv 2309.00071, "NTK-by-parts"), a pair that makes r turns in the
+  original context has frequency
 
       frequency * (ramp + (1 - ramp) / yarn_factor)
 
+  where ramp = clip((r - beta_slow) / (beta_fast - beta_slow), 0, 1).
+
   Args:
     head_dim: H, even.
-    config: the frequencies.
+    config: base and YaRN parameters.
 
   Raises:
     ValueError: if `head_dim` is not an even positive integer.
@@ -99,7 +101,7 @@ def rope_frequencies(head_dim: int, config: RopeConfig) -> np.ndarray:
 
 
 def check_head_dim(head_dim: int) -> None:
-  """Raises ValueError unless `head_dim` can be cut into pairs."""
+  """Raises ValueError unless `head_dim` is a positive even integer."""
   if _checks.static_int("head_dim", head_dim, 1) % 2:
     raise ValueError(
       f"`head_dim`={head_dim} must be even: RoPE rotates pairs of features."
@@ -109,14 +111,14 @@ def check_head_dim(head_dim: int) -> None:
 def apply_rope(x: ArrayLike, positions: ArrayLike, config: RopeConfig) -> Array:
   """Rotates queries or keys to their positions.
 
-  Features i and i + H/2 form pair i. With YaRN the result is also multiplied
-  by 0.1 ln(yarn_factor) + 1, on both sides of the dot product: the paper's
-  softmax temperature.
+  Features i and i + H/2 form pair i. With YaRN the result is also multiplied by
+  0.1 ln(yarn_factor) + 1. Applied to queries and keys, this is the softmax
+  temperature of the YaRN paper.
 
   Args:
     x: [B, S, N, H] queries or keys, H even.
     positions: int32 [B, S].
-    config: the frequencies.
+    config: base and YaRN parameters.
 
   Returns:
     [B, S, N, H] in the dtype of `x`. Angles and products are in float32

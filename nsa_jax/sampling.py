@@ -1,8 +1,8 @@
 """Sampling from a language model with a decode cache.
 
-One compiled program reads the prompts, one samples; both are found again by
-the next call with the same model and shapes. The layers and their cache are in
-`nsa_jax.layers` and `nsa_jax.cache`; text and tokenisers are the caller's.
+One compiled program prefills the prompts, another samples; later calls with the
+same model and shapes reuse both. Layers and their cache are in `nsa_jax.layers`
+and `nsa_jax.cache`; tokenisation is up to the caller.
 """
 
 import functools
@@ -18,17 +18,17 @@ import numpy as np
 from nsa_jax import _checks
 from nsa_jax.typing import Array
 
-# Below it, logits divided by the temperature may leave float32.
+# With a lower temperature, the scaled logits may overflow float32.
 MIN_TEMPERATURE = 1e-6
 
 
 class Generated(NamedTuple):
-  """Prompts and what follows them.
+  """Prompts and their continuations.
 
   Attributes:
-    tokens: int32 [B, P + max_new_tokens]; the new tokens of a row stand right
-      behind its prompt, `pad_token` behind those.
-    lengths: int32 [B], tokens of each row, prompt and stop token included.
+    tokens: int32 [B, P + max_new_tokens]: in each row the prompt, then the new
+      tokens, then `pad_token`.
+    lengths: int32 [B], tokens per row, including the prompt and a stop token.
   """
 
   tokens: Array
@@ -36,13 +36,13 @@ class Generated(NamedTuple):
 
 
 class _State(NamedTuple):
-  """What the loop carries; `tokens` and `lengths` as in Generated."""
+  """Carry of the sampling loop; `tokens` and `lengths` as in Generated."""
 
-  cache: Any  # holds all tokens of a row but the last
+  cache: Any  # holds all tokens of a row except the last
   tokens: Array
   lengths: Array
   live: Array  # bool [B], rows that have not stopped
-  step: Array  # int32 (), tokens sampled in each live row
+  step: Array  # int32 (), tokens sampled so far in each live row
 
 
 def generate(
@@ -65,48 +65,50 @@ def generate(
 ) -> Generated:
   """Continues prompts token by token.
 
-  Row b draws the token at its position t with `key` folded with b, then t: what
-  the other rows are, how they are padded, and streaming change nothing (up to
-  the rounding of logits in programs of other shapes).
+  Row b draws the token at position t with `key` folded with b, then t. So it
+  does not depend on the other rows, on padding or on streaming, except for the
+  rounding of logits in programs of other shapes.
 
-  Not to be called under `jit`: it calls compiled functions itself. The loop is
-  compiled once for a model, B, `capacity`, `top_k`, and which of temperature,
-  `top_p` and `stop_token` are in use; reading prompts, for each P and
-  `prefill_chunk` as well. Prompts of many lengths are best padded to a few.
+  `generate` calls compiled functions itself and cannot be called under `jit`.
+  The loop is compiled once per model, B, `capacity`, `top_k`, and which of
+  temperature, `top_p` and `stop_token` are used; the prefill also per P and
+  `prefill_chunk`. Pad prompts to few different lengths.
 
   Args:
-    model: `TransformerLM`, or a module that is used like it: with a field
-      `decode`, of any value, and a cache that starts with zeros.
-    params: its parameters, what `init` returns under "params".
-    prompts: int [B, P], at least one token in each row; or B sequences of
-      tokens, each with a length of its own.
-    max_new_tokens: to sample in each row.
-    lengths: int [B], the first so many tokens of a row are its prompt; all by
-      default.
-    temperature: logits are divided by it. 0 takes the most likely token, the
-      lowest of equally likely ones.
-    top_k: sample only among so many most likely tokens; of equally likely ones
-      the lower are taken.
-    top_p: then sample only among the smallest set of most likely tokens whose
-      probability reaches `top_p`, in (0, 1]; likewise. It is never empty.
-    stop_token: a row ends with it; the loop, when all have.
-    pad_token: what stands behind the end of a row. Any int32: it is not read.
+    model: `TransformerLM`, or another flax module with the same interface: a
+      field `decode`, of any value, and a cache that is initially zero.
+    params: parameters of the model, what `init` returns under "params".
+    prompts: int [B, P] with at least one token per row; or B sequences of
+      tokens, which may differ in length.
+    max_new_tokens: number of tokens to sample per row.
+    lengths: int [B], prompt lengths; P by default. Later tokens of a row are
+      padding.
+    temperature: divides the logits. 0 takes the most likely token; ties go to
+      the lowest.
+    top_k: samples only among the `top_k` most likely tokens; ties go to the
+      lower token.
+    top_p: then samples only among the smallest set of most likely tokens whose
+      probability reaches `top_p`, in (0, 1]; ties likewise. The set is never
+      empty.
+    stop_token: ends its row; the loop ends when all rows have ended.
+    pad_token: fills a row after its end; any int32, since it is never read.
     key: `jax.random.key`, or a seed in [0, 2**32).
-    capacity: tokens that the cache has room for, at least P + max_new_tokens,
-      the default. Memory and, without kernels, the time of a step grow with it;
-      but with a fixed one all calls with B rows share one compiled loop.
-    prefill_chunk: tokens of the prompts that are read at once, all by default.
-      Bounds the memory of long prompts.
-    stream: called with the new tokens of every step in turn, int32 [B] on the
+    capacity: tokens per row of the cache, at least P + max_new_tokens, which is
+      the default. Memory grows with it and, without kernels, the time of a step
+      too; but with a fixed capacity all calls with B rows share one compiled
+      loop.
+    prefill_chunk: prompt tokens per prefill step, all by default. It bounds the
+      memory of long prompts.
+    stream: called with the new tokens of each step in turn, int32 [B] on the
       host; `pad_token` in rows that have ended. The loop returns to Python for
-      it: so tokens come in order on any backend, and what the callback raises,
-      Ctrl-C too, ends the generation as usual. A callback from inside the
-      compiled loop can promise neither.
-    stream_every: steps between two returns to Python. More are faster, and
-      arrive together.
+      it, so on any backend tokens arrive in order, and exceptions, including
+      Ctrl-C, end the generation as usual. A callback inside the compiled loop
+      guarantees neither.
+    stream_every: steps between two returns to Python. Larger values are faster,
+      but their tokens arrive together.
 
   Returns:
-    Generated. A token is -1 where the logits held a NaN.
+    Generated. A token is -1 if its logits contained a NaN.
 
   Raises:
     ValueError: if an argument does not fit, before anything runs.
@@ -176,12 +178,12 @@ def generate(
     **_read_sampling(temperature, top_k, top_p, vocabulary),
   }
 
-  # As wide as the cache: one program for all prompts that it has room for.
+  # As wide as the cache, so that prompts of all lengths share one loop.
   padded = np.full((batch, capacity), pad_token, np.int32)
   padded[:, :longest][real] = tokens[real]
   cache = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), cache)
-  # The last token of a prompt is the first that the loop reads: no other
-  # logits of the prompt are needed, and none are computed.
+  # The loop starts with the last token of the prompt: no other logits of the
+  # prompt are needed, and none are computed.
   chunk = prefill_chunk or longest
   for start in range(0, longest - 1, chunk):
     stop = min(start + chunk, longest - 1)
@@ -215,12 +217,13 @@ def generate(
 def filter_logits(
   logits: Array, top_k: int | None = None, top_p: float | Array | None = None
 ) -> Array:
-  """Logits with -inf at the tokens that are not to be sampled.
+  """Sets the logits of tokens that must not be sampled to -inf.
 
   Args:
     logits: float [..., vocabulary].
-    top_k: as in `generate`; as is the next.
-    top_p: applies to the probabilities of the tokens that `top_k` keeps.
+    top_k: as in `generate`.
+    top_p: as in `generate`; applies to the probabilities of the tokens that
+      `top_k` keeps.
 
   Returns:
     An array like `logits`.
@@ -233,7 +236,7 @@ def filter_logits(
   """
   if top_k is None and top_p is None:
     return logits
-  # Sorted, ties to the lower token.
+  # Sorted; ties go to the lower token.
   values, ids = jax.lax.top_k(logits, top_k or logits.shape[-1])
   if top_p is not None:
     probability = jax.nn.softmax(values)
@@ -247,7 +250,7 @@ def filter_logits(
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _init(model, batch, capacity):
-  """Logits and cache; only their shapes are asked for."""
+  """Logits and cache, evaluated only for their shapes."""
   tokens = jnp.zeros((batch, capacity), jnp.int32)
   logits, variables = model.init_with_output(jax.random.key(0), tokens)
   return logits, variables["cache"]
@@ -255,7 +258,7 @@ def _init(model, batch, capacity):
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnames="cache")
 def _prefill(model, start, params, cache, tokens, segment_ids):
-  """The cache with tokens [start, start + T) of the prompts."""
+  """Appends tokens [start, start + T) of the prompts to the cache."""
   _, updated = model.apply(
     {"params": params, "cache": cache},
     tokens,
@@ -272,7 +275,7 @@ def _prefill(model, start, params, cache, tokens, segment_ids):
 def _decode(
   model, params, state, until, key, temperature, top_k, top_p, stop_token
 ):
-  """Samples until step `until`, or until all rows have stopped."""
+  """Samples until step `until` or until all rows have stopped."""
   rows = jnp.arange(state.tokens.shape[0])
 
   def advance(state):
@@ -289,7 +292,7 @@ def _decode(
       rows, state.lengths
     )
     token = _sample(logits[:, 0], keys, temperature, top_k, top_p)
-    # Out of range is dropped.
+    # Stopped rows write out of range, which is dropped.
     place = jnp.where(state.live, state.lengths, state.tokens.shape[1])
     live = state.live
     if stop_token is not None:
@@ -309,7 +312,7 @@ def _decode(
 
 @functools.partial(jax.jit, static_argnames="size")
 def _window(tokens, first, size):
-  """`size` tokens of each row from `first` [B] on; -1 behind the last."""
+  """`size` tokens of each row from `first` [B] on; -1 past the end."""
   index = first[:, None] + jnp.arange(size)
   return jnp.take_along_axis(tokens, index, axis=1, mode="fill", fill_value=-1)
 
@@ -319,11 +322,11 @@ def _fold_in(key, row, position):
 
 
 def _sample(logits, keys, temperature, top_k, top_p):
-  """A token per row, int32 [B]; the most likely if `temperature` is None."""
+  """One token per row, int32 [B]; the argmax if `temperature` is None."""
   logits = logits.astype(jnp.float32)
   token = logits.argmax(axis=-1)
   if temperature is not None:
-    # The largest is 0: no temperature makes an infinity of it.
+    # The largest logit becomes 0, which no temperature can overflow.
     scaled = (logits - logits.max(axis=-1, keepdims=True)) / temperature
     token = jax.vmap(jax.random.categorical)(
       keys, filter_logits(scaled, top_k, top_p)
@@ -333,7 +336,7 @@ def _sample(logits, keys, temperature, top_k, top_p):
 
 
 def _read_prompts(prompts, lengths):
-  """Prompts as padded int [B, P] and lengths [B], validated, in NumPy."""
+  """Validates prompts; padded int [B, P] and lengths [B] in NumPy."""
   if isinstance(prompts, Sequence):
     if lengths is not None:
       raise ValueError(
@@ -396,7 +399,7 @@ def _read_key(key):
 
 
 def _read_sampling(temperature, top_k, top_p, vocabulary):
-  """Arguments of `_decode`; what changes nothing is None."""
+  """Validated arguments of `_decode`; those without effect become None."""
   temperature = _number("temperature", temperature)
   if temperature != 0 and not MIN_TEMPERATURE <= temperature < math.inf:
     raise ValueError(

@@ -1,4 +1,4 @@
-"""Letters, array aliases and small types shared by the whole package.
+"""Axis letters, array aliases and small types of the whole package.
 
 Shapes in docstrings use one letter per axis:
 
@@ -38,8 +38,8 @@ __all__ = [
 Array: TypeAlias = jax.Array
 
 ImplementationName: TypeAlias = Literal["reference", "xla", "triton", "cudnn"]
-# None: the fastest that can do the call, op by op. A name: exactly that one. A
-# sequence: the first that can.
+# None: the fastest that supports the call, op by op. A name: exactly that one.
+# A sequence: the first that supports the call.
 Implementation: TypeAlias = (
   ImplementationName | Sequence[ImplementationName] | None
 )
@@ -49,9 +49,9 @@ CompressionName: TypeAlias = Literal["mean", "weighted", "linear", "mlp"]
 RematName: TypeAlias = Literal["none", "full", "save_attention"]
 RopeCompressedName: TypeAlias = Literal["block", "tokens", "none"]
 
-# A selector of the user's: `select` of `native_sparse_attention` says what it
-# is called with.
+# A custom selector; `native_sparse_attention` documents its arguments under
+# `select`.
 Selector: TypeAlias = Callable[..., Array]
 
-# So that exported functions may take or return pairs.
+# Exported functions may take or return KV pairs.
 export.register_namedtuple_serialization(KV, serialized_name="nsa_jax.KV")

@@ -1,7 +1,7 @@
-"""The three branches and the selection, chunked over queries.
+"""The four kinds of attention and the selection, chunked over queries.
 
-The same functions as in `reference.py`, with the same arguments; no array of
-more than a chunk of queries times keys exists at any time.
+The functions and arguments are those of `reference.py`. No array is larger than
+a chunk of queries times the keys.
 """
 
 import jax
@@ -18,7 +18,7 @@ from pallas_kernels.interface import (
   segment_starts,
 )
 
-# Blocks of one token, with which the compressed branch is full attention.
+# With blocks of one token the compressed branch is full attention.
 _TOKENS = NSAConfig(1, 1, 1)
 
 
@@ -54,7 +54,7 @@ def full(
 ) -> tuple[Array, Array]:
   """Softmax attention over all tokens up to the query's own.
 
-  These are blocks of one token, all of them visible that end at the query.
+  Computed as the compressed branch with blocks of one token.
   """
   return compressed(spec._replace(config=_TOKENS), qkv, index)
 
@@ -69,7 +69,7 @@ def block_scores(
 def select_blocks(
   spec: Spec, arrays: tuple[Array, Array, Array], index: tuple[None, Queries]
 ) -> Array:
-  """Eq. 11: the forced blocks and the best of the others, [B, T, K, n]."""
+  """Eq. 11: the forced blocks and the best others, int32 [B, T, K, n]."""
   _, queries = index
   first = first_candidates(spec, queries, *arrays[0].shape[:2])
 
@@ -96,14 +96,14 @@ def top_n(
   query_segments: Array | None,
   first: Array,
 ) -> Array:
-  """The forced blocks and the best of the others by any scores.
+  """The forced blocks, then the others with the largest scores (Eq. 11).
 
   Args:
-    spec: of the call.
+    spec: static arguments of the call.
     scores: [B, T, K, M]; a NaN counts as the lowest score.
     positions: int32 [B, T].
     query_segments: int32 [B, T], 0 for queries that select nothing; or None.
-    first: int32 [B, T], as of `first_candidates`.
+    first: int32 [B, T], from `first_candidates`.
 
   Returns:
     int32 [B, T, K, n]: block ids strictly ascending, then -1.
@@ -120,7 +120,7 @@ def top_n(
   forced = (block < first + config.num_initial) | (
     block > last - config.num_local
   )
-  # Forced blocks come before all scores, these before what is no candidate.
+  # Forced blocks rank above all scores, and those above non-candidates.
   limits = jnp.finfo(scores.dtype)
   rank = jnp.clip(
     jnp.where(scores == scores, scores, -jnp.inf), limits.min, limits.max
@@ -177,9 +177,9 @@ def selected(
     )
 
   width = max(head_dim, value.shape[-1])
-  # In the backward pass every chunk adds its share to a whole dk and dv. At
-  # least key_length / (m l') queries per chunk bounds the number of chunks, so
-  # that this traffic stays linear in the length as well.
+  # In the backward pass every chunk adds its share to all of dk and dv. A floor
+  # of 8 S / (m l') queries per chunk bounds the number of chunks, so that this
+  # traffic also stays linear in the length.
   rows = chunk_rows(
     length,
     batch * kv_heads * keys_per_query * width,
@@ -207,8 +207,8 @@ def window(
   key_length, kv_heads = key.shape[1:3]
   positions = queries.positions(batch, length)
   # A chunk of R queries reads one slice of R + w - 1 keys. With R >= w all
-  # slices together are at most twice the keys, so they can be cut beforehand:
-  # their gradients are then added once, not once per chunk.
+  # slices together are at most twice the keys, so they are cut beforehand:
+  # their gradients are then added once instead of once per chunk.
   rows = min(length, max(width, 128))
   chunks = -(-length // rows)
   span = min(key_length, rows + width - 1)
@@ -241,7 +241,8 @@ def window(
         "brkgs,bskv->brkgv",
       )
 
-    # A wide window or a large batch would make [rows, span] scores too large.
+    # A wide window or a large batch would make the scores [rows, span] too
+    # large.
     inner = chunk_rows(query.shape[1], batch * heads * span)
     return map_chunks(attend, inner, query, positions, query_segments)
 
@@ -257,7 +258,7 @@ def window(
 
 
 def _for_block_scores(consume, spec, arrays, index, *per_query):
-  """Maps consume(p_slc, positions, query_segments, *per_query) over chunks."""
+  """Maps `consume` over chunks of (p_slc, positions, segments, *per_query)."""
   query, compressed_key, lse = arrays
   _, queries = index
   batch, length, heads, _ = query.shape
@@ -285,7 +286,7 @@ def _for_block_scores(consume, spec, arrays, index, *per_query):
 
 
 def _to_selection_blocks(p_cmp, spec):
-  """Eq. 9 for [..., C] -> [..., M]: a box filter, then sums of neighbours.
+  """Eq. 9, [..., C] -> [..., M]: a box filter, then sums of neighbours.
 
   p_slc[j] = sum_m box[(l'/d) j + m] with box[i] = sum_k p_cmp[i - k].
   """
@@ -300,7 +301,7 @@ def _to_selection_blocks(p_cmp, spec):
 
 
 def _visible_blocks(spec, key_segments):
-  """Visibility of compressed blocks as a function of queries, [B, R, C]."""
+  """A function from R queries to the compressed blocks they see, [B, R, C]."""
   ends = geometry.compressed_block_ends(spec.key_length, spec.config)
   segments = None
   if key_segments is not None:
@@ -328,15 +329,15 @@ def _ungrouped(out, lse):
 
 
 def _blocks(x, block):
-  """What one block id names lies together: [B, K, M, l', H]."""
+  """[B, S, K, H] -> [B, K, M, l', H]: the data of a block id is contiguous."""
   return rearrange(_pad_to(x, block), "b (m l) k h -> b k m l h", l=block)
 
 
 def _shared(x):
   """Keys or values that all chunks share, in float32 at least.
 
-  Their gradient is a sum over the chunks, and has the dtype they have here; in
-  bfloat16 a long sum would stop growing.
+  Their gradient is a sum over the chunks in this dtype; in bfloat16 a long sum
+  would stop growing.
   """
   return x.astype(jnp.promote_types(jnp.float32, x.dtype))
 
@@ -349,7 +350,7 @@ def _pad_to(x, block):
 
 
 def _einsum(equation, x, y):
-  """A product accumulated in float32 (float64); float32 exactly, no TF32."""
+  """An einsum accumulated in float32 (float64 for float64), without TF32."""
   precision = jax.lax.Precision.HIGHEST if x.dtype.itemsize >= 4 else None
   acc = jnp.promote_types(jnp.float32, x.dtype)
   return jnp.einsum(
@@ -364,8 +365,8 @@ def _scores(equation, query, key, scale):
 def _attend(scores, mask, value, equation):
   """Masked softmax over the last axis, then the product with the values.
 
-  Returns out in the dtype of the values and lse in that of the scores; rows
-  without keys get 0 and -inf, and finite arithmetic in both directions.
+  Returns out in the dtype of the values and lse in that of the scores. Queries
+  without keys get 0 and -inf, and stay finite forward and backward.
   """
   scores = jnp.where(mask, scores, -jnp.inf)
   high = jax.lax.stop_gradient(

@@ -8,14 +8,13 @@ import jax.numpy as jnp
 
 from nsa_jax.typing import Array
 
-# Elements of the largest array a chunk may hold. 2^22 float32 values are
-# 16 MiB: large enough to fill matrix units, small enough to be forgotten
-# beside the inputs.
+# Elements of the largest array of a chunk. 2^22 float32 values are 16 MiB:
+# enough to fill the matrix units, and negligible next to the inputs.
 CHUNK_ELEMENTS = 2**22
 
 
 def chunk_rows(length: int, elements_per_row: int, floor: int = 1) -> int:
-  """Queries per chunk for a body that holds so many elements per query."""
+  """Queries per chunk, if the body holds `elements_per_row` for each query."""
   rows = max(CHUNK_ELEMENTS // max(elements_per_row, 1), floor, 1)
   if rows >= length:
     return length
@@ -31,17 +30,17 @@ def map_chunks(
 ) -> Any:
   """Applies `body` to chunks of `rows` queries and joins the results.
 
-  The body is rematerialised in the backward pass, so that reverse mode keeps
-  the inputs of a chunk and nothing computed from them; what it closes over
-  (keys, values) is shared by all chunks.
+  The body is rematerialised in the backward pass, so that reverse mode saves
+  only the inputs of a chunk. All chunks share the arrays that the body closes
+  over (keys, values).
 
   Args:
-    body: maps the chunks of `per_query`, then the entries of `per_chunk`, to
-      a pytree of [B, rows, ...] arrays.
+    body: maps a chunk of each of `per_query`, then an entry of each of
+      `per_chunk`, to a pytree of [B, rows, ...] arrays.
     rows: queries per chunk.
-    *per_query: arrays [B, T, ...] (the first one must be), or None, which the
-      body gets as None.
-    per_chunk: tuple of arrays [ceil(T / rows), ...], or None.
+    *per_query: arrays [B, T, ...], or None, which is passed to the body as
+      None; the first must be an array.
+    per_chunk: tuple of arrays [ceil(T / rows), ...] or None.
 
   Returns:
     The pytree of [B, T, ...] arrays.
@@ -62,8 +61,8 @@ def map_chunks(
     x = jnp.moveaxis(x, 0, 1)
     return x.reshape(x.shape[0], chunks * rows, *x.shape[3:])[:, :length]
 
-  # Inside a loop nothing can be merged with the forward pass, so the barriers
-  # that prevent it are not needed.
+  # CSE cannot merge a loop body with the forward pass, so the barriers that
+  # prevent this are not needed.
   step = jax.checkpoint(lambda xs: body(*xs), prevent_cse=False)
   xs = (*jax.tree.map(split, per_query), *per_chunk)
   return jax.tree.map(join, jax.lax.map(step, xs))
