@@ -1,5 +1,6 @@
-"""Pallas kernels of the ops of `nsa_jax`; imports jax and nothing else.
+"""Pallas kernels for the ops of `nsa_jax`; imports jax and nothing else.
 
-`interface` says what a backend is given, `platforms` chooses between it and
-what runs elsewhere, and each backend is a folder: `triton`.
+`interface` defines the arguments and results of a backend, `platforms` switches
+between a backend and the implementation for other platforms, and each backend
+is a folder: `triton`.
 """

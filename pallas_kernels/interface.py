@@ -1,23 +1,24 @@
-"""What every backend module is given, whatever its kernels are written in.
+"""The interface of a backend, whatever language its kernels are written in.
 
-A backend is a folder. A module of it that serves an op has three functions:
+A backend is a folder with one module per op, which has three functions:
 
-    check(spec, arrays, index)      raises NotImplementedError with the reason
-    forward(spec, arrays, index)    the result of the op
+    check(spec, arrays, index)      raises NotImplementedError if the backend
+                                    cannot do the call, with the reason
+    forward(spec, arrays, index)    returns the result of the op
     backward(spec, arrays, index, out, lse, dout, dlse)
-                                    gradients of `arrays`
+                                    returns the gradients of `arrays`
 
-`arrays` is (query, key, value) for the branches "compressed", "selected",
-"window" and "full", whose result is out [B, T, N, V] in the dtype of `query`
-and the natural-log lse [B, T, N], float32 at least; 0 and -inf where a query
-reads nothing. For "select_blocks" it is (query, compressed_key, lse), the
-result are block ids int32 [B, T, K, n]; for "decode" it is `DecodeArrays`, the
-results are out and block ids. These two have no derivatives: `backward` says
-so.
+For the branches "compressed", "selected", "window" and "full", `arrays` is
+(query, key, value) and the result is out [B, T, N, V] in the dtype of `query`
+and the natural-log lse [B, T, N], float32 at least; a query that reads nothing
+gets 0 and -inf. For "select_blocks", `arrays` is (query, compressed_key, lse)
+and the result is the block ids, int32 [B, T, K, n]. For "decode", `arrays` is
+`DecodeArrays` and the result is out and block ids. These two have no
+derivatives: their `backward` raises.
 
-`index` is the pair of block ids (those of "selected", the lengths of "decode",
-or None) and `Queries`. Arguments are validated and completed by `nsa_jax`.
-Letters in shapes are explained in `nsa_jax.typing`.
+`index` is a pair: the block ids of "selected", the lengths of "decode", or
+None; and `Queries`. `nsa_jax` validates and completes the arguments.
+`nsa_jax.typing` explains the letters in shapes.
 """
 
 import dataclasses
@@ -40,16 +41,18 @@ class KV(NamedTuple):
 
 
 class Spec(NamedTuple):
-  """The static side of a call; hashable.
+  """Static arguments of a call; hashable.
 
   Attributes:
     config: hyper-parameters, an `nsa_jax.NSAConfig`.
     scale: softmax scale.
     key_length: S, tokens.
-    need_lse: False if nobody reads the lse, which may then be None.
-    tiles: tile sizes, of a class of the backend's; None for its heuristic.
-    own_selection: the caller selects the blocks, so "decode" may not.
-    interpret: run kernels by the interpreter, for platforms other than theirs.
+    need_lse: False if lse is not used; it may then be None.
+    tiles: tile sizes, an instance of the backend's class; None for its
+      heuristic.
+    own_selection: the caller has a custom selector, so that "decode", which
+      selects the blocks itself, cannot do the call.
+    interpret: run the kernels in the interpreter, on any platform.
   """
 
   config: Any
@@ -67,12 +70,12 @@ class Spec(NamedTuple):
 
   @property
   def reach(self) -> int:
-    """Strides in one compressed block; with 1 none reaches the next block."""
+    """Strides per compressed block; if 1, it lies in one selection block."""
     return self.config.compression_block // self.config.compression_stride
 
   @property
   def num_free(self) -> int:
-    """Selected blocks that are not forced, where forced ones do not overlap."""
+    """Slots for blocks that are not forced, if forced ones do not overlap."""
     config = self.config
     return config.num_selected - config.num_initial - config.num_local
 
@@ -82,17 +85,17 @@ class Spec(NamedTuple):
 class Queries:
   """Query positions and segment ids, passed to every implementation.
 
-  A pytree. Offsets that are Python integers are no leaves of it: they stay
-  static through `jit` and the switch of platforms.
+  A pytree. Offsets that are Python integers are not among its leaves: they stay
+  static through `jit` and the platform switch.
 
   Attributes:
     offset: position of the first query: int, or int32 of shape () or [B].
     key_segments: int32 [B, S] (0: no query reads the token), or None if all
-      tokens are of one segment.
+      tokens are in one segment.
     query_segments: int32 [B, T], 0 for queries that read nothing; None iff
-      `key_segments` is.
+      `key_segments` is None.
     key_offset: position of the first key (window only): int, or int32 of shape
-      () or [B]. Keys at negative positions are no tokens.
+      () or [B]. Keys at negative positions are not tokens.
   """
 
   offset: int | jax.Array
@@ -101,7 +104,7 @@ class Queries:
   key_offset: int | jax.Array = 0
 
   def tree_flatten(self) -> tuple[Any, Any]:
-    """Arrays, and the static offsets."""
+    """The arrays as leaves, and the static offsets."""
     offsets = self.offset, self.key_offset
     arrays = [None if isinstance(x, int) else x for x in offsets]
     static = tuple(x if isinstance(x, int) else None for x in offsets)
@@ -126,16 +129,17 @@ class DecodeArrays(NamedTuple):
   """The arrays of "decode": the newest queries over a decode cache.
 
   Attributes:
-    query: [B, T, N, H]. Queries outside [0, lengths) get 0 and select nothing.
-    compressed_query: [B, T, N, H], of the compressed branch and selection.
+    query: [B, T, N, H]. Queries at positions outside [0, lengths) get 0 and
+      select nothing.
+    compressed_query: [B, T, N, H], for the compressed branch and the selection.
     compressed: keys [B, C, K, H] and values [B, C, K, V]. Block i is read once
-      all its tokens are held. C is at least the number of complete blocks; it
-      may be 0.
+      the cache holds all its tokens. C is at least the number of complete
+      blocks and may be 0.
     selected: keys [B, S, K, H] and values [B, S, K, V], by position.
-    window: ring of keys [B, R, K, H] and values [B, R, K, V]: row r holds the
+    window: ring of keys [B, R, K, H] and values [B, R, K, V]: entry r holds the
       largest position p < lengths with p % R == r. None if the window reads
       `selected`.
-    gates: [B, T, N, 3], of the compressed, the selected, the window branch.
+    gates: [B, T, N, 3], in the order compressed, selected, window.
   """
 
   query: jax.Array
@@ -147,17 +151,17 @@ class DecodeArrays(NamedTuple):
 
 
 def per_row(offset: int | jax.Array, batch: int) -> jax.Array:
-  """An offset as int32 [B]."""
+  """An offset broadcast to int32 [B]."""
   return jnp.broadcast_to(jnp.asarray(offset, jnp.int32), (batch,))
 
 
 def query_positions(
   offset: int | jax.Array, batch: int, length: int
 ) -> jax.Array:
-  """Positions of `length` queries in each row, from `offset` on: int32 [B, T].
+  """Positions `offset`, `offset` + 1, ... of each batch row: int32 [B, T].
 
   Args:
-    offset: position of the first one, int or int32 of shape () or [B].
+    offset: first position: int, or int32 of shape () or [B].
     batch: B.
     length: T.
   """
@@ -165,21 +169,21 @@ def query_positions(
 
 
 def compressed_block_segments(segment_ids: jax.Array, config: Any) -> jax.Array:
-  """Segment of every compressed block; only if all its l tokens are in it.
+  """Segment of every compressed block whose l tokens share one.
 
   Args:
     segment_ids: int32 [B, S].
     config: the block length and the stride are read.
 
   Returns:
-    int32 [B, C]; 0 where a block has no segment.
+    int32 [B, C]; 0 for blocks that span several segments.
   """
   span, stride = config.compression_block, config.compression_stride
   length = segment_ids.shape[1]
   if length < span:
     return segment_ids[:, :0]
   changed = segment_ids[:, 1:] != segment_ids[:, :-1]
-  # How often the segment has changed before a token.
+  # Number of segment changes up to each token.
   changes = jnp.pad(
     jnp.cumsum(changed, axis=1, dtype=jnp.int32), [(0, 0), (1, 0)]
   )
@@ -195,14 +199,14 @@ def segment_starts(
 ) -> jax.Array:
   """First position of each query's segment.
 
-  Sorts instead of comparing all pairs: O(S log S) and no [T, S] array.
+  Sorting takes O(S log S) and avoids the [T, S] array of all comparisons.
 
   Args:
     segment_ids: int32 [B, S], of the keys.
     query_segment_ids: int32 [B, T].
 
   Returns:
-    int32 [B, T]; 0 for a query whose segment no key has.
+    int32 [B, T]; 0 for a query whose segment has no key.
   """
 
   def row(keys, queries):

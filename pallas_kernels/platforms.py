@@ -1,9 +1,9 @@
-"""One traced program for NVIDIA GPUs and everything else.
+"""One traced program for NVIDIA GPUs and all other platforms.
 
-`jax.lax.platform_dependent` would do, if `jax.export` did not lower each of its
-branches for every platform when it is asked for several: a compiled kernel does
-not lower for a CPU. The primitive here traces and lowers a branch only for the
-platforms that it is for, and no switch is left in a program for a single one.
+`jax.lax.platform_dependent` is not enough: when `jax.export` targets several
+platforms, it lowers every branch for each of them, and a compiled kernel does
+not lower for a CPU. The primitive here traces and lowers a branch only for its
+own platforms, and leaves no switch in a program for a single platform.
 """
 
 import functools
@@ -14,26 +14,26 @@ import jax
 from jax.extend import core
 from jax.interpreters import batching, mlir
 
-# f(static, *arrays), and the static argument: calls with an equal pair share
-# what has been compiled.
+# A function f(static, *arrays) and its static argument. Equal pairs share a
+# compiled program.
 Call: TypeAlias = tuple[Callable[..., Any], Any]
 
 
 def by_platform(cuda: Call, default: Call, out: Any, *args: Any) -> Any:
-  """`cuda` on NVIDIA GPUs and `default` elsewhere.
+  """Calls `cuda` on NVIDIA GPUs and `default` elsewhere.
 
   It has no derivatives: use it inside the rules of a `jax.custom_vjp`. Outside
-  `jit` it compiles once for equal calls.
+  `jit`, equal calls are compiled once.
 
   Args:
-    cuda: a module-level function f(static, *args), and `static`, hashable.
+    cuda: a module-level function f(static, *args), and a hashable `static`.
     default: another such pair.
-    out: shapes and dtypes of what both return, a pytree of
+    out: shapes and dtypes of the results of both, a pytree of
       `jax.ShapeDtypeStruct`.
-    *args: arrays in any pytrees.
+    *args: pytrees of arrays.
 
   Returns:
-    Arrays in the pytree `out`.
+    Arrays in a pytree like `out`.
   """
   flat, tree = jax.tree.flatten(args)
   shapes, out_tree = jax.tree.flatten(out)
@@ -50,7 +50,7 @@ _by_platform_p.def_abstract_eval(lambda *_, avals, **__: avals)
 
 
 def _rule(platform):
-  """What lowers for a platform: traced only then."""
+  """The function of a platform, traced only when lowering for it."""
 
   def rule(*flat, tree, avals, **calls):
     function, static = calls[platform]
@@ -80,7 +80,7 @@ def _impl(*flat, **params):
 
 
 def _mapped(static, *flat):
-  """A call of unbatched arrays, mapped over the axes of batched ones."""
+  """Maps a call over the batched axes of its arrays."""
   (function, inner), tree, axes = static
 
   def one(*flat):

@@ -1,4 +1,4 @@
-"""Kernels for the Triton backend of Pallas, a module for every op it serves."""
+"""Kernels for the Triton backend of Pallas, one module per op."""
 
 from pallas_kernels.triton import (
   compressed,

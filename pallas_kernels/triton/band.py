@@ -1,10 +1,12 @@
-"""Attention over a band of keys, forward: compressed blocks and the window.
+"""Attention over a band of keys, forward: compressed branch and window.
 
-The keys that a query may read are one range, and both its ends move with the
-query: all compressed blocks that end at or before it, or the last w tokens. A
-program takes the queries of several neighbouring positions, all heads of one
-group, as the rows of its matrix products: keys and values are loaded once for
-all of them. Between the ends of the band no mask is needed.
+Each query reads one range of keys, which moves with its position: all
+compressed blocks that end at or before it, or the last w tokens. The rows of a
+program's matrix products are several neighbouring queries with all heads of one
+group, so that keys and values are loaded once for all of them. Only key tiles
+at the ends of the band need a mask.
+
+A key row is a token (window) or a compressed block.
 """
 
 import functools
@@ -22,11 +24,11 @@ from pallas_kernels.triton.tiling import BandTile, BandTiling, band_tiling
 
 
 class Band(NamedTuple):
-  """Which rows of keys a query at position t reads; hashable.
+  """Which key rows a query at position t reads; hashable.
 
-  Row j ends at position j * stride + span - 1 and is read iff that is at most
-  t and, with a window, also above t - window. Positions outside [0, length)
-  read nothing. Positions count from the first row's first token.
+  Key row j ends at position j * stride + span - 1 and is read iff that is at
+  most t and, with a window, greater than t - window. Positions outside
+  [0, length) read nothing. Positions count from the first token of key row 0.
 
   Attributes:
     stride: d, or 1.
@@ -42,16 +44,16 @@ class Band(NamedTuple):
 
   @property
   def branch(self) -> str:
-    """For the names of kernels."""
+    """Name of the branch, for the names of kernels."""
     return "compressed" if self.window is None else "window"
 
   def stop(self, t: Any) -> Any:
-    """End of the range of rows that a scalar t >= 0 reads."""
+    """End of the key rows that a query at scalar position t reads."""
     rows = common.div(jnp.maximum(t - self.span + 1, 0), self.stride) + 1
     return jnp.where(t < self.span - 1, 0, rows)
 
   def readable(self, j: Any, t: Any, first_row: Any) -> Any:
-    """Mask of the rows j that positions t read, for arrays that broadcast."""
+    """Mask of the key rows j that positions t read; j and t broadcast."""
     mask = j * self.stride + (self.span - 1) <= t
     if self.window is not None:
       mask &= (j > t - self.window) & (j >= first_row)
@@ -63,10 +65,10 @@ class Reads(NamedTuple):
 
   Attributes:
     band: static.
-    place: int32 [B, 2]: position of the first query, counted from the first
-      row of keys, and the first row that may be read (with a window).
-    segments: () or segments of the rows of keys [B, S] and of the queries
-      [B, T], int32; a query segment that no key has reads nothing.
+    place: int32 [B, 2]: position of query 0, counted from key row 0, and the
+      first valid key row (window only).
+    segments: () or segments of the key rows [B, S] and of the queries [B, T],
+      int32; a query whose segment has no key reads nothing.
   """
 
   band: Band
@@ -75,7 +77,7 @@ class Reads(NamedTuple):
 
   @property
   def flat_segments(self) -> tuple[jax.Array, ...]:
-    """`segments`, those of the queries as [B T]: as the kernels index them."""
+    """`segments` with those of the queries flattened to [B T]."""
     if not self.segments:
       return ()
     key_segments, query_segments = self.segments
@@ -83,7 +85,7 @@ class Reads(NamedTuple):
 
 
 class QuerySizes(NamedTuple):
-  """Sizes that the flat arrays of queries do not show."""
+  """Sizes that are lost in the flat arrays of queries."""
 
   length: int  # T
   heads: int  # N
@@ -93,8 +95,8 @@ class QuerySizes(NamedTuple):
 class Bounds(NamedTuple):
   """Tiles to walk: [begin, end), of which [full_begin, full_end) need no mask.
 
-  Where an end of the band does not exist, two fields are the same object and
-  `walk` makes no loop between them.
+  If two neighbouring fields are the same object, because the band has no such
+  end, `walk` emits no loop between them.
   """
 
   begin: Any
@@ -109,10 +111,10 @@ def walk(
   """Folds `step(tile, carry, masked)` over the tiles, in order.
 
   Args:
-    step: its last argument is static.
+    step: the loop body; `masked` is static.
     carry: initial carry.
     bounds: the tiles.
-    mask: mask every tile.
+    mask: mask every tile, in a single loop.
   """
   begin, full_begin, full_end, end = bounds
   loops = [
@@ -128,27 +130,27 @@ def walk(
 
 
 def ceil_div(x: Any, y: int) -> Any:
-  """Of a traced x >= 0."""
+  """ceil(x / y) of a traced x >= 0."""
   return common.div(x + (y - 1), y)
 
 
 def within(x: Any, low: Any, high: Any) -> Any:
-  """`x` moved into [low, high]."""
+  """`x` clipped to [low, high]."""
   return jnp.minimum(jnp.maximum(x, low), high)
 
 
 def key_tiles(
   band: Band, offset: Any, first_row: Any, start_q: Any, stop_q: Any, size: int
 ) -> Bounds:
-  """Tiles of `size` rows of keys that the queries [start_q, stop_q) read.
+  """Key tiles, of `size` key rows, that the queries [start_q, stop_q) read.
 
   Args:
     band: the band.
     offset: position of query 0.
-    first_row: first row of keys that exists.
+    first_row: first valid key row.
     start_q: first query.
     stop_q: end of the queries.
-    size: rows of a tile.
+    size: key rows per tile.
   """
   first = offset + start_q
   last = jnp.minimum(offset + stop_q, band.length) - 1
@@ -165,11 +167,11 @@ def key_tiles(
 
 
 class TileRows(NamedTuple):
-  """The rows of a tile of queries, query by query, head by head."""
+  """The rows of a query tile: pairs of query and head, heads innermost."""
 
   query: Any  # int32 [rows], in [0, T)
   index: Any  # int32 [rows], into [B T N]
-  real: Any  # bool [rows], or None if all are
+  real: Any  # bool [rows], False if the row repeats another; None: none does
 
 
 def tile_rows(
@@ -181,12 +183,12 @@ def tile_rows(
   steps: int = 1,
   step: Any = None,
 ) -> TileRows:
-  """Rows of a tile of batch row b and key/value head h.
+  """Rows of a query tile, for batch row b and key/value head h.
 
-  A tile is taken in `steps` of `rows` rows each: the result is one of them, or
-  all without a `step`. A step holds as many whole groups as fit; rows that are
-  left over, and those after the last query, repeat the last real row: they
-  compute and store the same, so nothing needs a mask but the sums over rows.
+  A tile has `steps` steps of `rows` rows each; the result is one step, or the
+  whole tile if `step` is None. A step holds as many whole groups as fit.
+  Left-over rows, and rows after the last query, repeat the last valid row: they
+  compute and store the same values, so that only sums over rows need a mask.
   """
   length, heads, group = sizes
   block_q = rows // group
@@ -200,7 +202,7 @@ def tile_rows(
   local = jnp.minimum(row, block_q * group - 1)
   query = tile * block_q + common.div(local, group)
   real = None
-  # Most steps of a kernel compute this: nothing that is not needed.
+  # Inner loops compute this, so it is left out if no row repeats another.
   if rows % group or length % (steps * block_q):
     real = (row < block_q * group) & (query < length)
     query = jnp.minimum(query, length - 1)
@@ -211,21 +213,21 @@ def tile_rows(
 def gather(
   ref: Any, index: Any, columns: tuple[tuple[int, int], ...]
 ) -> tuple[jax.Array, ...]:
-  """Rows of a flat ref [B T N, H], one tile for each piece of H."""
+  """Loads rows of a flat ref [B T N, H], one tile per piece of H."""
   return tuple(ref[index, pl.ds(start, width)] for start, width in columns)
 
 
 def key_span(j: Any, block_k: int, num_keys: int) -> tuple[Any, Any, Any]:
-  """Slice, row numbers and mask (None: all exist) of tile j of the keys."""
+  """Slice, key rows and mask of key tile j; the mask is None if all exist."""
   token = j * block_k + jnp.arange(block_k, dtype=jnp.int32)
   inside = token < num_keys if num_keys % block_k else None
   return pl.ds(j * block_k, block_k), token, inside
 
 
 def _fwd_kernel(
-  place_ref,  # [2]: position of query 0, first row of keys that exists
+  place_ref,  # [2]: position of query 0, first valid key row
   q_ref,  # [B T N, H]
-  k_ref,  # [S, H], S or C rows of keys
+  k_ref,  # [S, H], S key rows
   v_ref,  # [S, V]
   *refs,  # segments [S] and [B T], if any; out [B T N, V], lse [B T N]
   band: Band,
@@ -239,7 +241,7 @@ def _fwd_kernel(
   head_pieces = common.pieces(q_ref.shape[-1])
   value_pieces = common.pieces(value_dim)
   factor = scale * common.LOG2E
-  # The last queries read most: they start first.
+  # The last queries read the most keys, so they start first.
   i = pl.num_programs(0) - 1 - pl.program_id(0)
   h, b = pl.program_id(1), pl.program_id(2)
   rows = tile_rows(i, b, h, tile.rows, sizes)
@@ -274,7 +276,8 @@ def _fwd_kernel(
     s = raw * factor
     if masked:
       s = jnp.where(readable(span_k, token, inside), s, common.MASK)
-    # Before the scale, so that scale and subtraction are one instruction.
+    # The maximum is taken before scaling, so that scaling and subtraction fuse
+    # into one instruction.
     fused = not masked and factor > 0
     high = raw.max(axis=1) * factor if fused else s.max(axis=1)
     m_next = jnp.maximum(m_i, high)
@@ -294,7 +297,7 @@ def _fwd_kernel(
     jnp.zeros((tile.rows,), jnp.float32),
   )
   acc, m_i, l_i = walk(step, carry, bounds, bool(segments))
-  # A tile that ends after the last token has read something for those rows.
+  # Rows at positions past the last token may have read keys: they are zeroed.
   some = (l_i > 0) & (t < band.length)
   total = jnp.where(some, l_i, 1)
   lse = jnp.where(some, m_i / common.LOG2E + jnp.log(total), -jnp.inf)
@@ -314,16 +317,16 @@ def per_head(
   segments: tuple[jax.Array, ...],
   row_and_head: Callable[..., tuple[Any, Any]] = lambda i, h, b: (b, h),
 ) -> Any:
-  """Specs of what a program reads of its head: place, keys, segments.
+  """Block specs of the place, keys and segments that a program reads.
 
   Args:
     key: [B, S, K, H].
     segments: () or those of the keys [B, S] and of the flat queries [B T].
-    row_and_head: from indices of the grid to batch row and key/value head.
+    row_and_head: maps grid indices to batch row and key/value head.
 
   Returns:
-    Spec of the place [B, 2]; a function from H or V to the spec of keys or
-    values; specs of the segments.
+    The spec of the place [B, 2]; a function from H or V to the spec of keys or
+    values; the specs of the segments.
   """
   num_keys = key.shape[1]
 
@@ -344,7 +347,7 @@ def per_head(
 def check(
   spec: Spec, qkv: tuple[jax.Array, ...], index: tuple[None, Queries]
 ) -> None:
-  """As `interface` says; `tiles` are a `BandTiling`."""
+  """As in `interface`; `tiles` must be a `BandTiling`."""
   del index
   support.check_where()
   support.check_heads(*qkv)
@@ -354,7 +357,7 @@ def check(
 def choose_tiles(
   spec: Spec, band: Band, qkv: tuple[jax.Array, ...]
 ) -> BandTiling:
-  """The tiles that were asked for, or those of the heuristic."""
+  """The requested tiles, or those of the heuristic."""
   query, key, value = qkv
   return spec.tiles or band_tiling(
     windowed=band.window is not None,
@@ -372,8 +375,8 @@ def forward(
 
   Args:
     spec: scale and tiles.
-    qkv: query [B, T, N, H]; key [B, S, K, H] and value [B, S, K, V] of S rows,
-      which may be blocks.
+    qkv: query [B, T, N, H]; key [B, S, K, H] and value [B, S, K, V] of S key
+      rows.
     reads: what the queries read.
   """
   query, key, value = qkv

@@ -1,12 +1,12 @@
 """Attention over a band of keys, backward.
 
-dk, dv: one program per tile of keys and part of the queries that read it; rows
-hold all heads of a group, so the sum over the group is part of the products.
-dq: one product with ds, the gradients of the scores, which the first kernel has
-stored. That is five products in all; two kernels that share nothing need seven,
-and the exponentials twice. So that the stored ds is bounded, queries are taken
-in chunks, over which dk and dv are summed. No atomics: every run gives the same
-bits.
+dk, dv: one program per key tile and share of the queries that read it. Its rows
+hold all heads of a group, so the products also sum over the group. dq: one
+product with ds, the gradients of the scores, which the first kernel stores.
+That is five products in all; two independent kernels need seven, and compute
+the exponentials twice. Queries are processed in chunks, which bounds the memory
+of ds; dk and dv accumulate over the chunks. There are no atomics, so every run
+gives the same bits.
 """
 
 import functools
@@ -37,12 +37,12 @@ from pallas_kernels.triton.tiling import BandTiling
 
 
 class Inputs(NamedTuple):
-  """What the kernels read; queries are flat."""
+  """Arrays that the kernels read; those of queries are flat."""
 
   place: jax.Array  # int32 [B, 2]
   query: jax.Array  # [B T N, H]
   dout: jax.Array  # [B T N, V]
-  lse: jax.Array  # [B T N], to base 2; huge where nothing is read
+  lse: jax.Array  # [B T N], base 2; huge if the query reads nothing
   delta: jax.Array  # [B T N], sum(dout * out) - dlse
   key: jax.Array  # [B, S, K, H]
   value: jax.Array  # [B, S, K, V]
@@ -50,46 +50,47 @@ class Inputs(NamedTuple):
 
 
 class Schedule(NamedTuple):
-  """How the work is cut; hashable.
+  """How the work is split into programs; hashable.
 
-  Tiles of queries are those of the dq kernel, of keys those of the other.
+  Query tiles are those of the dq kernel, key tiles those of the dk, dv kernel.
   """
 
   spec: Spec  # with tiles
   band: Band
   sizes: QuerySizes
-  num_tiles: int  # of queries
+  num_tiles: int  # query tiles
   num_key_tiles: int
   num_chunks: int
-  chunk_tiles: int  # tiles of queries in a chunk
-  slots: int  # tiles of keys that one tile of queries can read
-  splits: int  # programs per tile of keys
+  chunk_tiles: int  # query tiles per chunk
+  slots: int  # most key tiles that a query tile can read
+  splits: int  # programs per key tile
 
   @property
   def steps(self) -> int:
-    """Steps of the dk, dv kernel in one tile of queries."""
+    """Steps of the dk, dv kernel per query tile."""
     return self.spec.tiles.steps
 
   @property
   def block_q(self) -> int:
-    """Queries of a tile."""
+    """Queries per query tile."""
     return queries_of_tile(self.spec.tiles, self.sizes)
 
   def tiles_of(self, chunk: Any) -> tuple[Any, int]:
-    """First tile of queries of a chunk, and the distance to the next."""
+    """First query tile of a chunk, and the distance between its tiles."""
     if self.band.window is None:
-      # As many keys are read in every chunk: none leaves the device idle.
+      # Interleaved, every chunk reads equally many keys and fills the device.
       return chunk, self.num_chunks
-    # The tiles of keys that a chunk reads are few.
+    # Contiguous, a chunk reads few key tiles.
     return chunk * self.chunk_tiles, 1
 
   def keys_of(
     self, tile: Any, offset: Any, first_row: Any, size: int
   ) -> tuple[Any, Any]:
-    """Range of the tiles of `size` keys that a tile of queries reads.
+    """Range of the key tiles, of `size` key rows, that a query tile reads.
 
-    With the size of the dk, dv kernel's tiles it begins where the scratch of
-    the tile does. All of it is written: `query_tiles` has the same pairs.
+    With the tile size of the dk, dv kernel, the range begins at slot 0 of the
+    query tile's ds. That kernel writes ds for the whole range, because
+    `query_tiles` yields the same pairs of query and key tile.
     """
     bounds = key_tiles(
       self.band,
@@ -103,7 +104,7 @@ class Schedule(NamedTuple):
 
 
 def queries_of_tile(tiles: BandTiling, sizes: QuerySizes) -> int:
-  """Queries of a tile of the dq kernel, in whole steps of the other."""
+  """Queries per query tile, in whole steps of the dk, dv kernel."""
   return tiles.steps * (tiles.dkv.rows // sizes.group)
 
 
@@ -116,29 +117,29 @@ def make_schedule(
   num_keys: int,
   dtype: Any,
 ) -> Schedule:
-  """Chunks and shares by shape.
+  """Chooses the chunks and splits for a shape.
 
   Args:
-    spec: with tiles.
-    band: of the branch.
-    sizes: of the queries.
+    spec: static arguments of the call, with tiles.
+    band: band of the branch.
+    sizes: sizes of the queries.
     batch: B.
-    num_keys: rows of keys.
-    dtype: of ds.
+    num_keys: number of key rows.
+    dtype: dtype of ds.
   """
   tiles = spec.tiles
   block_k, block_q = tiles.dkv.block_k, queries_of_tile(tiles, sizes)
   num_tiles = -(-sizes.length // block_q)
   num_key_tiles = slots = -(-num_keys // block_k)
   if band.window is not None:
-    # Window and queries end where tiles do not.
+    # Windows and query tiles are not aligned to key tiles.
     slots = min(slots, (band.window + block_q - 2) // block_k + 2)
   heads = batch * (sizes.heads // sizes.group)
   size = heads * slots * block_k * tiles.dq.rows * jnp.dtype(dtype).itemsize
   num_chunks = -(-num_tiles // max(1, tiles.scratch // size))
   chunk_tiles = -(-num_tiles // num_chunks)
   splits = -(-tiles.programs // (num_key_tiles * heads))
-  # A program that starts must have something to do.
+  # Enough work per program: 8 steps if the whole chunk reads its key tile.
   splits = max(1, min(splits, chunk_tiles * tiles.steps // 8))
   return Schedule(
     spec,
@@ -165,17 +166,17 @@ def backward(
   """Gradients of query, key and value, in their dtypes.
 
   Args:
-    spec: as of `forward`, as are the next two.
-    qkv: query, key and value.
-    reads: what the queries read.
-    out: [B, T, N, V], of `forward`, as is lse [B, T, N].
-    lse: [B, T, N].
+    spec: as in `forward`.
+    qkv: as in `forward`.
+    reads: as in `forward`.
+    out: [B, T, N, V], from `forward`.
+    lse: [B, T, N], from `forward`.
     dout: [B, T, N, V], cotangent of `out`.
     dlse: float32 [B, T, N], cotangent of `lse`.
   """
   query, key, value = qkv
   delta = jnp.sum(dout.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
-  # Rows that read nothing get probabilities of exactly 0.
+  # Queries that read nothing get probabilities of exactly 0.
   lse = jnp.where(lse == -jnp.inf, -common.MASK, lse * common.LOG2E)
   inputs = Inputs(
     reads.place,
@@ -197,7 +198,7 @@ def backward(
     dtype=key.dtype,
   )
   step = functools.partial(_add_chunk, inputs=inputs, schedule=schedule)
-  # The first chunk has nothing to add to.
+  # The first chunk has no earlier gradients to add to.
   grads = step(jnp.int32(0), None)
   if schedule.num_chunks > 1:
     grads = lax.fori_loop(1, schedule.num_chunks, step, grads)
@@ -221,10 +222,10 @@ def _add_chunk(
   inputs: Inputs,
   schedule: Schedule,
 ) -> tuple[jax.Array, ...]:
-  """Gradients with those of one chunk of queries added, in place.
+  """Adds the gradients of one chunk of queries, in place.
 
-  dq [B T N, H]; dk / scale [splits, B K, S, H] and dv [splits, B K, S, V] in
-  float32.
+  Returns dq [B T N, H]; dk / scale [splits, B K, S, H] and
+  dv [splits, B K, S, V] in float32.
   """
   chunk = chunk.astype(jnp.int32).reshape(1)
   dq, *sums = grads or (None,)
@@ -241,16 +242,16 @@ def query_tiles(
   length: int,
   block_q: int,
 ) -> tuple[Any, Any]:
-  """Range of the tiles of queries that read a tile of keys.
+  """Range of the query tiles that read a key tile.
 
   Args:
     band: the band.
     offset: position of query 0.
-    first_row: first row of keys that exists.
-    start_k: first row of the tile of keys.
-    block_k: rows of the tile.
+    first_row: first valid key row.
+    start_k: first key row of the tile.
+    block_k: key rows per tile.
     length: T.
-    block_q: queries of a tile.
+    block_q: queries per query tile.
   """
   last_k = start_k + block_k - 1
   first = start_k * band.stride + (band.span - 1) - offset
@@ -264,10 +265,11 @@ def query_tiles(
 
 
 def row_and_head(head: Any, sizes: QuerySizes) -> tuple[Any, Any]:
-  """Batch row and key/value head of one of the B K pairs.
+  """Batch row and key/value head from one index in [0, B K).
 
-  From one number: Triton knows that the only batch row is 0, and keeps so much
-  of the addresses in registers that the gradients spill.
+  They share a grid axis: on an axis of its own, Triton knows that a single
+  batch row is 0, and keeps so many addresses in registers that the gradients
+  spill.
   """
   kv_heads = sizes.heads // sizes.group
   return common.div(head, kv_heads), common.rem(head, kv_heads)
@@ -282,8 +284,8 @@ def _dkv_kernel(
   delta_ref,  # [B T N]
   k_ref,  # [S, H]
   v_ref,  # [S, V]
-  # Segments [S] and [B T], if any; dk and dv so far, except in the first chunk;
-  # dk [block_k, H], dv [block_k, V]; ds [chunk, slots block_k, rows of dq].
+  # Segments [S] and [B T], if any; dk and dv of earlier chunks, if any; dk
+  # [block_k, H], dv [block_k, V]; ds [chunk_tiles, slots block_k, dq.rows].
   *refs,
   schedule: Schedule,
   segmented: bool,
@@ -309,7 +311,7 @@ def _dkv_kernel(
     sizes.length,
     schedule.block_q,
   )
-  # Of this chunk, counted from its first.
+  # Steps of this chunk, counted from its first.
   start, apart = schedule.tiles_of(chunk_ref[0])
   begin, end = (
     jnp.minimum(
@@ -318,7 +320,8 @@ def _dkv_kernel(
     * schedule.steps
     for x in (begin, end)
   )
-  # Equal shares of what reads these keys: no program is left over at the end.
+  # Equal shares of the steps that read these keys, so that no program finishes
+  # long after the others.
   share = ceil_div(jnp.maximum(end - begin, 0), schedule.splits)
   begin += split * share
   end = jnp.minimum(end, begin + share)
@@ -330,9 +333,8 @@ def _dkv_kernel(
     if segments:
       key_segment = common.load(segments[0].at[span_k], inside)
 
-    # Every step is masked: it waits for its products, not for the mask, and a
-    # loop of its own for the steps without one would begin by waiting for
-    # loads.
+    # Every step is masked: its products take longer than the mask, and a
+    # separate loop for unmasked steps would begin by waiting for its loads.
     def step(i, carry):
       dk, dv = carry
       number, part = (
@@ -345,10 +347,10 @@ def _dkv_kernel(
       dout = gather(dout_ref, rows.index, value_pieces)
       lse, delta = lse_ref[rows.index], delta_ref[rows.index]
 
-      def summed(x):  # without rows that repeat another
+      def summed(x):  # zeroes rows that repeat another
         return x if rows.real is None else jnp.where(rows.real[None, :], x, 0)
 
-      # Transposed: keys are the rows, so that dk and dv need no transpose.
+      # Transposed, [keys, tile rows], so that dk and dv need no transpose.
       s = common.dot_pieces(k, q)
       p = exp2(s * (spec.scale * common.LOG2E) - lse[None, :])
       t = offset + rows.query
@@ -403,7 +405,7 @@ def _key_value_gradient(
   inputs: Inputs,
   schedule: Schedule,
 ) -> tuple[jax.Array, ...]:
-  """dk and dv as of `_add_chunk`, and ds [B K, chunk, slots block_k, rows]."""
+  """dk, dv as in `_add_chunk`; ds [B K, chunk_tiles, slots block_k, rows]."""
   tiles = schedule.spec.tiles
   tile = tiles.dkv
   batch, num_keys, kv_heads, _ = inputs.key.shape
@@ -472,9 +474,9 @@ def _key_value_gradient(
 def _dq_kernel(
   chunk_ref,  # [1]
   place_ref,  # [2]
-  ds_ref,  # [chunk, slots block_k, rows]
+  ds_ref,  # [chunk_tiles, slots block_k, rows]
   k_ref,  # [S, H]
-  *refs,  # dq so far, except in the first chunk; dq [B T N, H]
+  *refs,  # dq of earlier chunks, if any; dq [B T N, H]
   schedule: Schedule,
 ):
   dq_ref = refs[-1]
@@ -484,12 +486,12 @@ def _dq_kernel(
   head_pieces = common.pieces(head_dim)
   h, b = pl.program_id(1), pl.program_id(2)
   offset, first_row = place_ref[0], place_ref[1]
-  # The last queries read most: they start first.
+  # The last queries read the most keys, so they start first.
   number = schedule.chunk_tiles - 1 - pl.program_id(0)
   start, apart = schedule.tiles_of(chunk_ref[0])
   i = start + number * apart
 
-  # Chunks are equal, but the tiles need not be enough for the last of each.
+  # All chunks have `chunk_tiles` tiles, but the last ones may not exist.
   @pl.when(i < schedule.num_tiles)
   def _():
     rows = tile_rows(i, b, h, tiles.dkv.rows, sizes, schedule.steps)

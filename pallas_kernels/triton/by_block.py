@@ -1,15 +1,16 @@
-"""Attention over selected blocks for small groups, forward: blocks outside.
+"""Attention over selected blocks for small groups, forward: block-outer.
 
-With few heads in a group, a program per query would load a block for a handful
-of rows. Here a program takes a piece of the list of the queries that chose one
-block, keeps the block's keys and values, and gathers several queries a step as
-the rows of its products. Each (query, block) pair leaves a partial output and
-its lse; a second kernel merges the partial outputs of every query.
+With few heads per group, a program per query would load each block for only a
+few tile rows. Here a program takes a piece of the list of the queries that
+chose a block and keeps the block's keys and values; at each step it gathers
+several queries as the rows of its products. Each (query, block) pair stores a
+partial output and its lse; a second kernel merges the partial outputs of every
+query.
 
-Gathers are fast from arrays whose heads lie apart, so queries are transposed
-once: row z T + t is query t of head z = b K + h. A chunk is a range of rows,
-whole heads or a part of one, whose partial outputs (m times the memory of the
-output) stay within a budget.
+Gathers are fast if heads are the outer axis, so queries are transposed once:
+query row z T + t is query t of head z = b K + h. They are processed in chunks,
+whole heads or a part of one, so that the partial outputs (m times the memory of
+the output) stay within a budget.
 """
 
 import functools
@@ -28,20 +29,23 @@ from pallas_kernels.triton.inverse_lists import InverseLists, chosen, invert
 
 
 class Chunking(NamedTuple):
-  """How the queries of all heads are cut into chunks; static."""
+  """How the queries of all heads are split into chunks; static.
+
+  Blocks here are those of `split_blocks`: parts of selection blocks.
+  """
 
   kv_heads: int  # K
-  length: int  # T, padded to a multiple of `rows`: rows of a head
-  heads: int  # D, heads in a chunk
-  rows: int  # C, queries of each of them in a chunk
-  num_ids: int  # m
-  num_blocks: int  # M
-  block: int  # l'
+  length: int  # T padded to a multiple of `rows`: query rows per head
+  heads: int  # D, heads per chunk
+  rows: int  # C, queries per head of a chunk
+  num_ids: int  # m, blocks per query
+  num_blocks: int  # M, blocks of the keys
+  block: int  # l', tokens per block
   key_length: int  # S
 
   @property
   def num_pairs(self) -> int:
-    """Pairs (query, block) of a chunk, pair = query * m + place."""
+    """Pairs (query, block) of a chunk; pair = query * m + index of the id."""
     return self.heads * self.rows * self.num_ids
 
 
@@ -51,11 +55,11 @@ def make_chunking(
   """As many whole heads as fit, or a power of two of queries of one head.
 
   Args:
-    query: [B, T, N, ...], whose dtype partial outputs have.
-    key: [B, S, K, W]; or values, whichever has the width of the outputs.
-    ids: int32 [B, T, K, m].
-    block: l'.
-    scratch: bytes that the partial outputs of a chunk may take.
+    query: [B, T, N, ...], in the dtype of the partial outputs.
+    key: [B, S, K, W], keys or values, with W that of the partial outputs.
+    ids: int32 [B, T, K, m], from `split_blocks`.
+    block: tokens per block of `ids`.
+    scratch: maximum memory of the partial outputs of a chunk, in bytes.
   """
   batch, length, kv_heads, num_ids = ids.shape
   key_length, width = key.shape[1], key.shape[-1]
@@ -63,8 +67,8 @@ def make_chunking(
   group = pl.next_power_of_2(query.shape[2] // kv_heads)
   query_bytes = num_ids * group * width * query.dtype.itemsize
   most = max(scratch // query_bytes, 16)
-  # Few enough for a 32-bit sort key of the lists, which is several times as
-  # fast; but not if most lists of a chunk would end before they fill a step.
+  # Few enough for 32-bit sort keys, which make the lists several times as fast;
+  # but not if most lists of a chunk would then be shorter than a step.
   short_key = (2**32 - 1) // (num_ids * (num_blocks + 1))
   if short_key * num_ids >= 128 * num_blocks:
     most = min(most, short_key)
@@ -82,16 +86,16 @@ def make_chunking(
 
 
 class Chunk(NamedTuple):
-  """A range of rows, and the lists of its pairs."""
+  """A range of query rows, and the lists of its pairs."""
 
   first_row: jax.Array  # int32 [1]
   ids: jax.Array  # int32 [D C, m]
-  # Block M * (head in the chunk) + block -> pairs, counted within the head.
+  # From M * (head in the chunk) + block to pairs, counted within the head.
   lists: InverseLists
 
 
 def split_blocks(ids: jax.Array, block: int, block_k: int) -> jax.Array:
-  """Ids of the same tokens, of blocks of `block_k` in place of `block`."""
+  """Ids of blocks of `block_k` tokens, for ids of blocks of `block` tokens."""
   parts = block // block_k
   inner = ids[..., None] * parts + jnp.arange(parts, dtype=jnp.int32)
   inner = jnp.where(ids[..., None] < 0, -1, inner)
@@ -117,7 +121,7 @@ def query_rows(x: jax.Array, chunking: Chunking) -> jax.Array:
 
 
 def query_heads(x: jax.Array, like: jax.Array, chunking: Chunking) -> jax.Array:
-  """The inverse of `query_rows`, of all chunks [., D C, G, ...].
+  """The inverse of `query_rows`, for all chunks [chunks, D C, G, ...].
 
   `like` [B, T, N, ...] has the sizes before padding.
   """
@@ -128,7 +132,7 @@ def query_heads(x: jax.Array, like: jax.Array, chunking: Chunking) -> jax.Array:
 
 
 def first_rows(row_ids: jax.Array, chunking: Chunking) -> jax.Array:
-  """First row of every chunk, int32 [chunks]; `row_ids` as of `make_chunk`."""
+  """First row of every chunk, int32 [chunks]; `row_ids` as in `make_chunk`."""
   size = chunking.heads * chunking.rows
   return jnp.arange(0, len(row_ids), size, dtype=jnp.int32)
 
@@ -140,14 +144,14 @@ def make_chunk(
   chunking: Chunking,
   piece: int,
 ) -> Chunk:
-  """The lists of the chunk that begins with a row.
+  """The chunk that begins at `first_row`.
 
   Args:
     first_row: int32 ().
-    row_ids: int32 [B K T, m], -1 in rows that pad a head.
+    row_ids: int32 [B K T, m], -1 in the padding rows of a head.
     offset: int32 [B], position of the first query.
-    chunking: of the rows.
-    piece: pairs in a piece of a list.
+    chunking: the chunking of the query rows.
+    piece: maximum pairs per piece of a list.
   """
   count = chunking.heads * chunking.rows
   num_items = chunking.rows * chunking.num_ids
@@ -177,17 +181,17 @@ def make_chunk(
 
 
 class Piece(NamedTuple):
-  """What a program works on: a block, and a part of the list of its pairs."""
+  """Work of a program: a block, and a piece of the list of its pairs."""
 
-  first: Any  # place in the list
-  last: Any
+  first: Any  # index into the items
+  last: Any  # exclusive
   head: Any  # b K + h
   batch: Any  # b
   first_pair: Any  # pair of item 0
   first_query: Any  # query of item 0, counted within the head
   offset: Any  # position of query 0
   start_k: Any
-  token: Any  # int32 [l'], position of the keys
+  token: Any  # int32 [l'], positions of the keys
   key_segment: Any  # int32 [l'], or None
 
 
@@ -198,7 +202,7 @@ def load_piece(
   segments: Sequence[Any],
   chunking: Chunking,
 ) -> Piece:
-  """The piece of this program and, with segments, those of its keys."""
+  """Loads the program's piece and the segments of its keys, if any."""
   row, first, last = piece_ref[0], piece_ref[1], piece_ref[2]
   local_head = common.div(row, chunking.num_blocks)
   first_head = common.div(first_row_ref[0], chunking.length)
@@ -216,7 +220,7 @@ def load_piece(
     head,
     batch,
     first_pair=local_head * (chunking.rows * chunking.num_ids),
-    # A chunk of several heads starts with the first query of one.
+    # A chunk of several heads starts at the first query of a head.
     first_query=first_row_ref[0] - first_head * chunking.length,
     offset=offset_ref[batch],
     start_k=start_k,
@@ -228,7 +232,7 @@ def load_piece(
 def load_block(
   ref: Any, piece: Piece, chunking: Chunking
 ) -> tuple[jax.Array, ...]:
-  """The block's rows of keys or values [B K, S, W], in pieces of W."""
+  """Loads the block's keys or values from [B K, S, W], in pieces of W."""
   return common.load_pieces(
     ref,
     (piece.head, pl.ds(piece.start_k, chunking.block)),
@@ -238,10 +242,10 @@ def load_block(
 
 
 class Step(NamedTuple):
-  """The queries of one step of a program, Q = rows / G of them."""
+  """The Q = rows / G queries of one step; unused ones are padding."""
 
-  pair: Any  # int32 [Q], where partial results go; past the end if unused
-  row: Any  # int32 [Q], of the query arrays
+  pair: Any  # int32 [Q], index of the partial results; past the end if unused
+  row: Any  # int32 [Q], query row
   position: Any  # int32 [Q G], -1 if unused
   segment: Any  # int32 [Q G], or None
 
@@ -258,7 +262,7 @@ def walk_queries(
   group: int,
 ) -> Any:
   """Folds `body` over the piece, `queries` pairs at a time."""
-  # Unused rows read a query that is read anyway: nothing else gets in.
+  # Unused queries repeat one of the list, so that no NaN of another gets in.
   filler = items_ref[piece.first]
 
   def per_row(x):
@@ -289,7 +293,7 @@ def walk_queries(
 
 
 def gather(ref: Any, step: Step) -> tuple[jax.Array, ...]:
-  """Rows of [B K T, G, W], flattened to [Q G, .], in pieces of W."""
+  """Loads query rows of [B K T, G, W] as [Q G, .], in pieces of W."""
   return tuple(
     ref[step.row, :, pl.ds(start, width)].reshape(-1, width)
     for start, width in common.pieces(ref.shape[-1])
@@ -297,7 +301,7 @@ def gather(ref: Any, step: Step) -> tuple[jax.Array, ...]:
 
 
 def scatter(ref: Any, step: Step, xs: tuple[jax.Array, ...]) -> None:
-  """Stores [Q G, .] of the step in pieces of W; `ref` [pairs, G, W]."""
+  """Stores pieces [Q G, .] of W to the step's pairs of `ref` [pairs, G, W]."""
   group, columns = ref.shape[1:]
   for (start, width), x in zip(common.pieces(columns), xs, strict=True):
     x = x.astype(ref.dtype).reshape(-1, group, width)
@@ -340,7 +344,7 @@ def _fwd_kernel(
       scatter(out_ref, step, tuple(out))
       lse = m_i + jnp.log2(total)
       lse_ref[step.pair] = lse.reshape(queries, group)
-      # A loop that carries nothing does not lower.
+      # A loop without a carry does not lower.
       return count + 1
 
     walk_queries(
@@ -358,9 +362,9 @@ def _fwd_kernel(
 def count_chosen(
   ids_ref: Any, first_row_ref: Any, offset_ref: Any, chunking: Chunking
 ) -> jax.Array:
-  """How many partial results the program's query has.
+  """Number of partial results of the program's query.
 
-  Ids ascend: those that were attended come first.
+  Ids ascend, so those of attended blocks come first.
   """
   row = first_row_ref[0] + pl.program_id(0)
   head = common.div(row, chunking.length)
@@ -408,8 +412,8 @@ def _merge_kernel(
       jnp.zeros((group,), jnp.float32),
     ),
   )
-  # Pairs without a readable token have lse = MAX_INIT and weigh nothing beside
-  # others; a query that has no others reads nothing.
+  # A pair without readable tokens has lse = MAX_INIT, so its weight is 0 beside
+  # other pairs; a query with only such pairs reads nothing.
   some = m_i > common.MAX_INIT
   total = jnp.where(some, l_i, 1)
   for (start, w), a in zip(columns, acc, strict=True):
@@ -420,7 +424,7 @@ def _merge_kernel(
 
 
 class Launch(NamedTuple):
-  """A kernel's arguments, and how its grid cuts them."""
+  """Arguments, grid and block specs of a kernel."""
 
   args: tuple[jax.Array, ...]
   grid: dict[str, Any]  # keyword arguments of `pallas_call`
@@ -433,15 +437,15 @@ def by_piece(
   per_pair: Sequence[tuple[tuple[int, ...], Any]],
   chunking: Chunking,
 ) -> Launch:
-  """A program for every piece of the lists.
+  """One program per piece of the lists.
 
   Args:
     chunk: the lists.
-    arrays: given to the kernel as a whole: offset [B] and the others.
-    per_piece: shapes of what a piece leaves, float32.
-    per_pair: shapes and dtypes of what a pair leaves. Unused rows of a step
-      write to one more query than there are.
-    chunking: of the rows.
+    arrays: passed to every program whole: offset [B] and the others.
+    per_piece: shapes of the float32 results of a piece.
+    per_pair: shapes and dtypes of the results of a pair. The arrays have room
+      for one more query, to which the unused queries of a step write.
+    chunking: the chunking of the query rows.
   """
   lists = chunk.lists
   num_pieces = lists.pieces.shape[0]
@@ -470,13 +474,14 @@ def by_row(
   parts: Sequence[jax.Array],
   chunking: Chunking,
 ) -> Launch:
-  """A program for every query of the chunk, from what its pairs left.
+  """One program per query of the chunk, which reduces the results of its pairs.
 
   Args:
     chunk: the ids.
     offset: int32 [B].
-    parts: [pairs, ...]; results are [D C, ...] of the same dtypes.
-    chunking: of the rows.
+    parts: results of pairs [pairs, ...]; those of queries are [D C, ...], in
+      the same dtypes.
+    chunking: the chunking of the query rows.
   """
   rows = chunking.heads * chunking.rows
 
@@ -504,7 +509,7 @@ def by_row(
 def forward(
   spec: Spec, qkv: tuple[jax.Array, ...], index: tuple[jax.Array, Queries]
 ) -> tuple[jax.Array, jax.Array]:
-  """As `by_query.forward`."""
+  """As in `by_query.forward`."""
   query, key, value = qkv
   reads = reads_of(index)
   tile, block_k = spec.tiles.fwd, spec.tiles.fwd.block_k

@@ -1,9 +1,10 @@
 """Attention over selected blocks for small groups, backward: one pass.
 
-The program that holds a block and walks its queries has everything that dq, dk
-and dv need: five products instead of the seven of two passes. dk and dv add up
-inside the program; each (query, block) pair leaves its share of dq, which a
-second kernel adds up in order. No atomics: every run gives the same bits.
+A program that holds a block and walks its queries has all operands of dq, dk
+and dv: this takes five products instead of the seven of two passes. dk and dv
+accumulate inside the program; each (query, block) pair stores its share of dq,
+and a second kernel sums these in order. There are no atomics, so every run
+gives the same bits.
 """
 
 import functools
@@ -48,7 +49,7 @@ def _bwd_kernel(
   dout_ref,  # [B K T, G, V]
   lse_ref,  # [B K T, G], base 2
   delta_ref,  # [B K T, G]
-  *refs,  # segments, if any; dk [l', H] and dv [l', V], partial; dq per pair
+  *refs,  # segments, if any; partial dk [l', H], dv [l', V]; dq of pairs
   spec: Spec,
   chunking: Chunking,
 ):
@@ -67,7 +68,7 @@ def _bwd_kernel(
       dk, dv = carry
       q, dout = gather(q_ref, step), gather(dout_ref, step)
       lse, delta = (ref[step.row].reshape(-1) for ref in (lse_ref, delta_ref))
-      # Transposed: keys are the rows, so that dk and dv need no transpose.
+      # Transposed, [keys, tile rows], so that dk and dv need no transpose.
       s = common.dot_pieces(k, q) * (spec.scale * common.LOG2E)
       mask = piece.token[:, None] <= step.position[None, :]
       if segments:
@@ -138,7 +139,7 @@ def backward(
   dout: jax.Array,
   dlse: jax.Array,
 ) -> tuple[jax.Array, ...]:
-  """As `by_query_vjp.backward`."""
+  """As in `by_query_vjp.backward`."""
   query, key, value = qkv
   reads = reads_of(index)
   tile, block_k = spec.tiles.dkv, spec.tiles.dkv.block_k
@@ -189,7 +190,7 @@ def backward(
 
     return [add(*x) for x in zip(totals, partial, strict=True)], dq
 
-  # Sums over the chunks of a head.
+  # A head may have several chunks: its dk and dv accumulate over them.
   zeros = [
     jnp.zeros((keys.shape[0], chunking.num_blocks * block, width), f32)
     for block, width in blocks

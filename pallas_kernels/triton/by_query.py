@@ -1,10 +1,10 @@
-"""Attention over selected blocks, forward: the query loop on the grid.
+"""Attention over selected blocks, forward: query-outer.
 
-All heads of a group choose the same blocks, so a program takes the queries of
-one position, all heads of one group, as the rows of its matrix products, and
-streams each chosen block once for all of them. Where registers allow it takes
-two neighbouring positions and streams what both chose once for both: what
-bounds the time is the bytes that come from the second-level cache.
+All heads of a group choose the same blocks, so the rows of a program's matrix
+products are the heads of one group at one position, and each chosen block is
+loaded once for all of them. The kernel is bound by L2 bandwidth: if registers
+allow, a program therefore takes two neighbouring positions, and loads the
+blocks that both chose once for both.
 """
 
 import functools
@@ -22,7 +22,7 @@ from pallas_kernels.triton.tiling import Tile
 
 
 class Unpadded(NamedTuple):
-  """Sizes that tiles pad."""
+  """Sizes before padding to tiles."""
 
   length: int  # T
   group: int  # G
@@ -32,16 +32,16 @@ class Unpadded(NamedTuple):
 class Run(NamedTuple):
   """Consecutive entries of a list of block ids, for the same queries."""
 
-  first: Any  # place of the first entry
-  full: Any  # blocks that lie wholly before the queries' own
-  diagonal: Any  # 1 if the block of the queries' own positions follows
+  first: Any  # index of the first entry
+  full: Any  # number of blocks before the queries' own
+  diagonal: Any  # 1 if the queries' own block follows, else 0
 
 
 def attended(ids: jax.Array, t: Any, key_length: int, block: int) -> Any:
-  """Which ids name blocks before that of position t, and which that one.
+  """Masks of the ids of blocks before the one of position t, and of that one.
 
-  Blocks before the query's own need no mask, its own does, later ones
-  contribute nothing. A position outside the keys reads nothing.
+  Blocks before the query's own need no causal mask, its own block does, and
+  later ones are not read. A position outside the keys reads nothing.
   """
   inside = (t >= 0) & (t < key_length)
   own = common.div(jnp.maximum(t, 0), block)
@@ -49,15 +49,15 @@ def attended(ids: jax.Array, t: Any, key_length: int, block: int) -> Any:
 
 
 def count(mask: jax.Array) -> Any:
-  """How many entries are true."""
+  """Number of true entries."""
   return jnp.sum(mask.astype(jnp.int32))
 
 
 def _pair_kernel(
   ids_ref,  # [2, m], m padded to a power of two
   offset_ref,  # [1]
-  lists_ref,  # [3 m + 1]: common, first's own, second's own, unused
-  counts_ref,  # [8]: full blocks and diagonal of each list, two unused
+  lists_ref,  # [3 m + 1]: shared, first query's, second query's; one unused
+  counts_ref,  # [8]: full blocks and diagonal of each list; two unused
   *,
   length: int,
   num_ids: int,
@@ -108,17 +108,18 @@ def pair_lists(
   *,
   interpret: bool,
 ) -> tuple[jax.Array, jax.Array]:
-  """What queries 2 i and 2 i + 1 have in common, and what each has alone.
+  """Blocks that queries 2 i and 2 i + 1 share, and those that each has alone.
 
   Args:
     ids: int32 [B, T, K, m], strictly ascending, then -1.
     offset: int32 [B].
     key_length: S.
     block: l'.
-    interpret: run the kernel by the interpreter.
+    interpret: run the kernel in the interpreter.
 
   Returns:
-    lists int32 [B, ceil(T / 2), K, 3 m + 1] and their counts [B, ., K, 8].
+    The lists, int32 [B, ceil(T / 2), K, 3 m + 1], and their counts,
+    int32 [B, ceil(T / 2), K, 8], as in `_pair_kernel`.
   """
   batch, length, kv_heads, num_ids = ids.shape
   pairs = -(-length // 2)
@@ -151,13 +152,13 @@ def pair_lists(
 
 
 class Program(NamedTuple):
-  """Which queries a program has, and what they read."""
+  """The one or two queries of a program, and the blocks that they read."""
 
   positions: tuple[Any, ...]
-  rows: tuple[Any, ...]  # masks of the rows that exist, or None
+  rows: tuple[Any, ...]  # per query, mask of the valid tile rows, or None
   ids_ref: Any
-  common: Run | None  # what all queries chose
-  own: tuple[Run, ...]  # what each chose beside that
+  common: Run | None  # blocks that both queries chose
+  own: tuple[Run, ...]  # per query, the other blocks that it chose
   segments_ref: Any  # of the keys, or None
   segments: tuple[Any, ...]  # of the queries
 
@@ -172,7 +173,7 @@ def program(
   key_length: int,
   block: int,
 ) -> Program:
-  """Reads what a program needs to know before it walks its blocks.
+  """Loads the queries' positions, masks, block lists and segments.
 
   Args:
     offset_ref: [1].
@@ -180,7 +181,7 @@ def program(
       the keys [S] and of the queries [queries], if any.
     queries: 1 or 2.
     rows: G, padded.
-    sizes: what is padded.
+    sizes: sizes before padding.
     key_length: S.
     block: l'.
   """
@@ -233,14 +234,14 @@ def walk_blocks(
   """Folds `tile` over the keys that the queries of a program read.
 
   Args:
-    tile: (i, state, k, v, mask) to the next state of query i; k and v are
-      pieces of `block_k` rows, the mask [block_k] is None if all are read.
-    states: one for each query.
+    tile: maps (i, state, k, v, mask) to the next state of query i. k and v are
+      pieces of `block_k` keys; the mask [block_k] is None if all are read.
+    states: one per query.
     program: the queries and their blocks.
     k_ref: [S, H].
     v_ref: [S, V].
     block: l'.
-    block_k: keys of a step.
+    block_k: keys per step.
   """
   steps = block // block_k
 
@@ -255,7 +256,7 @@ def walk_blocks(
   def readable(i, span_k, token, masked):
     mask = token <= program.positions[i] if masked else None
     if program.segments_ref is not None:
-      # Blocks before the query's own are complete; its own may end too early.
+      # Only the query's own block, which is masked, may extend past the keys.
       keys = common.load(program.segments_ref.at[span_k], mask)
       same = keys == program.segments[i]
       mask = same if mask is None else mask & same
@@ -276,7 +277,7 @@ def walk_blocks(
     return [(q, k, v, mask) for q, mask in zip(queries, masks, strict=True)]
 
   def walk(runs, first, last, masked, states):
-    """Entries first .. last - 1 of several runs, side by side."""
+    """Walks entries first .. last - 1 of several runs in one loop."""
 
     def body(i, states):
       states = list(states)
@@ -310,7 +311,7 @@ def _fwd_kernel(
   q_ref,  # [queries, G, H], G padded to a power of two
   k_ref,  # [S, H]
   v_ref,  # [S, V]
-  *refs,  # those of `program`; out [queries, G, V], lse [queries, G]
+  *refs,  # as in `program`; then out [queries, G, V], lse [queries, G]
   spec: Spec,
   sizes: Unpadded,
 ):
@@ -375,15 +376,15 @@ def _fwd_kernel(
 
 
 class Layout(NamedTuple):
-  """Arrays and block specs that the query-outer kernels have in common."""
+  """Arrays and block specs that the query-outer kernels share."""
 
-  grid: tuple[int, int, int]  # programs of a head, key/value heads, batch
+  grid: tuple[int, int, int]  # programs per head, key/value heads, batch
   sizes: Unpadded
   offset: pl.BlockSpec  # of [B]
   per_query: Any  # width -> spec of [B, T, K, G, width]
   per_row: pl.BlockSpec  # of [B, T, K, G]
   keys: Any  # width -> spec of [B, S, K, width]
-  reads: tuple[jax.Array, ...]  # what `program` reads
+  reads: tuple[jax.Array, ...]  # arrays of the `refs` of `program`
   read_specs: tuple[pl.BlockSpec, ...]
 
 
@@ -394,7 +395,7 @@ class Reads(NamedTuple):
     ids: int32 [B, T, K, m], strictly ascending, then -1.
     offset: int32 [B], position of the first query.
     segments: () or key segments [B, S] and query segments [B, T], int32; a
-      query segment that no key has reads nothing.
+      query whose segment has no key reads nothing.
   """
 
   ids: jax.Array
@@ -403,7 +404,7 @@ class Reads(NamedTuple):
 
 
 def reads_of(index: tuple[jax.Array, Queries]) -> Reads:
-  """The index of a call as the kernels take it."""
+  """Converts the index of a call for the kernels."""
   ids, queries = index
   return Reads(
     ids,
@@ -415,7 +416,7 @@ def reads_of(index: tuple[jax.Array, Queries]) -> Reads:
 def layout(
   grouped: jax.Array, key_length: int, reads: Reads, tile: Tile, spec: Spec
 ) -> Layout:
-  """For queries [B, T, K, G, H]; consecutive programs share a head."""
+  """Layout for queries [B, T, K, G, H]; consecutive programs share a head."""
   batch, length, kv_heads, group, _ = grouped.shape
   rows = common.padded_rows(group)
   queries = tile.queries
@@ -473,7 +474,7 @@ def forward(
   """Out [B, T, N, V] and lse [B, T, N] (float32) of the selected branch.
 
   Args:
-    spec: with tiles.
+    spec: static arguments of the call, with tiles.
     qkv: query [B, T, N, H], key [B, S, K, H], value [B, S, K, V].
     index: block ids and queries.
   """

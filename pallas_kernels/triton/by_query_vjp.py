@@ -1,8 +1,8 @@
 """Attention over selected blocks, backward.
 
-dq: the forward kernel's loop once more. dk, dv: one program per piece of the
-list of the queries that chose a block, with the heads of a group summed inside.
-No atomics: every run gives the same bits.
+dq: the loop of the forward kernel. dk, dv: one program per piece of the list of
+the queries that chose a block, which also sums over the heads of a group. There
+are no atomics, so every run gives the same bits.
 """
 
 import functools
@@ -38,11 +38,11 @@ def backward(
   """Gradients of query, key and value, in their dtypes.
 
   Args:
-    spec: as of `forward`, as are the next two.
-    qkv: query, key and value.
-    index: block ids and queries.
-    out: [B, T, N, V], of `forward`, as is lse [B, T, N].
-    lse: [B, T, N].
+    spec: as in `by_query.forward`.
+    qkv: as in `by_query.forward`.
+    index: as in `by_query.forward`.
+    out: [B, T, N, V], from `forward`.
+    lse: [B, T, N], from `forward`.
     dout: [B, T, N, V], cotangent of `out`.
     dlse: float32 [B, T, N], cotangent of `lse`.
   """
@@ -60,7 +60,7 @@ def _dq_kernel(
   lse_ref,  # [queries, G]
   dout_ref,  # [queries, G, V]
   dlse_ref,  # [queries, G]
-  *refs,  # those of `program`; dq [queries, G, H], delta [queries, G]
+  *refs,  # as in `program`; then dq [queries, G, H], delta [queries, G]
   spec: Spec,
   sizes: Unpadded,
 ):
@@ -178,11 +178,12 @@ def _dkv_kernel(
   offset_ref,  # [B]
   k_ref,  # [B, S, K, H]
   v_ref,  # [B, S, K, V]
-  *refs,  # segments [B, S] and [B, T], if any, and those named below
+  *refs,  # segments [B, S] and [B, T], if any; then those unpacked below
   spec: Spec,
   group: int,
 ):
-  # [B, T, K, G, H or V], [B, T, K, G], G padded; then partial sums [l', ...].
+  # q, dout [B, T, K, G, H or V]; lse, delta [B, T, K, G], G padded; partial dk,
+  # dv [l', H or V].
   *segments, q_ref, dout_ref, lse_ref, delta_ref, dk_ref, dv_ref = refs
   kv_heads, rows, head_dim = q_ref.shape[2:]
   key_length, value_dim = v_ref.shape[1], v_ref.shape[-1]
@@ -218,7 +219,7 @@ def _dkv_kernel(
       dout = common.load_pieces(dout_ref, index, value_pieces, row_mask)
       lse = common.load(lse_ref.at[index], row_mask)
       delta = common.load(delta_ref.at[index], row_mask)
-      # Transposed: keys are the rows, so that dk and dv need no transpose.
+      # Transposed, [keys, tile rows], so that dk and dv need no transpose.
       s = common.dot_pieces(k, q) * (spec.scale * common.LOG2E)
       mask = token <= offset + t
       if segments:
@@ -286,7 +287,7 @@ def key_value_gradient(
   )
   per_row = [group_heads(x, kv_heads) for x in (query, dout, lse, delta)]
 
-  def padded(x):  # to whole tiles of a group
+  def padded(x):  # spec with the heads of a group padded to a tile
     shape = (*x.shape[:3], rows, *x.shape[4:])
     return common.whole(jax.ShapeDtypeStruct(shape, x.dtype))
 

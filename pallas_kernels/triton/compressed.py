@@ -1,4 +1,4 @@
-"""The compressed branch (Eq. 7): all blocks that end at or before the query."""
+"""The compressed branch (Eq. 7): the blocks that end at or before the query."""
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ check = band.check
 def forward(
   spec: Spec, qkv: tuple[jax.Array, ...], index: tuple[None, Queries]
 ) -> tuple[jax.Array, jax.Array]:
-  """As `interface` says."""
+  """As in `interface`."""
   return band.forward(spec, qkv, _reads(spec, qkv, index))
 
 
@@ -30,7 +30,7 @@ def backward(
   dout: jax.Array,
   dlse: jax.Array,
 ) -> tuple[jax.Array, ...]:
-  """As `interface` says."""
+  """As in `interface`."""
   reads = _reads(spec, qkv, index)
   return band_vjp.backward(spec, qkv, reads, out, lse, dout, dlse)
 

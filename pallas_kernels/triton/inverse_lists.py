@@ -1,8 +1,8 @@
-"""From block ids to lists: which queries chose a block.
+"""Inverts block ids: lists of the queries that chose each block.
 
-Lists are very uneven, since the initial block is on every query's list. They
-are cut into pieces of equal length, one program each; what the pieces of a
-list add up to is summed in order, so that every run gives the same bits.
+The lists differ much in length, since every query chooses the initial block.
+They are cut into pieces of bounded length, one program each. The partial sums
+of a list's pieces are added in order, so that every run gives the same bits.
 """
 
 from typing import Any, NamedTuple
@@ -16,12 +16,14 @@ from pallas_kernels.triton import common
 
 
 class InverseLists(NamedTuple):
-  """Row -> its items, cut into pieces.
+  """The list of items of each row, cut into pieces.
+
+  Here a row is a block of one key/value head, with the list of its queries.
 
   Attributes:
-    items: int32 [n], those of one row together, in ascending order.
-    pieces: int32 [P, 3]: row, first and last (exclusive) place in `items`.
-      Unused ones at the end are empty.
+    items: int32 [n], the lists of all rows one after the other, each ascending.
+    pieces: int32 [P, 3]: row, first and last (exclusive) index into `items`.
+      Unused pieces at the end are empty.
     starts: int32 [R + 1], first piece of every row.
   """
 
@@ -41,15 +43,14 @@ def invert(
   """Groups items by row.
 
   Args:
-    row: int32, any shape: the row of each entry; `num_rows` drops the entry.
-    item: int32, of the same shape: what the row's list holds, in
-      [0, num_items), ascending within a row.
+    row: int32, any shape: the row of each item; `num_rows` drops the item.
+    item: int32, same shape, in [0, num_items), ascending within a row.
     num_rows: R.
-    num_items: bound of the items.
-    piece: entries of a piece.
+    num_items: exclusive upper bound of the items.
+    piece: maximum items per piece.
   """
   if (num_rows + 1) * num_items < 2**32:
-    # One 32-bit key for both: the fastest sort there is.
+    # A single 32-bit key for row and item sorts fastest.
     key = row.astype(jnp.uint32) * num_items + item.astype(jnp.uint32)
     key = jnp.sort(key.reshape(-1))
     rows, items = jnp.divmod(key, jnp.uint32(num_items))
@@ -62,7 +63,7 @@ def invert(
   bounds = bounds.astype(jnp.int32)
   per_row = -(-jnp.diff(bounds) // piece)
   starts = jnp.pad(jnp.cumsum(per_row, dtype=jnp.int32), (1, 0))
-  # At most this many: every row wastes less than one piece.
+  # Upper bound: at most one piece per row is incomplete.
   num_pieces = -(-row.size // piece) + num_rows
   index = jnp.arange(num_pieces, dtype=jnp.int32)
   owner = jnp.searchsorted(starts, index, side="right").astype(jnp.int32) - 1
@@ -79,11 +80,11 @@ def invert(
 def chosen(
   ids: jax.Array, position: jax.Array, key_length: int, block: int
 ) -> jax.Array:
-  """Which ids name a block that the query can read at all, bool like `ids`.
+  """Mask of the ids of blocks with a token that the query may read.
 
   Args:
     ids: int32 [..., m].
-    position: int32, broadcastable to `ids`, of the query.
+    position: int32, position of the query; broadcasts to `ids`.
     key_length: S.
     block: l'.
   """
@@ -112,7 +113,7 @@ def _sum_pieces_kernel(
 def sum_pieces(
   partial: jax.Array, starts: jax.Array, dtype: Any, *, interpret: bool
 ) -> jax.Array:
-  """Adds the partial sums [P, l', W] of every row, in order: [R, l', W]."""
+  """Sums the partial sums [P, l', W] of each row, in order: [R, l', W]."""
   num_pieces, block, columns = partial.shape
   width = 32 if columns % 32 == 0 else 16
   rows = starts.shape[0] - 1

@@ -1,13 +1,13 @@
-"""Block selection (Eq. 8-11): importance of the blocks, then the best n.
+"""Block selection (Eq. 8-11): importance of the blocks, then top-n.
 
-The score kernel cuts queries and compressed keys into tiles. A program keeps
-its keys, walks the heads of a group, and adds up their probabilities in place:
-masks and the sum over overlapping blocks are then paid once for the whole
-group, and the sum over its heads moves nothing between threads. The top-n
-kernel reads one row of scores per query.
+The score kernel tiles queries and compressed keys. A program keeps its keys,
+loops over the heads of a group, and accumulates their probabilities in
+registers. So masks and the sum over overlapping blocks are computed once per
+group, and the sum over its heads moves no data between threads. The top-n
+kernel then reads the scores of each query.
 
-No gradients: the inputs are under `stop_gradient`. Scores are the only large
-temporary; chunks of queries keep them within a budget.
+No gradients: the inputs are under `stop_gradient`. The scores are the only
+large temporary; processing queries in chunks keeps them within a budget.
 """
 
 import functools
@@ -30,10 +30,10 @@ from pallas_kernels.triton import common, support
 from pallas_kernels.triton.by_query import group_heads
 from pallas_kernels.triton.tiling import SelectionTiling, selection_tiling
 
-# Columns behind the scores of a query: the last block carries over to one that
-# nobody reads, but that must be there; as many as keep the rows aligned.
+# Extra columns after the scores of a query: the last block carries over into
+# one that is never read but must exist. 32 of them keep the rows aligned.
 _SPARE = 32
-# Later than any block.
+# Greater than any block id.
 _NEVER = 2**30
 
 
@@ -55,7 +55,8 @@ def _scores_kernel(
 ):
   """p_slc[j] = own[j] + carried[j]: from blocks that begin in j and in j - 1.
 
-  `carried` is stored one place further, as no value moves between threads.
+  `carried` is a second output, stored one column further right: that way no
+  value moves between threads.
   """
   config = spec.config
   tiling = spec.tiles
@@ -86,7 +87,8 @@ def _scores_kernel(
   def _():
     key = step_k * block_k + _arange(block_k)
     key_mask = key < num_keys if num_keys % block_k else None
-    # Transposed out here, keys go to shared memory once, not once per head.
+    # Transposed outside the loop, keys are stored to shared memory once, not
+    # once per head.
     k = [
       x.T for x in common.load_pieces(k_ref, slice(None), head_pieces, key_mask)
     ]
@@ -101,8 +103,8 @@ def _scores_kernel(
     p = lax.fori_loop(
       0, group, head, jnp.zeros((block_q, block_k), jnp.float32)
     )
-    # What a query does not see may be anything, inf and NaN as well, but never
-    # leaves its place.
+    # Entries that a query does not see may be inf or NaN. They mix with no
+    # others before this mask.
     end = key * config.compression_stride + config.compression_block - 1
     visible = end[None, :] <= t[:, None]
     if refs:
@@ -115,7 +117,7 @@ def _scores_kernel(
       weighted = p * weight.astype(jnp.float32)[None, :]
       return weighted.reshape(block_q, columns, spec.ratio).sum(axis=2)
 
-    # Strides of a compressed block that lie in the block it begins in.
+    # Strides of a compressed block in the selection block where it begins.
     inside = jnp.minimum(
       spec.reach, spec.ratio - common.rem(_arange(block_k), spec.ratio)
     )
@@ -138,11 +140,12 @@ def _top_n_kernel(
   length: int,
   spec: Spec,
 ):
-  """The forced blocks and the best of the others, ascending, then -1.
+  """The forced blocks and the best others, ascending, then -1.
 
-  Groups of neighbouring blocks keep the largest score not chosen yet. What has
-  been chosen needs no marks: a block is still there iff it comes after the
-  last chosen one in the order of the choice (score, then lower index).
+  For each group of neighbouring blocks the kernel keeps the largest score not
+  chosen yet. Chosen blocks need no flags: a block is still available iff it
+  comes after the last chosen one in the order of choice (larger score first,
+  then lower index).
   """
   score_refs, first_refs, ids_ref = (
     refs[:num_scores],
@@ -169,25 +172,24 @@ def _top_n_kernel(
     )
   last = common.div(jnp.maximum(t, 0), config.selection_block)
   count = jnp.where((t >= 0) & (t < spec.key_length), last - first + 1, 0)
-  # With at most n candidates all of them are chosen; with more, forced blocks
-  # do not overlap.
+  # Up to n candidates are all chosen; with more, forced blocks do not overlap.
   crowded = count > config.num_selected
   lo = jnp.where(crowded, first + config.num_initial, _NEVER)
   hi = jnp.where(crowded, last - config.num_local, -1)
 
   def free_scores(j, scores):
-    """Scores of the blocks j [rows or 1, X], as integers; -1 unless free.
+    """Scores of the blocks j [rows or 1, X] as int32 bits; -1 unless free.
 
-    Scores are not negative: their bits are in order, and for integers a warp
-    finds the largest in one instruction.
+    Scores are not negative, so their bits have the same order; and a warp finds
+    the maximum of integers in one instruction.
     """
     x = scores[0]
     if num_scores == 2:
-      # Nothing carries over to the first block: that may not be written.
-      always = config.num_initial > 0  # the first block is not free
+      # Nothing carries over into the first block: that entry is not written.
+      always = config.num_initial > 0  # The first block is forced, not free.
       x += scores[1] if always else jnp.where(j > first[:, None], scores[1], 0)
     x = lax.bitcast_convert_type(x, jnp.int32)
-    x = jnp.maximum(x, 0)  # a NaN must not lead astray
+    x = jnp.maximum(x, 0)  # Bits of a NaN may be negative, as if not free.
     return jnp.where((lo[:, None] <= j) & (j <= hi[:, None]), x, -1)
 
   def visit(step, high):
@@ -259,7 +261,7 @@ def _top_n_kernel(
 
 
 def _group_size(width: int, block_m: int) -> int:
-  """Blocks in a group: about the root, so that both searches are short."""
+  """Blocks per group: about sqrt(width), so that both searches are short."""
   return min(1 << (width.bit_length() // 2), block_m)
 
 
@@ -268,7 +270,7 @@ def check(
   arrays: tuple[jax.Array, jax.Array, jax.Array],
   index: tuple[None, Queries],
 ) -> None:
-  """As `interface` says; `tiles` are a `SelectionTiling`."""
+  """As in `interface`; `tiles` must be a `SelectionTiling`."""
   query, compressed_key, _ = arrays
   del index
   support.check_where()
@@ -282,7 +284,7 @@ def forward(
   arrays: tuple[jax.Array, jax.Array, jax.Array],
   index: tuple[None, Queries],
 ) -> jax.Array:
-  """As `interface` says: ids int32 [B, T, K, n] of the selected blocks."""
+  """As in `interface`: ids int32 [B, T, K, n] of the selected blocks."""
   query, key, lse = arrays
   config = spec.config
   _, queries = index
@@ -415,11 +417,11 @@ def backward(
 
 
 def _segments(spec, queries):
-  """As the kernels take them, or ().
+  """Segments for the kernels; () without segments.
 
-  Segments of the compressed blocks [B, C], of the queries [B, T] (one that no
-  block has reads nothing), and the first candidate of every query [B, T], past
-  the end if it has none.
+  They are those of the compressed blocks [B, C], those of the queries [B, T] (a
+  query whose segment has no block reads nothing), and the first candidate block
+  of every query [B, T], past the last block if it has none.
   """
   tokens, of_query = queries.key_segments, queries.query_segments
   if tokens is None:
@@ -440,9 +442,9 @@ def _without_scores(
   offset: jax.Array,
   segments: tuple[jax.Array, ...],
 ) -> jax.Array:
-  """As `forward`, where the number of candidates alone decides.
+  """`forward` for calls whose result does not depend on the scores.
 
-  That is, if no query has more than n candidates, or all places are forced.
+  That is, no query has more than n candidates, or all slots are forced.
   """
   config = spec.config
   t = offset[:, None] + jnp.arange(length, dtype=jnp.int32)

@@ -1,6 +1,6 @@
 """The selected branch (Eq. 12): the tokens s <= t of the given blocks.
 
-Large groups go query by query, small ones block by block.
+Large groups use the query-outer kernels, small ones the block-outer kernels.
 """
 
 import jax
@@ -19,7 +19,7 @@ from pallas_kernels.triton.tiling import SelectedTiling, selected_tiling
 def check(
   spec: Spec, qkv: tuple[jax.Array, ...], index: tuple[jax.Array, Queries]
 ) -> None:
-  """As `interface` says; `tiles` are a `SelectedTiling`."""
+  """As in `interface`; `tiles` must be a `SelectedTiling`."""
   del index
   support.check_where()
   support.check_heads(*qkv)
@@ -30,7 +30,7 @@ def check(
 def forward(
   spec: Spec, qkv: tuple[jax.Array, ...], index: tuple[jax.Array, Queries]
 ) -> tuple[jax.Array, jax.Array]:
-  """As `interface` says."""
+  """As in `interface`."""
   spec = _with_tiles(spec, qkv, index)
   kernels = by_block if spec.tiles.by_block else by_query
   return kernels.forward(spec, qkv, index)
@@ -45,7 +45,7 @@ def backward(
   dout: jax.Array,
   dlse: jax.Array,
 ) -> tuple[jax.Array, ...]:
-  """As `interface` says."""
+  """As in `interface`."""
   spec = _with_tiles(spec, qkv, index)
   kernels = by_block_vjp if spec.tiles.by_block else by_query_vjp
   return kernels.backward(spec, qkv, index, out, lse, dout, dlse)

@@ -1,4 +1,4 @@
-"""What the kernels can take; else `NotImplementedError` with the reason."""
+"""Checks that the kernels support a call; else NotImplementedError says why."""
 
 import jax
 import jax.numpy as jnp
@@ -11,22 +11,22 @@ _BLOCKS = (16, 32, 64, 128)
 _MAX_GROUP = 64
 _MAX_HEAD_DIM = 256
 _MIN_CAPABILITY = 8.0
-# Scores of one query in the registers of one program, 128 in each thread.
+# A decode program holds all scores of a query in registers, 128 per thread.
 _MAX_BLOCKS_OF_A_ROW = 2**14
 
 
 def check_where() -> None:
-  """The devices that are visible, and the mesh that the call is in.
+  """Checks the visible devices and the mesh around the call.
 
-  Without a visible NVIDIA GPU (lowering for one elsewhere) any that the kernels
-  need is assumed.
+  Without a visible NVIDIA GPU (when lowering for another machine), one that the
+  kernels support is assumed.
 
   Raises:
     NotImplementedError: naming the limit.
   """
   try:
     devices = jax.local_devices(backend="cuda")
-  except RuntimeError:  # There are none.
+  except RuntimeError:  # No visible GPU.
     devices = []
   for device in devices:
     if float(device.compute_capability) < _MIN_CAPABILITY:
@@ -36,7 +36,7 @@ def check_where() -> None:
         "newer"
       )
   for axis in jax.sharding.get_abstract_mesh().manual_axes:
-    # Nothing varies in the type of a value if its type does not say so.
+    # Under check_vma=False no type varies, not even that of an axis index.
     if jax.typeof(lax.axis_index(axis)).manual_axis_type.varying:
       raise NotImplementedError(
         "the kernels do not track what varies over a mesh: pass "
@@ -45,7 +45,7 @@ def check_where() -> None:
 
 
 def check_tiles(spec: Spec, kind: type) -> None:
-  """That the tiles asked for, if any, are those of this kernel.
+  """Checks that the requested tiles, if any, are a `kind`.
 
   Raises:
     ValueError: naming the value and the class.
@@ -55,7 +55,7 @@ def check_tiles(spec: Spec, kind: type) -> None:
 
 
 def check_heads(query: jax.Array, key: jax.Array, value: jax.Array) -> None:
-  """Dtype, head dimensions and group size, the same for every kernel.
+  """Checks dtype, head dimensions and group size, the same for every kernel.
 
   Args:
     query: [B, T, N, H].
@@ -85,7 +85,7 @@ def check_heads(query: jax.Array, key: jax.Array, value: jax.Array) -> None:
 
 
 def check_selection_block(block: int) -> None:
-  """Block lengths whose tiles are powers of two.
+  """Checks for a block length whose tiles are powers of two.
 
   Raises:
     NotImplementedError: naming the value and the limit.
@@ -98,7 +98,7 @@ def check_selection_block(block: int) -> None:
 
 
 def check_blocks_of_a_row(key_length: int, block: int) -> None:
-  """How many selection blocks a query of decoding may choose from.
+  """Checks the number of selection blocks that a decoding query chooses from.
 
   Raises:
     NotImplementedError: naming the value and the limit.

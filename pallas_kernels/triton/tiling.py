@@ -1,7 +1,7 @@
 """Tile sizes of the kernels and the heuristics that choose them.
 
-The numbers come from sweeps (`benchmarks/sweep_*.py`); the tables are in
-`benchmarks/results/`. Nothing here changes a result beyond rounding.
+The numbers come from sweeps (`benchmarks/sweep_*.py`), whose tables are in
+`benchmarks/results/`. Tile sizes change results only by rounding.
 """
 
 import dataclasses
@@ -14,14 +14,14 @@ from pallas_kernels.triton import common
 
 @dataclasses.dataclass(frozen=True)
 class Tile:
-  """How one kernel is cut and compiled.
+  """Tile sizes and compiler options of one kernel.
 
   Attributes:
-    block_k: keys per step, of the selected branch a divisor of l'.
+    block_k: keys per step; in the selected branch it divides l'.
     num_warps: warps per program.
-    num_stages: depth of the pipeline that loads a step's inputs.
-    queries: neighbouring queries per program, 1 or 2; two read the blocks that
-      both chose once (query-outer kernels only).
+    num_stages: depth of the pipeline that loads the inputs of the steps.
+    queries: neighbouring queries per program, 1 or 2; two load the blocks that
+      both chose only once (query-outer kernels only).
   """
 
   block_k: int
@@ -35,16 +35,16 @@ class SelectedTiling:
   """Tiles of the selected branch.
 
   Attributes:
-    by_block: blocks outside, queries gathered (small groups), instead of one
-      program per query and group.
+    by_block: use the block-outer kernels, which gather queries (for small
+      groups), instead of the query-outer kernels.
     fwd: forward kernel.
-    dq: gradient of the query; not used with `by_block`, whose one backward
-      kernel `dkv` describes.
+    dq: gradient of the query; not used with `by_block`, whose single backward
+      kernel uses `dkv`.
     dkv: gradient of keys and values.
-    rows: with `by_block`, rows (queries x heads of a group) of a step.
-    piece: queries in one piece of the list of a block.
-    scratch: with `by_block`, bytes that the partial outputs of a chunk of
-      queries may take, m times as many as their outputs take.
+    rows: with `by_block`, tile rows (queries x heads of a group) per step.
+    piece: maximum queries per piece of the list of a block.
+    scratch: with `by_block`, maximum memory in bytes of the partial outputs of
+      a chunk of queries, m times that of the chunk's outputs.
   """
 
   by_block: bool
@@ -58,14 +58,14 @@ class SelectedTiling:
 
 @dataclasses.dataclass(frozen=True)
 class BandTile:
-  """How one kernel of the compressed or the window branch is cut.
+  """Tile sizes and compiler options of a kernel of band attention.
 
   Attributes:
-    block_k: keys per step, or of a program of `dkv`.
+    block_k: keys per step; for `dkv`, keys per program.
     num_warps: warps per program.
-    num_stages: depth of the pipeline that loads a step's inputs.
-    rows: rows (queries x heads of a group) of a program, or per step of `dkv`;
-      a power of two, at least 16 and G.
+    num_stages: depth of the pipeline that loads the inputs of the steps.
+    rows: tile rows (queries x heads of a group) per program; for `dkv`, per
+      step. A power of two, at least 16 and at least G.
   """
 
   block_k: int
@@ -80,17 +80,17 @@ class BandTiling:
 
   Attributes:
     fwd: forward kernel.
-    dq: gradient of the query; its `block_k` divides that of `dkv`, its `rows`
-      are a multiple.
+    dq: gradient of the query; its `block_k` divides that of `dkv`, and its
+      `rows` are a multiple of those of `dkv`.
     dkv: gradient of keys and values.
-    programs: programs that keep a device busy; the queries are split until
-      there are so many of `dkv`.
-    scratch: bytes that the gradients of the scores may take, the queries of a
-      chunk times the keys they read; at least one tile of queries. Under
-      `jax.vmap` for each of the calls.
+    programs: number of `dkv` programs that fills a device; the queries are
+      split until there are that many.
+    scratch: maximum memory in bytes of the stored gradients of the scores, of
+      the queries of a chunk times the keys they read. A chunk has at least one
+      query tile. Under `jax.vmap` every call takes this memory.
 
   Raises:
-    ValueError: if `dq` cannot read what `dkv` writes.
+    ValueError: if the tiles of `dq` and `dkv` do not match as above.
   """
 
   fwd: BandTile
@@ -109,7 +109,7 @@ class BandTiling:
 
   @property
   def steps(self) -> int:
-    """Steps of `dkv` in one tile of the queries of `dq`."""
+    """Steps of `dkv` per query tile of `dq`."""
     return self.dq.rows // self.dkv.rows
 
 
@@ -121,20 +121,22 @@ def band_tiling(
   value_dim: int,
   dtype: jnp.dtype,
 ) -> BandTiling:
-  """Tiles of the compressed branch or the window by shape.
+  """Chooses tiles of the compressed or the window branch for a shape.
 
   Args:
     windowed: a query reads a window, not all earlier keys.
     group: G, heads per key/value head.
     head_dim: H.
     value_dim: V.
-    dtype: of query, key and value.
+    dtype: dtype of query, key and value.
   """
   width = max(head_dim, value_dim)
   least = common.padded_rows(group)
-  # Accumulators are in registers: tiles are as large as spills nothing.
+  # Accumulators are in registers: tiles are as large as possible without
+  # spills.
   if jnp.dtype(dtype).itemsize > 2:
-    # Exact float32 products run without tensor cores and hold operands too.
+    # Exact float32 products do not use tensor cores, and their operands are in
+    # registers too.
     rows = max(32, least)
     if width <= 128:
       fwd = BandTile(32, 4, 2, rows)
@@ -152,16 +154,16 @@ def band_tiling(
   else:
     dq = BandTile(64, 8, 3, rows=128)
   if windowed and group <= 4 and width <= 128:
-    # Few heads make few rows per position: large tiles would reach far beyond
-    # the windows of their first and last queries.
+    # With few heads a tile spans many positions: a large one would read many
+    # keys outside the windows of its first and last queries.
     fwd = BandTile(32, 4, 3, rows=64)
     dkv = BandTile(64, 4, 2, rows=64)
   elif width <= 64:
     fwd = BandTile(64, 8, 3, rows=128)
     dkv = BandTile(64, 4, 3, rows=64)
   else:
-    # With 32 keys two programs fit on a multiprocessor: one computes while the
-    # other waits. Large tiles read less.
+    # With 32 keys, two programs fit on a multiprocessor: one computes while the
+    # other waits. Larger tiles read fewer bytes.
     if width <= 192 and windowed:
       fwd = BandTile(32, 8, 3, rows=128)
     elif width <= 192:
@@ -186,27 +188,28 @@ def selected_tiling(
   block: int,
   num_ids: int,
 ) -> SelectedTiling:
-  """Tiles of the selected branch by shape.
+  """Chooses tiles of the selected branch for a shape.
 
   Args:
     group: G, heads per key/value head.
     head_dim: H.
     value_dim: V.
-    dtype: of query, key and value.
+    dtype: dtype of query, key and value.
     block: l'.
     num_ids: m, blocks per query.
   """
   rows = common.padded_rows(group)
   width = max(head_dim, value_dim)
   wide = width > 128
-  # float32 products are exact, without tensor cores: other tiles win.
+  # Exact float32 products do not use tensor cores: other tiles are fastest.
   exact = jnp.dtype(dtype).itemsize > 2
 
   def tile(keys, num_warps, num_stages, queries=1):
     return Tile(min(keys, block), num_warps, num_stages, queries)
 
   if group <= 8:
-    # Registers: accumulators of a block, 64 x (H + V), beside a step's rows.
+    # Registers hold the accumulators of a block, 64 x (H + V), and a step's
+    # queries.
     if exact:
       small = tile(32, 4, 1) if width <= 128 else tile(16, 4, 1)
       return SelectedTiling(True, small, small, small, rows=32)
@@ -225,13 +228,13 @@ def selected_tiling(
     dq = tile(64, 2, 2) if width <= 128 else tile(32, 2, 2)
   else:
     fwd = tile(32, 1, 2) if width <= 192 else tile(16, 1, 2)
-    # Two accumulators fill the registers; the lists of a pair are compared all
-    # with all.
+    # For pairs of queries: two accumulators fill the registers, and all pairs
+    # of ids from the two lists are compared.
     if not wide and num_ids <= 64:
       fwd = tile(32 if width <= 64 else 16, 1, 2, queries=2)
     dq = tile(32, 1, 2) if width <= 192 else tile(32, 2, 2)
 
-  # Keys are the rows here: fewer than 64 do without the large products.
+  # Keys are the tile rows here, and wgmma needs at least 64 of them.
   if block == 16:
     dkv = tile(16, 1, 3)
   elif block == 32:
@@ -246,12 +249,12 @@ class SelectionTiling:
   """Tiles of block selection.
 
   Attributes:
-    block_q: queries of a tile of scores.
-    scores: score kernel; `block_k` counts compressed keys.
+    block_q: queries per program of the score kernel.
+    scores: score kernel; `block_k` counts compressed keys per program.
     rows: queries per program of the top-n kernel; divides `block_q`.
-    block_m: scores of a query read per step of the top-n kernel.
+    block_m: scores per query and step of the top-n kernel.
     top_n_warps: warps per program of the top-n kernel.
-    scratch: bytes that the scores of a chunk of queries may take.
+    scratch: maximum memory in bytes of the scores of a chunk of queries.
   """
 
   block_q: int
@@ -265,18 +268,18 @@ class SelectionTiling:
 def selection_tiling(
   *, length: int, dtype: jnp.dtype, ratio: int
 ) -> SelectionTiling:
-  """Tiles of block selection by shape.
+  """Chooses tiles of block selection for a shape.
 
   Args:
     length: T.
-    dtype: of query and key.
+    dtype: dtype of query and key.
     ratio: l' / d, compressed blocks that begin in one selection block.
   """
-  # The keys of a tile stay in shared memory, its queries are streamed head by
+  # The keys of a tile stay in shared memory, and its queries are loaded head by
   # head; scores and their sum over heads are in registers. A program waits for
-  # its products, so three on a multiprocessor overlap them with exponentials:
-  # two stages and 64 scores per thread leave room for that at H = 128.
-  exact = jnp.dtype(dtype).itemsize == 4  # on the ordinary arithmetic units
+  # its products, so three per multiprocessor overlap products with
+  # exponentials: two stages and 64 scores per thread allow that at H = 128.
+  exact = jnp.dtype(dtype).itemsize == 4  # Without tensor cores.
   block_q = 32 if exact else 64
   block_q = min(block_q, common.padded_rows(length))
   block_k = 32 if exact else 128
@@ -288,21 +291,21 @@ class DecodeTiling:
   """Tiles of the decode kernels.
 
   Attributes:
-    rows: rows (queries x heads of a group) of a program of the compressed
-      kernel; a power of two, at least 16 and G.
+    rows: tile rows (queries x heads of a group) per program of the compressed
+      kernel; a power of two, at least 16 and at least G.
     compressed: compressed kernel; its `block_k` is a multiple of l' / d.
-    splits: pieces of what is visible of the compressed keys.
+    splits: number of parts that the visible compressed keys are split into.
     block_m: scores per step of selection, a multiple of
       `compressed.block_k` / (l' / d).
-    blocks: kernel of the selected blocks, which it selects, and the window; its
+    blocks: kernel that selects blocks, and reads these and the window; its
       `block_k` divides l'.
-    selected_steps: steps of a piece of the selected blocks.
-    window_steps: steps of a piece of the window.
+    selected_steps: steps per piece of the selected blocks.
+    window_steps: steps per piece of the window.
     merge_warps: warps per program of the merge.
 
   Raises:
-    ValueError: if a number is not at least 1, or, where the compiler needs it,
-      not a power of two or less than 16.
+    ValueError: if `splits` or a number of steps is less than 1, or another
+      number is not a power of two, or `rows` or a `block_k` is less than 16.
   """
 
   rows: int
@@ -319,7 +322,7 @@ class DecodeTiling:
       if getattr(self, name) < 1:
         raise ValueError(f"`{name}` of {self} must be at least 1.")
     tiles = self.compressed, self.blocks
-    sides = [tile.block_k for tile in tiles]  # of a matrix product
+    sides = [tile.block_k for tile in tiles]  # Sides of a matrix product.
     warps = [self.merge_warps, *(tile.num_warps for tile in tiles)]
     for name, values, least in (
       ("rows", [self.rows], 16),
@@ -352,7 +355,7 @@ def decode_tiling(
   num_selected: int,
   num_window: int,
 ) -> DecodeTiling:
-  """Tiles of decoding by shape.
+  """Chooses tiles of decoding for a shape.
 
   Args:
     batch: B.
@@ -361,12 +364,13 @@ def decode_tiling(
     group: G, heads per key/value head.
     head_dim: H.
     value_dim: V.
-    dtype: of query, keys and values.
+    dtype: dtype of query, keys and values.
     block: l'.
     ratio: l' / d, compressed blocks that begin in one selection block.
     num_compressed: C.
-    num_selected: keys of the selected blocks.
-    num_window: rows of keys that hold the window.
+    num_selected: number of keys in the selected blocks of a query.
+    num_window: number of keys that the window kernel walks: the ring's size, or
+      w.
   """
   width = max(head_dim, value_dim)
   least = common.padded_rows(group)
@@ -375,15 +379,15 @@ def decode_tiling(
   rows = max(least, min(rows, 16 if exact else 128 if width <= 128 else 32))
 
   def tile(rows, most, num_stages):
-    # No spilled registers.
+    # These sizes spill no registers.
     if exact:
       return Tile(min(16, most), 8, 2)
     warps = 4 if rows * width <= 32 * 192 else 8
     return Tile(min(64, most), warps, num_stages)
 
-  # What is on its way from memory bounds the time: two programs of three stages
-  # or three of two on every multiprocessor. All are of the same size, so that
-  # none waits for a second round.
+  # The number of loads in flight limits the speed: a multiprocessor takes two
+  # programs of three stages, or three of two. All have the same size and run at
+  # once, so that there is no second wave.
   compressed = tile(rows, 64, 3 if width <= 128 else 2)
   compressed = dataclasses.replace(
     compressed, block_k=max(compressed.block_k, ratio)
@@ -392,23 +396,22 @@ def decode_tiling(
   programs = -(-length // (rows // group)) * kv_heads * batch
   splits = at_once // programs
   if not splits:
-    # More than fit at once: small ones, so that the last round is short.
+    # Not all fit at once: small programs keep the last wave short.
     splits = -(-4 * at_once // programs)
   splits = min(
     splits,
     -(-num_compressed // compressed.block_k),
-    128,  # the merge holds one row of all of them
+    128,  # The merge holds a value row of every split.
   )
 
-  # Selection holds the scores of many blocks in registers, so two programs fit
-  # on a multiprocessor: one reads selected blocks, the other the window. More
-  # pieces than that would only select once more.
+  # Selection holds the scores of many blocks in registers, so only two programs
+  # fit on a multiprocessor: one reads selected blocks, the other the window.
+  # More pieces would only repeat the selection.
   blocks = tile(least, block, 3 if width <= 128 else 2)
   pieces = max(1, _MULTIPROCESSORS // (batch * length * kv_heads))
   selected_steps = -(-num_selected // (blocks.block_k * pieces))
   window_steps = -(-num_window // (blocks.block_k * pieces))
-  # The merge holds what it reads in registers, 64 numbers or a few more to a
-  # thread.
+  # The merge holds its inputs in registers, about 64 numbers per thread.
   held = sum(
     pl.next_power_of_2(count)
     for count in (
@@ -418,7 +421,7 @@ def decode_tiling(
     )
   )
   merge_warps = pl.next_power_of_2(pl.cdiv(held * value_dim, 32 * 64))
-  # All that selection reads is on its way at once, if it fits in registers.
+  # All loads of selection are in flight at once, if they fit in registers.
   block_m = 1024 if group <= 16 else 128
   block_m = min(block_m, pl.next_power_of_2(num_compressed // ratio + 1))
   return DecodeTiling(

@@ -12,7 +12,7 @@ check = band.check
 def forward(
   spec: Spec, qkv: tuple[jax.Array, ...], index: tuple[None, Queries]
 ) -> tuple[jax.Array, jax.Array]:
-  """As `interface` says."""
+  """As in `interface`."""
   return band.forward(spec, qkv, _reads(spec, qkv, index))
 
 
@@ -25,7 +25,7 @@ def backward(
   dout: jax.Array,
   dlse: jax.Array,
 ) -> tuple[jax.Array, ...]:
-  """As `interface` says."""
+  """As in `interface`."""
   reads = _reads(spec, qkv, index)
   return band_vjp.backward(spec, qkv, reads, out, lse, dout, dlse)
 
@@ -36,7 +36,7 @@ def _reads(spec, qkv, index):
   batch, num_keys = qkv[1].shape[:2]
   key_offset = per_row(queries.key_offset, batch)
   return band.Reads(
-    # A longer window would read the same, and might not fit int32.
+    # A longer window would read the same keys, and might overflow int32.
     band.Band(1, 1, min(spec.config.window, num_keys), num_keys),
     jnp.stack(
       [

@@ -1,21 +1,21 @@
 """Attention of the newest tokens over a cache: decoding, forward only.
 
-With a handful of queries the time is that of the bytes read once: compressed
-keys and values, n blocks, the window. Keys are cut into pieces, so that one row
-of a batch fills the device, in three launches:
+With few queries the time is that of reading the bytes once: compressed keys and
+values, n blocks, the window. Keys are split into pieces, so that even one batch
+row fills the device. There are three launches:
 
-1. compressed: a partial softmax for every split of the compressed blocks that
-   are visible, all queries and heads of a group as rows; and the sums of the
-   weights over each selection block, all that is left of the scores;
-2. blocks: partial softmaxes of the selected blocks and of the window. Each
-   program of a query's selected blocks first finds them: importance (Eq. 8-10),
-   then the best n (Eq. 11). All find the same; that takes no longer than one of
-   them would, and saves a launch. Those of the window read meanwhile: selection
-   mostly waits and leaves the memory idle;
-3. merge: the partial softmaxes, weighted by the gates (Eq. 5).
+1. compressed: a partial softmax for every split of the visible compressed
+   blocks, with all queries and heads of a group as tile rows. It also stores
+   the sums of the weights over each selection block, instead of the scores.
+2. blocks: partial softmaxes of the selected blocks and of the window. Every
+   program that reads selected blocks first selects them: importance (Eq. 8-10),
+   then top-n (Eq. 11). All programs of a query find the same blocks; this takes
+   no longer than in one program and saves a launch. The programs of the window
+   run meanwhile: selection mostly waits and leaves the memory bandwidth idle.
+3. merge: the sum of the branches, weighted by the gates (Eq. 5).
 
-Loops are bounded by what is visible, so that the time follows the lengths, not
-the capacity of the cache.
+Loops are bounded by the visible keys, so that the time depends on the lengths,
+not on the capacity of the cache.
 """
 
 from typing import NoReturn
@@ -35,10 +35,10 @@ from pallas_kernels.triton.tiling import DecodeTiling, decode_tiling
 def check(
   spec: Spec, arrays: DecodeArrays, index: tuple[jax.Array, Queries]
 ) -> None:
-  """As `interface` says; `tiles` are a `DecodeTiling`.
+  """As in `interface`; `tiles` must be a `DecodeTiling`.
 
   Raises:
-    ValueError: if `tiles` do not fit each other or the shapes.
+    ValueError: if the tiles do not fit each other or the shapes.
   """
   del index
   support.check_where()
@@ -58,7 +58,7 @@ def check(
 def forward(
   spec: Spec, arrays: DecodeArrays, index: tuple[jax.Array, Queries]
 ) -> tuple[jax.Array, jax.Array]:
-  """As `interface` says."""
+  """As in `interface`."""
   lengths, queries = index
   spec = _with_tiles(spec, arrays)
   query, compressed_query, pair, selected, ring, gates = arrays
@@ -127,7 +127,7 @@ def _with_tiles(spec, arrays):
 
 
 def _check_fit(spec, arrays):
-  """Tiles that were asked for fit each other and the shapes."""
+  """Checks that the requested tiles fit each other and the shapes."""
   tiles, block, ratio = spec.tiles, spec.config.selection_block, spec.ratio
   group = arrays.query.shape[2] // arrays.selected.key.shape[2]
   if tiles.rows < group:

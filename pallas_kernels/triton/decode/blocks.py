@@ -1,4 +1,4 @@
-"""The second launch of decoding: selected blocks; the window beside them."""
+"""The second launch of decoding: selected blocks and window."""
 
 import functools
 from collections.abc import Callable
@@ -25,11 +25,11 @@ from pallas_kernels.triton.decode.softmax import (
 
 
 class _Softmax(NamedTuple):
-  """A softmax over a piece of the keys of a query, all heads of a group."""
+  """A softmax over a piece of a query's keys, for all heads of a group."""
 
-  start: Any  # the first carry
-  # fold(carry, row, mask) reads the keys of a step from `row` on, all of them
-  # if the mask is None.
+  start: Any  # the initial carry
+  # fold(carry, row, mask) adds the keys of a step, from key `row` on; all of
+  # them if the mask is None.
   fold: Callable[..., Any]
   store: Callable[[Any], None]
 
@@ -43,14 +43,14 @@ def _softmax(
   spec: Spec,
   exp2: Callable[[jax.Array], jax.Array],
 ) -> _Softmax:
-  """Loads the query.
+  """Loads the query and returns the functions of its softmax.
 
   Args:
     q_ref: [G, H], G padded to a power of two, at least 16.
     keys: refs [S, H] and [S, V].
     out_refs: acc [G, V], top [G], total [G].
     group: G without padding.
-    spec: of the call.
+    spec: static arguments of the call.
     exp2: 2^x.
   """
   rows, head_dim = q_ref.shape
@@ -93,7 +93,7 @@ def _read_window(
   ring: bool,
   spec: Spec,
 ) -> None:
-  """One piece of the window of a query at position t, of `num_rows` keys."""
+  """Reads a piece of the window of a query at t, from `num_rows` keys."""
   block_k, steps = spec.tiles.blocks.block_k, spec.tiles.window_steps
   low = jnp.maximum(t - spec.config.window + 1, 0)
   first = piece * steps
@@ -106,10 +106,10 @@ def _read_window(
   end = jnp.where((t >= 0) & (t < length), end, 0)
 
   def readable(row):
-    """Which rows the query reads; softmax knows no order."""
+    """Mask of the keys that the query reads; they may be in any order."""
     if not ring:
       return (row <= t) & (row >= low)
-    # Counted back from the newest row, which lies anywhere in the ring.
+    # The age of an entry is counted back from the newest one of the ring.
     newest = common.rem(jnp.maximum(length - 1, 0), num_rows)
     age = newest - row
     position = length - 1 - jnp.where(age < 0, age + num_rows, age)
@@ -132,7 +132,7 @@ def _read_selected(
   *,
   spec: Spec,
 ) -> None:
-  """One piece of the blocks `ids` of a query at position t."""
+  """Reads a piece of the blocks `ids` of a query at position t."""
   block_k, steps = spec.tiles.blocks.block_k, spec.tiles.selected_steps
   first = piece * steps
   # The last block is the query's own, the only one that needs a mask.
@@ -169,8 +169,8 @@ def _blocks_kernel(
   v_ref,  # [S, V]
   window_k_ref,  # [R, H] of a ring, or [S, H]
   window_v_ref,  # [R, V] of a ring, or [S, V]
-  *refs,  # as `_select` takes them; ids [n]; acc [G, V], top [G], total [G]
-  # of a piece of the selected blocks, and the same of the window
+  *refs,  # `weight_refs` of `select_ids`; ids [n]; acc [G, V], top [G] and
+  # total [G] of a piece of the selected blocks; the same of the window
   num_pieces: int,
   group: int,
   num_blocks: int,
@@ -179,7 +179,7 @@ def _blocks_kernel(
   spec: Spec,
   exp2: Callable[[jax.Array], jax.Array],
 ):
-  """Pieces of the selected blocks, `num_pieces`, then those of the window."""
+  """Programs [0, num_pieces) read selected blocks, the others the window."""
   *weight_refs, ids_ref = refs[:-6]
   piece = pl.program_id(3)
   t = offset_ref[0] + pl.program_id(0)
@@ -190,7 +190,7 @@ def _blocks_kernel(
 
   @pl.when(piece < num_pieces)
   def _():
-    # The query is on its way during selection.
+    # The load of the query is in flight during selection.
     own = softmax((k_ref, v_ref), refs[-6:-3])
     ids = select_ids(
       weight_refs,
@@ -235,7 +235,7 @@ def read_blocks(
   *,
   spec: Spec,
 ) -> tuple[jax.Array, PartialSoftmax, PartialSoftmax]:
-  """Ids int32 [B, T, K, n]; softmaxes of the selected blocks and the window."""
+  """Ids int32 [B, T, K, n], and partial softmaxes of selected and window."""
   batch, length, heads, head_dim = query.shape
   key_length, kv_heads, value_dim = selected.value.shape[1:]
   group = heads // kv_heads
@@ -292,7 +292,7 @@ def read_blocks(
   ]
 
   def out_specs(before, count):
-    """Of acc, top and total of the pieces of a branch."""
+    """Specs of acc, top and total for the pieces of a branch."""
 
     def index(i, h, b, p):
       return jnp.clip(p - before, 0, count - 1), b, i, h, 0
@@ -328,8 +328,8 @@ def read_blocks(
       tiling.blocks.num_stages,
       spec.interpret,
     ),
-    # Programs start in the order of the last axis: those that select, which
-    # take longest, first.
+    # Programs start in the order of the last axis, so that those that select,
+    # which take longest, start first.
     grid=(length, kv_heads, batch, sum(counts)),
     in_specs=specs,
     out_specs=[

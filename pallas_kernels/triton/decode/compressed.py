@@ -1,4 +1,4 @@
-"""The first launch of decoding: compressed blocks, weights for selection."""
+"""The first launch of decoding: compressed branch, weights for selection."""
 
 import functools
 from collections.abc import Callable
@@ -32,9 +32,10 @@ from pallas_kernels.triton.decode.softmax import (
 
 
 def _stencil(spec: Spec) -> jax.Array:
-  """How many strides compressed block k of a tile has in selection block m.
+  """Number of strides of compressed block k of a tile in selection block m.
 
-  bfloat16 [block_k, columns + 1 or more]; the last block is of the next tile.
+  bfloat16 [block_k, columns + 1 or more]; column `columns` is the first
+  selection block of the next tile.
   """
   k = arange(spec.tiles.compressed.block_k)[:, None]
   m = arange(common.padded_rows(columns_of(spec) + 1))[None, :]
@@ -46,7 +47,7 @@ def _stencil(spec: Spec) -> jax.Array:
 
 
 def _split(x: jax.Array) -> list[jax.Array]:
-  """A float32 array as the sum of three in bfloat16, exactly."""
+  """Splits a float32 array into three bfloat16 arrays with the exact sum."""
   parts: list[jax.Array] = []
   for _ in range(3):
     parts.append(x.astype(jnp.bfloat16))
@@ -63,8 +64,8 @@ def _compressed_kernel(
   acc_ref,  # [B T N, V]
   top_ref,  # [B T N]
   total_ref,  # [B T N]
-  *weight_refs,  # tops [B T K, tiles, G], sums [B T N, M'] and edges
-  # [B T K, tiles, G], if needed
+  *weight_refs,  # if needed: tops [B T K, tiles, G], sums [B T N, M'] and
+  # edges [B T K, tiles, G]
   spec: Spec,
   sizes: QuerySizes,
   exp2: Callable[[jax.Array], jax.Array],
@@ -86,7 +87,7 @@ def _compressed_kernel(
   band = Band(
     spec.config.compression_stride, spec.config.compression_block, None, 0
   )
-  # Rows from here on hold anything.
+  # Blocks from here on are not visible, and may hold undefined values.
   stop = jnp.minimum(band.stop(last), num_keys)
   stop = jnp.where(first <= last, stop, 0)
   tiles = ceil_div(stop, block_k)
@@ -103,10 +104,10 @@ def _compressed_kernel(
   head = common.rem(mine.index, sizes.group)
 
   def keep(j, top, p):
-    """Stores the weights of a tile."""
+    """Stores the weights of a tile, summed over selection blocks."""
     tops_ref, sums_ref, *edges_refs = weight_refs
     tops_ref[group, j, head] = top
-    # Products of numbers of 16 bits are exact.
+    # Products of bfloat16 numbers are exact in float32.
     first, *rest = (common.dot(x, stencil) for x in _split(p))
     sums = sum(rest, first)
 
@@ -118,7 +119,7 @@ def _compressed_kernel(
     plgpu.store(sums_ref.at[row, block], sums, mask=column < columns_of(spec))
     for ref in edges_refs:
       edge = column == columns_of(spec)
-      # Interpreted, masked elements are stored too, but not out of bounds.
+      # The interpreter also stores masked elements, unless out of bounds.
       tile = jnp.where(edge, j, ref.shape[1])
       place = spread(group[:, None]), tile, spread(head[:, None])
       plgpu.store(ref.at[place], sums, mask=edge)
@@ -144,7 +145,7 @@ def _compressed_kernel(
   for (column, width), a in zip(value_pieces, acc, strict=True):
     acc_ref[mine.index, pl.ds(column, width)] = a
   top_ref[mine.index] = m_i
-  # Queries after the last token have read as it does.
+  # Queries past the last token have read the keys of the last one.
   total_ref[mine.index] = jnp.where(inside, l_i, 0)
 
 
@@ -157,7 +158,7 @@ def read_compressed(
   num_tiles: int,
   spec: Spec,
 ) -> tuple[PartialSoftmax, Weights | None]:
-  """Partial softmaxes, and the weights of `num_tiles` tiles; None if 0."""
+  """Partial softmaxes, and the weights of `num_tiles` tiles or None if 0."""
   batch, length, heads, head_dim = query.shape
   num_keys, kv_heads, value_dim = compressed.value.shape[1:]
   sizes = QuerySizes(length, heads, heads // kv_heads)

@@ -19,13 +19,14 @@ def _merge_kernel(
   counts: tuple[int, ...],
   exp2: Callable[[jax.Array], jax.Array],
 ):
-  """One query and head.
+  """Merges one query and head.
 
-  `counts`: pieces of each branch. There may be no compressed one.
+  `counts` has the number of pieces of each branch; the compressed branch may be
+  missing.
   """
   *partial_refs, out_ref = refs
   value_pieces = common.pieces(out_ref.shape[0])
-  # All loads come first: they wait for memory together.
+  # All loads are issued first, so that their latencies overlap.
   loaded = []
   for branch, count in enumerate(counts):
     acc_ref, top_ref, total_ref = partial_refs[3 * branch : 3 * branch + 3]
@@ -59,7 +60,7 @@ def merge_branches(
   counts = tuple(len(x.acc) for x in branches)
   specs = []
   for count in counts:
-    padded = pl.next_power_of_2(count)  # loads are
+    padded = pl.next_power_of_2(count)  # As loads require.
     specs += [
       pl.BlockSpec((padded, None, value_dim), lambda r: (0, r, 0)),
       pl.BlockSpec((padded, None), lambda r: (0, r)),

@@ -13,7 +13,7 @@ from pallas_kernels.interface import Spec
 from pallas_kernels.triton import common
 from pallas_kernels.triton.decode.softmax import arange, columns_of
 
-# Later than any block.
+# Greater than any block id.
 _NEVER = 2**30
 
 
@@ -28,22 +28,22 @@ def select_ids(
   spec: Spec,
   exp2: Callable[[jax.Array], jax.Array],
 ) -> jax.Array:
-  """The first forced blocks, the best of the others, the last forced ones.
+  """Ids of the initial blocks, of the best others, and of the local blocks.
 
-  The last of all is the query's own. With at most n candidates, all of them,
-  then -1. n is padded to a power of two; what is at the places that there are
-  not does not matter.
+  The last id is the query's own block. Up to n candidates are all chosen,
+  followed by -1. n is padded to a power of two, with undefined ids in the
+  padding.
 
   Args:
-    weight_refs: top and total [splits, G], tops [tiles, G], sums [G, M'] and
-      edges [tiles, G], if any; or none of all, if there are at most n
-      candidates, all places are forced or nothing is compressed.
+    weight_refs: top and total [splits, G], tops [tiles, G], sums [G, M'] and,
+      if any, edges [tiles, G]. Empty if there are at most n candidates, all
+      slots are forced or there are no compressed blocks.
     t: position of the query.
-    length: tokens of its row.
+    length: number of tokens in the query's batch row.
     num_blocks: M without padding.
-    num_splits: without padding.
+    num_splits: number of splits without padding.
     group: G without padding.
-    spec: of the call.
+    spec: static arguments of the call.
     exp2: 2^x.
   """
   n = spec.config.num_selected
@@ -54,8 +54,7 @@ def select_ids(
   forced = jnp.where(
     slot < spec.config.num_initial, slot, last - (n - 1) + slot
   )
-  # With at most n candidates all of them are chosen; with more, forced blocks
-  # do not overlap.
+  # Up to n candidates are all chosen; with more, forced blocks do not overlap.
   crowded = count > n
   if not weight_refs:
     return jnp.where(crowded, forced, few)
@@ -65,16 +64,17 @@ def select_ids(
   )
   block = arange(scores.shape[0])
   free = (block >= spec.config.num_initial) & (block <= hi)
-  # Scores are not negative: their bits are in order, and for integers a warp
-  # finds the largest in one instruction. A NaN must not lead astray.
+  # Scores are not negative, so their bits have the same order; and a warp finds
+  # the maximum of integers in one instruction. Bits of a NaN may be negative,
+  # as if not free.
   bits = jnp.maximum(lax.bitcast_convert_type(scores, jnp.int32), 0)
   bits = jnp.where(free, bits, -1)
   place = slot - spec.config.num_initial
   is_free = (place >= 0) & (place < spec.num_free)
   best = _best(
     bits,
-    # A bound that the compiler cannot know: it would unroll the loop, and run
-    # through instructions that are not in the cache yet.
+    # A dynamic bound: with a static one the compiler would unroll the loop, and
+    # the instructions would miss the instruction cache.
     jnp.clip(hi + 1 - spec.config.num_initial, 0, spec.num_free),
     place,
     spec.tiles.blocks.num_warps,
@@ -85,29 +85,30 @@ def select_ids(
 def _best(
   bits: jax.Array, count: Any, place: jax.Array, num_warps: int
 ) -> jax.Array:
-  """The `count` largest of [M] at their places, the largest at 0.
+  """Indices of the `count` largest values, ties to the lower index.
 
-  The lower index comes first where two are equal. Every warp finds those of its
-  own share, and does not wait for the others; then all of these are compared
-  with each other.
+  Every warp finds the largest values of its own share without waiting for other
+  warps; then all values found are compared with each other.
 
   Args:
     bits: int32 [M], -1 where there is no candidate.
-    count: of those to choose, at most that of the candidates, or 0.
-    place: [n]; what is at a place that there is not does not matter.
+    count: how many to choose: at most the number of candidates, or 0.
+    place: int32 [n], rank of the value for each slot; 0 is the largest.
     num_warps: warps of the program.
 
   Returns:
-    int32 [n].
+    int32 [n]; undefined where `place` is not in [0, count).
   """
-  # In this shape the middle axis is that of the warps, as the compiler lays out
-  # a vector: four elements to a thread. M and the warps are powers of two. At
-  # most 128 candidates are compared; more places have fewer shares.
+  # With this shape the middle axis runs over the warps, because the compiler
+  # gives each thread four consecutive elements of a vector. M and the number of
+  # warps are powers of two. At most 128 candidates are compared at the end: for
+  # a larger n there are fewer shares.
   width = min(128, len(bits))
   shares = min(num_warps, len(bits) // width, max(1, 128 // len(place)))
   shape = len(bits) // (shares * width), shares, width
   block = arange(len(bits)).reshape(shape)
-  # The largest of a single share are in order, each at its place at once.
+  # The values of a single share are found in order and go directly to their
+  # slots.
   slot = (arange(len(place)) if shares > 1 else place)[None, :]
 
   def largest(x):
@@ -146,18 +147,18 @@ def _best(
 
 
 def _total(x: jax.Array) -> jax.Array:
-  """Int32 sums over the first axis, most of which a thread holds."""
+  """Int32 sums over the first axis, which is mostly within a thread."""
   return x.astype(jnp.int32).sum(axis=0, dtype=jnp.int32)
 
 
 def ascending(ids: jax.Array, count: int) -> jax.Array:
-  """The place of each of the first `count` ids in ascending order, -1 last."""
+  """Rank of each of the first `count` ids in ascending order, -1 last."""
   slot = arange(len(ids))
   key = jnp.where((ids >= 0) & (slot < count), ids, _NEVER + slot)
   if len(ids) <= 64:
     return _total(key[:, None] < key[None, :])
 
-  # All with all would not fit in registers.
+  # All pairs would not fit in registers.
   def step(i, place):
     one = jnp.where(slot == i, key, 0).sum(dtype=jnp.int32)
     return place + (one < key).astype(jnp.int32)
@@ -174,7 +175,7 @@ def _importance(
   spec: Spec,
   exp2: Callable[[jax.Array], jax.Array],
 ) -> jax.Array:
-  """Scores of the blocks up to `hi` and of some more, which may be anything."""
+  """Scores of the blocks up to `hi`; those of later blocks are undefined."""
   top_ref, total_ref, tops_ref, sums_ref, *edges_refs = refs
   splits, rows = top_ref.shape
   block_m, columns = spec.tiles.block_m, columns_of(spec)
@@ -192,7 +193,7 @@ def _importance(
     return ref[index, jnp.broadcast_to(row[:, None], shape)]
 
   def visit(i, scores):
-    # All loads come first: they wait for memory together.
+    # All loads are issued first, so that their latencies overlap.
     tile = i * tiles + arange(tiles)
     before = jnp.maximum(tile - 1, 0)
     top = plgpu.load(top_ref, mask=exists, other=common.MAX_INIT)
@@ -215,7 +216,7 @@ def _importance(
     factors = jnp.broadcast_to(factor(tops)[:, :, None], shape)
     x = (x * factors.reshape(rows, block_m)).sum(axis=0)
     for tops, edge in edges:
-      # What reaches into a tile; nothing reaches into the first.
+      # Weights of the previous tile in a tile's first block; tile 0 has none.
       edge = (edge * factor(tops)).sum(axis=0)
       edge = jnp.where(tile > 0, edge, 0)[:, None]
       x += jnp.where((arange(columns) == 0)[None, :], edge, 0).reshape(block_m)
@@ -224,7 +225,7 @@ def _importance(
 
   scores = jnp.zeros((chunks, block_m), jnp.float32)
   if chunks == 1:
-    # Without a loop the loads do not wait for the length of the row.
+    # Without a loop the loads need not wait for the length of the row.
     scores = visit(0, scores)
   else:
     steps = common.div(hi + block_m, block_m)

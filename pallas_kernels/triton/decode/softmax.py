@@ -15,31 +15,31 @@ class PartialSoftmax(NamedTuple):
 
   acc: jax.Array  # [pieces, B T N, V], float32
   top: jax.Array  # [pieces, B T N], largest score, base 2
-  total: jax.Array  # [pieces, B T N], 0 where nothing is read
+  total: jax.Array  # [pieces, B T N], sum of weights; 0 if no key is read
 
 
 class Weights(NamedTuple):
-  """Weights of compressed blocks, summed over the selection blocks.
+  """Weights of compressed blocks, summed over each selection block.
 
   Those of a tile of compressed keys are relative to the largest score so far.
   """
 
-  # What a tile has of a group lies together: memory is not written in pieces
-  # smaller than what a transfer holds.
-  tops: jax.Array  # [B, T, K, tiles, G], largest scores
+  # The values of a group in a tile are contiguous, so that no write is smaller
+  # than a memory transaction.
+  tops: jax.Array  # [B, T, K, tiles, G], largest scores so far
   sums: jax.Array  # [B, T, K, G, M'], M' >= M: whole tiles
-  # [B, T, K, tiles, G], of what reaches into the first block of the next tile;
-  # one array, or none if nothing does.
+  # [B, T, K, tiles, G], weights of a tile in the first block of the next tile;
+  # one array, or none if l = d.
   edges: tuple[jax.Array, ...]
 
 
 def columns_of(spec: Spec) -> int:
-  """Selection blocks of a tile of compressed keys."""
+  """Selection blocks per tile of compressed keys."""
   return spec.tiles.compressed.block_k // spec.ratio
 
 
 def arange(size: int) -> jax.Array:
-  """0 .. size - 1, int32 also with 64-bit types."""
+  """0 .. size - 1 in int32, also under jax_enable_x64."""
   return jnp.arange(size, dtype=jnp.int32)
 
 
@@ -61,15 +61,17 @@ def fold_keys(
   factor: float,
   exp2: Callable[[jax.Array], jax.Array],
 ) -> tuple[Any, jax.Array]:
-  """One step of a softmax; also the weights, relative to the new maximum.
+  """One step of a softmax; returns the carry and the weights of the step.
+
+  The weights are relative to the new maximum.
 
   Args:
-    carry: as of `empty_softmax`.
+    carry: as in `empty_softmax`.
     q: pieces [rows, H].
     k: pieces [keys, H].
     load_v: loads pieces [keys, V].
     mask: bool, broadcasts to [rows, keys]; None if all are read.
-    factor: scale of the scores, base 2.
+    factor: scale of the scores times log2(e).
     exp2: 2^x.
   """
   acc, m_i, l_i = carry
