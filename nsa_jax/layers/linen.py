@@ -63,7 +63,7 @@ class NativeSparseAttention(nn.Module):
 
   Raises:
     ValueError: if an attribute or argument does not fit.
-    NotImplementedError: if no implementation asked for can do the call.
+    NotImplementedError: if no requested implementation can do the call.
 
   Example:
     >>> import jax, jax.numpy as jnp

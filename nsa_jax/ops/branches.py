@@ -47,8 +47,8 @@ def compressed_attention(
     lse -inf and zero gradient.
 
   Raises:
-    ValueError: if an argument does not fit, with its name, value and the rule.
-    NotImplementedError: if no implementation asked for can do the call.
+    ValueError: if an argument is invalid; names it, its value and the rule.
+    NotImplementedError: if no requested implementation can do the call.
 
   Example:
     >>> import jax.numpy as jnp
@@ -114,8 +114,8 @@ def selected_attention(
     out and lse as in `compressed_attention`.
 
   Raises:
-    ValueError: if an argument does not fit, with its name, value and the rule.
-    NotImplementedError: if no implementation asked for can do the call.
+    ValueError: if an argument is invalid; names it, its value and the rule.
+    NotImplementedError: if no requested implementation can do the call.
 
   Example:
     >>> import jax.numpy as jnp
@@ -216,8 +216,8 @@ def window_attention(
     out and lse as in `compressed_attention`, or out alone.
 
   Raises:
-    ValueError: if an argument does not fit, with its name, value and the rule.
-    NotImplementedError: if no implementation asked for can do the call.
+    ValueError: if an argument is invalid; names it, its value and the rule.
+    NotImplementedError: if no requested implementation can do the call.
 
   Example:
     >>> import jax.numpy as jnp
@@ -309,8 +309,8 @@ def full_attention(
     out and lse as in `compressed_attention`, or out alone.
 
   Raises:
-    ValueError: if an argument does not fit, with its name, value and the rule.
-    NotImplementedError: if no implementation asked for can do the call.
+    ValueError: if an argument is invalid; names it, its value and the rule.
+    NotImplementedError: if no requested implementation can do the call.
 
   Example:
     >>> import jax.numpy as jnp

@@ -125,8 +125,8 @@ def attend(
     padding of a ragged batch, get out 0 and ids -1.
 
   Raises:
-    ValueError: if an argument does not fit, with its name, value and the rule.
-    NotImplementedError: if no implementation asked for can do the call.
+    ValueError: if an argument is invalid; names it, its value and the rule.
+    NotImplementedError: if no requested implementation can do the call.
 
   Example:
     >>> import jax.numpy as jnp
@@ -226,8 +226,8 @@ def attend_window(
     out [B, T, N, V]; 0 at positions < 0 or >= `lengths`.
 
   Raises:
-    ValueError: if an argument does not fit, with its name, value and the rule.
-    NotImplementedError: if no implementation asked for can do the call.
+    ValueError: if an argument is invalid; names it, its value and the rule.
+    NotImplementedError: if no requested implementation can do the call.
 
   Example:
     >>> import jax.numpy as jnp
@@ -281,8 +281,8 @@ def attend_full(
     out [B, T, N, V]; 0 at positions < 0 or >= `lengths`.
 
   Raises:
-    ValueError: if an argument does not fit, with its name, value and the rule.
-    NotImplementedError: if no implementation asked for can do the call.
+    ValueError: if an argument is invalid; names it, its value and the rule.
+    NotImplementedError: if no requested implementation can do the call.
 
   Example:
     >>> import jax.numpy as jnp

@@ -148,8 +148,8 @@ def native_sparse_attention(
     int32 [B, T, K, n], or as given. Queries with nothing to attend get out 0.
 
   Raises:
-    ValueError: if an argument does not fit, with its name, value and the rule.
-    NotImplementedError: if no implementation asked for can do the call.
+    ValueError: if an argument is invalid; names it, its value and the rule.
+    NotImplementedError: if no requested implementation can do the call.
 
   Example:
     >>> import jax, jax.numpy as jnp

@@ -50,8 +50,8 @@ def block_scores(
     in units of the stride, summed over the heads of a group.
 
   Raises:
-    ValueError: if an argument does not fit, with its name, value and the rule.
-    NotImplementedError: if no implementation asked for can do the call.
+    ValueError: if an argument is invalid; names it, its value and the rule.
+    NotImplementedError: if no requested implementation can do the call.
 
   Example:
     >>> import jax.numpy as jnp
@@ -113,8 +113,8 @@ def select_blocks(
     int32 [B, T, K, n]: block ids strictly ascending, then -1.
 
   Raises:
-    ValueError: if an argument does not fit, with its name, value and the rule.
-    NotImplementedError: if no implementation asked for can do the call.
+    ValueError: if an argument is invalid; names it, its value and the rule.
+    NotImplementedError: if no requested implementation can do the call.
 
   Example:
     >>> import jax.numpy as jnp
@@ -166,7 +166,7 @@ def block_ids_from_scores(
     passes through.
 
   Raises:
-    ValueError: if an argument does not fit, with its name, value and the rule.
+    ValueError: if an argument is invalid; names it, its value and the rule.
 
   Example:
     >>> import jax.numpy as jnp
