@@ -5,9 +5,9 @@
     python -m benchmarks.decode --sweep
 
 Headline shape: 64 query and 4 key/value heads, H = V = 128, the paper's
-configuration, bfloat16, one new token per row, the window with keys of its own.
-`--sweep` times the tilings of the kernels at two batch sizes;
-`pallas_kernels/triton/tiling.py` is chosen from it.
+configuration, bfloat16, one new token per batch row; the window has its own
+keys. `--sweep` times the tilings of the kernels at two batch sizes; the
+heuristic in `pallas_kernels/triton/tiling.py` is chosen from it.
 """
 
 import contextlib
@@ -37,10 +37,10 @@ from matplotlib import pyplot as plt
 BATCHES = (1, 8, 32, 64)
 CONTEXTS = (8192, 32768, 65536, 131072)
 QUICK = ((1, 65536), (32, 65536))
-SHOWN = (32, 65536)  # whose kernels are listed
-# Bytes per second, of the data sheets.
+SHOWN = (32, 65536)  # The kernels of this shape are listed.
+# Bytes per second, from the data sheets.
 BANDWIDTH = {"NVIDIA H200": 4.8e12, "NVIDIA H100 80GB HBM3": 3.35e12}
-STEPS = 64  # dependent steps of one call
+STEPS = 64  # Dependent steps per timed call.
 DENSE = ("cuDNN", "XLA", "XLA, heads first")
 
 
@@ -56,7 +56,7 @@ class Shape(NamedTuple):
 
   @property
   def ring(self) -> int:
-    """Rows of the ring of a cache that takes eight tokens at a time."""
+    """Size of the ring of a cache with `max_append` 8."""
     return self.config.window + 7
 
 
@@ -71,12 +71,12 @@ class Inputs(NamedTuple):
 
 
 def inputs(seed: Any, shape: Shape) -> Inputs:
-  """Random inputs; to be called under `jit`."""
+  """Random inputs; call it under `jit`."""
   keys = iter(jax.random.split(jax.random.key(seed), 8))
   blocks = nsa_jax.num_compressed_blocks(shape.context, shape.config)
 
   def normal(rows, heads, width=shape.head_dim, dtype=shape.dtype):
-    # Row by row: the bits of all at once would be the largest array.
+    # Row by row: the random bits of all rows would be the largest array.
     draw = functools.partial(
       jax.random.normal, shape=(rows, heads, width), dtype=dtype
     )
@@ -128,7 +128,7 @@ def sparse(shape: Shape) -> Callable[..., Any]:
 
 
 def dense(name: str, shape: Shape) -> Callable[..., Any]:
-  """f(query, key, value) -> out, of as many keys as a row holds."""
+  """f(query, key, value) -> out, over all keys that a batch row holds."""
 
   def cudnn(query, key, value):
     return jax.nn.dot_product_attention(
@@ -160,7 +160,7 @@ def dense(name: str, shape: Shape) -> Callable[..., Any]:
 
 
 def steps(function: Callable[..., Any]) -> Callable[..., Any]:
-  """Many steps, each of which needs the one before."""
+  """A function of `STEPS` steps, each of which depends on the previous one."""
 
   def run(query, *rest):
     def step(_, query):
@@ -173,7 +173,7 @@ def steps(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def expected(shape: Shape, x: Inputs, window: KV, ids: Any) -> Any:
-  """Out by `xla` in float32 with these ids, and the ids that it chooses."""
+  """Out of `xla` in float32 with these ids, and the ids that it selects."""
   wide = jax.tree.map(
     lambda a: a.astype(jnp.float32), x._replace(window=window)[:5]
   )
@@ -189,7 +189,7 @@ def expected(shape: Shape, x: Inputs, window: KV, ids: Any) -> Any:
 
 
 def ring_of(shape: Shape, window: KV) -> KV:
-  """The newest rows of a window [B, S, K, H], each at its place."""
+  """The ring of the newest keys and values of a window [B, S, K, H]."""
   newest = shape.context - 1
   rows = jnp.arange(shape.ring)
   position = newest - (newest - rows) % shape.ring
@@ -203,12 +203,12 @@ def heads_first(shape: Shape) -> Any:
 
 
 def checked(shape: Shape) -> bool:
-  """Whether the numerics are checked: one row takes little memory."""
+  """Whether the numerics are checked; one batch row takes little memory."""
   return shape.batch == 1
 
 
 def jobs(shape: Shape) -> dict[Any, Any]:
-  """What `measure` runs, by (shape, what)."""
+  """The jobs that `measure` runs, by (shape, what)."""
   x = jax.eval_shape(functools.partial(inputs, shape=shape), 0)
   found: dict[Any, Any] = {
     (shape, "inputs"): (functools.partial(inputs, shape=shape), (0,))
@@ -234,7 +234,7 @@ def jobs(shape: Shape) -> dict[Any, Any]:
 
 
 def wall_ms(function: Callable[..., Any], *args: Any, repeats: int) -> float:
-  """Wall time of one of the steps of a call, in ms."""
+  """Wall time per step of a call of `STEPS` steps, in ms."""
   jax.block_until_ready(function(*args))
   times = []
   for _ in range(repeats):
@@ -245,7 +245,7 @@ def wall_ms(function: Callable[..., Any], *args: Any, repeats: int) -> float:
 
 
 def bytes_read(shape: Shape) -> dict[str, int]:
-  """Keys and values that a step must read."""
+  """Bytes of keys and values that a step must read, by part."""
   config = shape.config
   row = 2 * shape.head_dim * jnp.dtype(shape.dtype).itemsize
   row *= shape.kv_heads * shape.batch
@@ -261,7 +261,7 @@ def bytes_read(shape: Shape) -> dict[str, int]:
 def measure(
   programs: Mapping[Any, Any], shape: Shape, repeats: int
 ) -> dict[str, Any]:
-  """Milliseconds by name, or the reason why there are none; and the rest."""
+  """Times by name, or the reason of a failure; bandwidth, kernels, error."""
 
   def program(*name):
     found = programs[(shape, *name)]
@@ -283,7 +283,7 @@ def measure(
   if (shape.batch, shape.context) == SHOWN:
     found["kernels"] = harness.kernel_ms(program("NSA"), *x)
   if checked(shape):
-    # The window's own keys are other rows of the same distribution.
+    # `expected` takes one set of keys: the ring gets those of `selected`.
     ring = ring_of(shape, x.selected)
     out, ids = program("NSA")(*x._replace(window=ring))
     want, want_ids = program("expected")(x, x.selected, ids)
@@ -348,7 +348,7 @@ def row_of(shape: Shape, found: dict[str, Any]) -> dict[str, Any]:
     least = size["dense"] / bandwidth * 1e3  # ms
     row["of the bandwidth"] = sparse_bytes / (ms * 1e-3) / bandwidth
     row["dense, of the bandwidth"] = least / best[1] if best else None
-    # Against dense attention that would reach all of the bandwidth.
+    # Against dense attention at the full bandwidth.
     row["times faster than the bytes of dense"] = least / ms
   row["limit (bytes)"] = size["dense"] / sparse_bytes
   return row
@@ -380,7 +380,7 @@ def tables(measured: Mapping[Shape, dict[str, Any]]) -> dict[str, Any]:
 
 
 def plot(path, measured: Mapping[Shape, dict[str, Any]]) -> None:
-  """Time of a step and ratio, against the context."""
+  """Plots time per step and speedup against the context."""
   figure, (left, right) = plt.subplots(
     1, 2, figsize=(11, 4.2), constrained_layout=True
   )
@@ -424,14 +424,14 @@ def plot(path, measured: Mapping[Shape, dict[str, Any]]) -> None:
 
 # Sweep.
 
-# (keys, warps, stages), and programs per multiprocessor.
+# ((keys, warps, stages), programs per multiprocessor).
 COMPRESSED = (
   *itertools.product(((64, 4, 3), (64, 4, 2)), (2, 3, 4, 6)),
   *itertools.product(((128, 4, 3), (128, 8, 3)), (1, 2, 3)),
   *itertools.product(((32, 2, 3), (64, 2, 3)), (2, 3, 4)),
 )
-# block_m, (keys, warps, stages), and keys of a piece of the selected blocks and
-# of the window.
+# (block_m, (keys, warps, stages), (keys per piece of the selected blocks, keys
+# per piece of the window)).
 BLOCKS = tuple(
   itertools.product(
     (512, 1024),
@@ -462,7 +462,7 @@ def default_tiles(shape: Shape) -> DecodeTiling:
 
 
 def candidates(shape: Shape) -> list[DecodeTiling]:
-  """Tilings that between them hold every candidate of every kernel."""
+  """Tilings that together contain every candidate of every kernel."""
   base = default_tiles(shape)
   heads = shape.batch * shape.kv_heads
   blocks = nsa_jax.num_compressed_blocks(shape.context, shape.config)
@@ -474,7 +474,7 @@ def candidates(shape: Shape) -> list[DecodeTiling]:
         base, compressed=Tile(*compressed), splits=max(1, splits)
       )
     )
-  # The second launch depends on the splits: those are the default here.
+  # The second launch also depends on the splits, which stay the default here.
   for (block_m, tile, pieces), merge_warps in zip(
     BLOCKS, itertools.cycle(MERGE), strict=False
   ):
@@ -493,7 +493,7 @@ def candidates(shape: Shape) -> list[DecodeTiling]:
 
 
 def label(tiles: DecodeTiling, kernel: str) -> str:
-  """What of a tiling decides the time of a kernel."""
+  """The fields of a tiling that determine the time of a kernel."""
 
   def text(tile):
     return f"keys {tile.block_k} warps {tile.num_warps} st {tile.num_stages}"
@@ -511,7 +511,7 @@ def label(tiles: DecodeTiling, kernel: str) -> str:
 
 
 def sweep(shapes: Sequence[Shape]) -> dict[str, list[dict[str, Any]]]:
-  """Times of every kernel in every tiling, in us."""
+  """Time of every kernel with every tiling, in us."""
   wanted: dict[Any, Any] = {}
   for shape in shapes:
     x = jax.eval_shape(functools.partial(inputs, shape=shape), 0)
@@ -592,11 +592,11 @@ def main(argv: Sequence[str] | None = None):
   shapes = [Shape(*size) for size in sizes]
   measured: dict[Shape, dict[str, Any]] = {}
   for shape in shapes:
-    # Not all at once: XLA tunes its products on arrays of their sizes.
+    # Not all at once: XLA autotunes its products on arrays of full size.
     programs = harness.compile_all(jobs(shape))
     measured[shape] = measure(programs, shape, 3 if args.quick else 5)
     print(row_of(shape, measured[shape]), flush=True)
-    # A run that is cut short keeps what it has.
+    # An interrupted run keeps its results so far.
     with contextlib.redirect_stdout(io.StringIO()):
       save(args.out, measured)
   print((args.out / "decode.md").read_text())

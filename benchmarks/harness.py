@@ -1,4 +1,4 @@
-"""What every benchmark shares: device time, memory, records, tables.
+"""Shared by all benchmarks: device time, memory, records, tables.
 
 Times are device times (CUPTI: the sum over the kernels of a call), medians over
 several calls, after a warm-up. Records go to `benchmarks/results/` as JSON,
@@ -25,7 +25,7 @@ Name = TypeVar("Name", bound=Hashable)
 
 
 def require_gpu() -> None:
-  """Ends the command on a machine without an NVIDIA GPU."""
+  """Exits on a machine without an NVIDIA GPU."""
   device = jax.devices()[0]
   if "cuda" not in device.client.platform_version:
     raise SystemExit(
@@ -36,12 +36,12 @@ def require_gpu() -> None:
 def compile_all(
   jobs: Mapping[Name, tuple[Callable[..., Any], Sequence[Any]]],
 ) -> dict[Name, Any]:
-  """Compiles functions for their arguments, or for shapes, side by side.
+  """Compiles functions for their arguments or shapes, in parallel.
 
-  Functions may be jitted already, with options of their own.
+  Functions may already be jitted, with their own options.
 
-  A job that fails leaves its exception in the place of the program: a baseline
-  that does not fit the card is a result, not the end of the command.
+  If a job fails, its exception takes the place of the program: that a baseline
+  does not fit on the card is a result, not an error of the benchmark.
   """
 
   def one(job):
@@ -59,10 +59,10 @@ def compile_all(
 
 
 def forward_and_backward(function: Callable[..., Any]) -> Callable[..., Any]:
-  """The gradients of a function that returns out and something else.
+  """The gradients of a function that returns out and an auxiliary result.
 
-  The result takes a tuple of arguments to differentiate, a tuple of others
-  that follow them, and the cotangent of out.
+  The returned function takes a tuple of arguments to differentiate, a tuple of
+  the arguments that follow them, and the cotangent of out.
   """
 
   def run(primals, rest, dout):
@@ -75,7 +75,7 @@ def forward_and_backward(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def cudnn(query, key, value, window=None):
-  """Causal attention by cuDNN, dense or in a window, and None."""
+  """Causal attention by cuDNN, dense or windowed; returns (out, None)."""
   return jax.nn.dot_product_attention(
     query,
     key,
@@ -87,11 +87,11 @@ def cudnn(query, key, value, window=None):
 
 
 def triton_fa(query, key, value):
-  """Dense causal attention by jax's Pallas Triton kernel, and None."""
+  """Dense causal attention by jax's Pallas Triton kernel; (out, None)."""
   from jax.experimental.pallas.ops.gpu import attention
 
   group = query.shape[2] // key.shape[2]
-  # The kernel takes as many key/value heads as query heads.
+  # The kernel wants as many key/value heads as query heads.
   key, value = (jnp.repeat(x, group, axis=2) for x in (key, value))
   return attention.mha(
     query, key, value, None, sm_scale=query.shape[-1] ** -0.5, causal=True
@@ -101,7 +101,7 @@ def triton_fa(query, key, value):
 def device_ms(
   function: Callable[..., Any], *args: Any, repeats: int = 5
 ) -> tuple[Any, float]:
-  """The result of a jitted function, and its median device time in ms.
+  """The result of a jitted function and its median device time in ms.
 
   Raises:
     RuntimeError: on a machine without an NVIDIA GPU.
@@ -112,12 +112,12 @@ def device_ms(
   result, times = profiler.measure(function, iterations=repeats)(*args)
   if times is None:
     raise RuntimeError("the profiler saw no kernel")
-  # One repeat gives a number, several a list.
+  # The profiler returns a number for one repeat, a list for several.
   return result, statistics.median([times] if repeats == 1 else times)
 
 
 def kernel_ms(function: Callable[..., Any], *args: Any) -> dict[str, float]:
-  """Device time of every kernel of one call, in ms, largest first.
+  """Device time of each kernel of one call in ms, largest first.
 
   Raises:
     RuntimeError: on a machine without an NVIDIA GPU.
@@ -134,7 +134,7 @@ def kernel_ms(function: Callable[..., Any], *args: Any) -> dict[str, float]:
 
 
 def temporary_mib(function: Callable[..., Any], *args: Any) -> float:
-  """Memory that a call takes beyond its arguments and results, in MiB.
+  """Temporary memory of a call in MiB, without arguments and results.
 
   Args:
     function: a function of `args`, or a compiled program (no `args`).
@@ -151,7 +151,7 @@ def temporary_mib(function: Callable[..., Any], *args: Any) -> float:
 
 
 def relative_error(actual: Any, expected: Any) -> float:
-  """Largest norm of a difference over the norm, of the leaves of two trees."""
+  """max over the leaves of |actual - expected| / |expected|, in norms."""
 
   def one(a, e):
     a, e = a.astype(jnp.float32), e.astype(jnp.float32)
@@ -170,11 +170,11 @@ def selected_ids(
   pool: int | None = None,
   neighbours: int = 16,
 ) -> jax.Array:
-  """Block ids with the forced blocks in: int32 [1, T, K, count].
+  """Block ids of forced and random blocks: int32 [1, T, K, count].
 
-  One initial block, the two ending at the query's own, the rest random among
-  the earlier ones. With `pool`, so many free blocks are drawn for every run of
-  `neighbours` queries, which then choose among these alone.
+  One initial block, two ending at the query's own, and the rest random among
+  the other earlier ones. With `pool`, each run of `neighbours` queries draws
+  its free blocks from only `pool` random blocks.
   """
   num_blocks = -(-length // block)
   own = jnp.arange(length)[:, None] // block
@@ -231,7 +231,7 @@ def environment() -> dict[str, str]:
 
 
 def markdown(rows: Sequence[dict[str, Any]]) -> str:
-  """Rows as a Markdown table; columns in the order of their appearance."""
+  """Rows as a Markdown table; columns are in order of appearance."""
   columns = list(dict.fromkeys(name for row in rows for name in row))
 
   def text(value: Any) -> str:
@@ -245,12 +245,12 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def rank(ms: Any) -> float:
-  """Sorts times; what is no time but a reason why there is none goes last."""
+  """Sort key of times; a string, the reason of a failure, goes last."""
   return ms if isinstance(ms, float) else float("inf")
 
 
 def recorded(out: pathlib.Path, name: str) -> dict[str, list[dict]]:
-  """The tables of name.json; none if there is no such record."""
+  """The tables of name.json, or {} if it does not exist."""
   path = out / f"{name}.json"
   return json.loads(path.read_text())["tables"] if path.exists() else {}
 
@@ -265,11 +265,11 @@ def record(
   """Writes name.json and name.md, and prints the tables.
 
   Args:
-    out: folder.
-    name: of the files.
-    title: of the record.
+    out: folder of the files.
+    name: name of the files.
+    title: title of the record.
     tables: rows by heading.
-    **data: what only the JSON holds.
+    **data: additional entries of the JSON file.
   """
   out.mkdir(parents=True, exist_ok=True)
   facts = environment()

@@ -3,10 +3,10 @@
     python -m benchmarks.loss_curve
     python -m benchmarks.loss_curve --quick
 
-The `small` preset in bfloat16 on the source of Python's standard library; the
-same seed and the same batches. What two curves may differ by is shown by two
-more runs: `xla` with the rows of every batch in reverse, the same sums in
-another order, and `xla` in float32.
+The `small` preset in bfloat16 on the source of Python's standard library, with
+the same seed and the same batches. Two more runs show by how much curves may
+differ: `xla` with the rows of every batch reversed, which changes only the
+order of sums, and `xla` in float32.
 """
 
 import dataclasses
@@ -52,14 +52,15 @@ def curves(
   """Training loss at every step of every run, from the same parameters.
 
   Args:
-    config: of the model; the runs replace `implementation` and `dtype`.
+    config: configuration of the model; the runs replace `implementation` and
+      `dtype`.
     corpus: the text.
     runs: (implementation, dtype, rows reversed) by name.
     steps: number of steps.
-    batch_size: rows of a batch.
-    seq_len: bytes of a row.
-    learning_rate: at its peak.
-    seed: of the parameters and of the batches.
+    batch_size: rows per batch.
+    seq_len: bytes per row.
+    learning_rate: peak learning rate.
+    seed: seed of the parameters and of the batches.
   """
   optimizer = train.make_optimizer(learning_rate, steps)
 
@@ -71,7 +72,7 @@ def curves(
 
   shapes = jax.eval_shape(init, seed)
   batch = jax.ShapeDtypeStruct((batch_size, seq_len + 1), jnp.int32)
-  # Two runs may share a program.
+  # Runs with equal implementation and dtype share a program.
   wanted: dict[Any, Any] = {}
   for implementation, dtype, _ in runs.values():
     changed = dataclasses.replace(
@@ -97,7 +98,7 @@ def curves(
     started = time.perf_counter()
     state, losses = start, []
     for windows in batches:
-      # A copy: the program takes arrays of one layout only.
+      # A contiguous copy: the program is compiled for one layout.
       windows = np.ascontiguousarray(windows[::-1]) if reverse else windows
       state, loss = program(state, windows)
       losses.append(loss)
@@ -108,7 +109,7 @@ def curves(
 
 
 def summary(found: Mapping[str, Sequence[float]]) -> list[dict[str, Any]]:
-  """Last losses, and how far every curve is from that of `xla`."""
+  """Last losses, and the distance of every curve from that of `xla`."""
   base = np.asarray(found[BASE])
   rows = []
   for name, losses in found.items():
@@ -130,7 +131,7 @@ def summary(found: Mapping[str, Sequence[float]]) -> list[dict[str, Any]]:
 
 
 def plot(path, found: Mapping[str, Sequence[float]]) -> None:
-  """The curves, and their differences from that of `xla`."""
+  """Plots the curves and their differences from that of `xla`."""
   figure, (left, right) = plt.subplots(
     1, 2, figsize=(11, 4), constrained_layout=True
   )
@@ -141,7 +142,7 @@ def plot(path, found: Mapping[str, Sequence[float]]) -> None:
     left.plot(steps, losses, linestyle="--" if i else "-", **style)
     if name != BASE:
       apart = np.abs(np.asarray(losses) - base)
-      # Zero has no logarithm.
+      # A zero cannot be drawn on a log scale.
       right.semilogy(steps, np.where(apart > 0, apart, np.nan), **style)
   left.set_ylabel("loss (nats per byte)")
   right.set_ylabel(f"difference from {BASE}")

@@ -5,9 +5,9 @@
 
 Headline shape: 64 query and 4 key/value heads, H = V = 128, the paper's
 configuration, bfloat16, 64k tokens; phi is the mean. A chunk appends its keys
-and values to the cache, which is donated, and attends over what it then holds.
-Its place is static, as in `nsa_jax.generate`, or traced: then one program does
-every chunk. Wall time, from the first call until the last result is there.
+and values to the donated cache and then attends over the cache. Its offset is
+static, as in `nsa_jax.generate`, or traced, with one program for all chunks.
+Wall time is measured, from the first call until the last result is ready.
 """
 
 import functools
@@ -39,7 +39,7 @@ class Shape(NamedTuple):
 
 
 class Tokens(NamedTuple):
-  """What a layer makes of some tokens."""
+  """Inputs that a layer computes from tokens."""
 
   query: Any  # [1, T, N, H]
   compressed: KV  # inputs of phi
@@ -49,7 +49,7 @@ class Tokens(NamedTuple):
 
 
 def tokens(seed: Any, shape: Shape) -> Tokens:
-  """Random tokens; to be called under `jit`."""
+  """Random tokens; call it under `jit`."""
   keys = iter(jax.random.split(jax.random.key(seed), 8))
 
   def normal(heads, width=shape.head_dim, dtype=shape.dtype):
@@ -78,8 +78,8 @@ def step(shape: Shape, offset: int | None = None) -> Callable[..., Any]:
   """f(cache, tokens, offset) -> (cache, out) of a chunk.
 
   Args:
-    shape: of the prompt.
-    offset: of a chunk whose place is static; the argument is not read then.
+    shape: shape of the prompt.
+    offset: static offset of the chunk; f then ignores its own.
   """
 
   def phi(pair, first):
@@ -112,11 +112,11 @@ def step(shape: Shape, offset: int | None = None) -> Callable[..., Any]:
 def wall_ms(
   programs: Sequence[Any], parts: Sequence[Tokens], shape: Shape, repeats: int
 ) -> tuple[Any, float]:
-  """Out of the whole prompt, and the median time of all chunks in ms."""
+  """Out for the whole prompt, and the median time of all chunks in ms."""
   size = shape.length // len(parts)
   offsets = [jnp.full(1, i * size, jnp.int32) for i in range(len(parts))]
   times = []
-  for _ in range(1 + repeats):  # the first one warms up
+  for _ in range(1 + repeats):  # The first one warms up.
     held = jax.block_until_ready((empty(shape), parts, offsets))[0]
     outs = []
     start = time.perf_counter()
@@ -129,20 +129,20 @@ def wall_ms(
 
 
 def measure(shape: Shape, sizes: Sequence[int], repeats: int) -> Any:
-  """Rows of the table: the prompt at once, then in chunks of every size."""
+  """Rows of the table: the prompt at once, then in chunks of each size."""
   x = jax.eval_shape(functools.partial(tokens, shape=shape), 0)
   held = jax.eval_shape(functools.partial(empty, shape))
   offset = jax.ShapeDtypeStruct((1,), jnp.int32)
 
   def wanted(size, start):
-    """A program, its cache donated, and its arguments."""
+    """A jitted step with donated cache, and its arguments."""
     part = jax.tree.map(
       lambda a: jax.ShapeDtypeStruct((1, size, *a.shape[2:]), a.dtype), x
     )
     donating = jax.jit(step(shape, start), donate_argnums=0)
     return donating, (held, part, offset)
 
-  # Where the chunks of a row start; None if that is traced.
+  # Start of each chunk, for every row of the table; None if it is traced.
   rows: dict[tuple[int, str], list[int | None]] = {
     (shape.length, "static"): [0]
   }

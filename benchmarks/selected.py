@@ -1,10 +1,10 @@
-"""The selected branch on a GPU: time per length, per overlap, against dense.
+"""The selected branch on a GPU by length and by overlap, against dense.
 
     python -m benchmarks.selected
     python -m benchmarks.selected --quick
 
 Headline shape: 64 query and 4 key/value heads, H = V = 128, 16 blocks of 64
-with the forced ones in, bfloat16, batch 1. Small groups: 32 and 8 heads.
+including the forced ones, bfloat16, batch 1. Small groups: 32 and 8 heads.
 """
 
 import functools
@@ -61,7 +61,7 @@ def both(query, key, value, ids, dout, dlse, implementation: Any = "triton"):
 
 
 def dense_times(function, query, key, value, dout, repeats):
-  """Forward, and forward with backward, of a dense baseline."""
+  """Forward and backward time of a dense baseline, in ms."""
   args = (query, key, value)
   _, fwd = harness.device_ms(function, *args, repeats=repeats)
   pull = harness.forward_and_backward(function)
@@ -70,7 +70,7 @@ def dense_times(function, query, key, value, dout, repeats):
 
 
 def check(heads, kv_heads):
-  """Relative error against `xla` in float32, at 4k tokens."""
+  """Relative error of the gradients against `xla` in float32, at 4k tokens."""
   query, key, value, dout, dlse = inputs(4096, heads, kv_heads)
   ids = harness.selected_ids(jax.random.key(1), 4096, kv_heads, 16, 64)
   wide = [x.astype(jnp.float32) for x in (query, key, value, dout)]
@@ -143,7 +143,7 @@ def main():
 
 
 def plot(path, tables):
-  """Time against length, with the dense baselines."""
+  """Plots time against length, with the dense baselines."""
   figure, axes = plt.subplots(
     1, 2, figsize=(10, 4), sharey=True, constrained_layout=True
   )

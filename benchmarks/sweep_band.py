@@ -4,9 +4,9 @@
     python -m benchmarks.sweep_band --quick
     python -m benchmarks.sweep_band --first 2 --last 4
 
-Every program holds one tile of each kernel, and the kernels are timed one by
-one; dq reads what dkv writes, so each of them beside the chosen tile of the
-other. Programs of later shapes compile while earlier ones run.
+Every program has one tile per kernel, and the kernels are timed separately. dq
+reads what dkv writes, so candidates of one are timed with the chosen tile of
+the other. Programs of later shapes compile while earlier ones run.
 """
 
 import concurrent.futures
@@ -50,8 +50,8 @@ SHAPES = (
   Shape(16, 128, 128, jnp.float32),
 )
 
-# (keys, warps, stages, rows) of fwd, dq and dkv, by the width of a head; the
-# most promising first.
+# (keys, warps, stages, rows) of fwd, dq and dkv, by head dimension; the most
+# promising first.
 HEADLINE = (
   (
     (64, 8, 3, 256),
@@ -145,7 +145,7 @@ EXACT = (
 
 
 def columns(shape: Shape) -> Any:
-  """Tiles of each kernel."""
+  """Candidate tiles of each kernel."""
   width = max(shape.head_dim, shape.value_dim)
   if jnp.dtype(shape.dtype).itemsize > 2:
     return EXACT
@@ -167,7 +167,7 @@ def chosen(branch: str, shape: Shape) -> tiling.BandTiling:
 
 
 def tilings(branch: str, shape: Shape) -> list[tiling.BandTiling]:
-  """The chosen one, and what between them hold every other candidate."""
+  """The chosen tiling, and others that together contain every candidate."""
   base = chosen(branch, shape)
   found = []
   for name, tiles in zip(KERNELS, columns(shape), strict=True):
@@ -186,7 +186,7 @@ def tilings(branch: str, shape: Shape) -> list[tiling.BandTiling]:
 
 
 def changed(base: tiling.BandTiling, change: Any) -> tiling.BandTiling:
-  """Some tiles replaced, and dq's cut so that it reads what dkv writes."""
+  """Replaces tiles, and adapts dq so that it can read what dkv writes."""
   dq, dkv = change.get("dq", base.dq), change.get("dkv", base.dkv)
   dq = dataclasses.replace(
     dq, rows=max(dq.rows, dkv.rows), block_k=min(dq.block_k, dkv.block_k)
@@ -195,7 +195,7 @@ def changed(base: tiling.BandTiling, change: Any) -> tiling.BandTiling:
 
 
 def shapes_of(branch: str, shape: Shape) -> Any:
-  """Query, key, value and the cotangents of out and lse."""
+  """Shapes of query, key, value and the cotangents of out and lse."""
   rows = LENGTH
   if branch == "compressed":
     rows = nsa_jax.num_compressed_blocks(LENGTH, CONFIG)
@@ -214,7 +214,7 @@ def shapes_of(branch: str, shape: Shape) -> Any:
 
 
 def compile_one(branch: str, shape: Shape, tiles: tiling.BandTiling) -> Any:
-  """Forward and backward, or why there is no such program."""
+  """Compiles forward and backward; if that fails, returns the reason."""
   call: dict[str, Any] = {
     "config": CONFIG,
     "tiles": tiles,
@@ -232,12 +232,12 @@ def compile_one(branch: str, shape: Shape, tiles: tiling.BandTiling) -> Any:
   try:
     return jax.jit(run).lower(*shapes_of(branch, shape)).compile()
   except Exception as error:
-    # A tiling that does not fit the card is a result, not a failure.
+    # That a tiling does not fit on the card is a result, not an error.
     return str(error).splitlines()[0][:60]
 
 
 def compile_row(branch: str, shape: Shape, tiles: tiling.BandTiling) -> Any:
-  """Pairs of tiling and `compile_one`; one tile apiece if not all compile."""
+  """Pairs of tiling and `compile_one`; if it fails, one pair per new tile."""
   program = compile_one(branch, shape, tiles)
   base = chosen(branch, shape)
   changes: list[dict[str, Any]] = [
@@ -256,7 +256,7 @@ def measure(
   shape: Shape,
   futures: Sequence[concurrent.futures.Future],
 ) -> dict[str, list[dict[str, Any]]]:
-  """One table for each kernel."""
+  """One table per kernel."""
   arrays = shapes_of(branch, shape)
   keys = jax.random.split(jax.random.key(0), len(arrays))
   inputs = [
@@ -270,11 +270,11 @@ def measure(
       times = harness.kernel_ms(program, *inputs)
     for name in KERNELS:
       tile = getattr(tiles, name)
-      # Of several chunks the first has a kernel of its own.
+      # The first of several chunks has its own kernel.
       kernels = [t for k, t in times.items() if f"nsa_{branch}_{name}" in k]
       ms = sum(kernels) if kernels else program
       before = found[name].get(tile, ms)
-      # A tile may be in several programs, and some of them may not compile.
+      # A tile may be in several programs, some of which may not compile.
       found[name][tile] = min(ms, before, key=harness.rank)
   label = (
     f"{branch}, G={shape.group} H={shape.head_dim} V={shape.value_dim} "
@@ -301,7 +301,7 @@ def main():
     for shape in SHAPES[args.first : last]
     for branch in BRANCHES
   ]
-  # Shapes that are not measured now keep what an earlier run found.
+  # Other shapes keep the results of an earlier run.
   tables = harness.recorded(args.out, "sweep_band")
   with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
     programs = [
@@ -310,7 +310,7 @@ def main():
     ]
     for job, futures in zip(jobs, programs, strict=True):
       tables |= measure(*job, futures)
-      # After every shape: a sweep that is cut short keeps what it has.
+      # After every shape, so that an interrupted sweep keeps its results.
       harness.record(
         args.out,
         "sweep_band",

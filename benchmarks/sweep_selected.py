@@ -1,10 +1,10 @@
-"""Times the tilings of the selected branch; `tiling.py` is chosen from this.
+"""Times the tilings of the selected branch, for the choice in `tiling.py`.
 
     python -m benchmarks.sweep_selected
     python -m benchmarks.sweep_selected --quick
 
-Every program holds one tiling of each kernel, and the kernels are timed one by
-one: the best tile of a kernel does not depend on the others.
+Every program has one tile per kernel, and the kernels are timed separately: the
+best tile of a kernel does not depend on the others.
 """
 
 import concurrent.futures
@@ -106,7 +106,7 @@ BY_BLOCK_BWD = (
 
 
 def candidates(base: tiling.SelectedTiling, block: int) -> list[Any]:
-  """Tilings that between them hold every candidate of every kernel."""
+  """Tilings that together contain every candidate of every kernel."""
   if base.by_block:
     pairs = itertools.zip_longest(BY_BLOCK_FWD, BY_BLOCK_BWD)
     found = []
@@ -190,7 +190,7 @@ def measure(shape: Shape) -> dict[str, list[dict[str, Any]]]:
     try:
       return both(shape, tiles).lower(*inputs).compile()
     except Exception as error:
-      # A tiling that does not fit the card is a result, not a failure.
+      # That a tiling does not fit on the card is a result, not an error.
       return str(error).splitlines()[0][:60]
 
   with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -207,7 +207,7 @@ def measure(shape: Shape) -> dict[str, list[dict[str, Any]]]:
       every: list[Any] = [times]
       if not isinstance(times, str):
         every = [x for kernel, x in times.items() if kernel in kernels]
-      # A tile may be in several programs, and some of them may not compile.
+      # A tile may be in several programs, some of which may not compile.
       for ms in every:
         before = found[name].get(tile, ms)
         found[name][tile] = min(ms, before, key=harness.rank)
@@ -231,11 +231,11 @@ def main():
   parser = harness.arguments(__doc__.splitlines()[0])
   parser.add_argument("--first", type=int, default=0, help="shape to begin at")
   args = parser.parse_args()
-  # Shapes that are not measured now keep what an earlier run found.
+  # Other shapes keep the results of an earlier run.
   tables = harness.recorded(args.out, "sweep_selected")
   for shape in SHAPES[args.first : 2 if args.quick else None]:
     tables |= measure(shape)
-    # After every shape: a sweep that is cut short keeps what it has.
+    # After every shape, so that an interrupted sweep keeps its results.
     harness.record(
       args.out,
       "sweep_selected",

@@ -1,10 +1,10 @@
-"""Times the tilings of block selection; `tiling.py` is chosen from this.
+"""Times the tilings of block selection, for the choice in `tiling.py`.
 
     python -m benchmarks.sweep_selection
     python -m benchmarks.sweep_selection --quick
 
-Every program holds one tiling of each kernel, and the kernels are timed one by
-one: the best tile of a kernel does not depend on the other.
+Every program has one tile per kernel, and the kernels are timed separately: the
+best tile of a kernel does not depend on the other.
 """
 
 import dataclasses
@@ -37,7 +37,7 @@ SHAPES = (
   Shape(64, 128),
   Shape(4, 128, jnp.float32),
 )
-# (queries, keys, warps, stages) of the scores.
+# (queries, keys, warps, stages) of the score kernel.
 SCORES = (
   (64, 128, 4, 2),
   (64, 128, 4, 3),
@@ -55,7 +55,7 @@ EXACT = (
   (64, 32, 4, 2),
   (32, 32, 8, 2),
 )
-# (queries, scores per step, warps) of the top-n.
+# (queries, scores per step, warps) of the top-n kernel.
 TOP_N = (
   (1, 128, 1),
   (2, 128, 1),
@@ -68,7 +68,7 @@ TOP_N = (
 
 
 def candidates(base: SelectionTiling, shape: Shape) -> list[SelectionTiling]:
-  """The chosen tiling, then those that hold every candidate of a kernel."""
+  """The chosen tiling, then others that contain every candidate."""
   exact = jnp.dtype(shape.dtype).itemsize > 2
   found = [base]
   for scores, top_n in itertools.zip_longest(EXACT if exact else SCORES, TOP_N):
@@ -83,7 +83,7 @@ def candidates(base: SelectionTiling, shape: Shape) -> list[SelectionTiling]:
 
 
 def program(shape: Shape, tiles: SelectionTiling) -> Any:
-  """A job of `harness.compile_all`, on shapes."""
+  """A job for `harness.compile_all`, with shapes as arguments."""
   config = nsa_jax.NSAConfig()
   blocks = nsa_jax.num_compressed_blocks(LENGTH, config)
   heads = KV_HEADS * shape.group
@@ -110,13 +110,13 @@ def program(shape: Shape, tiles: SelectionTiling) -> Any:
 def measure(
   shape: Shape, programs: dict[SelectionTiling, Any], arrays: Any
 ) -> dict[str, list[dict[str, Any]]]:
-  """One table for each kernel."""
+  """One table per kernel."""
   keys = jax.random.split(jax.random.key(0), len(arrays))
   inputs = [
     jax.random.normal(key, x.shape, x.dtype)
     for key, x in zip(keys, arrays, strict=True)
   ]
-  # The scores do not depend on it, but they must not overflow.
+  # The time does not depend on lse, but the scores must not overflow.
   inputs[-1] = jnp.full_like(inputs[-1], 10)
   found: dict[str, dict[Any, Any]] = {"scores": {}, "top-n": {}}
   for tiles, compiled in programs.items():
@@ -131,7 +131,7 @@ def measure(
       ),
       ("top-n", "nsa_top_n", (tiles.rows, tiles.block_m, tiles.top_n_warps)),
     ):
-      # A tiling that does not fit the card is a result, not a failure.
+      # That a tiling does not fit on the card is a result, not an error.
       ms = times.get(kernel, str(compiled).splitlines()[0][:60])
       before = found[name].get(tile, ms)
       found[name][tile] = min(ms, before, key=harness.rank)

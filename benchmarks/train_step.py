@@ -4,7 +4,8 @@
     python -m benchmarks.train_step --quick
 
 The `base` preset, one row of 32k tokens, bfloat16, AdamW, layers in a scan,
-nothing rematerialised; beside it the same model with full attention by cuDNN.
+without rematerialisation; compared with the same model with full attention by
+cuDNN.
 """
 
 import dataclasses
@@ -28,8 +29,8 @@ from matplotlib import pyplot as plt
 
 LENGTH = 32768
 ATTENTIONS = ("nsa", "full")
-STEPS = 5  # timed by the clock
-# Kernels with a name of their own, first match.
+STEPS = 5  # In wall time.
+# Kinds of kernels by the kernel's name; the first match counts.
 NAMED = (
   ("NSA: compressed", r"nsa_compressed"),
   ("NSA: window", r"nsa_window"),
@@ -40,7 +41,7 @@ NAMED = (
   ("full attention (cuDNN)", r"cudnn|sdpa|flash|fmha"),
 )
 PRODUCTS = r"gemm|nvjet|cutlass|cublas|split_?k|xmma"
-# All others by the operation that they come from, first match.
+# Kinds of all others by the operation that they come from; first match.
 OPERATIONS = (
   ("attention: RoPE, gates, layout", r"/attention/"),
   ("scan over layers: residuals", r"/jit\(dynamic_(update_)?index_in_dim\)"),
@@ -61,7 +62,7 @@ def configure(attention: str, **overrides: Any) -> TransformerConfig:
 
 
 def init(seed: Any, config: TransformerConfig, optimizer: Any) -> Any:
-  """Parameters and the state of the optimiser; to be called under `jit`."""
+  """Parameters and optimiser state; call it under `jit`."""
   # Parameters depend neither on the implementation nor on the length.
   model = TransformerLM(dataclasses.replace(config, implementation="xla"))
   tokens = jnp.zeros((1, config.nsa.selection_block), jnp.int32)
@@ -88,7 +89,7 @@ def jobs(
 
 
 def phi_job(config: TransformerConfig, length: int) -> Any:
-  """phi of one layer, keys and values, forward and backward; its shapes."""
+  """phi of one layer's keys and values, forward and backward; its shapes."""
   phi = CompressBlocks(config.compression, config.nsa, config.param_dtype)
   value_dim = config.value_head_dim or config.head_dim
   shapes = [
@@ -110,7 +111,7 @@ def phi_job(config: TransformerConfig, length: int) -> Any:
 
 
 def noise(seed: int, shapes: Any) -> Any:
-  """Small random arrays of these shapes."""
+  """Small random arrays of the given shapes."""
   leaves, structure = jax.tree.flatten(shapes)
   keys = jax.random.split(jax.random.key(seed), len(leaves))
   draw = [
@@ -124,16 +125,16 @@ def noise(seed: int, shapes: Any) -> Any:
 
 
 def operations(hlo: str) -> dict[str, str]:
-  """What each instruction of a compiled program comes from.
+  """The operation that each instruction of a compiled program comes from.
 
   Args:
     hlo: `compiled.as_text()`.
 
   Returns:
-    The `op_name` of instructions by the name that their kernel has.
+    The `op_name` of each instruction, by the name of its kernel.
   """
   found: dict[str, str] = {}
-  roots: dict[str, str] = {}  # of the fused computations
+  roots: dict[str, str] = {}  # `op_name` of each fused computation
   unnamed: dict[str, str] = {}
   inside = ""
   for line in hlo.splitlines():
@@ -147,7 +148,7 @@ def operations(hlo: str) -> dict[str, str]:
     name = re.sub(r"[^\w]", "_", instruction[2])
     if op := re.search(r'op_name="([^"]*)"', line):
       found[name] = op[1]
-      # The root comes last; one without a name leaves it to those before.
+      # The root comes last; without an `op_name`, an earlier one stays.
       roots[inside] = op[1]
     elif calls := re.search(r"calls=%?([\w.-]+)", line):
       unnamed[name] = calls[1]
@@ -176,7 +177,7 @@ def kind_of(kernel: str, comes_from: Mapping[str, str]) -> str:
 def by_kind(
   kernels: Mapping[str, float], comes_from: Mapping[str, str]
 ) -> dict[str, float]:
-  """Milliseconds of every kind, largest first."""
+  """Milliseconds per kind, largest first."""
   total: dict[str, float] = {}
   for kernel, ms in kernels.items():
     kind = kind_of(kernel, comes_from)
@@ -188,7 +189,7 @@ def by_kind(
 
 
 def clock_ms(step: Any, state: Any, windows: Any, steps: int = STEPS) -> float:
-  """Time of a step by the clock, each on the result of the one before."""
+  """Wall time per step; each step takes the result of the previous one."""
   state, loss = step(state, windows)
   jax.block_until_ready(loss)
   started = time.perf_counter()
@@ -210,7 +211,7 @@ def memory_gib(program: Any) -> dict[str, float]:
 
 
 def measure(programs: Mapping[Any, Any], name: str, windows: Any) -> Any:
-  """Facts, kernels and the origin of the kernels of one model's step."""
+  """Facts of one model's step, times of its kernels, and their origins."""
   step = programs[name, "step"]
   state = programs[name, "init"](0)
   text = step.as_text()
@@ -233,12 +234,12 @@ def measure(programs: Mapping[Any, Any], name: str, windows: Any) -> Any:
 def tables(
   measured: Mapping[str, Any], phi_ms: float, layers: int
 ) -> dict[str, list[dict[str, Any]]]:
-  """The records.
+  """The tables of the record.
 
   Args:
     measured: (facts, kernels, origins) by model.
-    phi_ms: of one layer alone, forward and backward.
-    layers: of the model.
+    phi_ms: time of phi in one layer, forward and backward, timed alone.
+    layers: number of layers.
   """
   kinds = {name: by_kind(*rest) for name, (_, *rest) in measured.items()}
   rows = []
@@ -278,7 +279,7 @@ def tables(
 
 
 def plot(path, rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> None:
-  """A stacked bar for every model."""
+  """Plots a stacked bar per model."""
   figure, axis = plt.subplots(figsize=(10, 3.6), constrained_layout=True)
   start = dict.fromkeys(names, 0.0)
   colours = plt.get_cmap("tab20")

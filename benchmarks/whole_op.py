@@ -4,9 +4,9 @@
     python -m benchmarks.whole_op --quick
 
 Headline shape: 64 query and 4 key/value heads, H = V = 128, the paper's
-configuration, bfloat16, batch 1; gates, and keys and values of their own for
-every branch. Then one row of 1M tokens with 16 query heads and one key/value
-head.
+configuration, bfloat16, batch 1, with gates and separate keys and values for
+every branch. In addition, one row of 1M tokens with 16 query heads and one
+key/value head.
 """
 
 import functools
@@ -27,11 +27,11 @@ from matplotlib import pyplot as plt
 
 LENGTHS = (4096, 8192, 16384, 32768, 65536, 131072)
 QUICK = (4096, 65536)
-CHECKED = 4096  # where the numerics are checked
-SHOWN = 65536  # where the parts are drawn and the kernels listed
-# Longest calls of the baselines: the last takes seconds.
+CHECKED = 4096  # Length at which the numerics are checked.
+SHOWN = 65536  # Length at which the parts are drawn and the kernels listed.
+# Maximum lengths of the baselines: the longest calls take seconds.
 LONGEST = {"cuDNN": 131072, "Triton FA": 65536}
-# Figure 6 of the paper: an A100, against its own Triton FlashAttention-2.
+# Speedups in Figure 6 of the paper: A100, over its Triton FlashAttention-2.
 PAPER = {
   8192: (2.1, 1.1),
   16384: (3.8, 2.0),
@@ -65,12 +65,12 @@ class Inputs(NamedTuple):
 
 
 def inputs(seed: Any, shape: Shape) -> Inputs:
-  """Random inputs and the cotangent of out; to be called under `jit`."""
+  """Random inputs and the cotangent of out; call it under `jit`."""
   keys = iter(jax.random.split(jax.random.key(seed), 10))
   blocks = nsa_jax.num_compressed_blocks(shape.length, shape.config)
 
   def normal(rows, heads, width=shape.head_dim, dtype=shape.dtype):
-    # By pieces: the bits of 2^31 numbers at once would be the largest array of
+    # In pieces: the random bits of 2^31 numbers would be the largest array of
     # the benchmark.
     pieces = jax.random.split(next(keys), -(-rows // CHUNK))
     draw = functools.partial(
@@ -93,7 +93,7 @@ def inputs(seed: Any, shape: Shape) -> Inputs:
 
 
 class Part(NamedTuple):
-  """A function of (*primals, *rest) that returns what has a gradient, more."""
+  """A function of (*primals, *rest) that returns (out, auxiliary result)."""
 
   function: Callable[..., Any]
   primals: tuple[Any, ...]
@@ -101,7 +101,7 @@ class Part(NamedTuple):
 
 
 def parts(shape: Shape, x: Inputs, lse: Any, ids: Any) -> dict[str, Part]:
-  """The op, its parts and the baselines, on arrays or on their shapes."""
+  """The op, its parts and the baselines, for arrays or shapes."""
   options: Any = {
     "config": shape.config,
     "implementation": shape.implementation,
@@ -145,7 +145,7 @@ def parts(shape: Shape, x: Inputs, lse: Any, ids: Any) -> dict[str, Part]:
 
 
 def expected(shape: Shape, x: Inputs, ids: Any) -> Any:
-  """Out and all gradients by `xla` in float32, with these blocks."""
+  """Out and all gradients of `xla` in float32, with the given blocks."""
   wide = jax.tree.map(lambda a: a.astype(jnp.float32), x)
 
   def op(*args):
@@ -177,13 +177,13 @@ def jobs(
   check: bool = False,
   longest: Mapping[str, int] = LONGEST,
 ) -> dict[tuple[Any, ...], tuple[Callable[..., Any], Sequence[Any]]]:
-  """What `measure` and `long_row` run, by (shape, what, kind).
+  """The jobs that `measure` and `long_row` run, by (shape, what, kind).
 
   Args:
-    shape: of the call.
-    only: what to run besides drawing the inputs; None for everything.
-    check: also the float32 result to compare with.
-    longest: length up to which a baseline runs.
+    shape: shape of the call.
+    only: names of parts to run in addition to `inputs`; None for all.
+    check: also compute the float32 result to compare with.
+    longest: maximum length of each baseline.
   """
   x, lse, ids = shapes(shape)
   found: dict[tuple[Any, ...], Any] = {
@@ -206,10 +206,10 @@ def jobs(
 
 
 class Failures(dict):
-  """Why something did not run, by what it was."""
+  """Reasons of failures, by label."""
 
   def attempt(self, label: str, function: Callable[[], Any]) -> Any:
-    """The result of a function, or None and a line in the table."""
+    """Calls a function; if it raises, records the reason and returns None."""
     try:
       return function()
     except Exception as error:
@@ -219,7 +219,7 @@ class Failures(dict):
 
 
 def program(programs: Mapping[Any, Any], key: Any) -> Any:
-  """A compiled program; what its compilation raised."""
+  """A compiled program; raises the error of its compilation, if any."""
   found = programs[key]
   if isinstance(found, Exception):
     raise found
@@ -235,7 +235,7 @@ def time_part(
   repeats: int,
 ) -> Times:
   """Device time of a part, forward and backward."""
-  # Results die with each call: several of them would fill the card.
+  # Results are dropped after each call: several of them would fill the card.
   _, fwd = harness.device_ms(
     program(programs, (shape, name, "fwd")),
     *part.primals,
@@ -261,7 +261,7 @@ def measure(
   repeats: int,
   failures: Failures,
 ) -> tuple[Times, dict[str, Any]]:
-  """Times at one length; memory, errors and kernels where they are wanted."""
+  """Times at one length; memory; errors and kernels at their lengths."""
   x = program(programs, (shape, "inputs", "fwd"))(0)
   primals = tuple(x[:-1])
   whole_fwd = program(programs, (shape, "whole", "fwd"))
@@ -319,12 +319,12 @@ def errors(out, gradients, want_out, want_gradients) -> list[dict[str, Any]]:
 def long_row(
   programs: Mapping[Any, Any], shape: Shape, peak: Callable[[], float | None]
 ) -> dict[str, Any]:
-  """Time and memory of one long call, the first of the process.
+  """Time and memory of one long call, which must be the first of the process.
 
   Args:
-    programs: compiled, by (shape, what, kind).
-    shape: of the call.
-    peak: memory taken at most since the start of the process, in GiB.
+    programs: compiled programs by (shape, what, kind).
+    shape: shape of the call.
+    peak: returns the peak memory since the start of the process, in GiB.
   """
   x = program(programs, (shape, "inputs", "fwd"))(0)
   args = tuple(x[:-1])
@@ -348,7 +348,7 @@ def long_row(
 
 
 def device_peak() -> float | None:
-  """Memory taken at most since the start of the process, in GiB."""
+  """Peak memory since the start of the process, in GiB."""
   stats = jax.devices()[0].memory_stats()
   return stats["peak_bytes_in_use"] / 2**30 if stats else None
 
@@ -357,10 +357,10 @@ def device_peak() -> float | None:
 
 
 def keys_read_ratio(length: int, config: nsa_jax.NSAConfig) -> float:
-  """Keys that dense attention reads over those of the three branches.
+  """Keys that dense attention reads, divided by those of the three branches.
 
-  Means over the queries, as if every one had all its selected blocks and its
-  whole window.
+  Means over the queries, as if each had all n selected blocks and a full
+  window.
   """
   selected = config.num_selected * config.selection_block
   compressed = length / 2 / config.compression_stride
@@ -378,7 +378,7 @@ def total(times: Times, name: str) -> float | None:
 
 
 def speedup(times: Times, name: str, kind: str) -> float | None:
-  """Time of a baseline over that of the op; kind "fwd", "bwd", "fwd+bwd"."""
+  """Time of a baseline over that of the op; kind "fwd", "bwd" or "fwd+bwd"."""
   if kind == "fwd+bwd":
     return ratio(total(times, name), total(times, "whole"))
   return ratio(times.get((name, kind)), times.get(("whole", kind)))
@@ -421,7 +421,7 @@ def has_parts(times: Times) -> bool:
 
 
 def part_row(length: int, times: Times) -> dict:
-  """Parts timed alone; the rest is what the whole op takes beyond them."""
+  """Parts timed alone; the rest is the difference to the whole op."""
   row: dict[str, Any] = {"tokens": length}
   for kind in ("fwd", "bwd"):
     rest = times["whole", kind]
@@ -435,7 +435,7 @@ def part_row(length: int, times: Times) -> dict:
 
 
 def window_row(length: int, times: Times) -> dict:
-  """This op's kernels and cuDNN's, which `"cudnn"` asks for by name."""
+  """Times of the window by these kernels and by cuDNN."""
   row: dict[str, Any] = {"tokens": length}
   for name, label in (("window", "kernels"), ("window, cuDNN", "cuDNN")):
     for kind in ("fwd", "bwd"):
@@ -447,7 +447,7 @@ def window_row(length: int, times: Times) -> dict:
 def break_even(
   lengths: Sequence[int], ratios: Sequence[float | None]
 ) -> float | str:
-  """Length from which the op is faster, log-log between two lengths."""
+  """Length from which the op is faster, interpolated log-log."""
   points = [
     (t, r) for t, r in zip(lengths, ratios, strict=True) if r is not None
   ]
@@ -469,7 +469,7 @@ def tables(
   long: dict[str, Any] | None = None,
   failures: Mapping[str, str] | None = None,
 ) -> dict[str, list[dict[str, Any]]]:
-  """All tables; the lengths in ascending order."""
+  """All tables; lengths must be in ascending order."""
   found: dict[str, list[dict[str, Any]]] = {
     "Time": [time_row(n, *both) for n, both in measured.items()],
     "Times faster than dense attention": [
@@ -519,7 +519,7 @@ def tables(
 
 
 def plot(path, measured: Mapping[int, tuple[Times, dict[str, Any]]]) -> None:
-  """Time against length; parts at one length."""
+  """Plots time against length, and the parts at one length."""
   figure, (left, right) = plt.subplots(
     1, 2, figsize=(11, 4.2), constrained_layout=True
   )
@@ -557,7 +557,7 @@ def plot(path, measured: Mapping[int, tuple[Times, dict[str, Any]]]) -> None:
   start = {"fwd": 0.0, "bwd": 0.0}
   for i, name in enumerate(names):
     kinds = [kind for kind in start if f"{name} {kind}" in row]
-    # Parts alone may take a little more than within the whole.
+    # Parts alone may take a little more time than within the whole op.
     widths = [max(0.0, row[f"{name} {kind}"]) for kind in kinds]
     lefts = [start[kind] for kind in kinds]
     right.barh(kinds, widths, left=lefts, color=f"C{i}", label=name)
@@ -620,7 +620,7 @@ def main(argv: Sequence[str] | None = None):
   print(f"compiled {len(programs)} programs", flush=True)
   row = None
   if long is not None:
-    # First of all: the peak of the process is then that of this call.
+    # First, so that the peak of the process is that of this call.
     run = functools.partial(long_row, programs, long, device_peak)
     row = failures.attempt(f"whole, {long.length}", run)
     print(row, flush=True)

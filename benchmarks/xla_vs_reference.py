@@ -1,6 +1,6 @@
-"""Time and memory of `xla` beside the oracle, on whatever device JAX finds.
+"""Time and memory of `xla` and of the oracle, on the default device.
 
-Prints a table; both columns compute the same numbers (checked in the run).
+Prints a table and the largest difference between their results.
 
     python -m benchmarks.xla_vs_reference
 """
