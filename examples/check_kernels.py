@@ -2,8 +2,8 @@
 
     python examples/check_kernels.py
 
-On an NVIDIA GPU the kernels are compiled; anywhere else they are interpreted,
-which is slow and shows the same numbers.
+On an NVIDIA GPU the kernels are compiled; elsewhere they are interpreted, which
+is slow but gives the same results up to rounding.
 """
 
 import functools
@@ -23,7 +23,7 @@ NAMES = ("out", "dq", "dk", "dv")
 
 @jax.jit
 def select(query, key):
-  """The blocks that each query reads, by its scores of their means."""
+  """Selects the blocks that each query reads, with mean compression."""
   blocks = nsa_jax.compress_mean(key, config=config)
   _, lse = nsa_jax.compressed_attention(
     query, blocks, blocks, config=config, key_length=96
@@ -33,7 +33,7 @@ def select(query, key):
 
 @functools.partial(jax.jit, static_argnums=0)
 def run(implementation, query, key, value, ids):
-  """Output of the selected branch and the gradients of its square."""
+  """Output of the selected branch, and gradients of the sum of its squares."""
 
   def loss(query, key, value):
     out, _ = nsa_jax.selected_attention(

@@ -4,7 +4,7 @@
     python examples/generate.py --prompt "def main"
     head -c 500 notes.txt | python examples/generate.py --run runs/notes
 
-The text appears while it is sampled, byte by byte.
+The text is printed while it is sampled, byte by byte.
 """
 
 import argparse
@@ -28,10 +28,10 @@ else:  # a script; see lm/__init__.py
 
 
 def make_printer() -> Callable[[bytes], None]:
-  """A function that shows bytes as they come; with none, it shows the rest.
+  """A function that prints bytes as they come; an empty call prints the rest.
 
-  A character appears with its last byte. What is no UTF-8, and control
-  characters, which might speak to the terminal, appear as U+FFFD.
+  A character is printed once its last byte has come. Invalid UTF-8 is printed
+  as U+FFFD, and so are control characters, which could control the terminal.
   """
   decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
@@ -44,7 +44,7 @@ def make_printer() -> Callable[[bytes], None]:
 
 
 def complete(args: argparse.Namespace) -> None:
-  """Prints the prompt and what the model makes of it."""
+  """Prints the prompt and its continuation by the model."""
   model, params, step = load_model(args.run, args.implementation)
   if args.prompt is None:
     prompt = sys.stdin.buffer.read()
@@ -58,7 +58,7 @@ def complete(args: argparse.Namespace) -> None:
 
   def stream(tokens: np.ndarray) -> None:
     nonlocal started
-    if not started:  # Wrong arguments leave no half output.
+    if not started:  # So that invalid arguments print no partial output.
       show(prompt)
       started = True
     show(bytes([tokens[0]]))
@@ -143,11 +143,11 @@ def main(argv: Sequence[str] | None = None) -> int:
   """Runs the command; returns its exit code."""
   parser = make_parser()
   args = parser.parse_args(argv)
-  if isinstance(sys.stdout, io.TextIOWrapper):  # It may know ASCII only.
+  if isinstance(sys.stdout, io.TextIOWrapper):  # It may support only ASCII.
     sys.stdout.reconfigure(errors="replace")
   try:
     complete(args)
-  # What the library cannot do, or not with these values, it says in a sentence.
+  # The library's errors for invalid or unsupported arguments are one sentence.
   except (UsageError, ValueError, NotImplementedError) as error:
     parser.error(str(error))
   except KeyboardInterrupt:

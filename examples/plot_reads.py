@@ -1,6 +1,6 @@
 """Draws which keys a query of Native Sparse Attention reads.
 
-The inputs are a smooth random walk, the selection is the library's own.
+The inputs are a smooth random walk; the library selects the blocks.
 
     python examples/plot_reads.py --out reads.png
 """
@@ -69,7 +69,7 @@ def draw(path):
     start = i * CONFIG.compression_stride
     if start + CONFIG.compression_block - 1 > QUERY:
       break
-    # Overlapping blocks lie on two lines so that each can be seen.
+    # Overlapping blocks alternate between two lines, so that all are visible.
     strips.broken_barh(
       [(start, CONFIG.compression_block)],
       (2.05 + 0.42 * (i % 2), 0.38),

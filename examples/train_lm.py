@@ -5,15 +5,15 @@
     python examples/train_lm.py --corpus notes/ --steps 1000 --out runs/notes \
         --resume
 
-The default corpus is the source of Python's own standard library, which every
-machine that can run this has. Every tenth file is held out for validation, and
-the validation loss is compared with that of a bigram model fitted on the same
-training bytes. Batches are a function of the seed and the step alone, so that
-a resumed run sees the data that the uninterrupted one would have seen.
+The default corpus is the source of Python's standard library, which every
+Python installation contains. About one file in ten is held out for validation,
+and the validation loss is compared with that of a bigram model fitted to the
+same training bytes. Batches depend only on the seed and the step, so that a
+resumed run sees the same data as an uninterrupted one.
 
 The flags are in `lm/cli.py`, the text in `lm/data.py`, the training in
-`lm/train.py`, the checkpoints in `lm/run.py`. The bare loop, in one short file,
-is `train_minimal.py`.
+`lm/train.py`, and the checkpoints in `lm/run.py`. `train_minimal.py` is the
+bare loop in one short file.
 """
 
 import sys

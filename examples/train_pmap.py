@@ -1,16 +1,16 @@
-"""Data-parallel training with `jax.pmap`: the same numbers as on one device.
+"""Data-parallel training with `jax.pmap`, compared with one device.
 
     python examples/train_pmap.py
 
-Runs on all accelerators of this machine, or on eight virtual CPU devices where
-there is none. The same batch goes through a `jit` step on one device and, cut
-into one piece for each device, through a `pmap` step.
+Runs on all accelerators of this machine, or else on eight virtual CPU devices.
+The same batch goes through a `jit` step on one device and, split over the
+devices, through a `pmap` step; both give the same loss and gradients.
 """
 
 import os
 import pathlib
 
-# Read when jax creates its CPU client, and without effect on accelerators.
+# jax reads this when it creates its CPU client; accelerators ignore it.
 if "--xla_force_host_platform_device_count" not in os.environ.get(
   "XLA_FLAGS", ""
 ):
@@ -61,7 +61,7 @@ def make_step(
   optimizer: optax.GradientTransformation,
   axis_name: str | None = None,
 ) -> Step:
-  """A training step, averaged over `axis_name` where there is one."""
+  """A training step; averages loss and gradients over `axis_name`, if any."""
 
   def loss_fn(params, windows):  # windows [B, T + 1]
     logits = jnp.asarray(model.apply({"params": params}, windows[:, :-1]))
@@ -72,7 +72,7 @@ def make_step(
   def step(params, opt_state, windows):
     loss, grads = jax.value_and_grad(loss_fn)(params, windows)
     if axis_name is not None:
-      # Equal pieces: the mean over devices is the mean over the batch.
+      # The pieces are equal, so this is the mean over the batch.
       loss, grads = jax.lax.pmean((loss, grads), axis_name)
     updates, opt_state = optimizer.update(grads, opt_state, params)
     return optax.apply_updates(params, updates), opt_state, loss, grads
@@ -81,7 +81,7 @@ def make_step(
 
 
 def make_batch(step: int, batch_size: int) -> np.ndarray:
-  """Windows of this file's own text, int32 [batch_size, SEQ_LEN + 1]."""
+  """Windows of the text of this file, int32 [batch_size, SEQ_LEN + 1]."""
   text = np.frombuffer(pathlib.Path(__file__).read_bytes(), np.uint8)
   rng = np.random.default_rng(step)
   start = rng.integers(0, len(text) - SEQ_LEN, size=batch_size)
@@ -107,7 +107,7 @@ def compare(steps: int = STEPS) -> list[tuple[float, float, float, float]]:
 
   Returns:
     For each step the loss of `jit`, the loss of `pmap`, the largest difference
-    between a gradient of the two, and the largest gradient.
+    between their gradients, and the largest gradient.
   """
   count = jax.local_device_count()
   model, optimizer = TransformerLM(CONFIG), optax.adam(1e-3)

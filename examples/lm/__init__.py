@@ -1,14 +1,14 @@
-"""A byte-level language model: what the commands in `examples/` share.
+"""A byte-level language model, shared by the commands in `examples/`.
 
-`data` reads text, `train` optimises, `run` keeps the folder of a run, `plot`
-draws its losses, `cli` is the command `train_lm.py`, and `flags` holds what it
-has in common with `generate.py`.
+`data` reads text, `train` trains, `run` manages the folder of a run, `plot`
+draws its losses, `cli` is the command `train_lm.py`, and `flags` is shared with
+`generate.py`.
 """
 
 # This package has two names. From the root of the repository, and for mypy, it
-# is `examples.lm`. A script beside it finds it as `lm`, because Python looks
-# for modules in the folder of the script. The scripts choose by their own
-# `__package__`; the modules in here import one another relatively.
+# is `examples.lm`. A script next to it imports it as `lm`, because Python
+# searches the folder of the script. The scripts choose the name by their
+# `__package__`; the modules of the package use relative imports.
 
 from .flags import UsageError
 from .run import load_model

@@ -13,7 +13,7 @@ from .train import train
 
 
 class Recipe(NamedTuple):
-  """What a preset trains with, unless a flag says otherwise."""
+  """Defaults of a preset for flags that are not given."""
 
   seq_len: int
   batch_size: int
@@ -29,7 +29,7 @@ RECIPES = {
 
 
 def make_parser() -> argparse.ArgumentParser:
-  """The flags; those that a recipe has are None unless they are given."""
+  """The flags; those of a Recipe default to None."""
   parser = Parser(
     prog="train_lm.py",
     description="Train a byte-level language model with Native Sparse "
@@ -179,6 +179,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
   try:
     return train(args)
-  # What the library cannot do, it says in one sentence.
+  # The library's errors for unsupported arguments are one sentence.
   except (UsageError, NotImplementedError) as error:
     parser.error(str(error))

@@ -1,4 +1,4 @@
-"""Text: reading and splitting it, batches of it, and a bigram model of it."""
+"""Text: reading, splitting, batches, and a bigram model."""
 
 import dataclasses
 import hashlib
@@ -11,8 +11,8 @@ import numpy as np
 
 from .flags import UsageError
 
-HELD_OUT = 10  # one file in this many is for validation
-NOT_TEXT = {  # folders of the standard library that are not library source
+HELD_OUT = 10  # About one file in HELD_OUT is for validation.
+NOT_TEXT = {  # Folders of the standard library without library source.
   "__pycache__",
   "dist-packages",
   "encodings",  # tables of numbers
@@ -30,9 +30,9 @@ class Corpus:
   """A text in two parts.
 
   Attributes:
-    name: what messages call it.
+    name: its name in messages.
     train: uint8 vector, the bytes to train on.
-    validation: uint8 vector, the bytes held out.
+    validation: uint8 vector, the held-out bytes.
   """
 
   name: str
@@ -46,20 +46,20 @@ class Corpus:
 
 
 def _rank(path: str) -> int:
-  """A number that depends on the path alone, the same on every machine."""
+  """A hash of the path, the same on every machine."""
   return int.from_bytes(hashlib.sha256(path.encode()).digest()[:8], "big")
 
 
 def split_files(paths: Iterable[str]) -> tuple[list[str], list[str]]:
-  """Splits files into training and validation by their names alone.
+  """Splits files into training and validation by a hash of their paths.
 
   Args:
     paths: relative paths; their order does not matter.
 
   Returns:
     The files for training and those for validation. Both lists are ordered by
-    a hash of the path: a cap on the bytes then takes a sample of the corpus,
-    not the first names of the alphabet, and a new file moves no other one.
+    the hash. So a limit on the bytes takes a random sample of the corpus, not
+    the first names of the alphabet, and a new file moves no other file.
   """
   ordered = sorted(paths, key=lambda path: (_rank(path), path))
   held_out = [path for path in ordered if _rank(path) % HELD_OUT == 0]
@@ -68,7 +68,7 @@ def split_files(paths: Iterable[str]) -> tuple[list[str], list[str]]:
 
 
 def _list_files(root: pathlib.Path, suffix: str, skip: set[str]) -> list[str]:
-  """Paths below `root`, relative to it; hidden ones are left out."""
+  """Paths below `root`, relative to it, without hidden files and `skip`."""
   found = []
   for folder, subfolders, names in os.walk(root):
     subfolders[:] = [
@@ -90,7 +90,7 @@ def _read(root: pathlib.Path, paths: Sequence[str], max_bytes: int) -> bytes:
     if size >= max_bytes:
       break
     text = (root / path).read_bytes()
-    if b"\0" not in text:  # a file with a zero byte is no text
+    if b"\0" not in text:  # A file with a zero byte is not text.
       texts.append(text)
       size += len(text)
   return b"".join(texts)[:max_bytes]
@@ -101,10 +101,10 @@ def load_corpus(path: str | None, max_bytes: int, seq_len: int) -> Corpus:
 
   Args:
     path: a text file, a folder of text files, or None for the Python files of
-      the standard library. A single file, or a folder too small to hold out
-      whole files, gives its last tenth to validation.
-    max_bytes: the most bytes that are used, validation included.
-    seq_len: both parts must hold at least seq_len + 1 bytes.
+      the standard library. The last tenth of a single file, or of a folder too
+      small to hold out whole files, is for validation.
+    max_bytes: maximum number of bytes used, including validation.
+    seq_len: both parts must have at least seq_len + 1 bytes.
 
   Raises:
     UsageError: if the path does not exist or holds too little text.
@@ -151,8 +151,8 @@ def training_batch(
 ) -> np.ndarray:
   """The windows of one step, int32 [batch_size, seq_len + 1].
 
-  They are a function of the seed and the step alone: a checkpoint has no
-  position of a reader to save.
+  They depend only on the seed and the step, so that a checkpoint needs no state
+  of a reader.
   """
   rng = np.random.default_rng((seed, step))
   start = rng.integers(0, len(data) - seq_len, size=batch_size)
@@ -162,18 +162,18 @@ def training_batch(
 def validation_windows(
   data: np.ndarray, *, count: int, seq_len: int
 ) -> np.ndarray:
-  """Evenly spaced windows, always the same, int32 [count, seq_len + 1]."""
+  """Evenly spaced windows, always the same: int32 [count, seq_len + 1]."""
   start = np.linspace(0, len(data) - seq_len - 1, count).astype(np.int64)
   return data[start[:, None] + np.arange(seq_len + 1)].astype(np.int32)
 
 
 def bigram_loss(train: np.ndarray, windows: np.ndarray) -> float:
-  """Mean loss in nats per byte of a bigram model fitted on `train`.
+  """Mean loss in nats per byte of a bigram model fitted to `train`.
 
   Args:
     train: uint8 [length]; its pairs are counted with add-one smoothing.
-    windows: [count, seq_len + 1]; the bigram model predicts the same bytes of
-      them as the language model does.
+    windows: [count, seq_len + 1]; the bigram model predicts the same bytes as
+      the language model.
   """
   pairs = train[:-1].astype(np.int64) * 256 + train[1:]
   counts = np.bincount(pairs, minlength=256 * 256).reshape(256, 256) + 1.0

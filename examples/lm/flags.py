@@ -1,4 +1,4 @@
-"""Flags and their errors, as the commands share them."""
+"""Parsing of flags and its errors, shared by the commands."""
 
 import argparse
 import math
@@ -7,11 +7,11 @@ from typing import Any, NoReturn
 
 
 class UsageError(Exception):
-  """A mistake that the user can put right; the commands show it as one line."""
+  """An error that the user can correct; the commands print it as one line."""
 
 
 class Parser(argparse.ArgumentParser):
-  """A parser that shows an error as one line and exits with code 2."""
+  """A parser that prints an error as one line and exits with code 2."""
 
   def error(self, message: str) -> NoReturn:
     self.exit(2, f"{self.prog}: error: {message}\n")

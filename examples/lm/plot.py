@@ -13,9 +13,9 @@ def plot_losses(run: Run, bigram: float, title: str) -> pathlib.Path:
   """Draws training and validation loss over the steps.
 
   Args:
-    run: the run; the plot goes to its folder.
+    run: the run; the plot is written to its folder.
     bigram: validation loss of the bigram model, in nats per byte.
-    title: of the plot.
+    title: title of the plot.
 
   Returns:
     The path of the plot.
@@ -27,7 +27,7 @@ def plot_losses(run: Run, bigram: float, title: str) -> pathlib.Path:
   kernel = np.ones(width) / width
   axes.plot(steps, losses, color="C0", alpha=0.25, linewidth=0.8)
   smooth = np.convolve(losses, kernel, mode="valid")
-  first = width // 2  # each mean stands at the middle of its steps
+  first = width // 2  # Each mean is drawn at the middle of its steps.
   axes.plot(
     steps[first : first + len(smooth)],
     smooth,

@@ -19,28 +19,28 @@ State: TypeAlias = dict[str, Any]  # "params" and "opt_state"
 
 
 class Run:
-  """The folder of a run, which checkpoints, metrics, plot and sample go to.
+  """The folder of a run, with checkpoints, metrics, plot and sample.
 
-  A checkpoint is written under another name and then renamed: a run can be
-  killed at any time and resumes from its last checkpoint.
+  A checkpoint is written under a temporary name and then renamed, so that a run
+  can be killed at any time and resumed from its last checkpoint.
 
   Attributes:
-    folder: where it is.
+    folder: its path.
     metrics_path: the file of the metrics, one JSON object per line.
-    metrics: the losses so far, an entry per step.
+    metrics: the losses so far, one entry per step.
   """
 
   def __init__(self, out: str, config: dict[str, Any], resume: bool):
     """Opens the folder.
 
     Args:
-      out: where it is, or will be.
-      config: what must agree for the run to be resumed, as `run_config` gives
-        it.
-      resume: whether the folder must have checkpoints.
+      out: its path; the folder is created if it does not exist.
+      config: settings that must be equal to resume the run, from `run_config`.
+      resume: the folder must have checkpoints.
 
     Raises:
-      UsageError: if there is nothing to resume, or the folder cannot be made.
+      UsageError: if there is nothing to resume, or the folder cannot be
+        created.
     """
     self.folder = pathlib.Path(out).absolute()
     self.metrics_path = self.folder / "metrics.jsonl"
@@ -64,13 +64,13 @@ class Run:
 
   @property
   def last_step(self) -> int | None:
-    """Step of the last checkpoint; None without one."""
+    """Step of the last checkpoint, or None."""
     return self._manager.latest_step()
 
   def save(self, step: int, state: State) -> None:
     """Writes the metrics and, unless it is there already, a checkpoint."""
-    # The metrics come first: resuming drops those past the last checkpoint, but
-    # could not make up for missing ones.
+    # The metrics are written first: resuming drops those after the last
+    # checkpoint, but could not restore missing ones.
     lines = [json.dumps(line) + "\n" for line in self.metrics]
     temporary = self.metrics_path.with_suffix(".tmp")
     temporary.write_text("".join(lines))
@@ -94,7 +94,7 @@ class Run:
       The step of the checkpoint and its state.
 
     Raises:
-      UsageError: if there is none, or a run of another configuration wrote it.
+      UsageError: if there is no checkpoint, or it has another configuration.
     """
     step = self.last_step
     if step is None:
@@ -120,12 +120,12 @@ class Run:
     return step, state
 
   def series(self, name: str) -> tuple[list[float], list[float]]:
-    """The steps at which a loss is known, and the loss at each of them."""
+    """The steps that have the loss `name`, and its values."""
     lines = [line for line in self.metrics if name in line]
     return [line["step"] for line in lines], [line[name] for line in lines]
 
   def close(self) -> None:
-    """Ends what orbax has running."""
+    """Closes the checkpoint manager."""
     self._manager.close()
 
 
@@ -146,10 +146,10 @@ def differences(
 def run_config(
   args: argparse.Namespace, model: TransformerConfig, corpus: Corpus
 ) -> dict[str, Any]:
-  """What must agree for a run to be resumed, as JSON holds it."""
+  """The settings that must be equal to resume a run, as JSON types."""
   fields = model.to_dict()
-  # A run may move to another machine: the implementation computes the same
-  # function there by another program.
+  # A run may continue on another machine with another implementation of the
+  # same function.
   del fields["implementation"]
   names = ("batch_size", "learning_rate", "seed", "seq_len", "steps")
   return {
@@ -166,7 +166,7 @@ def load_model(
 
   Args:
     out: folder of the run.
-    implementation: of the attention; a checkpoint does not fix it.
+    implementation: of the attention; it is not part of a checkpoint.
 
   Returns:
     The model, its parameters, and the step at which they were saved.
@@ -187,8 +187,8 @@ def load_model(
     ).config["model"]
     fields["implementation"] = implementation
     model = TransformerLM(TransformerConfig.from_dict(fields))
-    # The parameters come to a device of this machine, wherever they were saved;
-    # the state of the optimiser stays on the disk.
+    # The parameters are restored to a device of this machine, wherever they
+    # were saved; the optimiser state is not read.
     tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     shapes = jax.eval_shape(model.init, jax.random.key(0), tokens)
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])

@@ -1,4 +1,4 @@
-"""Training: optimiser, loss, step, the loop over the steps, the last sample."""
+"""Training: optimiser, loss, step, the loop over the steps, final sample."""
 
 import argparse
 import contextlib
@@ -43,7 +43,7 @@ EvalStep: TypeAlias = Callable[[Params, Any], jax.Array]
 
 
 def read_fraction(attention: str, config: NSAConfig, length: int) -> float:
-  """Share of the keys that the last query reads."""
+  """Keys that the last query reads, as a fraction of all keys."""
   if attention == "full":
     return 1.0
   if attention == "window":
@@ -56,11 +56,12 @@ def read_fraction(attention: str, config: NSAConfig, length: int) -> float:
 def make_optimizer(
   learning_rate: float, steps: int
 ) -> optax.GradientTransformation:
-  """AdamW after clipping, with warm-up and cosine decay.
+  """AdamW with gradient clipping, warm-up and cosine decay.
 
   Args:
-    learning_rate: at its peak, after the first tenth of the steps.
-    steps: of the whole run.
+    learning_rate: peak learning rate, reached after a tenth of the steps, at
+      most 1000.
+    steps: number of steps of the whole run.
   """
   warmup = max(1, min(steps // 10, 1000))
   schedule = optax.warmup_cosine_decay_schedule(
@@ -76,7 +77,7 @@ def make_optimizer(
       schedule,
       b2=0.98,
       weight_decay=0.1,
-      # Vectors, that is norm scales and biases, do not decay.
+      # No weight decay for vectors: norm scales and biases.
       mask=lambda params: jax.tree.map(lambda x: x.ndim > 1, params),
     ),
   )
@@ -96,7 +97,7 @@ def loss_fn(
 def make_train_step(
   model: TransformerLM, optimizer: optax.GradientTransformation
 ) -> TrainStep:
-  """The function that maps a state and windows to the next state and a loss."""
+  """A function from a state and windows to the next state and the loss."""
 
   def train_step(state, windows):
     loss, grads = jax.value_and_grad(lambda p: loss_fn(model, p, windows))(
@@ -114,7 +115,7 @@ def make_train_step(
 class StopRequest:
   """Turns the first SIGINT or SIGTERM into a stop after the current step.
 
-  The second one acts as if this class were not here.
+  A second signal has its usual effect.
   """
 
   def __enter__(self) -> "StopRequest":
@@ -135,10 +136,10 @@ class StopRequest:
 
 
 def train(args: argparse.Namespace) -> int:
-  """Trains as the flags say, then writes a sample and a plot.
+  """Trains with the given flags, then writes a sample and a plot.
 
   Args:
-    args: what the flags of `train_lm.py` give, all of them with a value.
+    args: the parsed flags of `train_lm.py`, with the defaults of the preset.
 
   Returns:
     The exit code: 0, or 128 + the signal that stopped the run.
@@ -178,7 +179,7 @@ def train(args: argparse.Namespace) -> int:
     params = model.init(jax.random.key(args.seed), tokens)["params"]
     return {"params": params, "opt_state": optimizer.init(params)}
 
-  # What the implementation cannot do shows here, before a folder is made.
+  # An unsupported call raises here, before the folder is created.
   shapes = jax.eval_shape(init)
   saved = run_config(args, config, corpus)
   with contextlib.closing(Run(args.out, saved, args.resume)) as run:
@@ -241,11 +242,11 @@ def compile_steps(
   shapes: State,
   batch: tuple[int, int],
 ) -> tuple[TrainStep, EvalStep]:
-  """Compiles a step of training and the loss of a batch, and prints the time.
+  """Compiles the training step and the evaluation step, and prints the time.
 
   Args:
-    model: what is trained.
-    optimizer: what trains it.
+    model: the model.
+    optimizer: its optimiser.
     shapes: shapes and dtypes of the state.
     batch: shape of the windows, [B, T + 1].
   """
@@ -271,20 +272,20 @@ def run_steps(
   text: np.ndarray,
   windows: np.ndarray,
 ) -> tuple[int, State, int]:
-  """Trains from `step` on, to the last step or until a signal stops it.
+  """Trains from `step` on, to the last step or until a signal.
 
   Args:
     args: the flags.
-    run: takes the losses and the checkpoints.
-    step: the steps that are done already.
-    state: what they led to.
-    train_step: compiled.
-    eval_step: compiled.
+    run: receives the losses and the checkpoints.
+    step: number of steps already done.
+    state: the state after these steps.
+    train_step: compiled training step.
+    eval_step: compiled evaluation step.
     text: uint8 vector to train on.
     windows: int32 [eval_batches * batch_size, seq_len + 1] to evaluate on.
 
   Returns:
-    The step reached, its state, and the signal that stopped it (0: none).
+    The last step, its state, and the signal that stopped training (0: none).
 
   Raises:
     UsageError: if the loss is not finite.
@@ -330,7 +331,7 @@ def run_steps(
           f"{tokens / (now - mark_time):,.0f} tokens/s"
         )
         mark, mark_time = step, now
-      # The speed is that of training alone.
+      # The speed excludes evaluation and checkpoints.
       pause = time.perf_counter()
       if step % args.eval_every == 0 or last:
         record()
@@ -355,7 +356,7 @@ def write_sample(
   corpus: Corpus,
   run: Run,
 ) -> pathlib.Path:
-  """Continues a prompt, prints the text and writes it to sample.txt."""
+  """Samples a continuation of a prompt, prints it, and writes sample.txt."""
   if args.prompt is None:
     prompt = corpus.validation[: min(64, args.seq_len // 2)]
   else:
@@ -378,7 +379,7 @@ def write_sample(
 
 
 def resume_command() -> str:
-  """The command of this process, with --resume."""
+  """The command of this process with --resume."""
   words = [word for word in sys.argv if word != "--resume"]
   return shlex.join(["python", *words, "--resume"])
 
