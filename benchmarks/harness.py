@@ -91,7 +91,7 @@ def triton_fa(query, key, value):
   from jax.experimental.pallas.ops.gpu import attention
 
   group = query.shape[2] // key.shape[2]
-  # The kernel wants as many key/value heads as query heads.
+  # The kernel requires as many key/value heads as query heads.
   key, value = (jnp.repeat(x, group, axis=2) for x in (key, value))
   return attention.mha(
     query, key, value, None, sm_scale=query.shape[-1] ** -0.5, causal=True

@@ -16,7 +16,7 @@ _FLOATS = ("float16", "bfloat16", "float32", "float64")
 
 
 def static_int(name: str, value: Any, minimum: int = int(INT32.min)) -> int:
-  """A static (not traced) Python integer that fits int32."""
+  """Checks for a static (not traced) Python integer that fits int32."""
   if isinstance(value, (bool, jax.core.Tracer)) or not hasattr(
     value, "__index__"
   ):
@@ -30,7 +30,7 @@ def static_int(name: str, value: Any, minimum: int = int(INT32.min)) -> int:
 
 
 def scale(value: Any, query: Array) -> float:
-  """A static, finite softmax scale; 1/sqrt(H) by default."""
+  """Checks for a static, finite softmax scale; 1/sqrt(H) by default."""
   if value is None:
     return query.shape[-1] ** -0.5
   if isinstance(value, jax.core.Tracer):
@@ -214,7 +214,7 @@ def selector(value: Any) -> None:
 
 
 def dtype(name: str, value: Any) -> jnp.dtype:
-  """A floating-point dtype."""
+  """Checks for a floating-point dtype."""
   try:
     result = jnp.dtype(value) if value is not None else None
   except TypeError:
@@ -227,7 +227,7 @@ def dtype(name: str, value: Any) -> jnp.dtype:
 def offset(
   name: str, value: Any, shapes: Sequence[tuple[int, ...]]
 ) -> int | Array:
-  """A Python integer, or an integer array of one of the shapes."""
+  """Checks for a Python integer, or an integer array of one of the shapes."""
   if isinstance(value, int | np.integer):
     return static_int(name, value)
   try:
@@ -241,8 +241,8 @@ def offset(
       f"`{name}`={value!r} of shape {offset.shape} must be an integer, or an "
       f"integer array of shape {' or '.join(map(str, shapes))}."
     )
-  # Arithmetic in a narrow or unsigned type would wrap around. An offset that
-  # does not fit int32 is out of range, as are the ends of int32.
+  # Arithmetic in a narrow or unsigned type would wrap around. An offset outside
+  # int32 may be clipped: it is out of range, as the ends of int32 are.
   limits = jnp.iinfo(offset.dtype)
   if limits.max > INT32.max:
     low = max(limits.min, int(INT32.min))

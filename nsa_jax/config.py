@@ -81,7 +81,7 @@ def check_config(value: Any) -> None:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AttentionConfig:
-  """Options of the attention layer, also used by the models; hashable.
+  """Options of an attention layer, shared by the models; frozen, hashable.
 
   Attributes:
     num_heads: N, query heads.

@@ -71,7 +71,7 @@ class _Attention:
     del index
     query, key, value = qkv
     value_dim = value.shape[-1]
-    # cuDNN wants H = V; padding with zeros changes nothing.
+    # cuDNN requires H = V; padding with zeros changes nothing.
     width = max(query.shape[-1], value_dim)
     query, key, value = (
       jnp.pad(x, [(0, 0)] * 3 + [(0, width - x.shape[-1])]) for x in qkv

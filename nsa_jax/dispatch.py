@@ -82,7 +82,8 @@ def names(implementation: Implementation, op: str = "window") -> Sequence[str]:
     ValueError: if a name is unknown or the sequence is empty.
   """
   if implementation is None:
-    # For full attention only: cuDNN's order of sums changes from run to run.
+    # cuDNN is the default for full attention only: its order of sums changes
+    # from run to run.
     return ("cudnn" if op == "full" else "triton", "xla")
   known = [*PORTABLE, *BACKENDS]
   if isinstance(implementation, str):
@@ -114,7 +115,7 @@ def choose(
     implementation: the caller's argument.
     spec: static arguments of the call.
     arrays: arrays of the call; only their shapes and dtypes matter here.
-    index: block ids or lengths, and `Queries`; also only to check support.
+    index: block ids or lengths, and `Queries`, to check support.
 
   Returns:
     A function of `arrays` and `index`.

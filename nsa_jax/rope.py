@@ -71,10 +71,10 @@ class RopeConfig:
 def rope_frequencies(head_dim: int, config: RopeConfig) -> np.ndarray:
   """Radians per token of every pair of features, float64 [H / 2].
 
-  With YaRN (arXiv 2309.00071, "NTK-by-parts"), a pair that makes r turns in the
-  original context has frequency
+  With YaRN (arXiv 2309.00071, "NTK-by-parts"), the frequency of a pair that
+  makes r turns in the original context is multiplied by
 
-      frequency * (ramp + (1 - ramp) / yarn_factor)
+      ramp + (1 - ramp) / yarn_factor
 
   where ramp = clip((r - beta_slow) / (beta_fast - beta_slow), 0, 1).
 

@@ -100,7 +100,7 @@ def selected_attention(
     block_ids: int32 [B, T, K, m], m >= 1, shared by the heads of a group:
       strictly ascending, then -1. They may come from any selector;
       `block_ids_from_scores` makes them from scores. Traced ids cannot be
-      checked: with any other order the result is undefined.
+      checked: if they break this rule, the result is undefined.
     config: only `selection_block` is read.
     scale: as in `native_sparse_attention`.
     query_offset: as in `native_sparse_attention`.

@@ -100,12 +100,12 @@ def attend(
     cache: of kind "nsa", after `append` or `prefill`.
     gates: [B, T, N, 3], as in `native_sparse_attention`.
     config: the one given to `init`.
-    query_offset: position of the first query of each batch row, which is its
-      length before the append: int32 of shape () or [B]. A Python integer
-      applies to all rows and lets keys after the last query be skipped, so that
-      a prompt at 0 costs the same as without a cache. The window's ring holds
-      every key that the last `max_append` tokens of a row read, unless the row
-      was rewound; earlier queries silently miss keys.
+    query_offset: position of the first query of each batch row, equal to the
+      row's length before the append: int32 of shape () or [B]. With a Python
+      integer, which applies to all rows, keys after the last query are skipped,
+      so that a prompt at 0 costs the same as without a cache. The window's ring
+      holds every key that the last `max_append` tokens of a row read, unless
+      the row was rewound; earlier queries silently miss keys.
     scale: static softmax scale, 1/sqrt(H) by default.
     compressed_query: [B, T, N, H], as in `native_sparse_attention`.
     prefill_window: the second result of `prefill`; needed for more than

@@ -127,7 +127,7 @@ def native_sparse_attention(
       the selection, if it differs from `query` (for example, is not rotated).
     block_ids: int32 [B, T, K, m], block ids that replace the selection:
       strictly ascending, then -1.
-    select: a custom selector that replaces the importance scores (Eq. 8-11).
+    select: a custom selector that replaces selection by importance (Eq. 8-11).
       It is called with keyword arguments: `query` [B, T, N, H] (that of the
       compressed branch), `compressed_key` [B, C, K, H], `lse` [B, T, N] of the
       compressed branch, `selected_key` [B, S, K, H], `config`, `key_length`,

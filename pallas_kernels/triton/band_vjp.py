@@ -267,9 +267,8 @@ def query_tiles(
 def row_and_head(head: Any, sizes: QuerySizes) -> tuple[Any, Any]:
   """Batch row and key/value head from one index in [0, B K).
 
-  They share a grid axis: on an axis of its own, Triton knows that a single
-  batch row is 0, and keeps so many addresses in registers that the gradients
-  spill.
+  They share a grid axis: on its own axis, Triton knows that a single batch row
+  is 0, and keeps so many addresses in registers that the gradients spill.
   """
   kv_heads = sizes.heads // sizes.group
   return common.div(head, kv_heads), common.rem(head, kv_heads)

@@ -67,8 +67,8 @@ def make_chunking(
   group = pl.next_power_of_2(query.shape[2] // kv_heads)
   query_bytes = num_ids * group * width * query.dtype.itemsize
   most = max(scratch // query_bytes, 16)
-  # Few enough for 32-bit sort keys, which make the lists several times as fast;
-  # but not if most lists of a chunk would then be shorter than a step.
+  # Chunks that fit 32-bit sort keys make their lists several times as fast. Not
+  # worth it if most lists of a chunk would then be shorter than a step.
   short_key = (2**32 - 1) // (num_ids * (num_blocks + 1))
   if short_key * num_ids >= 128 * num_blocks:
     most = min(most, short_key)

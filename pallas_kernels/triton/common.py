@@ -93,7 +93,7 @@ def padded_rows(size: int) -> int:
 
 
 def padding_mask(size: int, padded: int) -> jax.Array | None:
-  """Mask of the first `size` of `padded` rows; None if that is all."""
+  """Mask of the `size` valid rows of `padded`; None if all are valid."""
   return None if size == padded else jnp.arange(padded) < size
 
 

@@ -1,4 +1,4 @@
-"""Checks that the kernels support a call; else NotImplementedError says why."""
+"""Checks that the kernels support a call; raises NotImplementedError if not."""
 
 import jax
 import jax.numpy as jnp

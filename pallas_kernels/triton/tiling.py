@@ -228,8 +228,8 @@ def selected_tiling(
     dq = tile(64, 2, 2) if width <= 128 else tile(32, 2, 2)
   else:
     fwd = tile(32, 1, 2) if width <= 192 else tile(16, 1, 2)
-    # For pairs of queries: two accumulators fill the registers, and all pairs
-    # of ids from the two lists are compared.
+    # Pairs of queries, if their two accumulators fit in the registers and the
+    # lists are short: every id of one is compared with every id of the other.
     if not wide and num_ids <= 64:
       fwd = tile(32 if width <= 64 else 16, 1, 2, queries=2)
     dq = tile(32, 1, 2) if width <= 192 else tile(32, 2, 2)
