@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import pytest
 
 import nsa_jax
-from nsa_jax import KV, NSAConfig
+from nsa_jax import KV, NSAConfig, cache
 from nsa_jax.gating import gated_sum
 
 CONFIG = NSAConfig(16, 8, 32, 4, 1, 1, 128)
@@ -68,6 +68,10 @@ def _program(
       functools.partial(nsa_jax.window_attention, **common),
       (query, *tokens),
     ),
+    "full_attention": (
+      functools.partial(nsa_jax.full_attention, implementation=implementation),
+      (query, *tokens),
+    ),
     "native_sparse_attention": (
       functools.partial(nsa_jax.native_sparse_attention, **common),
       (query, blocks, tokens, tokens, array(length, HEADS, 3)),
@@ -107,6 +111,8 @@ def _largest(compiled: Any) -> int:
     ("selected_attention", True),
     ("window_attention", False),
     ("window_attention", True),
+    ("full_attention", False),
+    ("full_attention", True),
     ("native_sparse_attention", False),
     ("native_sparse_attention", True),
   ],
@@ -186,3 +192,38 @@ def test_gates_keep_no_copy_in_another_dtype() -> None:
   kept = jax.eval_shape(lambda *x: jax.vjp(gated_sum, *x)[1], gates, branches)
   size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(kept))
   assert size <= 2 * (gates.size + 3 * branches[0].size)
+
+
+def test_a_step_of_decoding_by_xla_copies_no_cache() -> None:
+  """Temporary memory does not grow with the capacity as the cache does."""
+  config = NSAConfig()
+
+  @jax.jit
+  def step(query: Any, held: Any, gates: Any, offset: Any) -> Any:
+    return cache.attend(
+      query,
+      held,
+      gates,
+      config=config,
+      query_offset=offset,
+      implementation="xla",
+    )
+
+  def sizes(capacity: int) -> tuple[int, int]:
+    held = jax.eval_shape(
+      lambda: cache.init(
+        1, capacity, config=config, num_kv_heads=2, head_dim=16
+      )
+    )
+    query, gates = (
+      jax.ShapeDtypeStruct((1, 1, 4, width), jnp.float32) for width in (16, 3)
+    )
+    offset = jax.ShapeDtypeStruct((1,), jnp.int32)
+    compiled = step.lower(query, held, gates, offset).compile()
+    return (
+      compiled.memory_analysis().temp_size_in_bytes,
+      cache.num_bytes(held),
+    )
+
+  (small, held), (large, longer) = sizes(2**15), sizes(2**16)
+  assert large - small < (longer - held) / 4

@@ -144,9 +144,16 @@ def selected(
   batch, length, _, head_dim = query.shape
   key_length, kv_heads = key.shape[1:3]
   block = spec.config.selection_block
-  keys_per_query = block_ids.shape[-1] * block
-  keys = _shared(_blocks(key, block))
-  values = _shared(_blocks(value, block))
+  num_ids = block_ids.shape[-1]
+  keys_per_query = num_ids * block
+  keys, values = (_shared(_blocks(x, block)) for x in (key, value))
+  # Many queries gather faster if the data of a block id is contiguous. With few
+  # queries, as in a step of decoding, this would copy the whole cache.
+  together = length * num_ids > keys.shape[1]
+  if together:
+    keys, values = (
+      rearrange(x, "b m l k h -> b k m l h") for x in (keys, values)
+    )
   row = jnp.arange(batch)[:, None, None, None]
   head = jnp.arange(kv_heads)[:, None]
   positions = queries.positions(batch, length)
@@ -166,7 +173,10 @@ def selected(
     mask = readable.reshape(*readable.shape[:3], 1, -1)
 
     def gather(blocks):
-      chosen = blocks[row, head, index].astype(query.dtype)
+      chosen = (
+        blocks[row, head, index] if together else blocks[row, index, :, head]
+      )
+      chosen = chosen.astype(query.dtype)
       return chosen.reshape(*ids.shape[:3], keys_per_query, -1)
 
     return _attend(
@@ -329,8 +339,8 @@ def _ungrouped(out, lse):
 
 
 def _blocks(x, block):
-  """[B, S, K, H] -> [B, K, M, l', H]: the data of a block id is contiguous."""
-  return rearrange(_pad_to(x, block), "b (m l) k h -> b k m l h", l=block)
+  """[B, S, K, H] -> [B, M, l', K, H], padded to whole blocks."""
+  return rearrange(_pad_to(x, block), "b (m l) k h -> b m l k h", l=block)
 
 
 def _shared(x):
