@@ -33,7 +33,7 @@ EXPORT_DISABLED_CHECKS = tuple(
   for target in ("__gpu$xla.gpu.triton", "triton_kernel_call_ffi")
 )
 
-BRANCHES = ("compressed", "selected", "window", "full")
+ATTENTION_OPS = ("compressed", "selected", "window", "full")
 
 # Modules that support every call of every op but "decode", which is composed of
 # their other ops. Their functions f(spec, arrays, index) are differentiated by
@@ -245,7 +245,7 @@ def _attend_fwd(plan, arrays, index):
 def _attend_bwd(plan, residuals, cotangents):
   arrays, index, result = residuals
   spec = plan.spec
-  if plan.op not in BRANCHES:  # Raises: the op has no derivatives.
+  if plan.op not in ATTENTION_OPS:  # Raises: the op has no derivatives.
     plan.cuda.backward(spec, arrays, index)
   out, lse = result
   dout, dlse = cotangents
@@ -294,7 +294,7 @@ def _results(plan, arrays):
 
 def tag(op: str, result: Any) -> Any:
   """Tags out and lse of a branch with names for remat policies."""
-  if op not in BRANCHES:
+  if op not in ATTENTION_OPS:
     return result
   out, lse = result
   out = checkpoint_name(out, f"nsa_{op}_out")
@@ -305,4 +305,4 @@ def tag(op: str, result: Any) -> Any:
 
 def _title(op):
   """The name of the public function."""
-  return f"{op}_attention" if op in (*BRANCHES, "decode") else op
+  return f"{op}_attention" if op in (*ATTENTION_OPS, "decode") else op

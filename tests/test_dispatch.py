@@ -155,7 +155,7 @@ def test_a_kernel_is_traced_once_for_each_platform(
 
 def test_every_module_of_a_backend_has_the_same_three_functions() -> None:
   served = [name for name in triton.__all__]
-  assert set(served) <= {*dispatch.BRANCHES, "select_blocks", "decode"}
+  assert set(served) <= {*dispatch.ATTENTION_OPS, "select_blocks", "decode"}
   for name in served:
     module = getattr(triton, name)
     for function, rest in (
@@ -167,7 +167,7 @@ def test_every_module_of_a_backend_has_the_same_three_functions() -> None:
       names = list(parameters)
       assert len(names[:3]) == 3
       assert (names[0], names[2]) == ("spec", "index"), (name, function)
-      if name in dispatch.BRANCHES:
+      if name in dispatch.ATTENTION_OPS:
         assert names[3:] == rest, (name, function)
 
 

@@ -219,11 +219,9 @@ def test_a_step_of_decoding_by_xla_copies_no_cache() -> None:
       jax.ShapeDtypeStruct((1, 1, 4, width), jnp.float32) for width in (16, 3)
     )
     offset = jax.ShapeDtypeStruct((1,), jnp.int32)
-    compiled = step.lower(query, held, gates, offset).compile()
-    return (
-      compiled.memory_analysis().temp_size_in_bytes,
-      cache.num_bytes(held),
-    )
+    compiled: Any = step.lower(query, held, gates, offset).compile()
+    memory = compiled.memory_analysis()
+    return memory.temp_size_in_bytes, cache.num_bytes(held)
 
   (small, held), (large, longer) = sizes(2**15), sizes(2**16)
   assert large - small < (longer - held) / 4

@@ -264,7 +264,7 @@ def test_chunks_of_heads_and_of_queries(
   expected = _pullback("reference", config, **call)(*arrays)
   scratch = fit * 4 * 4 * 16 * 4  # ids, padded group, head dimension, float32
   chunking = by_block.make_chunking(query, key, ids, 16, scratch)
-  assert (chunking.heads, chunking.rows) == (heads, rows)
+  assert (chunking.heads, chunking.queries) == (heads, rows)
   tiles = tiling.selected_tiling(
     group=3, head_dim=16, value_dim=16, dtype=query.dtype, block=16, num_ids=4
   )
@@ -294,9 +294,9 @@ def test_chunks_keep_the_sort_key_short() -> None:
       64,
       2**31,
     )
-    assert (chunking.heads, chunking.rows) == (heads, rows)
-    num_rows = chunking.heads * chunking.num_blocks + 1
-    short = num_rows * chunking.rows * chunking.num_ids < 2**32
+    assert (chunking.heads, chunking.queries) == (heads, rows)
+    num_owners = chunking.heads * chunking.num_blocks + 1
+    short = num_owners * chunking.queries * chunking.num_ids < 2**32
     assert short == (length <= 262144)
 
 
@@ -314,7 +314,7 @@ def test_two_operand_sort() -> None:
   row = jnp.array([3, 0, 3, 1, 4, 0], jnp.int32)  # 4 drops
   item = jnp.array([0, 1, 2, 3, 4, 5], jnp.int32)
   for num_items in (6, 2**30):
-    lists = invert(row, item, num_rows=4, num_items=num_items, piece=1)
+    lists = invert(row, item, num_owners=4, num_items=num_items, piece=1)
     pieces = [p for p in np.asarray(lists.pieces).tolist() if p[2] > p[1]]
     got = [(r, int(lists.items[first])) for r, first, _ in pieces]
     assert got == [(0, 1), (0, 5), (1, 3), (3, 0), (3, 2)]

@@ -31,7 +31,7 @@ from nsa_jax.typing import Array, AttentionName
 SAVED_NAMES = (
   *(
     f"nsa_{branch}_{result}"
-    for branch in dispatch.BRANCHES
+    for branch in dispatch.ATTENTION_OPS
     for result in ("out", "lse")
   ),
   "nsa_block_ids",

@@ -11,7 +11,7 @@ from einops import rearrange
 from nsa_jax import geometry
 from nsa_jax.config import NSAConfig
 from nsa_jax.typing import Array, Queries
-from nsa_jax.xla.chunks import chunk_rows, map_chunks
+from nsa_jax.xla.chunks import chunk_queries, map_chunks
 from pallas_kernels.interface import (
   Spec,
   compressed_block_segments,
@@ -41,11 +41,11 @@ def compressed(
       "brkgc,bckv->brkgv",
     )
 
-  rows = chunk_rows(length, batch * heads * key.shape[1])
+  size = chunk_queries(length, batch * heads * key.shape[1])
   query = _grouped(query, key.shape[2])
   key, value = _shared(key), _shared(value)
   positions = queries.positions(batch, length)
-  out, lse = map_chunks(body, rows, query, positions, queries.query_segments)
+  out, lse = map_chunks(body, size, query, positions, queries.query_segments)
   return _ungrouped(out, lse)
 
 
@@ -190,14 +190,14 @@ def selected(
   # In the backward pass every chunk adds its share to all of dk and dv. A floor
   # of 8 S / (m l') queries per chunk bounds the number of chunks, so that this
   # traffic also stays linear in the length.
-  rows = chunk_rows(
+  size = chunk_queries(
     length,
     batch * kv_heads * keys_per_query * width,
     floor=8 * key_length // keys_per_query,
   )
   out, lse = map_chunks(
     body,
-    rows,
+    size,
     _grouped(query, kv_heads),
     block_ids,
     positions,
@@ -219,10 +219,10 @@ def window(
   # A chunk of R queries reads one slice of R + w - 1 keys. With R >= w all
   # slices together are at most twice the keys, so they are cut beforehand:
   # their gradients are then added once instead of once per chunk.
-  rows = min(length, max(width, 128))
-  chunks = -(-length // rows)
-  span = min(key_length, rows + width - 1)
-  first = positions[:, :1] + rows * jnp.arange(chunks)  # [B, chunks]
+  size = min(length, max(width, 128))
+  chunks = -(-length // size)
+  span = min(key_length, size + width - 1)
+  first = positions[:, :1] + size * jnp.arange(chunks)  # [B, chunks]
   start = first - (width - 1) - jnp.reshape(key_offset, (-1, 1))
   start = start.clip(0, key_length - span).T  # [chunks, B]
 
@@ -251,14 +251,14 @@ def window(
         "brkgs,bskv->brkgv",
       )
 
-    # A wide window or a large batch would make the scores [rows, span] too
+    # A wide window or a large batch would make the scores [size, span] too
     # large.
-    inner = chunk_rows(query.shape[1], batch * heads * span)
+    inner = chunk_queries(query.shape[1], batch * heads * span)
     return map_chunks(attend, inner, query, positions, query_segments)
 
   out, lse = map_chunks(
     body,
-    rows,
+    size,
     _grouped(query, kv_heads),
     positions,
     queries.query_segments,
@@ -283,10 +283,10 @@ def _for_block_scores(consume, spec, arrays, index, *per_query):
     p_slc = _to_selection_blocks(p_cmp, spec)
     return consume(p_slc, positions, query_segments, *per_query)
 
-  rows = chunk_rows(length, batch * heads * max(num_compressed, 1))
+  size = chunk_queries(length, batch * heads * max(num_compressed, 1))
   return map_chunks(
     body,
-    rows,
+    size,
     _grouped(query, kv_heads),
     _grouped(lse, kv_heads),
     queries.positions(batch, length),

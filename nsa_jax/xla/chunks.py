@@ -13,22 +13,22 @@ from nsa_jax.typing import Array
 CHUNK_ELEMENTS = 2**22
 
 
-def chunk_rows(length: int, elements_per_row: int, floor: int = 1) -> int:
-  """Queries per chunk, if the body holds `elements_per_row` for each query."""
-  rows = max(CHUNK_ELEMENTS // max(elements_per_row, 1), floor, 1)
-  if rows >= length:
+def chunk_queries(length: int, elements_per_query: int, floor: int = 1) -> int:
+  """Queries per chunk, if the body holds so many elements for each query."""
+  size = max(CHUNK_ELEMENTS // max(elements_per_query, 1), floor, 1)
+  if size >= length:
     return length
   # Powers of two keep the number of different shapes small.
-  return min(1 << (rows.bit_length() - 1), length)
+  return min(1 << (size.bit_length() - 1), length)
 
 
 def map_chunks(
   body: Callable[..., Any],
-  rows: int,
+  size: int,
   *per_query: Array | None,
   per_chunk: Any = (),
 ) -> Any:
-  """Applies `body` to chunks of `rows` queries and joins the results.
+  """Applies `body` to chunks of `size` queries and joins the results.
 
   The body is rematerialised in the backward pass, so that reverse mode saves
   only the inputs of a chunk. All chunks share the arrays that the body closes
@@ -36,30 +36,30 @@ def map_chunks(
 
   Args:
     body: maps a chunk of each of `per_query`, then an entry of each of
-      `per_chunk`, to a pytree of [B, rows, ...] arrays.
-    rows: queries per chunk.
+      `per_chunk`, to a pytree of [B, size, ...] arrays.
+    size: queries per chunk.
     *per_query: arrays [B, T, ...], or None, which is passed to the body as
       None; the first must be an array.
-    per_chunk: tuple of arrays [ceil(T / rows), ...] or None.
+    per_chunk: tuple of arrays [ceil(T / size), ...] or None.
 
   Returns:
     The pytree of [B, T, ...] arrays.
   """
   assert per_query[0] is not None
   length = per_query[0].shape[1]
-  if rows >= length:
+  if size >= length:
     return body(*per_query, *jax.tree.map(lambda x: x[0], per_chunk))
-  chunks = -(-length // rows)
+  chunks = -(-length // size)
 
   def split(x):
     pad = [(0, 0)] * x.ndim
-    pad[1] = (0, chunks * rows - length)
-    x = jnp.pad(x, pad).reshape(x.shape[0], chunks, rows, *x.shape[2:])
+    pad[1] = (0, chunks * size - length)
+    x = jnp.pad(x, pad).reshape(x.shape[0], chunks, size, *x.shape[2:])
     return jnp.moveaxis(x, 1, 0)
 
   def join(x):
     x = jnp.moveaxis(x, 0, 1)
-    return x.reshape(x.shape[0], chunks * rows, *x.shape[3:])[:, :length]
+    return x.reshape(x.shape[0], chunks * size, *x.shape[3:])[:, :length]
 
   # CSE cannot merge a loop body with the forward pass, so the barriers that
   # prevent this are not needed.

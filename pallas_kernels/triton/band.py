@@ -60,7 +60,7 @@ class Band(NamedTuple):
     return mask
 
 
-class Reads(NamedTuple):
+class BandReads(NamedTuple):
   """What the queries of a call read.
 
   Attributes:
@@ -210,7 +210,7 @@ def tile_rows(
   return TileRows(query, index, real)
 
 
-def gather(
+def load_rows(
   ref: Any, index: Any, columns: tuple[tuple[int, int], ...]
 ) -> tuple[jax.Array, ...]:
   """Loads rows of a flat ref [B T N, H], one tile per piece of H."""
@@ -258,7 +258,7 @@ def _fwd_kernel(
     jnp.minimum((i + 1) * block_q, sizes.length),
     tile.block_k,
   )
-  q = gather(q_ref, rows.index, head_pieces)
+  q = load_rows(q_ref, rows.index, head_pieces)
 
   def readable(span_k, token, inside):
     mask = band.readable(token[None, :], t[:, None], first_row)
@@ -369,7 +369,7 @@ def choose_tiles(
 
 
 def forward(
-  spec: Spec, qkv: tuple[jax.Array, ...], reads: Reads
+  spec: Spec, qkv: tuple[jax.Array, ...], reads: BandReads
 ) -> tuple[jax.Array, jax.Array]:
   """Out [B, T, N, V] and lse [B, T, N] (float32).
 

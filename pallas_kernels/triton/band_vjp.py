@@ -22,14 +22,14 @@ from pallas_kernels.interface import Spec
 from pallas_kernels.triton import common
 from pallas_kernels.triton.band import (
   Band,
+  BandReads,
   QuerySizes,
-  Reads,
   ceil_div,
   choose_tiles,
   flat_rows,
-  gather,
   key_span,
   key_tiles,
+  load_rows,
   per_head,
   tile_rows,
 )
@@ -157,7 +157,7 @@ def make_schedule(
 def backward(
   spec: Spec,
   qkv: tuple[jax.Array, ...],
-  reads: Reads,
+  reads: BandReads,
   out: jax.Array,
   lse: jax.Array,
   dout: jax.Array,
@@ -342,8 +342,8 @@ def _dkv_kernel(
       )
       queries = start + number * apart
       rows = tile_rows(queries, b, h, tile.rows, sizes, schedule.steps, part)
-      q = gather(q_ref, rows.index, head_pieces)
-      dout = gather(dout_ref, rows.index, value_pieces)
+      q = load_rows(q_ref, rows.index, head_pieces)
+      dout = load_rows(dout_ref, rows.index, value_pieces)
       lse, delta = lse_ref[rows.index], delta_ref[rows.index]
 
       def summed(x):  # zeroes rows that repeat another

@@ -35,9 +35,9 @@ class Chunking(NamedTuple):
   """
 
   kv_heads: int  # K
-  length: int  # T padded to a multiple of `rows`: query rows per head
+  length: int  # T padded to a multiple of `queries`: query rows per head
   heads: int  # D, heads per chunk
-  rows: int  # C, queries per head of a chunk
+  queries: int  # T', queries per head of a chunk
   num_ids: int  # m, blocks per query
   num_blocks: int  # M, blocks of the keys
   block: int  # l', tokens per block
@@ -46,7 +46,7 @@ class Chunking(NamedTuple):
   @property
   def num_pairs(self) -> int:
     """Pairs (query, block) of a chunk; pair = query * m + index of the id."""
-    return self.heads * self.rows * self.num_ids
+    return self.heads * self.queries * self.num_ids
 
 
 def make_chunking(
@@ -72,16 +72,16 @@ def make_chunking(
   short_key = (2**32 - 1) // (num_ids * (num_blocks + 1))
   if short_key * num_ids >= 128 * num_blocks:
     most = min(most, short_key)
-  heads, rows = 1, length
+  heads, queries = 1, length
   if length > most:
-    rows = 1 << (most.bit_length() - 1)
-    length = -(-length // rows) * rows
+    queries = 1 << (most.bit_length() - 1)
+    length = -(-length // queries) * queries
   else:
     total = batch * kv_heads
     fits = range(1, min(most // length, total) + 1)
     heads = max(d for d in fits if total % d == 0)
   return Chunking(
-    kv_heads, length, heads, rows, num_ids, num_blocks, block, key_length
+    kv_heads, length, heads, queries, num_ids, num_blocks, block, key_length
   )
 
 
@@ -89,7 +89,7 @@ class Chunk(NamedTuple):
   """A range of query rows, and the lists of its pairs."""
 
   first_row: jax.Array  # int32 [1]
-  ids: jax.Array  # int32 [D C, m]
+  ids: jax.Array  # int32 [D T', m]
   # From M * (head in the chunk) + block to pairs, counted within the head.
   lists: InverseLists
 
@@ -121,7 +121,7 @@ def query_rows(x: jax.Array, chunking: Chunking) -> jax.Array:
 
 
 def query_heads(x: jax.Array, like: jax.Array, chunking: Chunking) -> jax.Array:
-  """The inverse of `query_rows`, for all chunks [chunks, D C, G, ...].
+  """The inverse of `query_rows`, for all chunks [chunks, D T', G, ...].
 
   `like` [B, T, N, ...] has the sizes before padding.
   """
@@ -133,7 +133,7 @@ def query_heads(x: jax.Array, like: jax.Array, chunking: Chunking) -> jax.Array:
 
 def first_rows(row_ids: jax.Array, chunking: Chunking) -> jax.Array:
   """First row of every chunk, int32 [chunks]; `row_ids` as in `make_chunk`."""
-  size = chunking.heads * chunking.rows
+  size = chunking.heads * chunking.queries
   return jnp.arange(0, len(row_ids), size, dtype=jnp.int32)
 
 
@@ -153,27 +153,27 @@ def make_chunk(
     chunking: the chunking of the query rows.
     piece: maximum pairs per piece of a list.
   """
-  count = chunking.heads * chunking.rows
-  num_items = chunking.rows * chunking.num_ids
+  count = chunking.heads * chunking.queries
+  num_items = chunking.queries * chunking.num_ids
   item = jnp.arange(num_items, dtype=jnp.int32)
   item = jnp.tile(
-    item.reshape(chunking.rows, chunking.num_ids), (chunking.heads, 1)
+    item.reshape(chunking.queries, chunking.num_ids), (chunking.heads, 1)
   )
   local_head = jnp.repeat(
-    jnp.arange(chunking.heads, dtype=jnp.int32), chunking.rows
+    jnp.arange(chunking.heads, dtype=jnp.int32), chunking.queries
   )
   local = lax.dynamic_slice_in_dim(row_ids, first_row, count)
   head = first_row // chunking.length + local_head
   row = first_row + jnp.arange(count, dtype=jnp.int32)
   position = offset[head // chunking.kv_heads] + row - head * chunking.length
   valid = chosen(local, position[:, None], chunking.key_length, chunking.block)
-  num_rows = chunking.heads * chunking.num_blocks
+  num_owners = chunking.heads * chunking.num_blocks
   lists = invert(
     jnp.where(
-      valid, local_head[:, None] * chunking.num_blocks + local, num_rows
+      valid, local_head[:, None] * chunking.num_blocks + local, num_owners
     ),
     item,
-    num_rows=num_rows,
+    num_owners=num_owners,
     num_items=num_items,
     piece=piece,
   )
@@ -219,7 +219,7 @@ def load_piece(
     last,
     head,
     batch,
-    first_pair=local_head * (chunking.rows * chunking.num_ids),
+    first_pair=local_head * (chunking.queries * chunking.num_ids),
     # A chunk of several heads starts at the first query of a head.
     first_query=first_row_ref[0] - first_head * chunking.length,
     offset=offset_ref[batch],
@@ -292,7 +292,7 @@ def walk_queries(
   return lax.fori_loop(0, steps, step, carry)
 
 
-def gather(ref: Any, step: Step) -> tuple[jax.Array, ...]:
+def load_queries(ref: Any, step: Step) -> tuple[jax.Array, ...]:
   """Loads query rows of [B K T, G, W] as [Q G, .], in pieces of W."""
   return tuple(
     ref[step.row, :, pl.ds(start, width)].reshape(-1, width)
@@ -310,7 +310,7 @@ def scatter(ref: Any, step: Step, xs: tuple[jax.Array, ...]) -> None:
 
 def _fwd_kernel(
   piece_ref,  # [3]
-  items_ref,  # [D C m]
+  items_ref,  # [D T' m]
   first_row_ref,  # [1]
   offset_ref,  # [B]
   q_ref,  # [B K T, G, H]
@@ -330,7 +330,7 @@ def _fwd_kernel(
     k, v = (load_block(ref, piece, chunking) for ref in (k_ref, v_ref))
 
     def body(step, count):
-      q = gather(q_ref, step)
+      q = load_queries(q_ref, step)
       s = common.dot_pieces(q, k) * (spec.scale * common.LOG2E)
       mask = piece.token[None, :] <= step.position[:, None]
       if segments:
@@ -479,11 +479,11 @@ def by_row(
   Args:
     chunk: the ids.
     offset: int32 [B].
-    parts: results of pairs [pairs, ...]; those of queries are [D C, ...], in
+    parts: results of pairs [pairs, ...]; those of queries are [D T', ...], in
       the same dtypes.
     chunking: the chunking of the query rows.
   """
-  rows = chunking.heads * chunking.rows
+  rows = chunking.heads * chunking.queries
 
   def rows_of(first, x):
     tail = x.shape[1:]

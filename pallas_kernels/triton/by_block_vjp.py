@@ -23,9 +23,9 @@ from pallas_kernels.triton.by_block import (
   by_row,
   count_chosen,
   first_rows,
-  gather,
   load_block,
   load_piece,
+  load_queries,
   make_chunk,
   make_chunking,
   query_heads,
@@ -40,7 +40,7 @@ from pallas_kernels.triton.inverse_lists import sum_pieces
 
 def _bwd_kernel(
   piece_ref,  # [3]
-  items_ref,  # [D C m]
+  items_ref,  # [D T' m]
   first_row_ref,  # [1]
   offset_ref,  # [B]
   q_ref,  # [B K T, G, H]
@@ -66,7 +66,7 @@ def _bwd_kernel(
 
     def body(step, carry):
       dk, dv = carry
-      q, dout = gather(q_ref, step), gather(dout_ref, step)
+      q, dout = load_queries(q_ref, step), load_queries(dout_ref, step)
       lse, delta = (ref[step.row].reshape(-1) for ref in (lse_ref, delta_ref))
       # Transposed, [keys, tile rows], so that dk and dv need no transpose.
       s = common.dot_pieces(k, q) * (spec.scale * common.LOG2E)

@@ -155,9 +155,9 @@ class Program(NamedTuple):
   """The one or two queries of a program, and the blocks that they read."""
 
   positions: tuple[Any, ...]
-  rows: tuple[Any, ...]  # per query, mask of the valid tile rows, or None
+  row_masks: tuple[Any, ...]  # per query, mask of the valid tile rows, or None
   ids_ref: Any
-  common: Run | None  # blocks that both queries chose
+  shared: Run | None  # blocks that both queries chose
   own: tuple[Run, ...]  # per query, the other blocks that it chose
   segments_ref: Any  # of the keys, or None
   segments: tuple[Any, ...]  # of the queries
@@ -292,8 +292,8 @@ def walk_blocks(
     return run.full * steps + run.diagonal * visible
 
   every = tuple(range(len(states)))
-  if program.common is not None:
-    run = program.common
+  if program.shared is not None:
+    run = program.shared
     states = walk([(run, every)], 0, run.full * steps, False, states)
     last = end(run, program.positions[-1])
     states = walk([(run, every)], run.full * steps, last, True, states)
@@ -331,7 +331,7 @@ def _fwd_kernel(
   )
   q = [
     common.load_pieces(q_ref, (common.index(i), slice(None)), head_pieces, mask)
-    for i, mask in enumerate(mine.rows)
+    for i, mask in enumerate(mine.row_masks)
   ]
 
   def tile(i, state, k, v, mask):
@@ -370,9 +370,11 @@ def _fwd_kernel(
     for (column, width), a in zip(value_pieces, acc, strict=True):
       out = (a / total[:, None]).astype(out_ref.dtype)
       common.store(
-        out_ref.at[common.index(i), :, pl.ds(column, width)], out, mine.rows[i]
+        out_ref.at[common.index(i), :, pl.ds(column, width)],
+        out,
+        mine.row_masks[i],
       )
-    common.store(lse_ref.at[common.index(i)], lse, mine.rows[i])
+    common.store(lse_ref.at[common.index(i)], lse, mine.row_masks[i])
 
 
 class Layout(NamedTuple):
@@ -388,7 +390,7 @@ class Layout(NamedTuple):
   read_specs: tuple[pl.BlockSpec, ...]
 
 
-class Reads(NamedTuple):
+class BlockReads(NamedTuple):
   """What the queries of a call read.
 
   Attributes:
@@ -403,10 +405,10 @@ class Reads(NamedTuple):
   segments: tuple[jax.Array, ...]
 
 
-def reads_of(index: tuple[jax.Array, Queries]) -> Reads:
+def reads_of(index: tuple[jax.Array, Queries]) -> BlockReads:
   """Converts the index of a call for the kernels."""
   ids, queries = index
-  return Reads(
+  return BlockReads(
     ids,
     per_row(queries.offset, len(ids)),
     common.segment_pair(queries.key_segments, queries.query_segments),
@@ -414,7 +416,7 @@ def reads_of(index: tuple[jax.Array, Queries]) -> Reads:
 
 
 def layout(
-  grouped: jax.Array, key_length: int, reads: Reads, tile: Tile, spec: Spec
+  grouped: jax.Array, key_length: int, reads: BlockReads, tile: Tile, spec: Spec
 ) -> Layout:
   """Layout for queries [B, T, K, G, H]; consecutive programs share a head."""
   batch, length, kv_heads, group, _ = grouped.shape

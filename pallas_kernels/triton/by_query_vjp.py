@@ -15,7 +15,7 @@ from jax.experimental import pallas as pl
 from pallas_kernels.interface import Queries, Spec
 from pallas_kernels.triton import common
 from pallas_kernels.triton.by_query import (
-  Reads,
+  BlockReads,
   Unpadded,
   group_heads,
   layout,
@@ -81,13 +81,13 @@ def _dq_kernel(
 
   def load(ref, pieces, i):
     return common.load_pieces(
-      ref, (common.index(i), slice(None)), pieces, mine.rows[i]
+      ref, (common.index(i), slice(None)), pieces, mine.row_masks[i]
     )
 
   q = [load(q_ref, head_pieces, i) for i in range(queries)]
   dout = [load(dout_ref, value_pieces, i) for i in range(queries)]
   deltas, lses = [], []
-  for i, mask in enumerate(mine.rows):
+  for i, mask in enumerate(mine.row_masks):
     delta = -common.load(dlse_ref.at[common.index(i)], mask)
     for x, y in zip(dout[i], load(out_ref, value_pieces, i), strict=True):
       delta += jnp.sum(x.astype(jnp.float32) * y.astype(jnp.float32), axis=1)
@@ -119,14 +119,16 @@ def _dq_kernel(
     for (column, width), d in zip(head_pieces, dq, strict=True):
       d = (d * spec.scale).astype(dq_ref.dtype)
       common.store(
-        dq_ref.at[common.index(i), :, pl.ds(column, width)], d, mine.rows[i]
+        dq_ref.at[common.index(i), :, pl.ds(column, width)],
+        d,
+        mine.row_masks[i],
       )
 
 
 def query_gradient(
   spec: Spec,
   qkv: tuple[jax.Array, ...],
-  reads: Reads,
+  reads: BlockReads,
   out: jax.Array,
   lse: jax.Array,
   dout: jax.Array,
@@ -255,7 +257,7 @@ def _dkv_kernel(
 def key_value_gradient(
   spec: Spec,
   qkv: tuple[jax.Array, ...],
-  reads: Reads,
+  reads: BlockReads,
   lse: jax.Array,
   delta: jax.Array,
   dout: jax.Array,
@@ -270,7 +272,7 @@ def key_value_gradient(
   batch, length = query.shape[:2]
   key_length = key.shape[1]
   num_blocks = -(-key_length // block)
-  num_rows = batch * kv_heads * num_blocks
+  num_owners = batch * kv_heads * num_blocks
   item = jnp.arange(length, dtype=jnp.int32)[:, None, None]
   position = offset[:, None, None, None] + item
   head = (
@@ -279,9 +281,9 @@ def key_value_gradient(
   )
   valid = chosen(ids, position, key_length, block)
   lists = invert(
-    jnp.where(valid, head * num_blocks + ids, num_rows),
+    jnp.where(valid, head * num_blocks + ids, num_owners),
     jnp.broadcast_to(item, ids.shape),
-    num_rows=num_rows,
+    num_owners=num_owners,
     num_items=length,
     piece=tiles.piece,
   )

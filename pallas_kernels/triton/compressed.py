@@ -42,7 +42,7 @@ def _reads(spec, qkv, index):
   segments = queries.key_segments
   if segments is not None:
     segments = compressed_block_segments(segments, config)
-  return band.Reads(
+  return band.BandReads(
     band.Band(
       config.compression_stride,
       config.compression_block,

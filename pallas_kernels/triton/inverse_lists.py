@@ -16,15 +16,15 @@ from pallas_kernels.triton import common
 
 
 class InverseLists(NamedTuple):
-  """The list of items of each row, cut into pieces.
+  """The list of items of each owner, cut into pieces.
 
-  Here a row is a block of one key/value head, with the list of its queries.
+  An owner is a block of one key/value head, its list holds its queries.
 
   Attributes:
-    items: int32 [n], the lists of all rows one after the other, each ascending.
-    pieces: int32 [P, 3]: row, first and last (exclusive) index into `items`.
+    items: int32 [n], all lists one after the other, each ascending.
+    pieces: int32 [P, 3]: owner, first and last (exclusive) index into `items`.
       Unused pieces at the end are empty.
-    starts: int32 [R + 1], first piece of every row.
+    starts: int32 [owners + 1], first piece of every list.
   """
 
   items: jax.Array
@@ -33,46 +33,47 @@ class InverseLists(NamedTuple):
 
 
 def invert(
-  row: jax.Array,
+  owner: jax.Array,
   item: jax.Array,
   *,
-  num_rows: int,
+  num_owners: int,
   num_items: int,
   piece: int,
 ) -> InverseLists:
-  """Groups items by row.
+  """Groups items by owner.
 
   Args:
-    row: int32, any shape: the row of each item; `num_rows` drops the item.
-    item: int32, same shape, in [0, num_items), ascending within a row.
-    num_rows: R.
+    owner: int32, any shape: the owner of each item; `num_owners` drops the
+      item.
+    item: int32, same shape, in [0, num_items), ascending within an owner.
+    num_owners: number of lists.
     num_items: exclusive upper bound of the items.
     piece: maximum items per piece.
   """
-  if (num_rows + 1) * num_items < 2**32:
-    # A single 32-bit key for row and item sorts fastest.
-    key = row.astype(jnp.uint32) * num_items + item.astype(jnp.uint32)
+  if (num_owners + 1) * num_items < 2**32:
+    # A single 32-bit key for owner and item sorts fastest.
+    key = owner.astype(jnp.uint32) * num_items + item.astype(jnp.uint32)
     key = jnp.sort(key.reshape(-1))
-    rows, items = jnp.divmod(key, jnp.uint32(num_items))
-    rows, items = rows.astype(jnp.int32), items.astype(jnp.int32)
+    owners, items = jnp.divmod(key, jnp.uint32(num_items))
+    owners, items = owners.astype(jnp.int32), items.astype(jnp.int32)
   else:
-    rows, items = lax.sort(
-      (row.reshape(-1), item.reshape(-1)), num_keys=1, is_stable=True
+    owners, items = lax.sort(
+      (owner.reshape(-1), item.reshape(-1)), num_keys=1, is_stable=True
     )
-  bounds = jnp.searchsorted(rows, jnp.arange(num_rows + 1, dtype=jnp.int32))
+  bounds = jnp.searchsorted(owners, jnp.arange(num_owners + 1, dtype=jnp.int32))
   bounds = bounds.astype(jnp.int32)
-  per_row = -(-jnp.diff(bounds) // piece)
-  starts = jnp.pad(jnp.cumsum(per_row, dtype=jnp.int32), (1, 0))
-  # Upper bound: at most one piece per row is incomplete.
-  num_pieces = -(-row.size // piece) + num_rows
+  per_list = -(-jnp.diff(bounds) // piece)
+  starts = jnp.pad(jnp.cumsum(per_list, dtype=jnp.int32), (1, 0))
+  # Upper bound: at most one piece per list is incomplete.
+  num_pieces = -(-owner.size // piece) + num_owners
   index = jnp.arange(num_pieces, dtype=jnp.int32)
-  owner = jnp.searchsorted(starts, index, side="right").astype(jnp.int32) - 1
-  used = owner < num_rows
-  owner = owner.clip(0, num_rows - 1)
-  first = bounds[owner] + (index - starts[owner]) * piece
-  last = jnp.minimum(first + piece, bounds[owner + 1])
+  of_piece = jnp.searchsorted(starts, index, side="right").astype(jnp.int32) - 1
+  used = of_piece < num_owners
+  of_piece = of_piece.clip(0, num_owners - 1)
+  first = bounds[of_piece] + (index - starts[of_piece]) * piece
+  last = jnp.minimum(first + piece, bounds[of_piece + 1])
   pieces = jnp.stack(
-    [owner, jnp.where(used, first, 0), jnp.where(used, last, 0)], axis=1
+    [of_piece, jnp.where(used, first, 0), jnp.where(used, last, 0)], axis=1
   )
   return InverseLists(items, pieces, starts)
 
@@ -93,18 +94,18 @@ def chosen(
 
 
 def _sum_pieces_kernel(
-  starts_ref,  # [R + 1]
+  starts_ref,  # [owners + 1]
   partial_ref,  # [P, l', width]
   sum_ref,  # [l', width]
 ):
-  row = pl.program_id(0)
+  owner = pl.program_id(0)
 
   def add(i, total):
     return total + partial_ref[i, :, :]
 
   sum_ref[...] = lax.fori_loop(
-    starts_ref[row],
-    starts_ref[row + 1],
+    starts_ref[owner],
+    starts_ref[owner + 1],
     add,
     jnp.zeros(sum_ref.shape, jnp.float32),
   ).astype(sum_ref.dtype)
@@ -113,18 +114,18 @@ def _sum_pieces_kernel(
 def sum_pieces(
   partial: jax.Array, starts: jax.Array, dtype: Any, *, interpret: bool
 ) -> jax.Array:
-  """Sums the partial sums [P, l', W] of each row, in order: [R, l', W]."""
+  """Sums partial sums [P, l', W] of each owner, in order: [owners, l', W]."""
   num_pieces, block, columns = partial.shape
   width = 32 if columns % 32 == 0 else 16
-  rows = starts.shape[0] - 1
+  owners = starts.shape[0] - 1
   return pl.pallas_call(
     _sum_pieces_kernel,
     **common.options("nsa_sum_pieces", 4, 2, interpret),
-    grid=(rows, columns // width),
+    grid=(owners, columns // width),
     in_specs=[
       pl.BlockSpec(starts.shape, lambda r, c: (0,)),
       pl.BlockSpec((num_pieces, block, width), lambda r, c: (0, 0, c)),
     ],
     out_specs=pl.BlockSpec((None, block, width), lambda r, c: (r, 0, c)),
-    out_shape=jax.ShapeDtypeStruct((rows, block, columns), dtype),
+    out_shape=jax.ShapeDtypeStruct((owners, block, columns), dtype),
   )(starts, partial)

@@ -35,7 +35,7 @@ def _reads(spec, qkv, index):
   _, queries = index
   batch, num_keys = qkv[1].shape[:2]
   key_offset = per_row(queries.key_offset, batch)
-  return band.Reads(
+  return band.BandReads(
     # A longer window would read the same keys, and might overflow int32.
     band.Band(1, 1, min(spec.config.window, num_keys), num_keys),
     jnp.stack(

@@ -16,7 +16,7 @@ from pallas_kernels.triton.band import (
   QuerySizes,
   ceil_div,
   flat_rows,
-  gather,
+  load_rows,
   tile_rows,
   walk,
   within,
@@ -77,7 +77,7 @@ def _compressed_kernel(
   value_pieces = common.pieces(value_dim)
   split, i, h, b = (pl.program_id(axis) for axis in range(4))
   mine = tile_rows(i, b, h, rows, sizes)
-  q = gather(q_ref, mine.index, head_pieces)
+  q = load_rows(q_ref, mine.index, head_pieces)
 
   offset, length = offset_ref[0], length_ref[0]
   block_q = rows // sizes.group
@@ -103,7 +103,7 @@ def _compressed_kernel(
   group = common.div(mine.index, sizes.group)
   head = common.rem(mine.index, sizes.group)
 
-  def keep(j, top, p):
+  def store_weights(j, top, p):
     """Stores the weights of a tile, summed over selection blocks."""
     tops_ref, sums_ref, *edges_refs = weight_refs
     tops_ref[group, j, head] = top
@@ -138,7 +138,7 @@ def _compressed_kernel(
       exp2,
     )
     if weight_refs:
-      keep(j, carry[1], p)
+      store_weights(j, carry[1], p)
     return carry
 
   acc, m_i, l_i = walk(step, empty_softmax(rows, value_dim), bounds, False)

@@ -142,11 +142,11 @@ def _best(
   better = value[:, None] > value[None, :]
   equal = value[:, None] == value[None, :]
   better |= equal & (block[:, None] < block[None, :])
-  rank = _total(better)
-  return _total(jnp.where(rank[:, None] == place[None, :], block[:, None], 0))
+  rank = _sum(better)
+  return _sum(jnp.where(rank[:, None] == place[None, :], block[:, None], 0))
 
 
-def _total(x: jax.Array) -> jax.Array:
+def _sum(x: jax.Array) -> jax.Array:
   """Int32 sums over the first axis, which is mostly within a thread."""
   return x.astype(jnp.int32).sum(axis=0, dtype=jnp.int32)
 
@@ -156,7 +156,7 @@ def ascending(ids: jax.Array, count: int) -> jax.Array:
   slot = arange(len(ids))
   key = jnp.where((ids >= 0) & (slot < count), ids, _NEVER + slot)
   if len(ids) <= 64:
-    return _total(key[:, None] < key[None, :])
+    return _sum(key[:, None] < key[None, :])
 
   # All pairs would not fit in registers.
   def step(i, place):
