@@ -176,13 +176,12 @@ def attend(
     cache.window,
     gates,
   )
-  tiles = dict(tiles) if isinstance(tiles, Mapping) else tiles
-  decode_tiles = tiles.pop("decode", None) if tiles else None
+  tiles = nsa.check_tiles(tiles, "decode")
   spec = Spec(
     config,
     scale,
     key_length,
-    tiles=decode_tiles,
+    tiles=tiles.get("decode"),
     own_selection=select is not None,
   )
   index = cache.lengths, Queries(query_offset)
@@ -349,7 +348,7 @@ def _compose(
 
 
 def _compose_by_xla(spec, arrays, index):
-  return _compose(spec, arrays, index, "xla", None, None, None)
+  return _compose(spec, arrays, index, "xla", None, None, {})
 
 
 def _held_scope(query, key_length, query_offset, lengths):

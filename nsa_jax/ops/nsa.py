@@ -220,7 +220,7 @@ def native_sparse_attention(
     scope,
     implementation,
     select,
-    tiles,
+    check_tiles(tiles),
   )
   return (out, block_ids) if return_block_ids else out
 
@@ -243,8 +243,8 @@ def compose(
   scope: Scope,
   window_scope: Scope,
   implementation: Implementation,
-  select: Selector | None = None,
-  tiles: Mapping[str, Any] | None = None,
+  select: Selector | None,
+  tiles: Mapping[str, Any],
 ) -> tuple[Array, Array]:
   """compressed -> select -> selected -> window -> gated sum.
 
@@ -260,7 +260,6 @@ def compose(
   Returns:
     out and block ids.
   """
-  tiles = check_tiles(tiles)
   query, compressed_query = arrays.query, arrays.compressed_query
   out_compressed, lse = attend_branch(
     "compressed",
@@ -340,9 +339,9 @@ def check_queries(
   )
 
 
-def check_tiles(tiles: Any) -> Mapping[str, Any]:
-  """Validates the mapping from ops to tile sizes."""
-  known = ("compressed", "select_blocks", "selected", "window")
+def check_tiles(tiles: Any, *more: str) -> Mapping[str, Any]:
+  """Validates the mapping from ops to tile sizes; `more` ops are known too."""
+  known = ("compressed", "select_blocks", "selected", "window", *more)
   if tiles is None:
     return {}
   if not isinstance(tiles, Mapping) or not set(tiles) <= set(known):
