@@ -75,8 +75,8 @@ def phi_parameters(
 ) -> dict[str, tuple[Any, tuple[int, ...]]]:
   """Initialiser and shape of every parameter of phi, by name.
 
-  They are in the argument order of the functions in `compression`. The hidden
-  layer of "mlp" has 2 * head_dim features.
+  The names are those of the arguments of the functions in `compression`. The
+  hidden layer of "mlp" has 2 * head_dim features.
 
   Args:
     kind: "mlp", "linear", "weighted" or "mean".
@@ -119,14 +119,12 @@ def compress(
   Args:
     kind: as in `phi_parameters`.
     config: the block length and the stride are read.
-    parameters: those that `phi_parameters` names, in its order.
+    parameters: those that `phi_parameters` names.
     x: [B, S, K, H].
     segment_ids: int32 [B, S].
   """
   function = getattr(compression, f"compress_{kind}")
-  return function(
-    x, *parameters.values(), config=config, segment_ids=segment_ids
-  )
+  return function(x, **parameters, config=config, segment_ids=segment_ids)
 
 
 class Attended(NamedTuple):

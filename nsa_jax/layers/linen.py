@@ -45,12 +45,11 @@ class NativeSparseAttention(nn.Module):
     normalize_qk: as in `AttentionConfig`.
     dtype: as in `AttentionConfig`.
     param_dtype: as in `AttentionConfig`.
-    select: as in `AttentionConfig`.
-    implementation: as in `AttentionConfig`.
     precision: of the projections, as in `nn.DenseGeneral`.
     kernel_init: initialiser of all projections; `nn.with_partitioning` works.
       The parameters of phi have their own initialisers and no partitioning.
     use_bias: the projections have biases.
+    implementation: as in `AttentionConfig`.
     decode: append to a decode cache and attend over it. `init` with
       x [B, capacity, D] makes it in the collection `cache`; then
       `apply({"params": ..., "cache": ...}, x, mutable=["cache"])` takes the
@@ -60,6 +59,7 @@ class NativeSparseAttention(nn.Module):
       underlying functions.
     max_append: tokens that `cache.rewind` can remove. A call with at most this
       many tokens uses the decode kernels, a longer one runs as a prefill.
+    select: as in `AttentionConfig`.
 
   Raises:
     ValueError: if an attribute or argument does not fit.
@@ -90,13 +90,13 @@ class NativeSparseAttention(nn.Module):
   normalize_qk: bool = False
   dtype: Dtype | None = None
   param_dtype: Dtype = jnp.float32
-  select: Selector | None = None
-  implementation: Implementation = None
   precision: PrecisionLike = None
   kernel_init: Initializer = nn.initializers.lecun_normal()
   use_bias: bool = False
+  implementation: Implementation = None
   decode: bool = False
   max_append: int = 1
+  select: Selector | None = None
 
   def __post_init__(self):
     check_config(self.config)
