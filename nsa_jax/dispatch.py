@@ -305,4 +305,6 @@ def tag(op: str, result: Any) -> Any:
 
 def _title(op):
   """The name of the public function."""
-  return f"{op}_attention" if op in (*ATTENTION_OPS, "decode") else op
+  if op == "decode":
+    return "cache.attend"
+  return f"{op}_attention" if op in ATTENTION_OPS else op

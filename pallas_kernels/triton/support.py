@@ -105,6 +105,6 @@ def check_blocks_of_a_row(key_length: int, block: int) -> None:
   """
   if -(-key_length // block) > _MAX_BLOCKS_OF_A_ROW:
     raise NotImplementedError(
-      f"`selected_key` of length {key_length}: decoding takes at most "
-      f"{_MAX_BLOCKS_OF_A_ROW} selection blocks of {block}"
+      f"`cache` has room for {key_length} tokens: the decode kernels take at "
+      f"most {_MAX_BLOCKS_OF_A_ROW} selection blocks of {block}"
     )

@@ -96,7 +96,8 @@ def backward(
     NotImplementedError: always.
   """
   raise NotImplementedError(
-    "decode_attention has no derivatives: differentiate native_sparse_attention"
+    "cache.attend has no derivatives with the decode kernels: pass "
+    "implementation='xla', or differentiate native_sparse_attention"
   )
 
 
