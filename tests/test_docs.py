@@ -179,7 +179,7 @@ def test_the_table_of_ops_is_that_of_the_code() -> None:
   assert names == [*dispatch.PORTABLE, *dispatch.BACKENDS]
   ops = {row[0].strip("`") for row in rows}
   assert ops == {
-    *(f"{branch}_attention" for branch in dispatch.BRANCHES),
+    *(f"{branch}_attention" for branch in dispatch.ATTENTION_OPS),
     "block_scores",
     "select_blocks",
     "cache.attend",
@@ -200,7 +200,12 @@ def test_the_table_of_ops_is_that_of_the_code() -> None:
 
 def test_the_defaults_are_those_of_the_code() -> None:
   text = " ".join((DOCS / "implementations.md").read_text().split())
-  for op in (*dispatch.BRANCHES, "block_scores", "select_blocks", "decode"):
+  for op in (
+    *dispatch.ATTENTION_OPS,
+    "block_scores",
+    "select_blocks",
+    "decode",
+  ):
     want = ("cudnn" if op == "full" else "triton", "xla")
     assert dispatch.names(None, op) == want, op
   assert "For `full_attention` it is `cudnn`" in text

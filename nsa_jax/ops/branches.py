@@ -72,9 +72,8 @@ def compressed_attention(
     alignment=config.selection_block,
   )
   spec = Spec(config, _checks.scale(scale, query), key_length, tiles=tiles)
-  return attend_branch(
-    "compressed", implementation, spec, (query, key, value), scope
-  )
+  arrays = scope.mask(query, key, value, compressed=config)
+  return attend_branch("compressed", implementation, spec, arrays, scope)
 
 
 def selected_attention(
@@ -138,8 +137,9 @@ def selected_attention(
   )
   spec = Spec(config, _checks.scale(scale, query), key.shape[1], tiles=tiles)
   block_ids = check_block_ids(block_ids, query, key, config)
+  arrays = scope.mask(query, key, value)
   return attend_branch(
-    "selected", implementation, spec, (query, key, value), scope, block_ids
+    "selected", implementation, spec, arrays, scope, block_ids
   )
 
 
@@ -241,9 +241,8 @@ def window_attention(
   )
   scale = _checks.scale(scale, query)
   spec = Spec(config, scale, key.shape[1], need_lse=return_lse, tiles=tiles)
-  out, lse = attend_branch(
-    "window", implementation, spec, (query, key, value), scope
-  )
+  arrays = scope.mask(query, key, value)
+  out, lse = attend_branch("window", implementation, spec, arrays, scope)
   return (out, lse) if return_lse else out
 
 
@@ -328,9 +327,8 @@ def full_attention(
   spec = Spec(
     None, _checks.scale(scale, query), key.shape[1], need_lse=return_lse
   )
-  out, lse = attend_branch(
-    "full", implementation, spec, (query, key, value), scope
-  )
+  arrays = scope.mask(query, key, value)
+  out, lse = attend_branch("full", implementation, spec, arrays, scope)
   return (out, lse) if return_lse else out
 
 
@@ -338,37 +336,29 @@ def attend_branch(
   op: str,
   implementation: Implementation,
   spec: Spec,
-  qkv: tuple[Array, Array, Array],
+  arrays: tuple[Array, Array, Array],
   scope: Scope,
   block_ids: Array | None = None,
 ) -> tuple[Array, Any]:
-  """Runs one branch on validated arguments; masks what no query may read.
+  """Runs one branch on validated arguments.
 
   Args:
     op: "compressed", "selected", "window" or "full".
     implementation: the caller's argument.
     spec: static arguments of the call.
-    qkv: query, key and value.
+    arrays: query, key and value, from `scope.mask`.
     scope: which queries and keys are valid.
     block_ids: for the selected branch.
 
   Returns:
     out and lse; lse may be None if `spec.need_lse` is False.
   """
-  query, key, value = qkv
-  readable = scope.readable_keys
-  if op == "compressed":
-    if not key.shape[1]:  # No complete block: no kernel to run.
-      dispatch.names(implementation)
-      acc = jnp.promote_types(jnp.float32, query.dtype)
-      out = jnp.zeros((*query.shape[:3], value.shape[-1]), query.dtype)
-      return out, jnp.full(query.shape[:3], -jnp.inf, acc)
-    readable = scope.readable_blocks(spec.config)
-  arrays = (
-    keep(query, scope.valid_queries),
-    keep(key, readable),
-    keep(value, readable),
-  )
+  query, key, value = arrays
+  if not key.shape[1]:  # No complete compressed block: no kernel to run.
+    dispatch.names(implementation)
+    acc = jnp.promote_types(jnp.float32, query.dtype)
+    out = jnp.zeros((*query.shape[:3], value.shape[-1]), query.dtype)
+    return out, jnp.full(query.shape[:3], -jnp.inf, acc)
   index = block_ids, scope.queries
   run = dispatch.choose(op, implementation, spec, arrays, index)
   out, lse = run(arrays, index)

@@ -256,7 +256,8 @@ def attend_window(
   spec = Spec(
     config, _checks.scale(scale, query), scope.key_length, need_lse=False
   )
-  return attend_branch("window", implementation, spec, (query, *rows), scope)[0]
+  arrays = scope.mask(query, *rows)
+  return attend_branch("window", implementation, spec, arrays, scope)[0]
 
 
 def attend_full(
@@ -304,8 +305,8 @@ def attend_full(
     key_length = min(max(query_offset + length, 1), key_length)
   scope = _held_scope(query, key_length, query_offset, cache.lengths)
   spec = Spec(None, _checks.scale(scale, query), key_length, need_lse=False)
-  qkv = (query, *_first(selected, key_length))
-  return attend_branch("full", implementation, spec, qkv, scope)[0]
+  arrays = scope.mask(query, *_first(selected, key_length))
+  return attend_branch("full", implementation, spec, arrays, scope)[0]
 
 
 def _compose(

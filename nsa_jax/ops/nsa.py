@@ -260,31 +260,35 @@ def compose(
   Returns:
     out and block ids.
   """
-  query, compressed_query = arrays.query, arrays.compressed_query
+  valid = scope.valid_queries
+  # Masked once, so that the branch and the selection share their scores.
+  compressed = scope.mask(
+    arrays.compressed_query, *arrays.compressed, compressed=spec.config
+  )
+  selected = scope.mask(arrays.query, *arrays.selected)
   out_compressed, lse = attend_branch(
     "compressed",
     implementation,
     spec._replace(tiles=tiles.get("compressed")),
-    (compressed_query, *arrays.compressed),
+    compressed,
     scope,
   )
   block_ids = arrays.block_ids
   if block_ids is None and select is not None:
-    block_ids = _call_selector(select, spec, arrays, lse, scope)
+    block_ids = _call_selector(select, spec, compressed, selected, lse, scope)
   elif block_ids is None:
     block_ids = select_best(
       implementation,
       spec._replace(tiles=tiles.get("select_blocks")),
-      compressed_query,
-      arrays.compressed.key,
-      lse,
+      *compressed[:2],
+      keep(lse, valid),
       scope,
     )
   out_selected, _ = attend_branch(
     "selected",
     implementation,
     spec._replace(tiles=tiles.get("selected"), need_lse=False),
-    (query, *arrays.selected),
+    selected,
     scope,
     block_ids,
   )
@@ -296,33 +300,34 @@ def compose(
       need_lse=False,
       key_length=window_scope.key_length,
     ),
-    (query, *arrays.window),
+    window_scope.mask(arrays.query, *arrays.window),
     window_scope,
   )
   out = gated_sum(
-    keep(arrays.gates, scope.valid_queries),
+    keep(arrays.gates, valid),
     (out_compressed, out_selected, out_window),
   )
-  return keep(out, scope.valid_queries), block_ids
+  return keep(out, valid), block_ids
 
 
-def _call_selector(select, spec, arrays, lse, scope):
-  """Block ids of a custom selector; what no query may read is masked first."""
-  config, queries = spec.config, scope.queries
-  key = keep(arrays.selected.key, scope.readable_keys)
+def _call_selector(select, spec, compressed, selected, lse, scope):
+  """Block ids of a custom selector, which gets masked arrays."""
+  queries = scope.queries
+  query, compressed_key, _ = compressed
+  _, key, _ = selected
   ids = select(
-    query=keep(arrays.compressed_query, scope.valid_queries),
-    compressed_key=keep(arrays.compressed.key, scope.readable_blocks(config)),
+    query=query,
+    compressed_key=compressed_key,
     lse=lse,
     selected_key=key,
-    config=config,
+    config=spec.config,
     key_length=spec.key_length,
     scale=spec.scale,
     query_offset=queries.offset,
     segment_ids=queries.key_segments,
     query_segment_ids=queries.query_segments,
   )
-  return check_block_ids(ids, arrays.query, key, config)
+  return check_block_ids(ids, query, key, spec.config)
 
 
 def check_queries(

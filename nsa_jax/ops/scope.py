@@ -42,6 +42,30 @@ class Scope(NamedTuple):
       readable = whole if readable is None else readable & whole
     return readable
 
+  def mask(
+    self,
+    query: Array,
+    key: Array,
+    value: Array,
+    compressed: NSAConfig | None = None,
+  ) -> tuple[Array, Array, Array]:
+    """Zeros in place of what no query may read: NaN there reaches no result.
+
+    Args:
+      query: [B, T, N, H].
+      key: [B, S, K, H]; [B, C, K, H] if compressed.
+      value: [B, S, K, V]; [B, C, K, V] if compressed.
+      compressed: the config of compressed keys and values; None for tokens.
+    """
+    readable = self.readable_keys
+    if compressed is not None:
+      readable = self.readable_blocks(compressed)
+    return (
+      keep(query, self.valid_queries),
+      keep(key, readable),
+      keep(value, readable),
+    )
+
 
 def make_scope(
   query: Array,

@@ -68,10 +68,9 @@ def block_scores(
     query, compressed_key, lse, config, key_length, scale, query_offset,
     segment_ids, query_segment_ids,
   )  # fmt: skip
-  scores = _run(
-    "block_scores", implementation, spec, query, compressed_key, lse, scope
-  )
-  return keep(scores, scope.valid_queries)
+  arrays, index = (query, compressed_key, lse), (None, scope.queries)
+  run = dispatch.choose("block_scores", implementation, spec, arrays, index)
+  return keep(run(arrays, index), scope.valid_queries)
 
 
 def select_blocks(
@@ -215,25 +214,11 @@ def select(
   lse: Array,
   scope: Scope,
 ) -> Array:
-  """`select_blocks` on validated arguments."""
-  query, compressed_key, lse = jax.lax.stop_gradient(
-    (query, compressed_key, lse)
-  )
-  ids = _run(
-    "select_blocks", implementation, spec, query, compressed_key, lse, scope
-  )
-  return checkpoint_name(ids, "nsa_block_ids")
-
-
-def _run(op, implementation, spec, query, compressed_key, lse, scope):
-  arrays = (
-    keep(query, scope.valid_queries),
-    keep(compressed_key, scope.readable_blocks(spec.config)),
-    keep(lse, scope.valid_queries),
-  )
+  """`select_blocks` on validated arguments, masked by `scope`."""
+  arrays = jax.lax.stop_gradient((query, compressed_key, lse))
   index = None, scope.queries
-  run = dispatch.choose(op, implementation, spec, arrays, index)
-  return run(arrays, index)
+  run = dispatch.choose("select_blocks", implementation, spec, arrays, index)
+  return checkpoint_name(run(arrays, index), "nsa_block_ids")
 
 
 def _inputs(
@@ -259,4 +244,7 @@ def _inputs(
     alignment=config.selection_block,
   )
   spec = Spec(config, _checks.scale(scale, query), key_length)
-  return query, compressed_key, lse, spec, scope
+  query, compressed_key, _ = scope.mask(
+    query, compressed_key, compressed_key, compressed=config
+  )
+  return query, compressed_key, keep(lse, scope.valid_queries), spec, scope
