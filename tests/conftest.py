@@ -1,24 +1,16 @@
-"""Settings of every test: eight CPU devices, float64 on request, hypothesis."""
+"""Settings of every test: XLA flags, float64 on request, hypothesis."""
 
+import gc
 import os
-
-# Read once, when jax creates its CPU client; a user's own choice stands. The
-# flag has no effect on accelerators.
-_DEVICE_COUNT = "--xla_force_host_platform_device_count"
-if _DEVICE_COUNT not in os.environ.get("XLA_FLAGS", ""):
-  os.environ["XLA_FLAGS"] = (
-    f"{os.environ.get('XLA_FLAGS', '')} {_DEVICE_COUNT}=8".strip()
-  )
-
-# Several processes share a GPU.
-os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-
 from collections.abc import Iterator
 from typing import Any
 
 import hypothesis
 import jax
 import pytest
+
+# Several processes share a GPU.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 # derandomize: a run of the fast tier says the same thing twice.
 hypothesis.settings.register_profile(
@@ -32,11 +24,36 @@ hypothesis.settings.register_profile(
   "slow", hypothesis.settings.get_profile("fast"), max_examples=300
 )
 
+DEVICES = {"xla_force_host_platform_device_count": 8}
+# Most of the fast tier's time is compilation. Without optimisation programs for
+# a CPU compile in an eighth of the time (in half of it from jax 0.11 on, where
+# the last flag is gone); the tiers `slow` and `gpu` compile as users do.
+QUICK: dict[str, Any] = {
+  "xla_backend_optimization_level": 0,
+  "xla_llvm_disable_expensive_passes": True,
+  # One test a core: a program need not be split over several.
+  "xla_cpu_parallel_codegen_split_count": 1,
+}
+if jax.__version_info__ < (0, 11):
+  QUICK["xla_cpu_use_fusion_emitters"] = False
+
 
 def pytest_configure(config: pytest.Config) -> None:
-  selected = config.getoption("markexpr")
-  slow = "slow" in selected and "not slow" not in selected
+  tiers = config.getoption("markexpr")
+  slow = "slow" in tiers and "not slow" not in tiers
   hypothesis.settings.load_profile("slow" if slow else "fast")
+  fast = not slow and "not gpu" in tiers
+  # Read once, when jax creates its CPU client; a user's own choice stands.
+  flags = os.environ.get("XLA_FLAGS", "").split()
+  for name, value in (DEVICES | (QUICK if fast else {})).items():
+    if not any(flag.startswith(f"--{name}=") for flag in flags):
+      flags.append(f"--{name}={str(value).lower()}")
+  os.environ["XLA_FLAGS"] = " ".join(flags)
+  if fast:
+    jax.config.update("jax_traceback_in_locations_limit", 0)
+  # The many small objects of a trace are alive: looking for garbage among them
+  # took a tenth of the time.
+  gc.set_threshold(100_000, 20, 20)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -54,25 +71,11 @@ def x64() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def script_environment(tmp_path_factory: pytest.TempPathFactory) -> Any:
-  """For scripts in processes of their own: what they compile, they share.
-
-  Programs compile in a half or a third of the time, as in `fast_compilation`.
-  """
+  """For scripts in processes of their own: what they compile, they share."""
   folder = tmp_path_factory.getbasetemp()
   if "PYTEST_XDIST_WORKER" in os.environ:
     folder = folder.parent  # that of all workers of this run
   return os.environ | {
     "JAX_COMPILATION_CACHE_DIR": str(folder / "jax_cache"),
-    "JAX_DISABLE_MOST_OPTIMIZATIONS": "true",
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
   }
-
-
-@pytest.fixture
-def fast_compilation() -> Iterator[None]:
-  """Programs compile in a half or a third of the time."""
-  name = "jax_disable_most_optimizations"
-  before = jax.config.read(name)
-  jax.config.update(name, True)
-  yield
-  jax.config.update(name, before)

@@ -21,8 +21,6 @@ from benchmarks import (
 from examples.lm.data import Corpus
 from nsa_jax import NSAConfig, TransformerConfig
 
-pytestmark = pytest.mark.usefixtures("fast_compilation")
-
 NSA = NSAConfig(8, 4, 16, num_selected=4, window=32)
 COMMANDS = (whole_op, train_step, loss_curve, decode, prefill)
 

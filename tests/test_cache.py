@@ -195,7 +195,6 @@ FAST = [
     ("mean", "block", False, True, None, "reference"),
   )
 ]
-fast_compilation = pytest.mark.usefixtures("fast_compilation")
 
 
 def _name(variant):
@@ -205,27 +204,23 @@ def _name(variant):
 # ------------------------------------------------- the same as one full pass
 
 
-@fast_compilation
 @pytest.mark.parametrize("variant", FAST, ids=_name)
 def test_ragged_appends_equal_one_pass(variant):
   _layer(**variant).run(RAGGED)
 
 
 @pytest.mark.slow
-@fast_compilation
 @pytest.mark.parametrize("schedule", [RAGGED, STEPS, CHUNKS])
 @pytest.mark.parametrize("variant", PAIRWISE, ids=_name)
 def test_every_append_equals_one_pass(variant, schedule):
   _layer(**variant).run(schedule)
 
 
-@fast_compilation
 @pytest.mark.parametrize("schedule", [STEPS, CHUNKS])
 def test_steps_and_chunks_equal_one_pass(schedule):
   _layer(**FAST[0]).run(schedule, ragged=False)
 
 
-@fast_compilation
 @pytest.mark.parametrize(
   "overrides",
   [
@@ -250,7 +245,6 @@ def test_model_logits_equal_one_pass(overrides):
   _model(**overrides).run(RAGGED)
 
 
-@fast_compilation
 def test_a_prefix_known_when_tracing():
   """Chunks at static starts, in a cache that held something else before."""
   for model in (_model(), _layer(**FAST[1])):
@@ -262,7 +256,6 @@ def test_a_prefix_known_when_tracing():
     model.run([(11, (0, 11)), (3, (0, 3))], kv, at)
 
 
-@fast_compilation
 def test_a_prefix_concerns_rows_with_new_tokens_only():
   """One row starts anew or goes on; the other keeps what it holds."""
   model = _layer()
@@ -285,7 +278,6 @@ def test_a_prefix_concerns_rows_with_new_tokens_only():
   model.run([(1, (1, 1))], kv, (9, 10))
 
 
-@fast_compilation
 @pytest.mark.parametrize("kind", ["layer", "model"])
 def test_rewinding_rejected_tokens(kind):
   """Wrong tokens are appended and taken back, at every kind of boundary."""
@@ -321,7 +313,6 @@ def _slow(parameters):
   return [pytest.param(*p, marks=pytest.mark.slow) for p in parameters]
 
 
-@fast_compilation
 @pytest.mark.parametrize(
   "config, max_append, rope_compressed, share_kv",
   [
@@ -360,7 +351,6 @@ def test_random_appends_and_rewinds(
         kv = cache.rewind(kv, jnp.asarray(at))
 
 
-@fast_compilation
 def test_rewinding_too_far_is_not_silent():
   model = _layer()
   kv, _ = model.run([(11, (11, 5))])
@@ -389,7 +379,6 @@ def test_rewinding_too_far_is_not_silent():
   assert less["kv"].lengths.tolist() == [22, 19]
 
 
-@fast_compilation
 def test_positions_may_be_shifted():
   model = _layer()
   kv, outs = model.empty, []
@@ -456,7 +445,6 @@ def _attend(held, length, offset, window=None, implementation=None):
   )
 
 
-@fast_compilation
 @pytest.mark.parametrize("share_kv", [False, True])
 def test_implementations_agree_on_poisoned_caches(share_kv):
   """Small and large T, through the ring or as a chunk; NaN where none reads."""
@@ -506,12 +494,12 @@ def test_implementations_agree_on_poisoned_caches(share_kv):
     helpers.assert_close(got[0], want[0], "float32")
 
 
-@fast_compilation
 @pytest.mark.parametrize("kind", ["nsa", "window", "full"])
 def test_rewound_nan_and_numpy_caches(kind):
   """What a rewound token left behind is not read; arrays may be NumPy's."""
   own = kind != "full"
 
+  @jax.jit
   def extend(held, pair):
     if kind == "nsa":
       return _append(held, pair)
@@ -519,9 +507,9 @@ def test_rewound_nan_and_numpy_caches(kind):
       held, config=CONFIG, **{"window" if own else "selected": pair}
     )
 
-  def attend(held, **kwargs):
+  def attend(held):
     query = jnp.ones((B, 1, 4, 8))
-    kwargs["query_offset"] = held.lengths - 1
+    kwargs = {"query_offset": held.lengths - 1}
     if kind == "full":
       return cache.attend_full(query, held, **kwargs)
     kwargs |= {"config": CONFIG, "implementation": "xla"}
@@ -539,7 +527,6 @@ def test_rewound_nan_and_numpy_caches(kind):
     helpers.assert_close(attend(read), want, "float32")
 
 
-@fast_compilation
 @pytest.mark.parametrize("implementation", ["reference", "xla"])
 def test_a_window_beyond_the_capacity_is_not_read(implementation):
   def step(config):
@@ -566,7 +553,6 @@ def test_a_window_beyond_the_capacity_is_not_read(implementation):
   )
 
 
-@fast_compilation
 def test_no_other_token_stands_for_one_that_the_ring_has_lost():
   held, _ = _append(_empty(), _pair(23), cache.prefill)
   for offset in (20, 15, 2, -1):
@@ -577,7 +563,6 @@ def test_no_other_token_stands_for_one_that_the_ring_has_lost():
     helpers.assert_close(got, want, "float32")
 
 
-@fast_compilation
 def test_scan_vmap_and_jit_equal_a_loop():
   pair = _pair(12)
 
@@ -605,7 +590,6 @@ def test_scan_vmap_and_jit_equal_a_loop():
   assert (mapped[:, 1] != mapped[:, 0]).any()
 
 
-@fast_compilation
 @pytest.mark.parametrize("length", [1, 3, 11])
 def test_only_counted_tokens_are_written(length):
   """The padding of a ragged batch overwrites nothing, wherever a row ends."""
@@ -620,7 +604,6 @@ def test_only_counted_tokens_are_written(length):
   helpers.assert_same_bits(got, want)
 
 
-@fast_compilation
 def test_traced_overflow_drops_what_does_not_fit():
   held, _ = _append(_empty(), _pair(38), cache.prefill)
   step = jax.jit(_append)

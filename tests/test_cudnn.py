@@ -15,8 +15,6 @@ from nsa_jax import NSAConfig, TransformerConfig, TransformerLM, cudnn
 from tests import helpers
 from tests.helpers import Dims
 
-pytestmark = pytest.mark.usefixtures("fast_compilation")
-
 CONFIG = NSAConfig(8, 4, 16, 3, 1, 1, 16)
 DIMS = Dims(CONFIG, 2, 40, 40, 2, 2, 16, 16)
 

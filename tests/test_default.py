@@ -10,13 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AbstractDevice, AbstractMesh, Mesh
+from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 import nsa_jax
 from nsa_jax import NSAConfig
 from pallas_kernels import platforms
-from tests import helpers, test_ops
+from tests import helpers, suite
 from tests.helpers import Dims
 
 CONFIG = NSAConfig(8, 4, 16, 3, 1, 1, 16)
@@ -52,12 +52,7 @@ def _arguments(dims: Dims = DIMS, dtype: str = "float32") -> tuple[Any, ...]:
 
 def _cuda(function: Any, *args: Any) -> str:
   """The program of a jitted function, lowered for an H200."""
-  device = AbstractDevice(
-    device_kind="NVIDIA H200", num_cores=132, platform="gpu"
-  )
-  with jax.sharding.use_abstract_mesh(
-    AbstractMesh((), (), abstract_device=device)
-  ):
+  with helpers.h200():
     return function.trace(*args).lower(lowering_platforms=("cuda",)).as_text()
 
 
@@ -69,7 +64,6 @@ def _cuda(function: Any, *args: Any) -> str:
   [("full", "float32"), ("rows", "bfloat16"), ("packed", "float16")],
 )
 def test_a_cpu_gets_the_bits_of_xla(mode: str, dtype: str) -> None:
-  """Compiled with all optimisations."""
   dims = DIMS
   integers: dict[str, Any] = {}
   if mode == "rows":
@@ -85,7 +79,6 @@ def test_a_cpu_gets_the_bits_of_xla(mode: str, dtype: str) -> None:
   helpers.assert_same_bits(actual, expected)
 
 
-@pytest.mark.usefixtures("fast_compilation")
 def test_without_jit() -> None:
   inputs, _, dout = _arguments(Dims(CONFIG, 1, 9, 9, 1, 2, 16, 16))
 
@@ -105,7 +98,6 @@ def test_without_jit() -> None:
   helpers.assert_close(grads, expected_grads, "float32", gradient=1)
 
 
-@pytest.mark.usefixtures("fast_compilation")
 def test_without_jit_nothing_is_compiled_twice() -> None:
   inputs, _, dout = _arguments(Dims(CONFIG, 1, 21, 21, 1, 2, 16, 16))
   platforms._compiled.cache_clear()
@@ -144,7 +136,7 @@ def test_without_jit_nothing_is_compiled_twice() -> None:
 )
 def test_matches_oracle(case: dict[str, Any]) -> None:
   """float64 falls back to XLA, inside a program with 64-bit types."""
-  test_ops._check_case(
+  suite.check_case(
     None, {"config": CONFIG, "widths": (16, 32), "keys": 40, **case}
   )
 
@@ -157,7 +149,6 @@ def test_64_bit_types(x64: None) -> None:
   assert all(name in text for name in KERNELS)
 
 
-@pytest.mark.usefixtures("fast_compilation")
 def test_block_scores_is_xla() -> None:
   query, key = _arguments()[0]["query"], _arguments()[0]["compressed"].key
   lse: Any = np.zeros(query.shape[:3], np.float32)
@@ -290,7 +281,6 @@ def _check(actual: Any, expected: Any) -> None:
   helpers.assert_close(actual[::2], expected[::2], "float32", gradient=1)
 
 
-@pytest.mark.usefixtures("fast_compilation")
 def test_vmap(plain: Any) -> None:
   inputs, _, dout = _arguments()
   split = jax.tree.map(lambda x: x[:, None], (inputs, dout))
@@ -300,7 +290,6 @@ def test_vmap(plain: Any) -> None:
   assert all(name in text for name in KERNELS)
 
 
-@pytest.mark.usefixtures("fast_compilation")
 def test_pmap(plain: Any) -> None:
   inputs, _, dout = _arguments()
   split = jax.tree.map(lambda x: x[:, None], (inputs, dout))
@@ -309,7 +298,6 @@ def test_pmap(plain: Any) -> None:
   _check(actual, plain)
 
 
-@pytest.mark.usefixtures("fast_compilation")
 @pytest.mark.parametrize("check_vma", [False, True])
 def test_shard_map(check_vma: bool, plain: Any) -> None:
   """With check_vma=True it is XLA on every platform."""

@@ -19,8 +19,6 @@ from pallas_kernels import triton
 from tests import helpers
 from tests.helpers import Dims
 
-pytestmark = pytest.mark.usefixtures("fast_compilation")
-
 ROOT = pathlib.Path(nsa_jax.__file__).parents[1]
 CONFIG = NSAConfig(8, 4, 16, 3, 1, 1, 16)
 
@@ -66,13 +64,17 @@ def test_from_op_to_kernel_in_four_hops(
   dims = Dims(CONFIG, 1, 23, 23, 1, group, 16, 16)
   inputs = helpers.make_inputs(dims, "float32")
   dout = helpers.make_cotangent(dims, "float32")
-  _, pullback = jax.vjp(
-    lambda x: nsa_jax.native_sparse_attention(
-      **x, config=CONFIG, implementation="triton"
-    ),
-    inputs,
-  )
-  pullback(dout)
+
+  def run(inputs: Any, dout: Any) -> Any:
+    _, pullback = jax.vjp(
+      lambda x: nsa_jax.native_sparse_attention(
+        **x, config=CONFIG, implementation="triton"
+      ),
+      inputs,
+    )
+    return pullback(dout)
+
+  run(inputs, dout)
   selected = "selected" if group > 8 else "selected_by_block"
   forward = ("compressed", selected, "window")
   for branch in forward:
@@ -209,13 +211,18 @@ def _vjp(implementation: Any, width: int = 16) -> Any:
   dims = Dims(CONFIG, 1, 23, 23, 1, 2, width, 16)
   inputs = helpers.make_inputs(dims, "float32")
   dout = helpers.make_cotangent(dims, "float32")
-  out, pullback = jax.vjp(
-    lambda x: nsa_jax.native_sparse_attention(
-      **x, config=CONFIG, implementation=implementation
-    ),
-    inputs,
-  )
-  return out, pullback(dout)
+
+  @jax.jit
+  def run(inputs: Any, dout: Any) -> Any:
+    out, pullback = jax.vjp(
+      lambda x: nsa_jax.native_sparse_attention(
+        **x, config=CONFIG, implementation=implementation
+      ),
+      inputs,
+    )
+    return out, pullback(dout)
+
+  return run(inputs, dout)
 
 
 def test_a_backend_serves_what_it_has_and_the_rest_falls_back(

@@ -17,8 +17,6 @@ from pallas_kernels.triton import support
 from tests import tiny_run
 
 # What is shown is that the blocks run.
-pytestmark = pytest.mark.usefixtures("fast_compilation")
-
 ROOT = pathlib.Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = [

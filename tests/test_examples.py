@@ -10,8 +10,6 @@ import pytest
 from examples import check_kernels, plot_reads, train_minimal
 from nsa_jax import TransformerConfig
 
-pytestmark = pytest.mark.usefixtures("fast_compilation")
-
 
 def test_check_kernels(capsys):
   check_kernels.main()

@@ -7,22 +7,15 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax import export
-from jax.sharding import AbstractDevice, AbstractMesh
 
 import nsa_jax
 from tests import helpers
-
-pytestmark = pytest.mark.usefixtures("fast_compilation")
 
 
 @pytest.fixture(autouse=True)
 def h200() -> Iterator[None]:
   """What programs for CUDA are lowered for, with or without a GPU here."""
-  device = AbstractDevice(
-    device_kind="NVIDIA H200", num_cores=132, platform="gpu"
-  )
-  mesh = AbstractMesh((), (), abstract_device=device)
-  with jax.sharding.use_abstract_mesh(mesh):
+  with helpers.h200():
     yield
 
 

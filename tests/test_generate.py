@@ -17,8 +17,6 @@ from nsa_jax import NSAConfig, TransformerConfig, TransformerLM, generate
 from nsa_jax.sampling import _decode, _init, _sample, _State, filter_logits
 from tests import tiny_run
 
-pytestmark = pytest.mark.usefixtures("fast_compilation")
-
 VOCAB = 8
 TRACES: list[bool] = []  # an entry for each time that Bigram is traced
 

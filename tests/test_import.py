@@ -1,8 +1,11 @@
-"""What `import nsa_jax` must not do, in a fresh process."""
+"""What imports what, and what `import nsa_jax` must not do."""
 
+import ast
 import pathlib
 import subprocess
 import sys
+
+ROOT = pathlib.Path(__file__).parents[1]
 
 SCRIPT = """
 import sys
@@ -17,9 +20,46 @@ for name in ("pallas_kernels.triton", "jax.experimental.pallas"):
 def test_import_creates_no_backend_and_imports_no_pallas() -> None:
   done = subprocess.run(
     [sys.executable, "-c", SCRIPT],
-    cwd=pathlib.Path(__file__).parents[1],
+    cwd=ROOT,
     capture_output=True,
     text=True,
     check=False,
   )
   assert done.returncode == 0, done.stderr
+
+
+def _imports(path: pathlib.Path) -> set[str]:
+  """Top-level names of the packages that a file imports."""
+  names = set()
+  for node in ast.walk(ast.parse(path.read_text())):
+    if isinstance(node, ast.Import):
+      names |= {alias.name.split(".")[0] for alias in node.names}
+    elif isinstance(node, ast.ImportFrom):
+      names.add((node.module or "").split(".")[0])
+  return names
+
+
+def test_only_the_modules_of_flax_import_flax() -> None:
+  """So that layers of nnx can share everything else."""
+  users = {
+    path.relative_to(ROOT).as_posix()
+    for package in ("nsa_jax", "pallas_kernels")
+    for path in (ROOT / package).rglob("*.py")
+    if "flax" in _imports(path)
+  }
+  assert users == {
+    "nsa_jax/layers/linen.py",
+    "nsa_jax/models/linen.py",
+    "nsa_jax/sampling.py",
+  }
+
+
+def test_the_kernels_import_jax_alone() -> None:
+  for path in (ROOT / "pallas_kernels").rglob("*.py"):
+    own = sys.stdlib_module_names | {"jax", "pallas_kernels"}
+    assert _imports(path) <= own, path
+
+
+def test_the_oracle_imports_numpy_alone() -> None:
+  own = sys.stdlib_module_names | {"numpy"}
+  assert _imports(ROOT / "tests/oracle.py") <= own

@@ -17,8 +17,6 @@ from nsa_jax import NSAConfig
 from tests import helpers
 from tests.helpers import Dims
 
-pytestmark = pytest.mark.usefixtures("fast_compilation")
-
 CONFIG = NSAConfig(4, 2, 8, 3, 1, 1, 5)
 DIMS = Dims(CONFIG, batch=8, queries=24, keys=24, head_dim=8)
 DTYPE = "float32"

@@ -14,7 +14,6 @@ from examples import train_pmap
 EXAMPLES = Path(train_pmap.__file__).parent
 
 
-@pytest.mark.usefixtures("fast_compilation")
 def test_pmap_agrees_with_one_device(monkeypatch):
   """One layer here, two in the script."""
   one_layer = dataclasses.replace(train_pmap.CONFIG, num_layers=1)

@@ -26,7 +26,6 @@ B, T, VOCAB = 2, 40, 17
 
 
 # Compiling is most of the time here; the ops are tested optimised.
-pytestmark = pytest.mark.usefixtures("fast_compilation")
 
 
 def _config(**overrides):

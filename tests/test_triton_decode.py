@@ -13,16 +13,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AbstractDevice, AbstractMesh
 
 import nsa_jax
 from nsa_jax import KV, NSAConfig
 from pallas_kernels.interface import DecodeArrays, Queries, Spec
 from pallas_kernels.triton.tiling import DecodeTiling, Tile
 from tests import helpers
-from tests.helpers import Dims, Oracle
-
-pytestmark = pytest.mark.usefixtures("fast_compilation")
+from tests.helpers import Dims
+from tests.oracle import Oracle
 
 BASE = NSAConfig(8, 4, 16, 4, 1, 1, window=20)
 # Every loop takes several steps at test sizes, and no cut is even.
@@ -58,23 +56,6 @@ def _decode(config: NSAConfig, tiles: DecodeTiling | None) -> Any:
         inputs["gates"],
       ),
       (lengths, Queries(offset)),
-    )
-
-  return run
-
-
-@functools.cache
-def _expected(config: NSAConfig) -> Any:
-  """A jitted f(inputs, ids, offset) -> out by the reference in float32."""
-
-  @jax.jit
-  def run(inputs, ids, offset):
-    return nsa_jax.native_sparse_attention(
-      **jax.tree.map(lambda x: x.astype(jnp.float32), inputs),
-      config=config,
-      query_offset=offset,
-      block_ids=ids,
-      implementation="reference",
     )
 
   return run
@@ -171,10 +152,10 @@ def _check(case: Case) -> None:
   position = offset[:, None] + np.arange(dims.queries)
   padding = (position < 0) | (position >= lengths[:, None])
   judged = np.where(padding[..., None, None], expected_ids, ids)
-  oracle.assert_ids(judged, scores, case.dtype)
+  oracle.assert_ids(judged, scores)
   if oracle.margin(scores) > 1e-4:
     np.testing.assert_array_equal(judged, expected_ids)
-  expected = np.array(_expected(config)(inputs, ids, offset))
+  expected = oracle.native(inputs, ids)
   expected[padding] = 0
   helpers.assert_close(out, expected, case.dtype)
 
@@ -263,7 +244,7 @@ CASES: dict[str, Case] = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_matches_reference(name: str) -> None:
+def test_matches_oracle(name: str) -> None:
   _check(CASES[name])
 
 
@@ -292,7 +273,7 @@ MORE: dict[str, Any] = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", helpers.pairwise(MORE), ids=str)
-def test_matches_reference_more(case: dict[str, Any]) -> None:
+def test_matches_oracle_more(case: dict[str, Any]) -> None:
   _check(_more(case))
 
 
@@ -488,14 +469,7 @@ def _lower(
   }
   rows = pair(config.window + queries - 1) if ring else None
   integers = [array(dtype=jnp.int32)] * 2
-  mesh = AbstractMesh(
-    (),
-    (),
-    abstract_device=AbstractDevice(
-      device_kind="NVIDIA H200", num_cores=132, platform="gpu"
-    ),
-  )
-  with jax.sharding.use_abstract_mesh(mesh):
+  with helpers.h200():
     traced = _decode(config, None).trace(inputs, rows, *integers)
     return traced.lower(lowering_platforms=("cuda",)).as_text()
 
@@ -561,13 +535,13 @@ def test_every_tiling_lowers_for_cuda(sizes: dict[str, Any]) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", CASES)
-def test_gpu_matches_reference(name: str) -> None:
+def test_gpu_matches_oracle(name: str) -> None:
   _check(dataclasses.replace(CASES[name], tiles=None))
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", helpers.pairwise(MORE), ids=str)
-def test_gpu_matches_reference_more(case: dict[str, Any]) -> None:
+def test_gpu_matches_oracle_more(case: dict[str, Any]) -> None:
   _check(dataclasses.replace(_more(case), tiles=None))
 
 

@@ -1,52 +1,38 @@
-"""Block selection by the Triton kernels, against the reference and the oracle.
+"""Block selection by the Triton kernels, against the oracle.
 
-Both get the same lse. Where the scores leave a margin ids are equal; elsewhere
-the scores of the chosen blocks are (`Oracle.assert_ids`).
+Where the scores leave a margin ids are equal; elsewhere the scores of the
+chosen blocks are (`Oracle.assert_ids`).
 """
 
 import dataclasses
-import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AbstractDevice, AbstractMesh
 
 import nsa_jax
 from nsa_jax import NSAConfig
 from pallas_kernels.interface import Queries, Spec
 from pallas_kernels.triton.tiling import SelectionTiling, Tile
 from tests import helpers
-from tests.helpers import Dims, Oracle
-
-pytestmark = pytest.mark.usefixtures("fast_compilation")
+from tests.helpers import Dims
+from tests.oracle import Oracle
 
 BASE = NSAConfig(8, 4, 16, 3, 1, 1)
 # Every loop of both kernels takes several steps at test sizes.
 SMALL = SelectionTiling(16, Tile(16, 1, 1), 4, 4, 1)
 
 
-@functools.cache
-def _lse(config: NSAConfig, key_length: int) -> Any:
-  """A jitted function: the lse of the compressed branch."""
+def _lse(oracle: Oracle, query: Any, key: Any) -> Any:
+  """The lse of the compressed branch."""
 
-  @jax.jit
-  def run(query, key, integers):
-    if not key.shape[1]:
-      return jnp.full(query.shape[:3], -jnp.inf, jnp.float32)
-    return nsa_jax.compressed_attention(
-      query.astype(jnp.float32),
-      key.astype(jnp.float32),
-      key.astype(jnp.float32),
-      **integers,
-      config=config,
-      key_length=key_length,
-      implementation="reference",
-    )[1]
+  def rows(b: int, i: int, k: int) -> list[int]:
+    return oracle.compressed_rows(b, i)
 
-  return run
+  scale = query.shape[-1] ** -0.5
+  return helpers.float32(oracle.attend(query, key, key, rows, scale)[1])
 
 
 def _select(
@@ -84,9 +70,6 @@ def _check(
   config, keys = dims.config, dims.keys
   inputs = helpers.make_inputs(dims, dtype)
   query, key = inputs["query"], inputs["compressed"].key
-  lse = _lse(config, keys)(query, key, integers)
-  ids = _select("triton", config, keys, tiles)(query, key, lse, integers)
-  expected = _select("reference", config, keys)(query, key, lse, integers)
   oracle = Oracle(
     config,
     keys,
@@ -96,11 +79,14 @@ def _check(
     segment_ids=integers.get("segment_ids"),
     query_segment_ids=integers.get("query_segment_ids"),
   )
+  lse = _lse(oracle, query, key)
+  ids = _select("triton", config, keys, tiles)(query, key, lse, integers)
   scores = oracle.scores(inputs)
-  oracle.assert_ids(ids, scores, dtype)
+  oracle.assert_ids(ids, scores)
+  expected = oracle.select(scores)
   if oracle.margin(scores) > 1e-4:
     np.testing.assert_array_equal(ids, expected)
-  different = np.mean(np.asarray(ids) != np.asarray(expected))
+  different = np.mean(np.asarray(ids) != expected)
   assert different < 0.01, "near ties are rare"
   return inputs, lse, ids
 
@@ -124,7 +110,7 @@ CASES: dict[str, tuple[Dims, str]] = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_matches_reference(name: str) -> None:
+def test_matches_oracle(name: str) -> None:
   _check(*CASES[name])
 
 
@@ -196,9 +182,9 @@ def test_queries_of_other_segments() -> None:
 def test_ties_go_to_the_lower_index() -> None:
   """With equal keys all blocks but the first, which has 7 of 8 shares, tie."""
   config = NSAConfig(8, 4, 16, 5, 0, 2)
-  query = jnp.ones((1, 160, 2, 16))
-  key = jnp.ones((1, 39, 1, 16))
-  lse = _lse(config, 160)(query, key, {})
+  query = np.ones((1, 160, 2, 16), np.float32)
+  key = np.ones((1, 39, 1, 16), np.float32)
+  lse = _lse(Oracle(config, 160, 160, 1), query, key)
   run = _select("triton", config, 160, SMALL)
   ids = np.asarray(run(query, key, lse, {}))[0, :, 0]
   for t in range(96, 160):
@@ -221,18 +207,18 @@ def test_rows_of_many_blocks() -> None:
   query: Any = rng.standard_normal((1, 3, 2, 16))
   key: Any = rng.standard_normal((1, 2100, 1, 16))
   query, key = query.astype(np.float32), key.astype(np.float32)
-  lse = _lse(config, 33600)(query, key, {})
-  got, expected = (
-    _select(name, config, 33600)(query, key, lse, {})
-    for name in ("triton", "reference")
-  )
-  np.testing.assert_array_equal(got, expected)
+  oracle = Oracle(config, 33600, 3, 1)
+  lse = _lse(oracle, query, key)
+  ids = _select("triton", config, 33600)(query, key, lse, {})
+  scores = oracle.block_scores(query, key, 1, 0.25)
+  assert oracle.margin(scores) > 1e-5
+  np.testing.assert_array_equal(ids, oracle.select(scores))
 
 
 def test_vmap() -> None:
   inputs = helpers.make_inputs(Dims(BASE, 2, 60, 60), "float32")
   query, key = inputs["query"], inputs["compressed"].key
-  lse = _lse(BASE, 60)(query, key, {})
+  lse = _lse(Oracle(BASE, 60, 60, 2), query, key)
   run = _select("triton", BASE, 60)
   one_by_one = jax.vmap(lambda *x: run(*x, {}))(
     query[:, None], key[:, None], lse[:, None]
@@ -281,14 +267,7 @@ def _lower(
   integers = {}
   if packed:
     integers["segment_ids"] = jax.ShapeDtypeStruct((1, length), jnp.int32)
-  mesh = AbstractMesh(
-    (),
-    (),
-    abstract_device=AbstractDevice(
-      device_kind="NVIDIA H200", num_cores=132, platform="gpu"
-    ),
-  )
-  with jax.sharding.use_abstract_mesh(mesh):
+  with helpers.h200():
     traced = _select("triton", config, length).trace(*args, integers)
     return traced.lower(lowering_platforms=("cuda",)).as_text()
 
@@ -338,7 +317,7 @@ def test_every_tiling_lowers_for_cuda(sizes: dict[str, Any]) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", CASES)
-def test_gpu_matches_reference(name: str) -> None:
+def test_gpu_matches_oracle(name: str) -> None:
   _check(*CASES[name], tiles=None)
 
 

@@ -1,6 +1,6 @@
 """What a user's type checker sees: mypy reads this file, and it runs."""
 
-from typing import assert_type
+from typing import Any, assert_type
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ from nsa_jax import KV, NSAConfig
 CONFIG = NSAConfig(8, 4, 16, 3, 1, 1, 16)
 
 
-def test_flags_change_the_type_of_the_result() -> None:
+def _calls() -> tuple[Any, ...]:
   x = np.zeros((1, 16, 2, 8), np.float32)  # NumPy arrays are welcome
   blocks = jnp.zeros((1, 3, 2, 8))
   pair, compressed = KV(jnp.asarray(x), jnp.asarray(x)), KV(blocks, blocks)
@@ -35,6 +35,15 @@ def test_flags_change_the_type_of_the_result() -> None:
     nsa_jax.full_attention(x, x, x, return_lse=False),
   ):
     assert_type(alone, jax.Array)
+  return out, both, pair_of, alone
+
+
+def test_flags_change_the_type_of_the_result() -> None:
+  """What a type checker says is what comes."""
+  out, both, pair_of, alone = jax.eval_shape(_calls)
+  assert out.shape == both[0].shape == pair_of[0].shape == alone.shape
+  assert both[1].shape == (1, 16, 2, 3)
+  assert pair_of[1].shape == (1, 16, 2)
 
 
 def test_names_are_literals() -> None:

@@ -1,8 +1,9 @@
-"""The behaviour of the ops, one suite for every implementation.
+"""The behaviour of the ops: one suite, run over every implementation.
 
-Expected values come from the NumPy oracle of helpers.py (float64, loops). The
-eight exact properties of semantics are tested on top of it, most of them bit
-for bit.
+Expected values come from the NumPy oracle of oracle.py. The eight exact
+properties of semantics are tested on top of it, most of them bit for bit. An
+implementation joins by a line in `SUBJECTS`; what is special to it is tested in
+a file of its own.
 """
 
 import dataclasses
@@ -19,47 +20,174 @@ import pytest
 import nsa_jax
 from nsa_jax import NSAConfig
 from tests import helpers
-from tests.helpers import Dims, Oracle
+from tests.helpers import Dims
+from tests.oracle import BRANCHES, Oracle, count_selection, float64
 
-pytestmark = pytest.mark.parametrize("implementation", helpers.IMPLEMENTATIONS)
+# -------------------------------------------------------------- who is tested
 
 
-@pytest.fixture(autouse=True)
-def quick_reference(request: pytest.FixtureRequest) -> None:
-  """All implementations but the oracle are compiled as users compile them."""
-  if request.getfixturevalue("implementation") == "reference":
-    request.getfixturevalue("fast_compilation")
+@dataclasses.dataclass(frozen=True)
+class Calls:
+  """Calls that a kind of implementation serves, and how many run each time.
+
+  Attributes:
+    configs: the first is that of the cases laid out by hand.
+    groups: (K, G), for cases against the oracle.
+    widths: (H, V).
+    keys: S.
+    dtypes: of cases against the oracle and of gradients.
+    property_groups: (K, G), for the exact properties.
+    property_widths: (H, V).
+    property_keys: room for two documents of a block and more.
+    more_configs: for the slow tier.
+    unit: lengths of the cases laid out by hand are multiples of it.
+    ops: of single branches and of the selection, by their names in `dispatch`.
+    step: each `step`-th case against the oracle is in the fast tier.
+    properties: cases of each exact property in the fast tier.
+    by_hand: so are the cases laid out by hand.
+  """
+
+  configs: tuple[NSAConfig, ...]
+  groups: tuple[tuple[int, int], ...]
+  widths: tuple[tuple[int, int], ...]
+  keys: tuple[int, ...]
+  dtypes: tuple[str, ...]
+  property_groups: tuple[tuple[int, int], ...]
+  property_widths: tuple[tuple[int, int], ...]
+  property_keys: tuple[int, ...]
+  more_configs: tuple[NSAConfig, ...] = ()
+  unit: int = 1
+  ops: tuple[str, ...] = BRANCHES
+  step: int = 1
+  properties: int = 4
+  by_hand: bool = True
+
+  @property
+  def branches(self) -> tuple[str, ...]:
+    return tuple(op for op in self.ops if op != "block_scores")
+
+  def pairs(self, dims: Dims, dtype: str) -> bool:
+    """Whether two queries share a program that reads common blocks first.
+
+    Then the order of a query's sum, and with it the rounding, depends on what
+    the next query selects.
+    """
+    return self is KERNELS and 8 < dims.group <= 16 and dtype != "float32"
+
+  def dims(self, queries: int = 29, keys: int = 29, **sizes: Any) -> Dims:
+    """Sizes of a case laid out by hand; lengths are in units."""
+    return Dims(
+      self.configs[0],
+      queries=queries * self.unit,
+      keys=keys * self.unit,
+      value_dim=8 * self.unit,
+      **sizes,
+    )
 
 
 #                     l, d, l', n, init, local, w
-CONFIGS = (
-  NSAConfig(4, 2, 8, 3, 1, 1, 5),
-  NSAConfig(8, 4, 8, 3, 0, 2, 16),
-  NSAConfig(4, 4, 4, 3, 0, 1, 1),
-  NSAConfig(6, 3, 12, 2, 1, 1, 100),
+ANY = Calls(
+  configs=(
+    NSAConfig(4, 2, 8, 3, 1, 1, 5),
+    NSAConfig(8, 4, 8, 3, 0, 2, 16),
+    NSAConfig(4, 4, 4, 3, 0, 1, 1),
+    NSAConfig(6, 3, 12, 2, 1, 1, 100),
+  ),
+  groups=((3, 1), (2, 2), (1, 4), (1, 16)),
+  widths=((16, 16), (16, 8), (8, 16)),
+  keys=(29, 40, 3, 1),  # 3 and 1 leave no compressed block in most configs
+  dtypes=("float32", "bfloat16", "float16", "float64"),
+  property_groups=((2, 2), (2, 1), (1, 4), (1, 16)),
+  property_widths=((16, 8), (8, 16)),
+  property_keys=(29, 37, 43),
+  more_configs=(
+    NSAConfig(4, 1, 4, 4, 3, 1, 3),
+    NSAConfig(1, 1, 1, 5, 1, 2, 2),
+    NSAConfig(2, 1, 6, 6, 3, 2, 7),
+  ),
+  ops=(*BRANCHES, "full", "block_scores"),
 )
-MORE_CONFIGS = (
-  NSAConfig(2, 1, 6, 6, 3, 2, 7),
-  NSAConfig(4, 1, 4, 4, 3, 1, 3),
-  NSAConfig(1, 1, 1, 5, 1, 2, 2),
+KERNELS = Calls(
+  configs=(
+    NSAConfig(8, 4, 16, 3, 1, 1, 9),
+    NSAConfig(16, 16, 16, 3, 0, 1, 16),
+    NSAConfig(16, 8, 32, 2, 0, 1, 100),
+  ),
+  # Small groups go block by block, large ones query by query.
+  groups=((3, 1), (2, 2), (1, 5), (1, 12), (1, 16), (1, 24)),
+  widths=((16, 16), (32, 16), (16, 48)),
+  keys=(70, 40, 1),
+  dtypes=("float32", "bfloat16", "float16"),
+  property_groups=((1, 16), (2, 2)),
+  property_widths=((16, 32), (32, 16)),
+  property_keys=(70, 85),
+  unit=2,
+  step=4,
+  properties=1,
+  by_hand=False,
 )
 
-FACTORS: dict[str, Any] = {
-  "config": CONFIGS,
-  # full: T = S. tail: the last rows by default. rows: an offset per batch row,
-  # queries before the first and after the last token among them. packed:
-  # several segments and padding.
-  "mode": ("full", "tail", "rows", "packed"),
-  "groups": ((3, 1), (2, 2), (1, 4), (1, 16)),  # K, G
-  "widths": ((16, 16), (16, 8), (8, 16)),  # H, V
-  "keys": (29, 40, 3, 1),  # 3 and 1 leave no compressed block in most configs
-  "dtype": ("float32", "bfloat16", "float16", "float64"),
-  # own_query: a separate query for the compressed branch and selection.
-  "extra": ("none", "own_query", "block_ids"),
-}
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+  """An implementation and the calls that try it; `marks` are of all cases."""
+
+  name: str
+  implementation: Any
+  calls: Calls
+  marks: tuple[pytest.MarkDecorator, ...] = ()
 
 
-def _case_id(case: dict[str, Any]) -> str:
+# The one place to add an implementation to the suite.
+SUBJECTS = (
+  Subject("reference", "reference", ANY),
+  Subject("xla", "xla", ANY),
+  Subject("triton", "triton", KERNELS),  # interpreted on a CPU
+  Subject("triton-gpu", "triton", KERNELS, (pytest.mark.gpu,)),
+)
+
+
+def _param(subject: Subject, *values: Any, fast: bool = True, name: str = ""):
+  slow = not fast and pytest.mark.gpu not in subject.marks
+  return pytest.param(
+    subject,
+    *values,
+    id=f"{subject.name}-{name}" if name else subject.name,
+    marks=(*subject.marks, *[pytest.mark.slow][:slow]),
+  )
+
+
+def _for_each(names: str, cases: Callable[[Subject], list[Any]]) -> Any:
+  """Parametrizes a test by the cases of every subject."""
+  return pytest.mark.parametrize(
+    names, [case for subject in SUBJECTS for case in cases(subject)]
+  )
+
+
+every_subject = _for_each(
+  "subject", lambda subject: [_param(subject, fast=subject.calls.by_hand)]
+)
+
+MODES = ("full", "tail", "rows", "packed")
+
+
+def _factors(calls: Calls) -> dict[str, Any]:
+  return {
+    "config": calls.configs,
+    # full: T = S. tail: the last rows by default. rows: an offset per batch
+    # row, queries before the first and after the last token among them. packed:
+    # several segments and padding.
+    "mode": MODES,
+    "groups": calls.groups,
+    "widths": calls.widths,
+    "keys": calls.keys,
+    "dtype": calls.dtypes,
+    # own_query: a separate query for the compressed branch and selection.
+    "extra": ("none", "own_query", "block_ids"),
+  }
+
+
+def case_name(case: dict[str, Any]) -> str:
   c = case["config"]
   sizes = (c.compression_block, c.compression_stride, c.selection_block)
   return "-".join(
@@ -74,7 +202,7 @@ def _case_id(case: dict[str, Any]) -> str:
   )
 
 
-def _check_case(implementation: Any, case: dict[str, Any]) -> None:
+def check_case(implementation: Any, case: dict[str, Any]) -> None:
   """Output, ids and every gradient of the whole op against the oracle."""
   mode, keys, dtype = case["mode"], case["keys"], case["dtype"]
   queries = {"full": keys, "packed": keys, "tail": min(5, keys), "rows": 5}
@@ -109,7 +237,7 @@ def _check_case(implementation: Any, case: dict[str, Any]) -> None:
   if case["extra"] == "block_ids":
     np.testing.assert_array_equal(ids, integers["block_ids"])
   else:
-    oracle.assert_ids(ids, oracle.scores(inputs), dtype)
+    oracle.assert_ids(ids, oracle.scores(inputs), helpers.score_atol(dtype))
   helpers.assert_close(out, oracle.native(inputs, ids), dtype)
   expected = oracle.native_vjp(inputs, ids, dout)
   assert jax.tree.all(
@@ -122,7 +250,7 @@ def _check_case(implementation: Any, case: dict[str, Any]) -> None:
 
 def _any_ids(dims: Dims, width: int, seed: int = 2) -> Any:
   """Ascending ids, then -1: [B, T, K, width]."""
-  blocks = helpers.count_selection(dims.keys, dims.config)
+  blocks = count_selection(dims.keys, dims.config)
   rng = np.random.default_rng(seed)
   ids = np.full((dims.batch, dims.queries, dims.kv_heads, width), -1, np.int32)
   for index in np.ndindex(*ids.shape[:3]):
@@ -131,16 +259,30 @@ def _any_ids(dims: Dims, width: int, seed: int = 2) -> Any:
   return ids
 
 
-@pytest.mark.parametrize("case", helpers.pairwise(FACTORS), ids=_case_id)
-def test_matches_oracle(implementation: Any, case: dict[str, Any]) -> None:
-  _check_case(implementation, case)
+def _cases(subject: Subject) -> list[Any]:
+  """Cases that hold every pair of values of every two factors."""
+  cases = helpers.pairwise(_factors(subject.calls))
+  return [
+    _param(
+      subject, case, fast=i % subject.calls.step == 0, name=case_name(case)
+    )
+    for i, case in enumerate(cases)
+  ]
+
+
+@_for_each("subject, case", _cases)
+def test_matches_oracle(subject: Subject, case: dict[str, Any]) -> None:
+  check_case(subject.implementation, case)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("config", CONFIGS + MORE_CONFIGS, ids=str)
-@pytest.mark.parametrize("mode", FACTORS["mode"])
+@pytest.mark.parametrize(
+  "subject", [_param(s) for s in SUBJECTS if s.calls is ANY]
+)
+@pytest.mark.parametrize("config", ANY.configs + ANY.more_configs, ids=str)
+@pytest.mark.parametrize("mode", MODES)
 def test_matches_oracle_everywhere(
-  implementation: Any, mode: str, config: NSAConfig
+  subject: Subject, mode: str, config: NSAConfig
 ) -> None:
   """Every combination of config, mode, groups and dtype, once each.
 
@@ -148,12 +290,14 @@ def test_matches_oracle_everywhere(
   take turns from one case to the next, so that each of them meets some of the
   product and none meets all of it.
   """
-  first = (CONFIGS + MORE_CONFIGS).index(config) + FACTORS["mode"].index(mode)
+  factors = _factors(ANY)
+  configs = ANY.configs + ANY.more_configs
+  first = configs.index(config) + MODES.index(mode)
   combinations = list(
-    itertools.product(*(FACTORS[n] for n in ("keys", "widths", "extra")))
+    itertools.product(*(factors[n] for n in ("keys", "widths", "extra")))
   )
   rest = itertools.islice(itertools.cycle(combinations), 16 * first, None)
-  for groups, dtype in itertools.product(FACTORS["groups"], FACTORS["dtype"]):
+  for groups, dtype in itertools.product(factors["groups"], factors["dtype"]):
     keys, widths, extra = next(rest)
     case = {
       "config": config,
@@ -165,9 +309,9 @@ def test_matches_oracle_everywhere(
       "extra": extra,
     }
     try:
-      _check_case(implementation, case)
+      check_case(subject.implementation, case)
     except AssertionError as error:
-      raise AssertionError(_case_id(case)) from error
+      raise AssertionError(case_name(case)) from error
   jax.clear_caches()
 
 
@@ -175,24 +319,37 @@ def test_matches_oracle_everywhere(
 
 
 def _branch_calls(
-  implementation: Any, config: NSAConfig, keys: int, kwargs: dict[str, Any]
+  implementation: Any,
+  config: NSAConfig,
+  keys: int,
+  branches: tuple[str, ...],
+  block_ids: Any = None,
+  **kwargs: Any,
 ) -> dict[str, Callable]:
   """Per branch f(query, key, value) -> (out, lse)."""
-  common = kwargs | {"config": config, "implementation": implementation}
-  ids = common.pop("block_ids", None)
-  return {
+  full = kwargs | {"implementation": implementation}
+  common = full | {"config": config}
+  calls: dict[str, Callable] = {
     "compressed": lambda *qkv: nsa_jax.compressed_attention(
       *qkv, key_length=keys, **common
     ),
     "selected": lambda q, k, v: nsa_jax.selected_attention(
-      q, k, v, ids, **common
+      q, k, v, block_ids, **common
     ),
     "window": lambda *qkv: nsa_jax.window_attention(*qkv, **common),
+    "full": lambda *qkv: nsa_jax.full_attention(*qkv, return_lse=True, **full),
   }
+  return {name: calls[name] for name in branches}
 
 
 @functools.cache
-def _primitives(implementation: Any, config: NSAConfig, keys: int) -> Callable:
+def _primitives(
+  implementation: Any,
+  config: NSAConfig,
+  keys: int,
+  branches: tuple[str, ...],
+  scores: bool,
+) -> Callable:
   """A jitted function: (out, lse) and gradients of all, scores, ids."""
 
   @jax.jit
@@ -201,7 +358,7 @@ def _primitives(implementation: Any, config: NSAConfig, keys: int) -> Callable:
   ) -> Any:
     kwargs = integers | {"scale": SCALE}
     calls = _branch_calls(
-      implementation, config, keys, kwargs | {"block_ids": ids_given}
+      implementation, config, keys, branches, ids_given, **kwargs
     )
     results: dict[str, Any] = {}
     for name, call in calls.items():
@@ -214,7 +371,8 @@ def _primitives(implementation: Any, config: NSAConfig, keys: int) -> Callable:
       "implementation": implementation,
     }
     arguments = (inputs["query"], inputs["compressed"].key, lse)
-    results["scores"] = nsa_jax.block_scores(*arguments, **common)
+    if scores:
+      results["scores"] = nsa_jax.block_scores(*arguments, **common)
     results["ids"] = nsa_jax.select_blocks(*arguments, **common)
     return results
 
@@ -224,23 +382,36 @@ def _primitives(implementation: Any, config: NSAConfig, keys: int) -> Callable:
 SCALE = 0.3  # not 1/sqrt(H)
 
 
-@pytest.mark.parametrize(
-  "config, packed, dtype",
-  [
-    (CONFIGS[0], True, "float32"),
-    (MORE_CONFIGS[0], False, "bfloat16"),
-    pytest.param(CONFIGS[1], False, "float64", marks=pytest.mark.slow),
-  ],
-  ids=["packed-float32", "offsets-bfloat16", "offsets-float64"],
-)
+def _primitive_cases(subject: Subject) -> list[Any]:
+  calls = subject.calls
+  cases = [(calls.configs[0], True, "float32", True)]
+  cases += [((calls.configs + calls.more_configs)[-1], False, "bfloat16", True)]
+  if "float64" in calls.dtypes:
+    cases += [(calls.configs[1], False, "float64", False)]
+  return [
+    _param(
+      subject,
+      config,
+      packed,
+      dtype,
+      fast=fast,
+      name=f"{'packed' if packed else 'offsets'}-{dtype}",
+    )
+    for config, packed, dtype, fast in cases
+  ]
+
+
+@_for_each("subject, config, packed, dtype", _primitive_cases)
 def test_primitives(
-  implementation: Any, config: NSAConfig, packed: bool, dtype: str
+  subject: Subject, config: NSAConfig, packed: bool, dtype: str
 ) -> None:
   """Each op alone: out, lse, the gradients through both, scores, poison."""
-  dims = Dims(config, queries=9)
+  calls = subject.calls
+  dims = dataclasses.replace(calls.dims(queries=9), config=config)
   inputs = helpers.make_inputs(dims, dtype)
+  inputs["full"] = inputs["window"]
   query = inputs["query"]
-  offset = np.array([2, 24])  # the last queries lie behind the last key
+  offset = calls.unit * np.array([2, 24])  # the last lie behind the last key
   positions = offset[:, None] + np.arange(dims.queries)
   padding = positions >= dims.keys
   integers: dict[str, Any] = {"query_offset": helpers.int32(offset)}
@@ -249,7 +420,7 @@ def test_primitives(
     integers["segment_ids"] = segments = helpers.packed_segments(dims)
     # Callers that work chunk by chunk pass them; here equal to the default but
     # for one query that is declared padding.
-    own = np.take_along_axis(segments, positions.clip(max=28), 1)
+    own = np.take_along_axis(segments, positions.clip(max=dims.keys - 1), 1)
     own[0, 3] = 0
     integers["query_segment_ids"] = own
     padding |= own == 0
@@ -265,13 +436,19 @@ def test_primitives(
   )
   rng = np.random.default_rng(4)
   douts, dlses = {}, {}
-  for seed, name in enumerate(helpers.BRANCHES):
+  for seed, name in enumerate(calls.branches):
     douts[name] = helpers.make_cotangent(dims, dtype, seed)
     dlses[name] = helpers.normal(
       rng, query.shape[:3], helpers.score_dtype(dtype)
     )
   ids_given = _any_ids(dims, width=4)
-  run = _primitives(implementation, config, dims.keys)
+  run = _primitives(
+    subject.implementation,
+    config,
+    dims.keys,
+    calls.branches,
+    "block_scores" in calls.ops,
+  )
   with jax.enable_x64(dtype == "float64"):
     results = jax.device_get(run(inputs, douts, dlses, integers, ids_given))
 
@@ -279,9 +456,11 @@ def test_primitives(
     "compressed": lambda b, i, k: oracle.compressed_rows(b, i),
     "selected": lambda b, i, k: oracle.selected_rows(b, i, ids_given[b, i, k]),
     "window": lambda b, i, k: oracle.window_rows(b, i),
+    "full": lambda b, i, k: oracle.full_rows(b, i),
   }
   score_dtype = helpers.score_dtype(dtype)
-  for name, see in rows.items():
+  for name in calls.branches:
+    see = rows[name]
     (out, lse), grads = results[name]
     key, value = inputs[name]
     expected_out, expected_lse = oracle.attend(query, key, value, see, SCALE)
@@ -300,7 +479,7 @@ def test_primitives(
   if "scores" in results:
     assert results["scores"].dtype == score_dtype
     helpers.assert_close(results["scores"], scores, score_dtype, what="scores")
-  oracle.assert_ids(results["ids"], scores, dtype)
+  oracle.assert_ids(results["ids"], scores, helpers.score_atol(dtype))
 
   # NaN and inf in padding rows of queries and cotangents, in padding keys and
   # in keys after the last query: not one bit changes.
@@ -316,6 +495,7 @@ def test_primitives(
     "compressed": helpers.poison(inputs["compressed"], hidden_blocks),
     "selected": helpers.poison(inputs["selected"], hidden),
     "window": helpers.poison(inputs["window"], hidden),
+    "full": helpers.poison(inputs["full"], hidden),
   }
   with jax.enable_x64(dtype == "float64"):
     again = run(
@@ -328,23 +508,54 @@ def test_primitives(
   helpers.assert_same_bits(again, results)
 
 
-def test_key_offset_of_the_window(implementation: Any) -> None:
+@every_subject
+def test_out_alone(subject: Subject) -> None:
+  """`return_lse=False` gives the same out; its gradient is that of out."""
+  dims = subject.calls.dims()
+  inputs = helpers.make_inputs(dims, "float32")
+  qkv = (inputs["query"], *inputs["window"])
+  dout = helpers.make_cotangent(dims, "float32")
+  implementation = {"implementation": subject.implementation}
+  calls: dict[str, Callable] = {
+    "window": functools.partial(
+      nsa_jax.window_attention, config=dims.config, **implementation
+    ),
+    "full": functools.partial(nsa_jax.full_attention, **implementation),
+  }
+
+  @functools.partial(jax.jit, static_argnames="name")
+  def run(qkv: Any, dout: Any, name: str) -> Any:
+    (out, lse), both = jax.vjp(calls[name], *qkv)
+    alone, pullback = jax.vjp(
+      functools.partial(calls[name], return_lse=False), *qkv
+    )
+    zeros = jnp.zeros_like(lse)
+    return (out, both((dout, zeros))), (alone, pullback(dout))
+
+  for name in calls.keys() & set(subject.calls.branches):
+    with_lse, without = run(qkv, dout, name)
+    helpers.assert_same_bits(without[0], with_lse[0], what=name)
+    helpers.assert_close(without, with_lse, "float32", gradient=1, what=name)
+
+
+@every_subject
+def test_key_offset_of_the_window(subject: Subject) -> None:
   """A shard of the keys with its halo gives the rows of the whole."""
-  config = CONFIGS[0]  # w = 5
-  dims = Dims(config, keys=16, queries=16)
+  dims = subject.calls.dims(queries=16, keys=16)
   inputs = helpers.make_inputs(dims, "float32")
 
   def attend(query: Any, key: Any, value: Any, **offsets: Any) -> Any:
     call = functools.partial(
       nsa_jax.window_attention,
       **offsets,
-      config=config,
-      implementation=implementation,
+      config=dims.config,
+      implementation=subject.implementation,
     )
-    return jax.jit(call)(query, key, value)
+    return jax.device_get(jax.jit(call)(query, key, value))
 
   whole = attend(inputs["query"], *inputs["window"])
-  first, start, stop = 4, 8, 12  # keys 4..11 serve the queries 8..11
+  # Keys 4..11 serve the queries 8..11: the window has 5 tokens.
+  first, start, stop = (subject.calls.unit * i for i in (4, 8, 12))
   part = attend(
     inputs["query"][:, start:stop],
     *(x[:, first:stop] for x in inputs["window"]),
@@ -387,20 +598,28 @@ def test_key_offset_of_the_window(implementation: Any) -> None:
     )
 
 
+@every_subject
 @pytest.mark.parametrize("key_offset", [4, -3])
-def test_key_offset_with_segments(implementation: Any, key_offset: int) -> None:
+def test_key_offset_with_segments(subject: Subject, key_offset: int) -> None:
   """Segments belong to key rows, and each batch row has its own offset."""
-  config = CONFIGS[0]
-  dims = Dims(config, queries=9, keys=21)
+  unit = subject.calls.unit
+  dims = subject.calls.dims(queries=9, keys=21)
+  config = dims.config
   inputs = helpers.make_inputs(dims, "float32")
-  segments = np.zeros((2, 21), np.int32)
+  segments = np.zeros((2, dims.keys), np.int32)
   # Without compressed blocks nothing has to be aligned.
-  segments[0, :7], segments[0, 7:18] = 2, 1
+  segments[0, : 7 * unit], segments[0, 7 * unit : 18 * unit] = 2, 1
   segments[1, 2:] = 3
   # Row 0 begins before the keys, row 1 ends behind them.
-  offset = helpers.int32([key_offset - 2, key_offset + 15])
+  offset = helpers.int32([key_offset - 2, key_offset + 15 * unit])
   oracle = Oracle(
-    config, 21, 9, 2, offset, segment_ids=segments, key_offset=key_offset
+    config,
+    dims.keys,
+    dims.queries,
+    dims.batch,
+    offset,
+    segment_ids=segments,
+    key_offset=key_offset,
   )
   dout = helpers.make_cotangent(dims, "float32")
   dlse = np.random.default_rng(5).standard_normal(dout.shape[:3])
@@ -415,7 +634,7 @@ def test_key_offset_with_segments(implementation: Any, key_offset: int) -> None:
         key_offset=key_offset,
         query_offset=offset,
         segment_ids=ids,
-        implementation=implementation,
+        implementation=subject.implementation,
       ),
       query,
       key,
@@ -439,35 +658,35 @@ def test_key_offset_with_segments(implementation: Any, key_offset: int) -> None:
 # -------------------------------------------------------- the exact properties
 
 
-PROPERTY_FACTORS: dict[str, Any] = {
-  "config": CONFIGS + MORE_CONFIGS,
-  "groups": ((2, 2), (2, 1), (1, 4), (1, 16)),  # K, G
-  "widths": ((16, 8), (8, 16)),  # H, V
-  "dtype": ("float32", "bfloat16", "float16"),
-  "keys": (29, 37, 43),  # room for two documents of a block and more
-}
-
-
-def _property_cases() -> list[Any]:
-  """Four, BASE first, that hold all but MORE_CONFIGS; slow: all pairs."""
+def _property_cases(subject: Subject) -> list[Any]:
+  """First, some that take each value in turn; in the slow tier all pairs."""
+  calls = subject.calls
+  factors: dict[str, Any] = {
+    "config": calls.configs + calls.more_configs,
+    "groups": calls.property_groups,
+    "widths": calls.property_widths,
+    "dtype": ("float32", "bfloat16", "float16"),
+    "keys": calls.property_keys,
+  }
   columns = [
-    itertools.islice(itertools.cycle(values), 4)
-    for values in PROPERTY_FACTORS.values()
+    itertools.islice(itertools.cycle(values), calls.properties)
+    for values in factors.values()
   ]
   rows = zip(*columns, strict=True)
-  fast = [dict(zip(PROPERTY_FACTORS, row, strict=True)) for row in rows]
-  slow = [c for c in helpers.pairwise(PROPERTY_FACTORS) if c not in fast]
+  fast = [dict(zip(factors, row, strict=True)) for row in rows]
+  slow = [c for c in helpers.pairwise(factors) if c not in fast]
   return [
-    pytest.param(
+    _param(
+      subject,
       case,
-      id=_case_id(case | {"mode": "full", "extra": "none"}),
-      marks=[pytest.mark.slow] if case in slow else [],
+      fast=case in fast,
+      name=case_name(case | {"mode": "full", "extra": "none"}),
     )
     for case in fast + slow
   ]
 
 
-for_property_cases = pytest.mark.parametrize("case", _property_cases())
+for_property_cases = _for_each("subject, case", _property_cases)
 
 
 def _property_dims(case: dict[str, Any]) -> Dims:
@@ -497,9 +716,9 @@ def _clear_tokens(dims: Dims, dtype: str, segment_ids: Any = None) -> Any:
 
 @for_property_cases
 def test_degenerate_branches_are_full_attention(
-  implementation: Any, case: dict[str, Any]
+  subject: Subject, case: dict[str, Any]
 ) -> None:
-  """Property 1: all blocks, or a window as long as the row."""
+  """Property 1: all blocks, or a window as long as the row; so is the op."""
   dims, dtype = _property_dims(case), case["dtype"]
   length = dims.keys
   config = dataclasses.replace(dims.config, window=length)
@@ -509,29 +728,40 @@ def test_degenerate_branches_are_full_attention(
   expected, expected_lse = Oracle(config, length, length, 2).attend(
     query, key, value, lambda b, i, k: range(i + 1), dims.head_dim**-0.5
   )
-  blocks = np.arange(helpers.count_selection(length, config), dtype=np.int32)
+  blocks = np.arange(count_selection(length, config), dtype=np.int32)
   ids = np.broadcast_to(blocks, (2, length, dims.kv_heads, blocks.size))
+
+  branches = tuple(b for b in subject.calls.branches if b != "compressed")
+  calls = _branch_calls(subject.implementation, config, length, branches, ids)
 
   @jax.jit
   def run(*qkv: Any) -> Any:
-    calls = _branch_calls(implementation, config, length, {"block_ids": ids})
-    return {name: calls[name](*qkv) for name in ("selected", "window")}
+    return {name: call(*qkv) for name, call in calls.items()}
 
   for name, (out, lse) in run(query, key, value).items():
     helpers.assert_close(out, expected, dtype, what=name)
     helpers.assert_close(lse, expected_lse, "float32", what=name)
 
 
-def test_equal_blocks_score_their_probability(implementation: Any) -> None:
+@_for_each(
+  "subject", lambda s: [_param(s)] if "block_scores" in s.calls.ops else []
+)
+def test_equal_blocks_score_their_probability(subject: Subject) -> None:
   """Property 2: with l = d = l', p_slc = p_cmp, summed over the group."""
-  config = CONFIGS[2]
-  dims = Dims(config)
+  config = next(
+    c
+    for c in subject.calls.configs
+    if c.compression_block == c.compression_stride == c.selection_block
+  )
+  block = config.selection_block
+  length = 7 * block + 1
+  dims = Dims(config, queries=length, keys=length)
   inputs = helpers.make_inputs(dims, "float32")
   query, key = inputs["query"], inputs["compressed"].key
   call: Any = {
     "config": config,
-    "key_length": 29,
-    "implementation": implementation,
+    "key_length": length,
+    "implementation": subject.implementation,
   }
 
   @jax.jit
@@ -539,34 +769,32 @@ def test_equal_blocks_score_their_probability(implementation: Any) -> None:
     _, lse = nsa_jax.compressed_attention(query, key, value, **call)
     return nsa_jax.block_scores(query, key, lse, **call)
 
-  scores = run(query, *inputs["compressed"])
+  scores = run(query, key, key)
   logits = np.einsum(
     "btkgh,bckh->btkgc",
-    helpers.float64(query).reshape(2, 29, 2, 2, 16) / 4,
-    helpers.float64(key),
+    float64(query).reshape(2, length, 2, 2, 16) / 4,
+    float64(key),
   )
-  visible = 4 * np.arange(7) + 3 <= np.arange(29)[:, None]  # [T, C]
+  visible = block * np.arange(1, 8) <= np.arange(1, length + 1)[:, None]
   weights = np.where(visible[:, None, None], np.exp(logits), 0)
   p = weights / np.maximum(weights.sum(-1, keepdims=True), 1e-300)
-  assert scores.shape == (2, 29, 2, 8)
+  assert scores.shape == (2, length, 2, 8)
   helpers.assert_close(scores[..., :7], p.sum(3), "float32")
-  assert not scores[..., 7].any()  # tokens 28..31: no complete block
+  assert not scores[..., 7].any()  # the last token: no complete block
 
 
-BASE = Dims(CONFIGS[0])
-
-
-def _segments(dims: Dims = BASE) -> dict[str, Any]:
+def _segments(dims: Dims) -> dict[str, Any]:
   return {"segment_ids": np.ones((dims.batch, dims.keys), np.int32)}
 
 
 @for_property_cases
-def test_causality_is_bitwise(
-  implementation: Any, case: dict[str, Any]
-) -> None:
-  """Property 3, through phi: values and gradients know no future."""
+def test_causality_is_bitwise(subject: Subject, case: dict[str, Any]) -> None:
+  """Property 3, through phi: values and gradients know no future.
+
+  One exception, see `Calls.pairs`: rounding.
+  """
   dims, dtype = _property_dims(case), case["dtype"]
-  run = helpers.pipeline_vjp(implementation, dims.config)
+  run = helpers.pipeline_vjp(subject.implementation, dims.config)
   tokens = helpers.make_tokens(dims, dtype)
   other = helpers.make_tokens(dims, dtype, seed=9)
   for last in (0, 7, 14, dims.keys - 2):
@@ -578,18 +806,23 @@ def test_causality_is_bitwise(
     dout = helpers.make_cotangent(dims, dtype)
     dout[:, cut:] = 0
     results = [
-      run(t, _segments(dims), dout)
+      jax.device_get(run(t, _segments(dims), dout))
       for t in (tokens, jax.tree.map(change, tokens, other))
     ]
     past = [jax.tree.map(lambda x, cut=cut: x[:, :cut], r) for r in results]
-    helpers.assert_same_bits(past[0], past[1], what=f"t <= {last}: ")
+    what = f"t <= {last}: "
+    if subject.calls.pairs(dims, dtype):
+      growth = dims.gradient_growth(dtype)
+      helpers.assert_close(past[0], past[1], dtype, gradient=growth, what=what)
+    else:
+      helpers.assert_same_bits(past[0], past[1], what=what)
     for grad in jax.tree.leaves([r[2] for r in results]):
       assert not np.asarray(grad)[:, cut:].any()
 
 
 @for_property_cases
 def test_chunks_and_decode_steps_equal_one_pass(
-  implementation: Any, case: dict[str, Any]
+  subject: Subject, case: dict[str, Any]
 ) -> None:
   """Property 4, and what lies behind a call's last query may hold NaN."""
   dims, dtype = _property_dims(case), case["dtype"]
@@ -597,7 +830,7 @@ def test_chunks_and_decode_steps_equal_one_pass(
   tokens = _clear_tokens(dims, dtype)
   inputs = jax.tree.map(np.asarray, _compress(tokens, config, None))
   oracle = Oracle(config, length, length, dims.batch)
-  run = helpers.native(implementation, config)
+  run = helpers.native(subject.implementation, config)
   whole, whole_ids = run(inputs, {})
   np.testing.assert_array_equal(whole_ids, oracle.select(oracle.scores(inputs)))
 
@@ -611,7 +844,7 @@ def test_chunks_and_decode_steps_equal_one_pass(
       part[name] = np.take_along_axis(
         inputs[name], rows[:, :, None, None], axis=1
       )
-    for name in helpers.BRANCHES:
+    for name in BRANCHES:
       kv = []
       for x in inputs[name]:
         x = x.copy()
@@ -644,11 +877,12 @@ def test_chunks_and_decode_steps_equal_one_pass(
     step(rows, 1, jnp.asarray(rows, jnp.int32))
 
 
-def test_offsets_of_every_integer_type(implementation: Any) -> None:
+@every_subject
+def test_offsets_of_every_integer_type(subject: Subject) -> None:
   """Narrow and unsigned types: nothing wraps around."""
   rng = np.random.default_rng(0)
-  query: Any = rng.normal(size=(1, 2, 2, 8)).astype(np.float32)
-  key, value = rng.normal(size=(2, 1, 300, 1, 8)).astype(np.float32)
+  query: Any = rng.normal(size=(1, 2, 2, 16)).astype(np.float32)
+  key, value = rng.normal(size=(2, 1, 300, 1, 16)).astype(np.float32)
 
   def run(offset):
     return nsa_jax.window_attention(
@@ -657,7 +891,7 @@ def test_offsets_of_every_integer_type(implementation: Any) -> None:
       value,
       config=NSAConfig(window=200),
       query_offset=offset,
-      implementation=implementation,
+      implementation=subject.implementation,
     )
 
   for offset in (100, 0):
@@ -670,22 +904,24 @@ def test_offsets_of_every_integer_type(implementation: Any) -> None:
   assert not np.asarray(out).any()
 
 
-def test_static_and_default_offsets(implementation: Any) -> None:
+@every_subject
+def test_static_and_default_offsets(subject: Subject) -> None:
   """An int, an int32 scalar and the default name the same queries."""
-  dims = Dims(CONFIGS[0], queries=8)
+  dims = subject.calls.dims(queries=8)
+  offset = dims.keys - dims.queries
   inputs = helpers.make_inputs(dims, "float32")
-  run = helpers.native(implementation, dims.config)
-  expected = helpers.native(implementation, dims.config, query_offset=21)(
-    inputs, {}
-  )
+  run = helpers.native(subject.implementation, dims.config)
+  expected = helpers.native(
+    subject.implementation, dims.config, query_offset=offset
+  )(inputs, {})
   oracle = Oracle(dims.config, dims.keys, dims.queries, dims.batch)
   helpers.assert_close(
     expected[0], oracle.native(inputs, expected[1]), "float32"
   )
   for name, integers in {
     "default": {},
-    "scalar": {"query_offset": jnp.int32(21)},
-    "rows": {"query_offset": jnp.int32([21, 21])},
+    "scalar": {"query_offset": jnp.int32(offset)},
+    "rows": {"query_offset": jnp.int32([offset, offset])},
   }.items():
     out, ids = run(inputs, integers)
     np.testing.assert_array_equal(ids, expected[1])
@@ -693,10 +929,10 @@ def test_static_and_default_offsets(implementation: Any) -> None:
 
 
 @for_property_cases
-def test_permutations(implementation: Any, case: dict[str, Any]) -> None:
+def test_permutations(subject: Subject, case: dict[str, Any]) -> None:
   """Property 5: batch rows and key/value heads are independent."""
   dims, dtype = _property_dims(case), case["dtype"]
-  run = helpers.pipeline_vjp(implementation, dims.config)
+  run = helpers.pipeline_vjp(subject.implementation, dims.config)
   tokens = _clear_tokens(dims, dtype)
   dout = helpers.make_cotangent(dims, dtype)
   expected = run(tokens, _segments(dims), dout)
@@ -719,12 +955,12 @@ def test_permutations(implementation: Any, case: dict[str, Any]) -> None:
 
 @for_property_cases
 def test_packed_equals_alone_and_poison_stays_out(
-  implementation: Any, case: dict[str, Any]
+  subject: Subject, case: dict[str, Any]
 ) -> None:
   """Property 6, through phi: outputs, ids and gradients."""
   dims, dtype = _property_dims(case), case["dtype"]
   config, block = dims.config, dims.config.selection_block
-  run = helpers.pipeline_vjp(implementation, config)
+  run = helpers.pipeline_vjp(subject.implementation, config)
   # Row 0 holds two documents as long as fit, row 1 one behind a padding block.
   size = max(n for n in range(dims.keys) if -n % block + 2 * n <= dims.keys)
   second = size + -size % block
@@ -766,12 +1002,14 @@ def test_packed_equals_alone_and_poison_stays_out(
   )
 
 
-def test_one_segment_changes_nothing(implementation: Any) -> None:
+@every_subject
+def test_one_segment_changes_nothing(subject: Subject) -> None:
   """Rows that are one segment equal rows without segments."""
-  run = helpers.pipeline_vjp(implementation, BASE.config)
-  tokens = helpers.make_tokens(BASE, "float32", seed=3)
-  dout = helpers.make_cotangent(BASE, "float32")
-  ones = run(tokens, _segments(), dout)
+  dims = subject.calls.dims()
+  run = helpers.pipeline_vjp(subject.implementation, dims.config)
+  tokens = helpers.make_tokens(dims, "float32", seed=3)
+  dout = helpers.make_cotangent(dims, "float32")
+  ones = run(tokens, _segments(dims), dout)
   none = run(tokens, {}, dout)
   np.testing.assert_array_equal(ones[1], none[1])
   helpers.assert_close(
@@ -779,22 +1017,25 @@ def test_one_segment_changes_nothing(implementation: Any) -> None:
   )
 
 
-def test_traced_misaligned_segments_leak_nothing(implementation: Any) -> None:
+@every_subject
+def test_traced_misaligned_segments_leak_nothing(subject: Subject) -> None:
   """Starts inside a block: no token of another segment is felt, bit for bit."""
-  run = helpers.pipeline_vjp(implementation, BASE.config)
+  dims = subject.calls.dims()
+  run = helpers.pipeline_vjp(subject.implementation, dims.config)
   segments = np.zeros((2, 29), np.int32)
   segments[0, :5], segments[0, 5:18], segments[0, 19:] = 3, 1, 2
   segments[1, 3:12], segments[1, 12:27] = 5, 4
-  tokens = helpers.make_tokens(BASE, "float32")
-  other = helpers.make_tokens(BASE, "float32", seed=9)
+  segments = segments.repeat(subject.calls.unit, axis=1)
+  tokens = helpers.make_tokens(dims, "float32")
+  other = helpers.make_tokens(dims, "float32", seed=9)
   for b, segment in ((0, 3), (0, 1), (0, 2), (1, 5), (1, 4)):
-    inside = np.zeros((2, 29), bool)
+    inside = np.zeros(segments.shape, bool)
     inside[b] = segments[b] == segment
 
     def keep(x: Any, y: Any, inside: np.ndarray = inside) -> np.ndarray:
       return np.where(inside[..., None, None], x, y)
 
-    dout = helpers.make_cotangent(BASE, "float32")
+    dout = helpers.make_cotangent(dims, "float32")
     dout = keep(dout, np.zeros_like(dout))
     results = [
       run(x, {"segment_ids": segments}, dout)
@@ -810,45 +1051,53 @@ def test_traced_misaligned_segments_leak_nothing(implementation: Any) -> None:
       assert not np.asarray(grad)[~inside].any()
 
 
-def test_queries_of_other_segments(implementation: Any) -> None:
+@every_subject
+def test_queries_of_other_segments(subject: Subject) -> None:
   """query_segment_ids decides: another segment of the keys, or none of them."""
-  dims = BASE
+  dims, unit = subject.calls.dims(), subject.calls.unit
   inputs = helpers.make_inputs(dims, "float32")
   dout = helpers.make_cotangent(dims, "float32")
   segments = helpers.packed_segments(dims)
   own = segments.copy()
-  own[0, 13:20] = 7  # reads the first document from the second
-  own[0, 3] = 9  # a document that begins later
-  own[0, 21:24] = own[1, :12] = 99  # one that the keys do not have
-  own[1, 12:] = 4
+  own[0, 13 * unit : 20 * unit] = 7  # reads the first document from the second
+  own[0, 3 * unit] = 2  # a document that begins later
+  # One that the keys do not have.
+  own[0, 21 * unit : 24 * unit] = own[1, : 12 * unit] = 99
+  own[1, 12 * unit :] = 4
   integers = {"segment_ids": segments, "query_segment_ids": own}
   oracle = Oracle(
-    dims.config, 29, 29, 2, segment_ids=segments, query_segment_ids=own
+    dims.config,
+    dims.keys,
+    dims.queries,
+    dims.batch,
+    segment_ids=segments,
+    query_segment_ids=own,
   )
-  out, ids, grads = helpers.native_vjp(implementation, dims.config)(
+  out, ids, grads = helpers.native_vjp(subject.implementation, dims.config)(
     inputs, integers, dout
   )
   assert not np.asarray(out)[own == 99].any()
-  oracle.assert_ids(ids, oracle.scores(inputs), "float32")
+  oracle.assert_ids(ids, oracle.scores(inputs))
   helpers.assert_close(out, oracle.native(inputs, ids), "float32")
   helpers.assert_close(
     grads, oracle.native_vjp(inputs, ids, dout), "float32", gradient=1
   )
 
 
-def test_rows_outside_the_keys_are_padding(implementation: Any) -> None:
+@every_subject
+def test_rows_outside_the_keys_are_padding(subject: Subject) -> None:
   """Query rows before 0 and from S on: 0, -1, no gradient, poison or not.
 
   So are keys after the last query.
   """
-  dims = Dims(BASE.config, queries=8)
-  run = helpers.native_vjp(implementation, dims.config)
+  dims = subject.calls.dims(queries=8)
+  run = helpers.native_vjp(subject.implementation, dims.config)
   inputs = helpers.make_inputs(dims, "float32")
   dout = helpers.make_cotangent(dims, "float32")
-  offset = np.array([-3, 25])
-  positions = offset[:, None] + np.arange(8)
+  offset = np.array([-3, dims.keys - 4])
+  positions = offset[:, None] + np.arange(dims.queries)
   outside = (positions < 0) | (positions >= dims.keys)
-  assert outside.sum() == 3 + 4
+  assert outside.sum() == 3 + dims.queries - 4
   integers = {"query_offset": jnp.asarray(offset, jnp.int32)}
   clean = run(inputs, integers, dout)
   assert not np.asarray(clean[0])[outside].any()
@@ -860,44 +1109,53 @@ def test_rows_outside_the_keys_are_padding(implementation: Any) -> None:
   for name in ("query", "gates"):
     bad[name] = helpers.poison(inputs[name], outside)
   last = positions[:, -1:]
-  for name in helpers.BRANCHES:
-    index = np.arange(inputs[name].key.shape[1])
-    needs = 2 * index + 3 if name == "compressed" else index
+  for name in BRANCHES:
+    needs = np.arange(inputs[name].key.shape[1])
+    if name == "compressed":
+      config = dims.config
+      needs = config.compression_stride * needs + config.compression_block - 1
     bad[name] = helpers.poison(inputs[name], needs > last)
   dirty = run(bad, integers, helpers.poison(dout, outside))
   helpers.assert_same_bits(dirty, clean)
 
 
+@every_subject
 @pytest.mark.parametrize("offset", [12, 2**31 - 1, -40])
 def test_queries_beyond_the_keys_read_nothing(
-  implementation: Any, offset: int
+  subject: Subject, offset: int
 ) -> None:
   """A finished row of a decode batch: no key reaches a gradient."""
-  query: Any = np.ones((1, 4, 2, 8), np.float32)
-  key: Any = np.full((1, 12, 1, 8), np.nan, np.float32)
+  query: Any = np.ones((1, 4, 2, 16), np.float32)
+  key: Any = np.full((1, 12, 1, 16), np.nan, np.float32)
 
   def loss(query: Any, key: Any) -> Any:
     out, lse = nsa_jax.window_attention(
       query,
       key,
       key,
-      config=CONFIGS[0],
+      config=subject.calls.configs[0],
       query_offset=offset,
-      implementation=implementation,
+      implementation=subject.implementation,
     )
     return out.sum() + jnp.where(jnp.isfinite(lse), lse, 0).sum()
 
-  value, grads = jax.value_and_grad(loss, argnums=(0, 1))(query, key)
+  run = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))
+  value, grads = run(query, key)
   assert value == 0
   assert all((np.asarray(x) == 0).all() for x in grads)
 
 
-def test_a_second_run_has_the_same_bits(implementation: Any) -> None:
-  run = helpers.pipeline_vjp(implementation, BASE.config)
-  tokens = helpers.make_tokens(BASE, "float32")
-  dout = helpers.make_cotangent(BASE, "float32")
+@for_property_cases
+def test_a_second_run_has_the_same_bits(
+  subject: Subject, case: dict[str, Any]
+) -> None:
+  """Nothing depends on the order in which programs of a kernel run."""
+  dims, dtype = _property_dims(case), case["dtype"]
+  run = helpers.pipeline_vjp(subject.implementation, dims.config)
+  tokens = helpers.make_tokens(dims, dtype)
+  dout = helpers.make_cotangent(dims, dtype)
   helpers.assert_same_bits(
-    run(tokens, _segments(), dout), run(tokens, _segments(), dout)
+    run(tokens, _segments(dims), dout), run(tokens, _segments(dims), dout)
   )
 
 
@@ -910,74 +1168,78 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
   monkeypatch.setattr("nsa_jax.xla.chunks.CHUNK_ELEMENTS", 2**12)
 
 
-LONG = Dims(CONFIGS[0], queries=150, keys=150, kv_heads=1, head_dim=8)
-
-
+@every_subject
 @pytest.mark.usefixtures("small_chunks")
-def test_long_rows(implementation: Any) -> None:
+def test_long_rows(subject: Subject) -> None:
   """Many chunks, the last one incomplete, with segments and offsets."""
-  inputs = helpers.make_inputs(LONG, "float32")
-  dout = helpers.make_cotangent(LONG, "float32")
+  dims = dataclasses.replace(
+    subject.calls.dims(), queries=150, keys=150, kv_heads=1
+  )
+  inputs = helpers.make_inputs(dims, "float32")
+  dout = helpers.make_cotangent(dims, "float32")
   segments = np.zeros((2, 150), np.int32)
   segments[0, :61], segments[0, 64:] = 1, 2
-  segments[1, 8:139] = 1
+  segments[1, 16:139] = 1
   integers = {
     "query_offset": helpers.int32([-20, 7]),
     "segment_ids": segments,
   }
   oracle = Oracle(
-    LONG.config,
-    LONG.keys,
-    LONG.queries,
-    LONG.batch,
+    dims.config,
+    dims.keys,
+    dims.queries,
+    dims.batch,
     offset=integers["query_offset"],
     segment_ids=segments,
   )
-  out, ids, grads = helpers.native_vjp(implementation, LONG.config)(
+  out, ids, grads = helpers.native_vjp(subject.implementation, dims.config)(
     inputs, integers, dout
   )
-  oracle.assert_ids(ids, oracle.scores(inputs), "float32")
+  oracle.assert_ids(ids, oracle.scores(inputs))
   helpers.assert_close(out, oracle.native(inputs, ids), "float32")
   helpers.assert_close(
     grads, oracle.native_vjp(inputs, ids, dout), "float32", gradient=1
   )
 
 
+@every_subject
 @pytest.mark.usefixtures("small_chunks")
-def test_gradients_accumulate_in_float32(implementation: Any) -> None:
+def test_gradients_accumulate_in_float32(subject: Subject) -> None:
   """A sum over all queries kept in bfloat16 would stop growing on the way.
 
   Every query reads block 0; with a cotangent of ones nothing cancels, and its
-  dv is a sum of about a thousand probabilities near 1/24.
+  dv is a sum of about a thousand probabilities near one in three blocks.
   """
-  dims = Dims(
-    CONFIGS[0], 1, 1024, 1024, kv_heads=1, group=1, head_dim=8, value_dim=8
-  )
+  config = subject.calls.configs[0]
+  dims = Dims(config, 1, 1024, 1024, kv_heads=1, group=1, value_dim=16)
   inputs = helpers.make_inputs(dims, "bfloat16")
   dout = np.ones_like(helpers.make_cotangent(dims, "bfloat16"))
-  _, ids, actual = helpers.native_vjp(implementation, dims.config)(
+  _, ids, actual = helpers.native_vjp(subject.implementation, dims.config)(
     inputs, {}, dout
   )
   wide = jax.tree.map(helpers.float32, inputs)
   _, _, expected = helpers.native_vjp("reference", dims.config)(
     wide, {"block_ids": ids}, helpers.float32(dout)
   )
-  assert np.max(expected["selected"].value) > 20
+  # It would stop where half a unit in the last place is more than one of them.
+  stop = 128 / config.selection_block
+  assert np.max(expected["selected"].value) > 1.5 * stop
   helpers.assert_close(actual, expected, "bfloat16", gradient=1)
 
 
 # ------------------------------------------------------------------- gradients
 
 
-def test_gradients_match_float64_autodiff(implementation: Any) -> None:
+@every_subject
+def test_gradients_match_float64_autodiff(subject: Subject) -> None:
   """Property 7: float32 against autodiff of the reference in float64."""
-  dims = Dims(CONFIGS[0], queries=13, keys=21)
+  dims = subject.calls.dims(queries=13, keys=21)
   inputs = helpers.make_inputs(dims, "float32", compressed_query=True)
   dout = helpers.make_cotangent(dims, "float32")
-  out, ids, grads = helpers.native_vjp(implementation, dims.config)(
+  out, ids, grads = helpers.native_vjp(subject.implementation, dims.config)(
     inputs, {}, dout
   )
-  wide = jax.tree.map(helpers.float64, (inputs, dout))
+  wide = jax.tree.map(float64, (inputs, dout))
   with jax.enable_x64(True):
     expected = helpers.native_vjp("reference", dims.config)(
       wide[0], {"block_ids": np.asarray(ids)}, wide[1]
@@ -987,30 +1249,36 @@ def test_gradients_match_float64_autodiff(implementation: Any) -> None:
   helpers.assert_close(grads, expected[2], "float32", gradient=1)
 
 
-def test_finite_differences(implementation: Any) -> None:
+@pytest.mark.parametrize(
+  "subject", [_param(s) for s in SUBJECTS if s.calls is ANY]
+)
+def test_finite_differences(subject: Subject) -> None:
   """Float64, through out and lse of all ops; forward mode where it exists."""
   config = NSAConfig(4, 2, 4, 2, 0, 1, 3)
   dims = Dims(config, batch=1, queries=9, keys=11, kv_heads=1, head_dim=4)
   rng = np.random.default_rng(6)
   inputs = helpers.make_inputs(dims, "float64", compressed_query=True)
   ids = _any_ids(dims, width=2)
-  douts = [rng.standard_normal((1, 9, 2, 8)) for _ in range(4)]
-  dlses = [rng.standard_normal((1, 9, 2)) for _ in range(3)]
+  branches = subject.calls.branches
+  douts = {b: rng.standard_normal((1, 9, 2, 8)) for b in (*branches, "all")}
+  dlses = {b: rng.standard_normal((1, 9, 2)) for b in branches}
   tangent = jax.tree.map(lambda x: rng.standard_normal(x.shape), inputs)
 
   def loss(inputs: Any, ids: Any, douts: Any, dlses: Any) -> jax.Array:
-    calls = _branch_calls(implementation, config, 11, {"block_ids": ids})
+    calls = _branch_calls(subject.implementation, config, 11, branches, ids)
     total = jnp.zeros(())
-    for (name, call), dout, dlse in zip(
-      calls.items(), douts, dlses, strict=False
-    ):
-      out, lse = call(inputs["query"], *inputs[name])
-      total += (out * dout).sum()
-      total += jnp.where(jnp.isfinite(lse), lse * dlse, 0).sum()
+    for name, call in calls.items():
+      kv = inputs["window" if name == "full" else name]
+      out, lse = call(inputs["query"], *kv)
+      total += (out * douts[name]).sum()
+      total += jnp.where(jnp.isfinite(lse), lse * dlses[name], 0).sum()
     out = nsa_jax.native_sparse_attention(
-      **inputs, block_ids=ids, config=config, implementation=implementation
+      **inputs,
+      block_ids=ids,
+      config=config,
+      implementation=subject.implementation,
     )
-    return total + (out * douts[3]).sum()
+    return total + (out * douts["all"]).sum()
 
   with jax.enable_x64(True):
     rest = (ids, douts, dlses)
@@ -1031,8 +1299,7 @@ def test_finite_differences(implementation: Any) -> None:
     h = 1e-3
     numeric = 8 * (along(h) - along(-h)) - (along(2 * h) - along(-2 * h))
     np.testing.assert_allclose(slope, numeric / (12 * h), rtol=1e-7)
-    if implementation in helpers.FORWARD_MODE:
-      _, forward = jax.jit(
-        lambda x, v, rest: jax.jvp(lambda y: loss(y, *rest), (x,), (v,))
-      )(inputs, tangent, rest)
-      np.testing.assert_allclose(forward, slope, rtol=1e-12)
+    _, forward = jax.jit(
+      lambda x, v, rest: jax.jvp(lambda y: loss(y, *rest), (x,), (v,))
+    )(inputs, tangent, rest)
+    np.testing.assert_allclose(forward, slope, rtol=1e-12)
