@@ -174,7 +174,7 @@ def segments(segment_ids: Any, alignment: int) -> None:
       )
 
 
-def block_ids(ids: Any, num_blocks: int) -> None:
+def block_ids(name: str, ids: Any, num_blocks: int) -> None:
   """Checks concrete ids: strictly ascending in [0, M), then -1."""
   values = concrete(ids)
   if values is None or not values.size:
@@ -183,14 +183,14 @@ def block_ids(ids: Any, num_blocks: int) -> None:
   if values.min() < -1 or values.max() >= num_blocks:
     worst = values.min() if values.min() < -1 else values.max()
     raise ValueError(
-      f"`block_ids` has the value {worst}; {rule}, and lie in [0, "
+      f"`{name}` has the value {worst}; {rule}, and lie in [0, "
       f"{num_blocks}), the selection blocks of the keys."
     )
   left, right = values[..., :-1], values[..., 1:]
   wrong = (right >= 0) & (right <= left) | (left < 0) & (right >= 0)
   if wrong.any():
     row = tuple(np.argwhere(wrong)[0][:-1].tolist())
-    raise ValueError(f"`block_ids`[{row}]={values[row].tolist()}; {rule}.")
+    raise ValueError(f"`{name}`[{row}]={values[row].tolist()}; {rule}.")
 
 
 def choice(name: str, value: Any, choices: Sequence[str]) -> None:

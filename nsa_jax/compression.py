@@ -80,7 +80,7 @@ def compress_weighted(
     weight: [K, l], one weight per head and token of the block, used without
       normalisation.
     config: `compression_block` and `compression_stride` are read.
-    segment_ids: int32 [B, S]; tokens of segment 0 (padding) count as zeros.
+    segment_ids: as in `compress_mean`.
 
   Returns:
     [B, C, K, H] in the dtype of `x`.
@@ -118,7 +118,7 @@ def compress_linear(
     position: [K, l, H] intra-block position embedding, added to each block.
     weight: [K, l*H, H']; blocks are flattened (l, H) row-major.
     config: `compression_block` and `compression_stride` are read.
-    segment_ids: int32 [B, S]; tokens of segment 0 (padding) count as zeros.
+    segment_ids: as in `compress_mean`.
 
   Returns:
     [B, C, K, H'] in the dtype of `x`.
@@ -160,7 +160,7 @@ def compress_mlp(
     w2: [K, F, H'].
     b2: [K, H'].
     config: `compression_block` and `compression_stride` are read.
-    segment_ids: int32 [B, S]; tokens of segment 0 (padding) count as zeros.
+    segment_ids: as in `compress_mean`.
 
   Returns:
     [B, C, K, H'] in the dtype of `x`. gelu is the tanh approximation.

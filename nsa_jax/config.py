@@ -1,6 +1,7 @@
 """Hyper-parameters of the algorithm, and the options of an attention layer."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, get_args
 
 import jax.numpy as jnp
@@ -150,9 +151,14 @@ class AttentionConfig:
       check_head_dim(self.head_dim)
     for name in ("share_kv", "normalize_qk"):
       _checks.flag(name, getattr(self, name))
-    if self.dtype is not None:
-      _checks.dtype("dtype", self.dtype)
-    _checks.dtype("param_dtype", self.param_dtype)
+    # Two spellings of one configuration must be equal and have one hash.
+    for name in ("dtype", "param_dtype"):
+      if name != "dtype" or self.dtype is not None:
+        dtype = _checks.dtype(name, getattr(self, name))
+        object.__setattr__(self, name, dtype)
+    names = self.implementation
+    if isinstance(names, Sequence) and not isinstance(names, str):
+      object.__setattr__(self, "implementation", tuple(names))
     _checks.selector(self.select)
     # Imported late: the implementations import this module.
     from nsa_jax import dispatch

@@ -49,8 +49,8 @@ class _Attention:
     )
     if not plain:
       raise NotImplementedError(
-        "cuDNN takes as many queries as keys, and no `query_offset`, "
-        "`segment_ids` or `key_offset`"
+        "cuDNN takes as many queries as keys, which start at the same static "
+        "position, and no `segment_ids`"
       )
     most = max_head_dim()
     for part, x in (("query", query), ("value", value)):

@@ -173,6 +173,8 @@ def choose_fused(
     if name in PORTABLE:
       break
     kernel = _kernel(name, op, spec, arrays, index, [])
+    if kernel is not None and kernel.backward is None:
+      return functools.partial(_run, op, kernel.forward, spec)
     if kernel is not None:
       default = kernel
       if implementation is None:
@@ -246,7 +248,7 @@ def _attend_bwd(plan, residuals, cotangents):
   arrays, index, result = residuals
   spec = plan.spec
   if plan.op not in ATTENTION_OPS:  # Raises: the op has no derivatives.
-    plan.cuda.backward(spec, arrays, index)
+    plan.cuda.backward(spec, arrays, index, result, None, cotangents, None)
   out, lse = result
   dout, dlse = cotangents
   # Queries that read nothing have zero gradient, but 0 * NaN would be NaN.
@@ -288,6 +290,10 @@ def _results(plan, arrays):
     value = arrays.selected.value
     return out(value.shape[3]), ids(value.shape[2])
   acc = jnp.promote_types(jnp.float32, query.dtype)
+  if op == "block_scores":
+    blocks = -(-plan.spec.key_length // config.selection_block)
+    shape = batch, length, arrays[1].shape[2], blocks
+    return jax.ShapeDtypeStruct(shape, acc)
   lse = jax.ShapeDtypeStruct((batch, length, heads), acc)
   return out(arrays[2].shape[3]), lse
 

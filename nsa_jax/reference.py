@@ -58,15 +58,15 @@ def select_blocks(
   positions = queries.positions(*scores.shape[:2])
   key_segments, query_segments = queries.key_segments, queries.query_segments
   first = jnp.zeros_like(positions)
-  real = (positions >= 0) & (positions < spec.key_length)
+  valid = (positions >= 0) & (positions < spec.key_length)
   if key_segments is not None and query_segments is not None:
     same = key_segments[:, None, :] == query_segments[:, :, None]  # [B, T, S]
     first = jnp.argmax(same, axis=-1) // config.selection_block
-    real &= query_segments > 0
+    valid &= query_segments > 0
   first = first[..., None]
   last = positions[..., None] // config.selection_block
   block = jnp.arange(num_blocks)
-  candidate = (first <= block) & (block <= last) & real[..., None]
+  candidate = (first <= block) & (block <= last) & valid[..., None]
   forced = (block < first + config.num_initial) | (
     block > last - config.num_local
   )

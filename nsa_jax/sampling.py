@@ -159,8 +159,8 @@ def generate(
   model = model.clone(decode=True)
   logits, cache = _init.eval_shape(model, batch, capacity)
   vocabulary = logits.shape[-1]
-  real = np.arange(longest) < lengths[:, None]
-  wrong = real & ((tokens < 0) | (tokens >= vocabulary))
+  given = np.arange(longest) < lengths[:, None]
+  wrong = given & ((tokens < 0) | (tokens >= vocabulary))
   if wrong.any():
     raise ValueError(
       f"`prompts` has the token {tokens[wrong][0]}; tokens must lie in [0, "
@@ -180,7 +180,7 @@ def generate(
 
   # As wide as the cache, so that prompts of all lengths share one loop.
   padded = np.full((batch, capacity), pad_token, np.int32)
-  padded[:, :longest][real] = tokens[real]
+  padded[:, :longest][given] = tokens[given]
   cache = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), cache)
   # The loop starts with the last token of the prompt: no other logits of the
   # prompt are needed, and none are computed.

@@ -1,20 +1,23 @@
 """The interface of a backend, whatever language its kernels are written in.
 
-A backend is a folder with one module per op, which has three functions:
+A backend is an object with an attribute per op that it serves, in practice a
+folder with one module per op. That has three functions:
 
     check(spec, arrays, index)      raises NotImplementedError if the backend
                                     cannot do the call, with the reason
     forward(spec, arrays, index)    returns the result of the op
     backward(spec, arrays, index, out, lse, dout, dlse)
-                                    returns the gradients of `arrays`
+                                    returns the gradients of `arrays`; None in
+                                    its place: jax differentiates `forward`
 
 For the branches "compressed", "selected", "window" and "full", `arrays` is
 (query, key, value) and the result is out [B, T, N, V] in the dtype of `query`
 and the natural-log lse [B, T, N], float32 at least; a query that reads nothing
-gets 0 and -inf. For "select_blocks", `arrays` is (query, compressed_key, lse)
-and the result is the block ids, int32 [B, T, K, n]. For "decode", `arrays` is
-`DecodeArrays` and the result is out and block ids. These two have no
-derivatives: their `backward` raises.
+gets 0 and -inf. For "block_scores" and "select_blocks", `arrays` is (query,
+compressed_key, lse) and the result is the scores [B, T, K, M], float32 at
+least, or the block ids, int32 [B, T, K, n]. For "decode", `arrays` is
+`DecodeArrays` and the result is out and block ids. These last two have no
+derivatives: their `backward` raises NotImplementedError.
 
 `index` is a pair: the block ids of "selected", the lengths of "decode", or
 None; and `Queries`. `nsa_jax` validates and completes the arguments.
@@ -47,7 +50,8 @@ class Spec(NamedTuple):
     config: hyper-parameters, an `nsa_jax.NSAConfig`.
     scale: softmax scale.
     key_length: S, tokens.
-    need_lse: False if lse is not used; it may then be None.
+    need_lse: False if lse is not used; it may then be None, of an op without
+      `backward`.
     tiles: tile sizes, an instance of the backend's class; None for its
       heuristic.
     own_selection: the caller has a custom selector, so that "decode", which

@@ -57,7 +57,8 @@ def _rule(platform):
     results = jax.tree.leaves(function(static, *jax.tree.unflatten(tree, flat)))
     found = [(x.shape, x.dtype) for x in results]
     wanted = [(x.shape, x.dtype) for x in avals]
-    assert found == wanted, (function, found, wanted)
+    if found != wanted:
+      raise TypeError(f"{function} returned {found}, not {wanted}.")
     return results
 
   return rule

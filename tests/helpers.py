@@ -107,7 +107,7 @@ def normal(rng: np.random.Generator, shape: Sequence[int], dtype: str) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Dims:
-  """Sizes of one call; the letters are those of semantics."""
+  """Sizes of one call; `nsa_jax.typing` explains the letters."""
 
   config: NSAConfig
   batch: int = 2

@@ -1,7 +1,7 @@
 """The behaviour of the ops: one suite, run over every implementation.
 
-Expected values come from the NumPy oracle of oracle.py. The eight exact
-properties of semantics are tested on top of it, most of them bit for bit. An
+Expected values come from the NumPy oracle of oracle.py. Exact properties, those
+of docs/exactness.md, are tested on top of it, most of them bit for bit. An
 implementation joins by a line in `SUBJECTS`; what is special to it is tested in
 a file of its own.
 """
@@ -41,10 +41,10 @@ class Calls:
     property_keys: room for two documents of a block and more.
     more_configs: for the slow tier.
     unit: lengths of the cases laid out by hand are multiples of it.
-    ops: of single branches and of the selection, by their names in `dispatch`.
+    ops: the ops beside the whole one, by their names in `dispatch`.
     step: each `step`-th case against the oracle is in the fast tier.
-    properties: cases of each exact property in the fast tier.
-    by_hand: so are the cases laid out by hand.
+    properties: this many cases of each exact property are in the fast tier.
+    by_hand: whether the cases laid out by hand are in the fast tier.
   """
 
   configs: tuple[NSAConfig, ...]

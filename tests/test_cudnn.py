@@ -109,7 +109,7 @@ WINDOW: dict[str, Any] = {
   "change, widths, message",
   [
     ({"return_lse": True}, (16, 16), "returns lse.*`return_lse`=False"),
-    ({"query_offset": 1}, (16, 16), "no `query_offset`, `segment_ids`"),
+    ({"query_offset": 1}, (16, 16), "start at the same static position"),
     ({"dtype": jnp.float32}, (16, 16), "`query` of dtype float32"),
     ({}, (12, 16), "`query` has head dimension 12.* up to 256"),
     ({}, (16, 264), "`value` has head dimension 264.* up to 256"),

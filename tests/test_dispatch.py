@@ -56,7 +56,7 @@ def paths(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[str]]:
 def test_from_op_to_kernel_in_four_hops(
   group: int, paths: dict[str, list[str]]
 ) -> None:
-  """Op, what chooses, `attend`, the backend's `forward`; without `jit`.
+  """Op, its branch, `attend`, the backend's `forward`; without `jit`.
 
   The hops are in this order, and all frames of ours, the switch of platforms
   and the loops over chunks included, are ten at most.

@@ -151,13 +151,13 @@ def test_a_selector_sees_what_it_may_read() -> None:
     (3, "`select`=3 must be a function that returns block ids"),
     (
       lambda **_: jnp.zeros((2, 72, 2, 2), jnp.int32),
-      r"`block_ids`.*strictly ascending",
+      r"`select\(\.\.\.\)`.*strictly ascending",
     ),
     (
       lambda **_: jnp.zeros((2, 72, 4, 2), jnp.int32),
-      r"`block_ids` of shape \(2, 72, 4, 2\)",
+      r"`select\(\.\.\.\)` of shape \(2, 72, 4, 2\)",
     ),
-    (lambda **_: None, "`block_ids`=None must be an array"),
+    (lambda **_: None, r"`select\(\.\.\.\)`=None must be an array"),
   ],
 )
 def test_bad_selectors(select: Any, message: str) -> None:

@@ -81,6 +81,59 @@ def test_each_op_gets_its_own(op: str, kind: str) -> None:
     _native(tiles={op: wrong})
 
 
+def _changed(op: str, changes: dict[str, Any]) -> Any:
+  """The tiles of an op with entries replaced; "fwd.block_k" is one of `fwd`."""
+  tiles = SMALL[op]
+  for name, value in changes.items():
+    outer, _, inner = name.rpartition(".")
+    if outer:
+      tile = dataclasses.replace(getattr(tiles, outer), **{inner: value})
+      tiles = dataclasses.replace(tiles, **{outer: tile})
+    else:
+      tiles = dataclasses.replace(tiles, **{name: value})
+  return tiles
+
+
+@pytest.mark.parametrize(
+  "op, changes, message",
+  [
+    ("window", {"fwd.block_k": 24}, "power of two, at least 16, for `fwd.bl"),
+    ("window", {"fwd.rows": 8}, "power of two, at least 16, for `fwd.rows`"),
+    ("compressed", {"dq.num_warps": 3}, "at least 1, for `dq.num_warps`"),
+    ("selected", {"rows": 24}, "at least 16, for `rows`; it has 24"),
+    ("selected", {"fwd.block_k": 32}, "a `fwd.block_k` that divides `sele"),
+    ("selected", {"dkv.block_k": 8}, "at least 16, for `dkv.block_k`"),
+    ("selected", {"by_block": False, "dq.block_k": 8}, "for `dq.block_k`"),
+    ("selected", {"by_block": False, "fwd.queries": 3}, "1 or 2 for `fwd.q"),
+    ("selected", {"piece": 0}, "must have a `piece` of at least 1"),
+    ("select_blocks", {"block_q": 8}, "at least 16, for `block_q`"),
+    ("select_blocks", {"rows": 32}, "must have `rows` that divide `block_q`"),
+    ("select_blocks", {"block_m": 3}, "at least 1, for `block_m`"),
+    ("select_blocks", {"scores.block_k": 48}, "for `scores.block_k`"),
+  ],
+)
+def test_tiles_that_do_not_fit(
+  op: str, changes: dict[str, Any], message: str
+) -> None:
+  with pytest.raises(ValueError, match=re.escape(message)):
+    _native(tiles={op: _changed(op, changes)})
+
+
+def test_tiles_hold_a_group() -> None:
+  """A group of 20 heads does not fit into 16 rows."""
+  query: Any = np.zeros((1, 16, 20, 16), np.float32)
+  key: Any = np.zeros((1, 16, 1, 16), np.float32)
+  with pytest.raises(ValueError, match=r"at least 20, for `fwd\.rows`"):
+    nsa_jax.window_attention(
+      query,
+      key,
+      key,
+      config=CONFIG,
+      tiles=SMALL["window"],
+      implementation="triton",
+    )
+
+
 @pytest.mark.parametrize("tiles", [3, {"windows": None}, {"decode": None}])
 def test_tiles_of_unknown_ops(tiles: Any) -> None:
   message = re.escape(

@@ -229,11 +229,25 @@ def _count_primitives(jaxpr, name):
   return count
 
 
+def _important_blocks(x, query, compressed_key, lse, scale, **call):
+  del x
+  call.pop("selected_key")
+  scores = nsa_jax.block_scores(
+    query, compressed_key, lse, scale=scale, implementation="xla", **call
+  )
+  return nsa_jax.block_ids_from_scores(scores, **call)
+
+
+@pytest.mark.parametrize("select", [None, _important_blocks])
 @pytest.mark.parametrize("scan_layers", [False, True])
-def test_save_attention_selects_once(scan_layers):
+def test_save_attention_selects_once(scan_layers, select):
   def selections(remat):
     config = _config(
-      num_layers=1, scan_layers=scan_layers, remat=remat, implementation="xla"
+      num_layers=1,
+      scan_layers=scan_layers,
+      remat=remat,
+      select=select,
+      implementation="xla",
     )
     model = TransformerLM(config)
     jaxpr = jax.make_jaxpr(jax.grad(functools.partial(_loss, model)))(

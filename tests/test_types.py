@@ -35,6 +35,11 @@ def _calls() -> tuple[Any, ...]:
     nsa_jax.full_attention(x, x, x, return_lse=False),
   ):
     assert_type(alone, jax.Array)
+  unknown = bool(x.ndim)
+  assert_type(
+    nsa_jax.full_attention(x, x, x, return_lse=unknown),
+    jax.Array | tuple[jax.Array, jax.Array],
+  )
   return out, both, pair_of, alone
 
 

@@ -26,6 +26,7 @@ from nsa_jax import (
   generate,
   num_compressed_blocks,
 )
+from nsa_jax.typing import AttentionName
 
 from .data import (
   Corpus,
@@ -42,7 +43,9 @@ TrainStep: TypeAlias = Callable[[State, Any], tuple[State, jax.Array]]
 EvalStep: TypeAlias = Callable[[Params, Any], jax.Array]
 
 
-def read_fraction(attention: str, config: NSAConfig, length: int) -> float:
+def read_fraction(
+  attention: AttentionName, config: NSAConfig, length: int
+) -> float:
   """Keys that the last query reads, as a fraction of all keys."""
   if attention == "full":
     return 1.0

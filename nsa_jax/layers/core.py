@@ -18,6 +18,7 @@ from nsa_jax.cache import Cache
 from nsa_jax.config import AttentionConfig, NSAConfig
 from nsa_jax.ops.branches import full_attention, window_attention
 from nsa_jax.ops.nsa import native_sparse_attention
+from nsa_jax.ops.scope import keep
 from nsa_jax.rope import apply_rope
 from nsa_jax.typing import KV, Array, AttentionName, CompressionName
 from pallas_kernels.interface import query_positions
@@ -178,7 +179,7 @@ class Decoding(NamedTuple):
     that `attend` does not mask it.
     """
     new = jnp.arange(x.shape[1]) < self.counts[:, None]
-    return jnp.where(new.reshape(*new.shape, *(1,) * (x.ndim - 2)), x, fill)
+    return keep(x, new, fill)
 
   def mark_lost(self, out: Array) -> Array:
     """`out` with NaN at tokens that could not be appended correctly."""

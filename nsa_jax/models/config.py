@@ -62,14 +62,10 @@ class TransformerConfig(AttentionConfig):
     _checks.choice("remat", self.remat, get_args(RematName))
     _checks.flag("tie_embeddings", self.tie_embeddings)
     _checks.flag("scan_layers", self.scan_layers)
-    # Two spellings of one configuration must be equal and have one hash.
-    for name in ("dtype", "param_dtype"):
-      dtype = _checks.dtype(name, getattr(self, name))
-      object.__setattr__(self, name, dtype)
-    for name in ("attention", "implementation"):
-      value = getattr(self, name)
-      if isinstance(value, Sequence) and not isinstance(value, str):
-        object.__setattr__(self, name, tuple(value))
+    _checks.dtype("dtype", self.dtype)
+    layers = self.attention
+    if isinstance(layers, Sequence) and not isinstance(layers, str):
+      object.__setattr__(self, "attention", tuple(layers))
     kinds = get_args(AttentionName)
     if not isinstance(self.attention, tuple):
       _checks.choice("attention", self.attention, kinds)
@@ -88,7 +84,7 @@ class TransformerConfig(AttentionConfig):
       )
 
   @property
-  def layer_kinds(self) -> tuple[str, ...]:
+  def layer_kinds(self) -> tuple[AttentionName, ...]:
     """Kind of attention per layer."""
     if isinstance(self.attention, str):
       return (self.attention,) * self.num_layers

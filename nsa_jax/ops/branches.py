@@ -179,6 +179,24 @@ def window_attention(
 ) -> Array: ...
 
 
+@overload
+def window_attention(
+  query: ArrayLike,
+  key: ArrayLike,
+  value: ArrayLike,
+  *,
+  config: NSAConfig,
+  scale: float | None = None,
+  key_offset: ArrayLike = 0,
+  query_offset: ArrayLike | None = None,
+  segment_ids: ArrayLike | None = None,
+  query_segment_ids: ArrayLike | None = None,
+  return_lse: bool,
+  tiles: Any = None,
+  implementation: Implementation = None,
+) -> Array | tuple[Array, Array]: ...
+
+
 def window_attention(
   query: ArrayLike,
   key: ArrayLike,
@@ -274,6 +292,21 @@ def full_attention(
   return_lse: Literal[False],
   implementation: Implementation = None,
 ) -> Array: ...
+
+
+@overload
+def full_attention(
+  query: ArrayLike,
+  key: ArrayLike,
+  value: ArrayLike,
+  *,
+  scale: float | None = None,
+  query_offset: ArrayLike | None = None,
+  segment_ids: ArrayLike | None = None,
+  query_segment_ids: ArrayLike | None = None,
+  return_lse: bool,
+  implementation: Implementation = None,
+) -> Array | tuple[Array, Array]: ...
 
 
 def full_attention(
@@ -381,27 +414,31 @@ def check_compressed(
 
 
 def check_block_ids(
-  ids: Any, query: Array, key: Array, config: NSAConfig
+  ids: Any,
+  query: Array,
+  key: Array,
+  config: NSAConfig,
+  name: str = "block_ids",
 ) -> Array:
   """Validates the shape, dtype and values of block ids; int32."""
   given = ids
-  ids = _checks.array("block_ids", ids, 4, "[B, T, K, m]")
+  ids = _checks.array(name, ids, 4, "[B, T, K, m]")
   if not jnp.issubdtype(ids.dtype, jnp.integer):
     raise ValueError(
-      f"`block_ids` of dtype {ids.dtype} must have an integer dtype."
+      f"`{name}` of dtype {ids.dtype} must have an integer dtype."
     )
   _checks.shape(
-    "block_ids",
+    name,
     ids,
     (*query.shape[:2], key.shape[2], None),
     "[B, T, K, m], one list per query and key/value head",
   )
   if not ids.shape[-1]:
     raise ValueError(
-      f"`block_ids` of shape {ids.shape} must have at least one block (m >= 1)."
+      f"`{name}` of shape {ids.shape} must have at least one block (m >= 1)."
     )
   num_blocks = geometry.num_selection_blocks(key.shape[1], config)
-  _checks.block_ids(given, num_blocks)
+  _checks.block_ids(name, given, num_blocks)
   # A block past the keys is never read, but its token positions may overflow
   # int32.
   return jnp.minimum(ids, jnp.int32(num_blocks)).astype(jnp.int32)

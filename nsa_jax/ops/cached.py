@@ -207,6 +207,7 @@ def attend_window(
   query_offset: ArrayLike,
   scale: float | None = None,
   prefill_window: KV | None = None,
+  tiles: Any = None,
   implementation: Implementation = None,
 ) -> Array:
   """Window attention of the newest tokens over a cache of kind "window".
@@ -219,6 +220,7 @@ def attend_window(
     scale: as in `attend`.
     prefill_window: the second result of `prefill`; needed for more than
       `max_append` queries.
+    tiles: as in `window_attention`.
     implementation: as in `window_attention`.
 
   Returns:
@@ -254,7 +256,11 @@ def attend_window(
     query, ring, prefill_window, query_offset, cache.lengths, config.window
   )
   spec = Spec(
-    config, _checks.scale(scale, query), scope.key_length, need_lse=False
+    config,
+    _checks.scale(scale, query),
+    scope.key_length,
+    need_lse=False,
+    tiles=tiles,
   )
   arrays = scope.mask(query, *rows)
   return attend_branch("window", implementation, spec, arrays, scope)[0]
@@ -317,9 +323,9 @@ def _compose(
   query = arrays.query
   scope = _held_scope(query, spec.key_length, queries.offset, lengths)
   window, window_scope = arrays.selected, scope
-  own_rows = arrays.window is not None or prefill_window is not None
-  few_rows = spec.config.window + query.shape[1] <= spec.key_length
-  if own_rows or few_rows:
+  own_keys = arrays.window is not None or prefill_window is not None
+  few_keys = spec.config.window + query.shape[1] <= spec.key_length
+  if own_keys or few_keys:
     window, window_scope = _window_rows(
       query,
       arrays.window,
@@ -349,6 +355,7 @@ def _compose(
 
 
 def _compose_by_xla(spec, arrays, index):
+  """At module level, so that equal calls have equal plans."""
   return _compose(spec, arrays, index, "xla", None, None, {})
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple, overload
 
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import ArrayLike
 
 from nsa_jax import _checks, geometry
@@ -327,7 +328,8 @@ def _call_selector(select, spec, compressed, selected, lse, scope):
     segment_ids=queries.key_segments,
     query_segment_ids=queries.query_segments,
   )
-  return check_block_ids(ids, query, key, spec.config)
+  ids = check_block_ids(ids, query, key, spec.config, name="select(...)")
+  return checkpoint_name(ids, "nsa_block_ids")
 
 
 def check_queries(

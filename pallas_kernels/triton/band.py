@@ -171,7 +171,8 @@ class TileRows(NamedTuple):
 
   query: Any  # int32 [rows], in [0, T)
   index: Any  # int32 [rows], into [B T N]
-  real: Any  # bool [rows], False if the row repeats another; None: none does
+  # bool [rows], False for rows that repeat another; None if no row does.
+  distinct: Any
 
 
 def tile_rows(
@@ -201,13 +202,13 @@ def tile_rows(
     tile = tile * steps + step
   local = jnp.minimum(row, block_q * group - 1)
   query = tile * block_q + common.div(local, group)
-  real = None
+  distinct = None
   # Inner loops compute this, so it is left out if no row repeats another.
   if rows % group or length % (steps * block_q):
-    real = (row < block_q * group) & (query < length)
+    distinct = (row < block_q * group) & (query < length)
     query = jnp.minimum(query, length - 1)
   index = (b * length + query) * heads + h * group + common.rem(local, group)
-  return TileRows(query, index, real)
+  return TileRows(query, index, distinct)
 
 
 def load_rows(
@@ -347,11 +348,11 @@ def per_head(
 def check(
   spec: Spec, qkv: tuple[jax.Array, ...], index: tuple[None, Queries]
 ) -> None:
-  """As in `interface`; `tiles` must be a `BandTiling`."""
+  """As in `interface`; `tiles` must be a `BandTiling` that fits."""
   del index
   support.check_where()
   support.check_heads(*qkv)
-  support.check_tiles(spec, BandTiling)
+  support.check_tiles(spec, BandTiling, support.group_of(*qkv[:2]))
 
 
 def choose_tiles(
@@ -361,7 +362,7 @@ def choose_tiles(
   query, key, value = qkv
   return spec.tiles or band_tiling(
     windowed=band.window is not None,
-    group=query.shape[2] // key.shape[2],
+    group=support.group_of(query, key),
     head_dim=query.shape[-1],
     value_dim=value.shape[-1],
     dtype=query.dtype,

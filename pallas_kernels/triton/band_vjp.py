@@ -347,7 +347,9 @@ def _dkv_kernel(
       lse, delta = lse_ref[rows.index], delta_ref[rows.index]
 
       def summed(x):  # zeroes rows that repeat another
-        return x if rows.real is None else jnp.where(rows.real[None, :], x, 0)
+        if rows.distinct is None:
+          return x
+        return jnp.where(rows.distinct[None, :], x, 0)
 
       # Transposed, [keys, tile rows], so that dk and dv need no transpose.
       s = common.dot_pieces(k, q)

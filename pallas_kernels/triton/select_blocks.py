@@ -270,13 +270,13 @@ def check(
   arrays: tuple[jax.Array, jax.Array, jax.Array],
   index: tuple[None, Queries],
 ) -> None:
-  """As in `interface`; `tiles` must be a `SelectionTiling`."""
+  """As in `interface`; `tiles` must be a `SelectionTiling` that fits."""
   query, compressed_key, _ = arrays
   del index
   support.check_where()
   support.check_heads(query, compressed_key, compressed_key)
   support.check_selection_block(spec.config.selection_block)
-  support.check_tiles(spec, SelectionTiling)
+  support.check_tiles(spec, SelectionTiling, spec.ratio)
 
 
 def forward(

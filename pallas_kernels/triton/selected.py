@@ -19,12 +19,13 @@ from pallas_kernels.triton.tiling import SelectedTiling, selected_tiling
 def check(
   spec: Spec, qkv: tuple[jax.Array, ...], index: tuple[jax.Array, Queries]
 ) -> None:
-  """As in `interface`; `tiles` must be a `SelectedTiling`."""
+  """As in `interface`; `tiles` must be a `SelectedTiling` that fits."""
   del index
   support.check_where()
   support.check_heads(*qkv)
-  support.check_selection_block(spec.config.selection_block)
-  support.check_tiles(spec, SelectedTiling)
+  block = spec.config.selection_block
+  support.check_selection_block(block)
+  support.check_tiles(spec, SelectedTiling, support.group_of(*qkv[:2]), block)
 
 
 def forward(
@@ -56,7 +57,7 @@ def _with_tiles(spec, qkv, index):
     return spec
   query, key, value = qkv
   tiles = selected_tiling(
-    group=query.shape[2] // key.shape[2],
+    group=support.group_of(query, key),
     head_dim=query.shape[-1],
     value_dim=value.shape[-1],
     dtype=query.dtype,

@@ -1,5 +1,7 @@
 """Checks that the kernels support a call; raises NotImplementedError if not."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -44,14 +46,28 @@ def check_where() -> None:
       )
 
 
-def check_tiles(spec: Spec, kind: type) -> None:
-  """Checks that the requested tiles, if any, are a `kind`.
+def check_tiles(spec: Spec, kind: Any, *fits: int) -> None:
+  """Checks that the requested tiles, if any, are a `kind` and fit the call.
+
+  Args:
+    spec: static arguments of the call.
+    kind: class of the tiles.
+    *fits: arguments of its `check_fit`.
 
   Raises:
-    ValueError: naming the value and the class.
+    ValueError: naming the value and the rule.
   """
-  if spec.tiles is not None and not isinstance(spec.tiles, kind):
-    raise ValueError(f"`tiles`={spec.tiles!r} must be a {kind.__name__}.")
+  tiles = spec.tiles
+  if tiles is None:
+    return
+  if not isinstance(tiles, kind):
+    raise ValueError(f"`tiles`={tiles!r} must be a {kind.__name__}.")
+  tiles.check_fit(*fits)
+
+
+def group_of(query: jax.Array, key: jax.Array) -> int:
+  """G, query heads per key/value head."""
+  return query.shape[2] // key.shape[2]
 
 
 def check_heads(query: jax.Array, key: jax.Array, value: jax.Array) -> None:
@@ -76,7 +92,7 @@ def check_heads(query: jax.Array, key: jax.Array, value: jax.Array) -> None:
         f"`{name}` has head dimension {size}: the kernels take multiples of 16 "
         f"up to {_MAX_HEAD_DIM}"
       )
-  group = query.shape[2] // key.shape[2]
+  group = group_of(query, key)
   if group > _MAX_GROUP:
     raise NotImplementedError(
       f"`query` has {group} heads per key/value head: the kernels take at most "

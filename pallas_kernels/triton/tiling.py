@@ -12,6 +12,20 @@ from jax.experimental import pallas as pl
 from pallas_kernels.triton import common
 
 
+def _check_powers(tiles: object, least: int, **numbers: int) -> None:
+  """Checks that numbers of `tiles` are powers of two, at least `least`.
+
+  Raises:
+    ValueError: naming the tiles, the number and the rule.
+  """
+  for name, value in numbers.items():
+    if value < least or value & (value - 1):
+      raise ValueError(
+        f"`tiles`={tiles} must have a power of two, at least {least}, for "
+        f"`{name.replace('__', '.')}`; it has {value}."
+      )
+
+
 @dataclasses.dataclass(frozen=True)
 class Tile:
   """Tile sizes and compiler options of one kernel.
@@ -54,6 +68,37 @@ class SelectedTiling:
   rows: int = 64
   piece: int = 1024
   scratch: int = 2**31
+
+  def check_fit(self, group: int, block: int) -> None:
+    """Checks that the tiles fit a call.
+
+    Args:
+      group: G, heads per key/value head.
+      block: l'.
+
+    Raises:
+      ValueError: naming the tiles and the rule.
+    """
+    kernels = {"fwd": self.fwd, "dkv": self.dkv}
+    if self.by_block:
+      _check_powers(self, max(16, group), rows=self.rows)
+    else:
+      kernels["dq"] = self.dq
+    for name, tile in kernels.items():
+      sizes = {f"{name}__block_k": tile.block_k}
+      _check_powers(self, 16, **sizes)
+      _check_powers(self, 1, **{f"{name}__num_warps": tile.num_warps})
+      if block % tile.block_k:
+        raise ValueError(
+          f"`tiles`={self} must have a `{name}.block_k` that divides "
+          f"`selection_block`={block}."
+        )
+      if tile.queries not in (1, 2):
+        raise ValueError(
+          f"`tiles`={self} must have 1 or 2 for `{name}.queries`."
+        )
+    if self.piece < 1:
+      raise ValueError(f"`tiles`={self} must have a `piece` of at least 1.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,6 +151,21 @@ class BandTiling:
         f"`dq`={dq} must have a `block_k` that divides that of `dkv`={dkv} and "
         "a multiple of its `rows`."
       )
+
+  def check_fit(self, group: int) -> None:
+    """Checks that the tiles fit a call.
+
+    Args:
+      group: G, heads per key/value head.
+
+    Raises:
+      ValueError: naming the tiles and the rule.
+    """
+    for name in ("fwd", "dq", "dkv"):
+      tile = getattr(self, name)
+      _check_powers(self, 16, **{f"{name}__block_k": tile.block_k})
+      _check_powers(self, 1, **{f"{name}__num_warps": tile.num_warps})
+      _check_powers(self, max(16, group), **{f"{name}__rows": tile.rows})
 
   @property
   def steps(self) -> int:
@@ -264,6 +324,36 @@ class SelectionTiling:
   top_n_warps: int
   scratch: int = 5 * 2**27
 
+  def check_fit(self, ratio: int) -> None:
+    """Checks that the tiles fit a call.
+
+    Args:
+      ratio: l' / d, compressed blocks that begin in one selection block.
+
+    Raises:
+      ValueError: naming the tiles and the rule.
+    """
+    _check_powers(
+      self, 16, block_q=self.block_q, scores__block_k=self.scores.block_k
+    )
+    _check_powers(
+      self,
+      1,
+      rows=self.rows,
+      block_m=self.block_m,
+      scores__num_warps=self.scores.num_warps,
+      top_n_warps=self.top_n_warps,
+    )
+    if self.block_q % self.rows:
+      raise ValueError(
+        f"`tiles`={self} must have `rows` that divide `block_q`."
+      )
+    if self.scores.block_k % ratio:
+      raise ValueError(
+        f"`tiles`={self} must have a `scores.block_k` that is a multiple of "
+        f"`selection_block` / `compression_stride` = {ratio}."
+      )
+
 
 def selection_tiling(
   *, length: int, dtype: jnp.dtype, ratio: int
@@ -335,6 +425,39 @@ class DecodeTiling:
           raise ValueError(
             f"`{name}` of {self} must be a power of two, at least {least}."
           )
+
+  def check_fit(self, group: int, block: int, ratio: int) -> None:
+    """Checks that the tiles fit each other and a call.
+
+    Args:
+      group: G, heads per key/value head.
+      block: l'.
+      ratio: l' / d, compressed blocks that begin in one selection block.
+
+    Raises:
+      ValueError: naming the tiles and the rule.
+    """
+    if self.rows < group:
+      raise ValueError(
+        f"`tiles`={self} must have at least as many `rows` as a group has "
+        f"heads, {group}."
+      )
+    if block % self.blocks.block_k:
+      raise ValueError(
+        f"`tiles`={self} must have a `block_k` of `blocks` that divides "
+        f"`selection_block`={block}."
+      )
+    if self.compressed.block_k % ratio:
+      raise ValueError(
+        f"`tiles`={self} must have a `block_k` of `compressed` that is a "
+        f"multiple of `selection_block` / `compression_stride` = {ratio}."
+      )
+    columns = self.compressed.block_k // ratio
+    if self.block_m % columns:
+      raise ValueError(
+        f"`tiles`={self} must have a `block_m` that is a multiple of the "
+        f"{columns} selection blocks in a tile of compressed keys."
+      )
 
 
 _MULTIPROCESSORS = 132

@@ -35,11 +35,7 @@ from pallas_kernels.triton.tiling import DecodeTiling, decode_tiling
 def check(
   spec: Spec, arrays: DecodeArrays, index: tuple[jax.Array, Queries]
 ) -> None:
-  """As in `interface`; `tiles` must be a `DecodeTiling`.
-
-  Raises:
-    ValueError: if the tiles do not fit each other or the shapes.
-  """
+  """As in `interface`; `tiles` must be a `DecodeTiling` that fits."""
   del index
   support.check_where()
   support.check_heads(arrays.query, *arrays.selected)
@@ -50,9 +46,8 @@ def check(
     raise NotImplementedError(
       "`select` is given, and the decode kernels select the blocks themselves"
     )
-  support.check_tiles(spec, DecodeTiling)
-  if spec.tiles is not None:
-    _check_fit(spec, arrays)
+  group = support.group_of(arrays.query, arrays.selected.key)
+  support.check_tiles(spec, DecodeTiling, group, block, spec.ratio)
 
 
 def forward(
@@ -125,30 +120,3 @@ def _with_tiles(spec, arrays):
     num_window=num_window,
   )
   return spec._replace(tiles=tiles)
-
-
-def _check_fit(spec, arrays):
-  """Checks that the requested tiles fit each other and the shapes."""
-  tiles, block, ratio = spec.tiles, spec.config.selection_block, spec.ratio
-  group = arrays.query.shape[2] // arrays.selected.key.shape[2]
-  if tiles.rows < group:
-    raise ValueError(
-      f"`tiles`={tiles} must have at least as many `rows` as a group has "
-      f"heads, {group}."
-    )
-  if block % tiles.blocks.block_k:
-    raise ValueError(
-      f"`tiles`={tiles} must have a `block_k` of `blocks` that divides "
-      f"`selection_block`={block}."
-    )
-  if tiles.compressed.block_k % ratio:
-    raise ValueError(
-      f"`tiles`={tiles} must have a `block_k` of `compressed` that is a "
-      f"multiple of `selection_block` / `compression_stride` = {ratio}."
-    )
-  columns = columns_of(spec)
-  if tiles.block_m % columns:
-    raise ValueError(
-      f"`tiles`={tiles} must have a `block_m` that is a multiple of the "
-      f"{columns} selection blocks in a tile of compressed keys."
-    )
