@@ -310,9 +310,11 @@ def forward(
   width = steps_m * tiling.block_m + _SPARE
   num_scores = 2 if spec.reach > 1 else 1
   per_query = batch * kv_heads * width * 4 * num_scores
-  rows = max(tiling.scratch // per_query, block_q)
-  rows = min(1 << (rows.bit_length() - 1), pl.cdiv(length, block_q) * block_q)
-  chunks = pl.cdiv(length, rows)
+  per_chunk = max(tiling.scratch // per_query, block_q)
+  per_chunk = min(
+    1 << (per_chunk.bit_length() - 1), pl.cdiv(length, block_q) * block_q
+  )
+  chunks = pl.cdiv(length, per_chunk)
 
   one = pl.BlockSpec((1,), lambda *_: (0,))
   all_queries = pl.BlockSpec((None, length), lambda i, j, h, b: (b, 0))
@@ -321,7 +323,7 @@ def forward(
       _scores_kernel,
       num_scores=num_scores,
       num_keys=num_keys,
-      masked=chunks * rows != length,
+      masked=chunks * per_chunk != length,
       spec=spec,
     ),
     **common.options(
@@ -331,7 +333,7 @@ def forward(
       spec.interpret,
     ),
     # Neighbouring programs share their queries.
-    grid=(steps_k, rows // block_q, kv_heads, batch),
+    grid=(steps_k, per_chunk // block_q, kv_heads, batch),
     in_specs=[
       one,
       pl.BlockSpec((1,), lambda i, j, h, b: (b,)),
@@ -358,7 +360,7 @@ def forward(
     ]
     * num_scores,
     out_shape=[
-      jax.ShapeDtypeStruct((batch, kv_heads, rows, width), jnp.float32)
+      jax.ShapeDtypeStruct((batch, kv_heads, per_chunk, width), jnp.float32)
     ]
     * num_scores,
   )
@@ -368,7 +370,7 @@ def forward(
       _top_n_kernel, num_scores=num_scores, length=length, spec=spec
     ),
     **common.options("nsa_top_n", tiling.top_n_warps, 1, spec.interpret),
-    grid=(rows // tiling.rows, kv_heads, batch),
+    grid=(per_chunk // tiling.rows, kv_heads, batch),
     in_specs=[
       one,
       pl.BlockSpec((1,), lambda i, h, b: (b,)),
@@ -384,7 +386,7 @@ def forward(
       (None, tiling.rows, None, padded_n), lambda i, h, b: (b, i, h, 0)
     ),
     out_shape=jax.ShapeDtypeStruct(
-      (batch, rows, kv_heads, config.num_selected), jnp.int32
+      (batch, per_chunk, kv_heads, config.num_selected), jnp.int32
     ),
   )
 
@@ -395,7 +397,7 @@ def forward(
 
   if chunks == 1:
     return chunk(jnp.int32(0))[:, :length]
-  ids = lax.map(chunk, jnp.arange(chunks, dtype=jnp.int32) * rows)
+  ids = lax.map(chunk, jnp.arange(chunks, dtype=jnp.int32) * per_chunk)
   ids = jnp.moveaxis(ids, 0, 1).reshape(batch, -1, *ids.shape[3:])
   return ids[:, :length]
 
