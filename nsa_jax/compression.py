@@ -11,6 +11,7 @@ from jax.typing import ArrayLike
 from nsa_jax import _checks
 from nsa_jax.config import NSAConfig, check_config
 from nsa_jax.geometry import token_windows
+from nsa_jax.precision import einsum
 from nsa_jax.typing import Array
 
 
@@ -25,18 +26,6 @@ def _checked_windows(x, config, segment_ids):
     _checks.segments(given, config.selection_block)
     x = jnp.where((segment_ids > 0)[:, :, None, None], x, 0)
   return token_windows(x, config)
-
-
-def _product(equation: str, x: Array, weight: Array) -> Array:
-  """An einsum accumulated in float32 (float64 for float64), without TF32."""
-  precision = jax.lax.Precision.HIGHEST if x.dtype.itemsize >= 4 else None
-  return jnp.einsum(
-    equation,
-    x,
-    weight.astype(x.dtype),
-    precision=precision,
-    preferred_element_type=jnp.promote_types(jnp.float32, x.dtype),
-  )
 
 
 def compress_mean(
@@ -99,7 +88,7 @@ def compress_weighted(
   blocks = _checked_windows(x, config, segment_ids)
   heads, block = blocks.shape[3], config.compression_block
   weight = _checks.parameter("weight", weight, (heads, block), "[K, l]")
-  out = _product("bclkh,kl->bckh", blocks, weight)
+  out = einsum("bclkh,kl->bckh", blocks, weight)
   return out.astype(blocks.dtype)
 
 
@@ -188,7 +177,7 @@ def compress_mlp(
   if blocks.dtype != jnp.float16:  # In float16 it might overflow.
     hidden = hidden.astype(blocks.dtype)
   # XLA's CPU runtime has no bfloat16 product with output "bcko".
-  out = jnp.moveaxis(_product("bckf,kfo->kbco", hidden, w2), 0, 2)
+  out = jnp.moveaxis(einsum("bckf,kfo->kbco", hidden, w2), 0, 2)
   return (out + b2.astype(out.dtype)).astype(blocks.dtype)
 
 
@@ -205,5 +194,5 @@ def _first_layer(blocks, position, weight, config, name, letter):
   weight = weight.reshape(heads, block, head_dim, -1)
   # The position embedding is the same in every block, so its product with the
   # weight is a bias. Adding it to the blocks would copy them.
-  bias = _product("klh,klhf->kf", position.astype(blocks.dtype), weight)
-  return _product("bclkh,klhf->bckf", blocks, weight) + bias
+  bias = einsum("klh,klhf->kf", position.astype(blocks.dtype), weight)
+  return einsum("bclkh,klhf->bckf", blocks, weight) + bias

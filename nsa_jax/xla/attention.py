@@ -10,6 +10,7 @@ from einops import rearrange
 
 from nsa_jax import geometry
 from nsa_jax.config import NSAConfig
+from nsa_jax.precision import einsum
 from nsa_jax.typing import Array, Queries
 from nsa_jax.xla.chunks import chunk_queries, map_chunks
 from pallas_kernels.interface import (
@@ -359,17 +360,8 @@ def _pad_to(x, block):
   return jnp.pad(x, pad)
 
 
-def _einsum(equation, x, y):
-  """An einsum accumulated in float32 (float64 for float64), without TF32."""
-  precision = jax.lax.Precision.HIGHEST if x.dtype.itemsize >= 4 else None
-  acc = jnp.promote_types(jnp.float32, x.dtype)
-  return jnp.einsum(
-    equation, x, y, precision=precision, preferred_element_type=acc
-  )
-
-
 def _scores(equation, query, key, scale):
-  return _einsum(equation, query, key) * scale
+  return einsum(equation, query, key) * scale
 
 
 def _attend(scores, mask, value, equation):
@@ -387,5 +379,5 @@ def _attend(scores, mask, value, equation):
   weights = jnp.exp(scores - high)
   total = jnp.where(some, weights.sum(axis=-1, keepdims=True), 1)
   lse = jnp.where(some, high + jnp.log(total), -jnp.inf)[..., 0]
-  out = _einsum(equation, weights.astype(value.dtype), value) / total
+  out = einsum(equation, weights.astype(value.dtype), value) / total
   return out.astype(value.dtype), lse
