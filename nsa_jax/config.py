@@ -152,10 +152,11 @@ class AttentionConfig:
     for name in ("share_kv", "normalize_qk"):
       _checks.flag(name, getattr(self, name))
     # Two spellings of one configuration must be equal and have one hash.
-    for name in ("dtype", "param_dtype"):
-      if name != "dtype" or self.dtype is not None:
-        dtype = _checks.dtype(name, getattr(self, name))
-        object.__setattr__(self, name, dtype)
+    dtypes = {"param_dtype": self.param_dtype}
+    if self.dtype is not None:
+      dtypes["dtype"] = self.dtype
+    for name, dtype in dtypes.items():
+      object.__setattr__(self, name, _checks.dtype(name, dtype))
     names = self.implementation
     if isinstance(names, Sequence) and not isinstance(names, str):
       object.__setattr__(self, "implementation", tuple(names))

@@ -247,7 +247,7 @@ def _attend_fwd(plan, arrays, index):
 def _attend_bwd(plan, residuals, cotangents):
   arrays, index, result = residuals
   spec = plan.spec
-  if plan.op not in ATTENTION_OPS:  # Raises: the op has no derivatives.
+  if plan.op not in ATTENTION_OPS:  # Raises, as the interface says.
     plan.cuda.backward(spec, arrays, index, result, None, cotangents, None)
   out, lse = result
   dout, dlse = cotangents

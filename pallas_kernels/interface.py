@@ -7,8 +7,9 @@ folder with one module per op. That has three functions:
                                     cannot do the call, with the reason
     forward(spec, arrays, index)    returns the result of the op
     backward(spec, arrays, index, out, lse, dout, dlse)
-                                    returns the gradients of `arrays`; None in
-                                    its place: jax differentiates `forward`
+                                    returns the gradients of `arrays`
+
+With `backward = None` jax differentiates `forward`.
 
 For the branches "compressed", "selected", "window" and "full", `arrays` is
 (query, key, value) and the result is out [B, T, N, V] in the dtype of `query`
@@ -16,8 +17,8 @@ and the natural-log lse [B, T, N], float32 at least; a query that reads nothing
 gets 0 and -inf. For "block_scores" and "select_blocks", `arrays` is (query,
 compressed_key, lse) and the result is the scores [B, T, K, M], float32 at
 least, or the block ids, int32 [B, T, K, n]. For "decode", `arrays` is
-`DecodeArrays` and the result is out and block ids. These last two have no
-derivatives: their `backward` raises NotImplementedError.
+`DecodeArrays` and the result is out and block ids. A `backward` of these three
+raises NotImplementedError.
 
 `index` is a pair: the block ids of "selected", the lengths of "decode", or
 None; and `Queries`. `nsa_jax` validates and completes the arguments.

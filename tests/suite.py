@@ -66,14 +66,6 @@ class Calls:
   def branches(self) -> tuple[str, ...]:
     return tuple(op for op in self.ops if op != "block_scores")
 
-  def pairs(self, dims: Dims, dtype: str) -> bool:
-    """Whether two queries share a program that reads common blocks first.
-
-    Then the order of a query's sum, and with it the rounding, depends on what
-    the next query selects.
-    """
-    return self is KERNELS and 8 < dims.group <= 16 and dtype != "float32"
-
   def dims(self, queries: int = 29, keys: int = 29, **sizes: Any) -> Dims:
     """Sizes of a case laid out by hand; lengths are in units."""
     return Dims(
@@ -787,12 +779,25 @@ def _segments(dims: Dims) -> dict[str, Any]:
   return {"segment_ids": np.ones((dims.batch, dims.keys), np.int32)}
 
 
-@for_property_cases
-def test_causality_is_bitwise(subject: Subject, case: dict[str, Any]) -> None:
-  """Property 3, through phi: values and gradients know no future.
+# A known fault: two queries in one program of the selected branch (groups of 9
+# to 16, half precision). What the second selects changes the first's rounding.
+NOT_CAUSAL_TO_THE_BIT = {
+  "config": KERNELS.configs[1],
+  "groups": (1, 16),
+  "widths": (16, 32),
+  "dtype": "bfloat16",
+  "keys": 70,
+}
 
-  One exception, see `Calls.pairs`: rounding.
-  """
+
+@for_property_cases
+def test_causality_is_bitwise(
+  subject: Subject, case: dict[str, Any], request: pytest.FixtureRequest
+) -> None:
+  """Property 3, through phi: values and gradients know no future."""
+  if subject.calls is KERNELS and case == NOT_CAUSAL_TO_THE_BIT:
+    reason = "pairs of queries read common blocks first: the order of a sum"
+    request.applymarker(pytest.mark.xfail(reason=reason, strict=True))
   dims, dtype = _property_dims(case), case["dtype"]
   run = helpers.pipeline_vjp(subject.implementation, dims.config)
   tokens = helpers.make_tokens(dims, dtype)
@@ -810,12 +815,7 @@ def test_causality_is_bitwise(subject: Subject, case: dict[str, Any]) -> None:
       for t in (tokens, jax.tree.map(change, tokens, other))
     ]
     past = [jax.tree.map(lambda x, cut=cut: x[:, :cut], r) for r in results]
-    what = f"t <= {last}: "
-    if subject.calls.pairs(dims, dtype):
-      growth = dims.gradient_growth(dtype)
-      helpers.assert_close(past[0], past[1], dtype, gradient=growth, what=what)
-    else:
-      helpers.assert_same_bits(past[0], past[1], what=what)
+    helpers.assert_same_bits(past[0], past[1], what=f"t <= {last}: ")
     for grad in jax.tree.leaves([r[2] for r in results]):
       assert not np.asarray(grad)[:, cut:].any()
 

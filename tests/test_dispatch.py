@@ -265,3 +265,84 @@ def test_a_backend_by_name_says_why_it_cannot(toy: _Toy) -> None:
       key_length=8,
       implementation=both,
     )
+
+
+class _Served:
+  """An op of a backend that can do every call."""
+
+  def __init__(self, forward: Any, backward: Any = None) -> None:
+    self.forward, self.backward = forward, backward
+
+  def check(self, spec: Any, arrays: Any, index: Any) -> None:
+    pass
+
+
+def _refuse(*arguments: Any) -> Any:
+  assert len(arguments) == 7  # spec, arrays, index, out, lse, dout, dlse
+  raise NotImplementedError("no derivatives here")
+
+
+def test_a_backend_serves_the_selection(
+  monkeypatch: pytest.MonkeyPatch,
+) -> None:
+  """Scores and ids; `backward` gets the arguments that the interface names."""
+  xla = dispatch.PORTABLE["xla"]
+  backend = SimpleNamespace(
+    block_scores=_Served(xla.block_scores, _refuse),
+    select_blocks=_Served(xla.select_blocks, _refuse),
+  )
+  monkeypatch.setitem(dispatch.BACKENDS, "toy", backend)
+  dims = Dims(CONFIG, 1, 40, 40, 1, 2, 16, 16)
+  inputs = helpers.make_inputs(dims, "float32")
+  query, key = inputs["query"], inputs["compressed"].key
+  lse: Any = np.zeros(query.shape[:3], np.float32)
+
+  def run(op: Any, query: Any, name: Any) -> Any:
+    return op(
+      query, key, lse, config=CONFIG, key_length=40, implementation=name
+    )
+
+  for op in (nsa_jax.block_scores, nsa_jax.select_blocks):
+    np.testing.assert_array_equal(run(op, query, "toy"), run(op, query, "xla"))
+  gradient = jax.grad(lambda q: run(nsa_jax.block_scores, q, "toy").sum())
+  with pytest.raises(NotImplementedError, match="no derivatives here"):
+    gradient(query)
+
+
+def test_decoding_without_a_backward_is_differentiated_by_jax(
+  monkeypatch: pytest.MonkeyPatch,
+) -> None:
+  def forward(spec: Any, arrays: Any, index: Any) -> Any:
+    batch, length = arrays.query.shape[:2]
+    ids = jnp.zeros((batch, length, 1, CONFIG.num_selected), jnp.int32)
+    return 2 * arrays.query, ids
+
+  backend = SimpleNamespace(decode=_Served(forward))
+  monkeypatch.setitem(dispatch.BACKENDS, "toy", backend)
+  held = nsa_jax.cache.init(
+    1, 32, config=CONFIG, num_kv_heads=1, head_dim=16
+  )._replace(lengths=jnp.array([9]))
+  name: Any = "toy"
+
+  def total(query: Any) -> Any:
+    gates = jnp.ones((1, 1, 2, 3))
+    return nsa_jax.cache.attend(
+      query, held, gates, config=CONFIG, query_offset=8, implementation=name
+    ).sum()
+
+  grad = jax.grad(total)(jnp.ones((1, 1, 2, 16)))
+  np.testing.assert_array_equal(grad, np.full(grad.shape, 2))
+
+
+def test_a_backend_that_returns_another_shape_is_named(
+  monkeypatch: pytest.MonkeyPatch,
+) -> None:
+  def forward(spec: Any, qkv: Any, index: Any) -> Any:
+    return qkv[0], jnp.zeros(3)
+
+  backend = SimpleNamespace(window=_Served(forward, _refuse))
+  monkeypatch.setitem(dispatch.BACKENDS, "toy", backend)
+  x: Any = np.ones((1, 8, 1, 16), np.float32)
+  name: Any = "toy"
+  with pytest.raises(TypeError, match=r"forward.* returned .*\(3,\).*, not "):
+    nsa_jax.window_attention(x, x, x, config=CONFIG, implementation=name)

@@ -472,6 +472,16 @@ def test_attribute_messages(fields, message):
       )
 
 
+def test_two_spellings_of_a_configuration_are_equal():
+  make = functools.partial(
+    AttentionConfig, num_heads=4, num_kv_heads=2, head_dim=8
+  )
+  one = make(dtype="bfloat16", implementation=["triton", "xla"])
+  other = make(dtype=jnp.bfloat16, implementation=("triton", "xla"))
+  assert one == other
+  assert hash(one) == hash(other)
+
+
 def test_the_configuration_names_its_own_fields():
   with pytest.raises(ValueError, match="`nsa`=3 must be an NSAConfig"):
     AttentionConfig(

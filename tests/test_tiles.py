@@ -97,19 +97,19 @@ def _changed(op: str, changes: dict[str, Any]) -> Any:
 @pytest.mark.parametrize(
   "op, changes, message",
   [
-    ("window", {"fwd.block_k": 24}, "power of two, at least 16, for `fwd.bl"),
-    ("window", {"fwd.rows": 8}, "power of two, at least 16, for `fwd.rows`"),
-    ("compressed", {"dq.num_warps": 3}, "at least 1, for `dq.num_warps`"),
-    ("selected", {"rows": 24}, "at least 16, for `rows`; it has 24"),
+    ("window", {"fwd.block_k": 24}, "`fwd.block_k` of"),
+    ("window", {"fwd.rows": 8}, "`fwd.rows` of"),
+    ("compressed", {"dq.num_warps": 3}, "`dq.num_warps` of"),
+    ("selected", {"rows": 24}, "`rows` of"),
     ("selected", {"fwd.block_k": 32}, "a `fwd.block_k` that divides `sele"),
-    ("selected", {"dkv.block_k": 8}, "at least 16, for `dkv.block_k`"),
-    ("selected", {"by_block": False, "dq.block_k": 8}, "for `dq.block_k`"),
+    ("selected", {"dkv.block_k": 8}, "`dkv.block_k` of"),
+    ("selected", {"by_block": False, "dq.block_k": 8}, "`dq.block_k` of"),
     ("selected", {"by_block": False, "fwd.queries": 3}, "1 or 2 for `fwd.q"),
     ("selected", {"piece": 0}, "must have a `piece` of at least 1"),
-    ("select_blocks", {"block_q": 8}, "at least 16, for `block_q`"),
+    ("select_blocks", {"block_q": 8}, "`block_q` of"),
     ("select_blocks", {"rows": 32}, "must have `rows` that divide `block_q`"),
-    ("select_blocks", {"block_m": 3}, "at least 1, for `block_m`"),
-    ("select_blocks", {"scores.block_k": 48}, "for `scores.block_k`"),
+    ("select_blocks", {"block_m": 3}, "`block_m` of"),
+    ("select_blocks", {"scores.block_k": 48}, "`scores.block_k` of"),
   ],
 )
 def test_tiles_that_do_not_fit(
@@ -123,7 +123,7 @@ def test_tiles_hold_a_group() -> None:
   """A group of 20 heads does not fit into 16 rows."""
   query: Any = np.zeros((1, 16, 20, 16), np.float32)
   key: Any = np.zeros((1, 16, 1, 16), np.float32)
-  with pytest.raises(ValueError, match=r"at least 20, for `fwd\.rows`"):
+  with pytest.raises(ValueError, match=r"`fwd\.rows` of .*, at least 20"):
     nsa_jax.window_attention(
       query,
       key,
@@ -132,6 +132,27 @@ def test_tiles_hold_a_group() -> None:
       tiles=SMALL["window"],
       implementation="triton",
     )
+
+
+def test_a_window_cache_takes_tiles() -> None:
+  config = CONFIG
+  held = cache.init(
+    1, 48, config=config, num_kv_heads=1, head_dim=16, kind="window"
+  )
+  tokens = KV(*np.ones((2, 1, 1, 1, 16), np.float32))
+  held = cache.append(held, config=config, window=tokens)
+  query: Any = np.ones((1, 1, 2, 16), np.float32)
+  attend = functools.partial(
+    cache.attend_window,
+    query,
+    held,
+    config=config,
+    query_offset=0,
+    implementation="triton",
+  )
+  helpers.assert_close(attend(tiles=SMALL["window"]), attend(), "float32")
+  with pytest.raises(ValueError, match="`tiles`=3 must be a BandTiling"):
+    attend(tiles=3)
 
 
 @pytest.mark.parametrize("tiles", [3, {"windows": None}, {"decode": None}])

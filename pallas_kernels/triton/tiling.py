@@ -12,17 +12,16 @@ from jax.experimental import pallas as pl
 from pallas_kernels.triton import common
 
 
-def _check_powers(tiles: object, least: int, **numbers: int) -> None:
+def _check_powers(tiles: object, least: int, numbers: dict[str, int]) -> None:
   """Checks that numbers of `tiles` are powers of two, at least `least`.
 
   Raises:
-    ValueError: naming the tiles, the number and the rule.
+    ValueError: naming the number, the tiles and the rule.
   """
   for name, value in numbers.items():
     if value < least or value & (value - 1):
       raise ValueError(
-        f"`tiles`={tiles} must have a power of two, at least {least}, for "
-        f"`{name.replace('__', '.')}`; it has {value}."
+        f"`{name}` of {tiles} must be a power of two, at least {least}."
       )
 
 
@@ -81,13 +80,12 @@ class SelectedTiling:
     """
     kernels = {"fwd": self.fwd, "dkv": self.dkv}
     if self.by_block:
-      _check_powers(self, max(16, group), rows=self.rows)
+      _check_powers(self, max(16, group), {"rows": self.rows})
     else:
       kernels["dq"] = self.dq
     for name, tile in kernels.items():
-      sizes = {f"{name}__block_k": tile.block_k}
-      _check_powers(self, 16, **sizes)
-      _check_powers(self, 1, **{f"{name}__num_warps": tile.num_warps})
+      _check_powers(self, 16, {f"{name}.block_k": tile.block_k})
+      _check_powers(self, 1, {f"{name}.num_warps": tile.num_warps})
       if block % tile.block_k:
         raise ValueError(
           f"`tiles`={self} must have a `{name}.block_k` that divides "
@@ -163,9 +161,9 @@ class BandTiling:
     """
     for name in ("fwd", "dq", "dkv"):
       tile = getattr(self, name)
-      _check_powers(self, 16, **{f"{name}__block_k": tile.block_k})
-      _check_powers(self, 1, **{f"{name}__num_warps": tile.num_warps})
-      _check_powers(self, max(16, group), **{f"{name}__rows": tile.rows})
+      _check_powers(self, 16, {f"{name}.block_k": tile.block_k})
+      _check_powers(self, 1, {f"{name}.num_warps": tile.num_warps})
+      _check_powers(self, max(16, group), {f"{name}.rows": tile.rows})
 
   @property
   def steps(self) -> int:
@@ -333,16 +331,17 @@ class SelectionTiling:
     Raises:
       ValueError: naming the tiles and the rule.
     """
-    _check_powers(
-      self, 16, block_q=self.block_q, scores__block_k=self.scores.block_k
-    )
+    sides = {"block_q": self.block_q, "scores.block_k": self.scores.block_k}
+    _check_powers(self, 16, sides)
     _check_powers(
       self,
       1,
-      rows=self.rows,
-      block_m=self.block_m,
-      scores__num_warps=self.scores.num_warps,
-      top_n_warps=self.top_n_warps,
+      {
+        "rows": self.rows,
+        "block_m": self.block_m,
+        "scores.num_warps": self.scores.num_warps,
+        "top_n_warps": self.top_n_warps,
+      },
     )
     if self.block_q % self.rows:
       raise ValueError(
@@ -411,20 +410,17 @@ class DecodeTiling:
     for name in ("splits", "selected_steps", "window_steps"):
       if getattr(self, name) < 1:
         raise ValueError(f"`{name}` of {self} must be at least 1.")
-    tiles = self.compressed, self.blocks
-    sides = [tile.block_k for tile in tiles]  # Sides of a matrix product.
-    warps = [self.merge_warps, *(tile.num_warps for tile in tiles)]
-    for name, values, least in (
-      ("rows", [self.rows], 16),
-      ("block_k", sides, 16),
-      ("block_m", [self.block_m], 1),
-      ("num_warps", warps, 1),
+    # Sides of a matrix product.
+    _check_powers(self, 16, {"rows": self.rows})
+    for name, tile in (
+      ("compressed", self.compressed),
+      ("blocks", self.blocks),
     ):
-      for value in values:
-        if value < least or value & (value - 1):
-          raise ValueError(
-            f"`{name}` of {self} must be a power of two, at least {least}."
-          )
+      _check_powers(self, 16, {f"{name}.block_k": tile.block_k})
+      _check_powers(self, 1, {f"{name}.num_warps": tile.num_warps})
+    _check_powers(
+      self, 1, {"block_m": self.block_m, "merge_warps": self.merge_warps}
+    )
 
   def check_fit(self, group: int, block: int, ratio: int) -> None:
     """Checks that the tiles fit each other and a call.
