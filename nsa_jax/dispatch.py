@@ -252,7 +252,9 @@ def _attend_bwd(plan, residuals, cotangents):
   out, lse = result
   dout, dlse = cotangents
   # Queries that read nothing have zero gradient, but 0 * NaN would be NaN.
-  dlse = jnp.where(lse == -jnp.inf, 0, dlse)
+  nothing = lse == -jnp.inf
+  dout = jnp.where(nothing[..., None], 0, dout)
+  dlse = jnp.where(nothing, 0, dlse)
   grads = by_platform(
     (plan.cuda.backward, spec),
     (plan.default.backward, spec._replace(interpret=True)),

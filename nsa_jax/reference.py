@@ -71,7 +71,9 @@ def select_blocks(
     block > last - config.num_local
   )
 
-  rank = jnp.where(forced[:, :, None], jnp.inf, scores)
+  # A NaN counts as the lowest score; scores are not negative.
+  rank = jnp.where(scores == scores, scores, -1)
+  rank = jnp.where(forced[:, :, None], jnp.inf, rank)
   rank = jnp.where(candidate[:, :, None], rank, -jnp.inf)
   # A stable sort sends ties to the lower index.
   order = jnp.argsort(-rank, axis=-1, stable=True)[..., : config.num_selected]
@@ -154,15 +156,14 @@ def _attend(spec, qkv, mask):
   scores = _scores(query, key, spec.scale)
   mask = mask[:, :, :, None]
   acc = scores.dtype
-  # Queries with nothing to attend stay finite, forward and backward.
-  some = mask.any(axis=-1, keepdims=True)
+  # Queries that read nothing stay finite, forward and backward. A key with a
+  # score of -inf has weight 0: reading only such keys is reading nothing.
   scores = jnp.where(mask, scores, -jnp.inf)
-  high = jnp.where(
-    some, scores.max(axis=-1, keepdims=True, initial=-jnp.inf), 0
-  )
-  high = jax.lax.stop_gradient(high)
+  high = scores.max(axis=-1, keepdims=True, initial=-jnp.inf)
+  high = jax.lax.stop_gradient(jnp.where(high == -jnp.inf, 0, high))
   weights = jnp.exp(scores - high)
   total = weights.sum(axis=-1, keepdims=True)
+  some = total != 0
   safe_total = jnp.where(some, total, 1)
   lse = jnp.where(some, high + jnp.log(safe_total), -jnp.inf)
   # As in flash attention: unnormalised weights in the dtype of the values.
@@ -172,7 +173,7 @@ def _attend(spec, qkv, mask):
     value.astype(acc),
     precision=jax.lax.Precision.HIGHEST,
   )
-  out = (out / safe_total).astype(query.dtype)
+  out = jnp.where(some, out / safe_total, 0).astype(query.dtype)
   return (
     rearrange(out, "b t k g v -> b t (k g) v"),
     rearrange(lse, "b t k g 1 -> b t (k g)"),

@@ -392,10 +392,11 @@ def make_tokens(dims: Dims, dtype: str, seed: int = 0) -> dict[str, Any]:
 
 
 def poison(tree: Any, where: np.ndarray) -> Any:
-  """NaN, inf and -inf in turn in the rows [B, rows] that are marked."""
+  """NaN, inf and -inf in turn where the first axes are marked."""
 
   def one(x: Any) -> np.ndarray:
     values = np.resize([np.nan, np.inf, -np.inf], x.shape).astype(x.dtype)
-    return np.where(where.reshape(*where.shape, *(x.ndim - 2) * [1]), values, x)
+    marked = where.reshape(*where.shape, *(x.ndim - where.ndim) * [1])
+    return np.where(marked, values, x)
 
   return jax.tree.map(one, tree)

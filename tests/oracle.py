@@ -155,6 +155,8 @@ class Oracle:
       see = rows(b, i, k)
       for h in range(k * group, (k + 1) * group) if see else ():
         score = scale * key[b, see, k] @ query[b, i, h]
+        if score.max() == -np.inf:  # All weights are 0: it reads nothing.
+          continue
         lse[b, i, h] = score.max() + np.log(np.exp(score - score.max()).sum())
         out[b, i, h] = np.exp(score - lse[b, i, h]) @ value[b, see, k]
     return out, lse
@@ -182,6 +184,8 @@ class Oracle:
       see = rows(b, i, k)
       for h in range(k * group, (k + 1) * group) if see else ():
         score = scale * key[b, see, k] @ query[b, i, h]
+        if score.max() == -np.inf:
+          continue
         p = np.exp(score - score.max())
         p /= p.sum()
         u = value[b, see, k] @ dout[b, i, h]

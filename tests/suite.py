@@ -473,8 +473,9 @@ def test_primitives(
     helpers.assert_close(results["scores"], scores, score_dtype, what="scores")
   oracle.assert_ids(results["ids"], scores, helpers.score_atol(dtype))
 
-  # NaN and inf in padding rows of queries and cotangents, in padding keys and
-  # in keys after the last query: not one bit changes.
+  # NaN and inf in padding rows of queries, in cotangents of queries that read
+  # nothing, in padding keys and in keys after the last query: not one bit
+  # changes.
   last = positions[:, -1:]
   index = np.arange(dims.keys)
   hidden = key_padding | (index > last)
@@ -489,11 +490,13 @@ def test_primitives(
     "window": helpers.poison(inputs["window"], hidden),
     "full": helpers.poison(inputs["full"], hidden),
   }
+  nothing = {name: results[name][0][1] == -np.inf for name in calls.branches}
+  assert (nothing["selected"] > padding[..., None]).any()
   with jax.enable_x64(dtype == "float64"):
     again = run(
       poisoned,
-      helpers.poison(douts, padding),
-      helpers.poison(dlses, padding),
+      {name: helpers.poison(x, nothing[name]) for name, x in douts.items()},
+      {name: helpers.poison(x, nothing[name]) for name, x in dlses.items()},
       integers,
       ids_given,
     )
@@ -1000,6 +1003,71 @@ def test_packed_equals_alone_and_poison_stays_out(
     gradient=dims.gradient_growth(dtype),
     what="packed against alone",
   )
+
+
+def _non_finite_cases(subject: Subject) -> list[Any]:
+  groups = ((2, 2), (1, 16)) if subject.calls is KERNELS else ((2, 2),)
+  return [_param(subject, *g, name=f"{g[0]}x{g[1]}") for g in groups]
+
+
+@_for_each("subject, kv_heads, group", _non_finite_cases)
+def test_what_is_not_finite_is_seen(
+  subject: Subject, kv_heads: int, group: int
+) -> None:
+  """A NaN or an infinity shows wherever it is read.
+
+  It shows nowhere else in outputs, if it is in a query, a key or a gate. A
+  product with an unread value, key or cotangent is 0 * NaN: such a NaN may
+  spread, but not further than in the dense products of `reference`.
+  """
+  dims = subject.calls.dims(kv_heads=kv_heads, group=group)
+  inputs = helpers.make_inputs(dims, "float32")
+  oracle = Oracle(dims.config, dims.keys, dims.queries, dims.batch)
+  run = helpers.native_vjp(subject.implementation, dims.config)
+  reference = helpers.native_vjp("reference", dims.config)
+  middle = dims.keys // 2
+  places = {
+    "query": (0, middle, 1, 3),
+    "compressed": (0, 1, kv_heads - 1, 3),
+    "selected": (0, middle, kv_heads - 1, 3),
+    "window": (0, middle, kv_heads - 1, 3),
+    "gates": (0, middle, 1, 1),
+    "dout": (0, middle, 1, 3),
+  }
+  for name, part, value in itertools.product(
+    places, (0, 1), (np.nan, np.inf, -np.inf)
+  ):
+    call = {**inputs, "dout": helpers.make_cotangent(dims, "float32")}
+    pair = isinstance(call[name], nsa_jax.KV)
+    if part and not pair:
+      continue
+    arrays = [x.copy() for x in (call[name] if pair else [call[name]])]
+    arrays[part][places[name]] = value
+    call[name] = helpers.pair(*arrays) if pair else arrays[0]
+    dout = call.pop("dout")
+    out, ids, grads = jax.device_get(run(call, {}, dout))
+    with np.errstate(all="ignore"):
+      expected = oracle.native(call, ids), oracle.native_vjp(call, ids, dout)
+    most = jax.device_get(reference(call, {}, dout))
+    message = f"{value} in {name}, part {part}"
+    np.testing.assert_array_equal(ids, most[1], err_msg=message)
+    read, found, bound = (
+      jax.tree.map(lambda x: ~np.isfinite(x), x)
+      for x in (expected, (out, grads), (most[0], most[2]))
+    )
+    assert read[0].any() or name == "dout"
+    if name == "query" or (name != "dout" and not part):
+      np.testing.assert_array_equal(found[0], read[0], err_msg=message)
+      np.testing.assert_array_equal(bound[0], read[0], err_msg=message)
+    for (path, seen), want, may in zip(
+      jax.tree.leaves_with_path(found),
+      jax.tree.leaves(read),
+      jax.tree.leaves(bound),
+      strict=True,
+    ):
+      where = f"{message}: {jax.tree_util.keystr(path)}"
+      assert not (want & ~seen).any(), f"hidden, {where}"
+      assert not (seen & ~may).any(), f"more than in `reference`, {where}"
 
 
 @every_subject

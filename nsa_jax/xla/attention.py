@@ -368,16 +368,17 @@ def _attend(scores, mask, value, equation):
   """Masked softmax over the last axis, then the product with the values.
 
   Returns out in the dtype of the values and lse in that of the scores. Queries
-  without keys get 0 and -inf, and stay finite forward and backward.
+  that read nothing get 0 and -inf, and no gradient whatever their cotangent.
   """
   scores = jnp.where(mask, scores, -jnp.inf)
   high = jax.lax.stop_gradient(
     scores.max(axis=-1, keepdims=True, initial=-jnp.inf)
   )
-  some = mask.any(axis=-1, keepdims=True)
-  high = jnp.where(some, high, 0)
+  high = jnp.where(high == -jnp.inf, 0, high)
   weights = jnp.exp(scores - high)
-  total = jnp.where(some, weights.sum(axis=-1, keepdims=True), 1)
+  total = weights.sum(axis=-1, keepdims=True)
+  some = total != 0  # Unlike a sum, a maximum on a CPU may ignore a NaN.
+  total = jnp.where(some, total, 1)
   lse = jnp.where(some, high + jnp.log(total), -jnp.inf)[..., 0]
   out = einsum(equation, weights.astype(value.dtype), value) / total
-  return out.astype(value.dtype), lse
+  return jnp.where(some, out, 0).astype(value.dtype), lse

@@ -299,7 +299,7 @@ def _fwd_kernel(
   )
   acc, m_i, l_i = walk(step, carry, bounds, bool(segments))
   # Rows at positions past the last token may have read keys: they are zeroed.
-  some = (l_i > 0) & (t < band.length)
+  some = (l_i != 0) & (t < band.length)
   total = jnp.where(some, l_i, 1)
   lse = jnp.where(some, m_i / common.LOG2E + jnp.log(total), -jnp.inf)
   for (start, width), a in zip(value_pieces, acc, strict=True):

@@ -365,7 +365,7 @@ def _dkv_kernel(
         for d, x in zip(dv, dout, strict=True)
       )
       dp = common.dot_pieces(v, dout)
-      ds = (p * (dp - delta[None, :])).astype(q_ref.dtype)
+      ds = jnp.where(mask, p * (dp - delta[None, :]), 0).astype(q_ref.dtype)
       slot = j - schedule.keys_of(queries, offset, first_row, tile.block_k)[0]
       ds_ref[
         number,

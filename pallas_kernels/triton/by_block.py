@@ -339,7 +339,7 @@ def _fwd_kernel(
       m_i = jnp.maximum(s.max(axis=1), common.MAX_INIT)
       p = jnp.exp2(s - m_i[:, None])
       l_i = p.sum(axis=1)
-      total = jnp.where(l_i > 0, l_i, 1)
+      total = jnp.where(l_i != 0, l_i, 1)
       out = (common.dot(p.astype(x.dtype), x) / total[:, None] for x in v)
       scatter(out_ref, step, tuple(out))
       lse = m_i + jnp.log2(total)
@@ -413,8 +413,9 @@ def _merge_kernel(
     ),
   )
   # A pair without readable tokens has lse = MAX_INIT, so its weight is 0 beside
-  # other pairs; a query with only such pairs reads nothing.
-  some = m_i > common.MAX_INIT
+  # other pairs; a query with only such pairs reads nothing. The maximum may
+  # ignore a NaN, the sum does not.
+  some = (m_i > common.MAX_INIT) | (l_i != l_i)
   total = jnp.where(some, l_i, 1)
   for (start, w), a in zip(columns, acc, strict=True):
     a = jnp.where(some[:, None], a / total[:, None], 0)

@@ -80,7 +80,7 @@ def _bwd_kernel(
         for d, x in zip(dv, dout, strict=True)
       )
       dp = common.dot_pieces(v, dout)
-      ds = (p * (dp - delta[None, :])).astype(q_ref.dtype)
+      ds = jnp.where(mask, p * (dp - delta[None, :]), 0).astype(q_ref.dtype)
       dk = tuple(d + common.dot(ds, x) for d, x in zip(dk, q, strict=True))
       scatter(dq_ref, step, tuple(common.dot(ds.T, x) * spec.scale for x in k))
       return dk, dv

@@ -364,7 +364,7 @@ def _fwd_kernel(
     block_k=spec.tiles.fwd.block_k,
   )
   for i, (acc, m_i, l_i) in enumerate(states):
-    some = l_i > 0
+    some = l_i != 0
     total = jnp.where(some, l_i, 1)
     lse = jnp.where(some, m_i / common.LOG2E + jnp.log(total), -jnp.inf)
     for (column, width), a in zip(value_pieces, acc, strict=True):

@@ -227,14 +227,15 @@ def _dkv_kernel(
       if segments:
         mask &= key_segment == segments[1][b, t]
         lse = jnp.where(lse == -jnp.inf, 0, lse)
-      s = jnp.where(mask[:, None], s, common.MASK)
+      mask = mask[:, None]
+      s = jnp.where(mask, s, common.MASK)
       p = jnp.exp2(s - (lse * common.LOG2E)[None, :])
       dv = tuple(
         d + common.dot(p.astype(x.dtype), x)
         for d, x in zip(dv, dout, strict=True)
       )
       dp = common.dot_pieces(v, dout)
-      ds = (p * (dp - delta[None, :])).astype(q_ref.dtype)
+      ds = jnp.where(mask, p * (dp - delta[None, :]), 0).astype(q_ref.dtype)
       dk = tuple(d + common.dot(ds, x) for d, x in zip(dk, q, strict=True))
       return dk, dv
 

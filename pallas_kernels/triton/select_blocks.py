@@ -188,8 +188,8 @@ def _top_n_kernel(
       # Nothing carries over into the first block: that entry is not written.
       always = config.num_initial > 0  # The first block is forced, not free.
       x += scores[1] if always else jnp.where(j > first[:, None], scores[1], 0)
-    x = lax.bitcast_convert_type(x, jnp.int32)
-    x = jnp.maximum(x, 0)  # Bits of a NaN may be negative, as if not free.
+    # A NaN counts as the lowest score.
+    x = jnp.where(x == x, lax.bitcast_convert_type(x, jnp.int32), 0)
     return jnp.where((lo[:, None] <= j) & (j <= hi[:, None]), x, -1)
 
   def visit(step, high):

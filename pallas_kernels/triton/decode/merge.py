@@ -43,11 +43,11 @@ def _merge_kernel(
   for gate, top, total, acc in loaded:
     weight = exp2(top - top.max())
     total = (weight * total).sum()
-    some = total > 0
-    factor = gate / jnp.where(some, total, 1)
+    some = total != 0
+    share = 1 / jnp.where(some, total, 1)
     for i, a in enumerate(acc):
-      x = (weight[:, None] * a).sum(axis=0) * factor
-      out[i] += jnp.where(some, x, 0)
+      x = (weight[:, None] * a).sum(axis=0) * share
+      out[i] += gate * jnp.where(some, x, 0)
   for (column, width), x in zip(value_pieces, out, strict=True):
     out_ref[pl.ds(column, width)] = x.astype(out_ref.dtype)
 

@@ -65,9 +65,9 @@ def select_ids(
   block = arange(scores.shape[0])
   free = (block >= spec.config.num_initial) & (block <= hi)
   # Scores are not negative, so their bits have the same order; and a warp finds
-  # the maximum of integers in one instruction. Bits of a NaN may be negative,
-  # as if not free.
-  bits = jnp.maximum(lax.bitcast_convert_type(scores, jnp.int32), 0)
+  # the maximum of integers in one instruction. A NaN counts as the lowest.
+  bits = lax.bitcast_convert_type(scores, jnp.int32)
+  bits = jnp.where(scores == scores, bits, 0)
   bits = jnp.where(free, bits, -1)
   place = slot - spec.config.num_initial
   is_free = (place >= 0) & (place < spec.num_free)
@@ -206,7 +206,7 @@ def _importance(
 
     high = top.max(axis=0)
     total = (total * exp2(top - high[None, :])).sum(axis=0)
-    share = 1 / jnp.where(total > 0, total, 1)
+    share = 1 / jnp.where(total != 0, total, 1)
 
     def factor(tops):
       x = exp2(tops - high[:, None]) * share[:, None]
