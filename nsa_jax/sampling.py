@@ -288,10 +288,9 @@ def _decode(
       segment_ids=segment_ids,
       mutable=["cache"],
     )
-    keys = jax.vmap(lambda row, position: _fold_in(key, row, position))(
-      rows, state.lengths
+    token = _sample(
+      logits[:, 0], key, state.lengths, temperature, top_k, top_p
     )
-    token = _sample(logits[:, 0], keys, temperature, top_k, top_p)
     # Stopped rows write out of range, which is dropped.
     place = jnp.where(state.live, state.lengths, state.tokens.shape[1])
     live = state.live
@@ -317,22 +316,30 @@ def _window(tokens, first, size):
   return jnp.take_along_axis(tokens, index, axis=1, mode="fill", fill_value=-1)
 
 
-def _fold_in(key, row, position):
-  return jax.random.fold_in(jax.random.fold_in(key, row), position)
-
-
-def _sample(logits, keys, temperature, top_k, top_p):
+def _sample(logits, key, positions, temperature, top_k, top_p):
   """One token per row, int32 [B]; the argmax if `temperature` is None."""
   logits = logits.astype(jnp.float32)
   token = logits.argmax(axis=-1)
   if temperature is not None:
     # The largest logit becomes 0, which no temperature can overflow.
     scaled = (logits - logits.max(axis=-1, keepdims=True)) / temperature
-    token = jax.vmap(jax.random.categorical)(
-      keys, filter_logits(scaled, top_k, top_p)
-    )
+    token = _draw(key, positions, filter_logits(scaled, top_k, top_p))
   valid = ~jnp.isnan(logits).any(axis=-1)
   return jnp.where(valid, token, -1).astype(jnp.int32)
+
+
+def _draw(key, positions, logits):
+  """Samples row b with `key` folded with b, then with its position."""
+
+  def one(row, position, logits):
+    own = jax.random.fold_in(jax.random.fold_in(key, row), position)
+    return jax.random.categorical(own, logits)
+
+  rows = jnp.arange(len(logits)), positions, logits
+  if key.dtype == jax.random.key(0, impl="threefry2x32").dtype:
+    return jax.vmap(one)(*rows)
+  # Under vmap, the other generators draw all rows from the key of the first.
+  return jax.lax.map(lambda row: one(*row), rows)
 
 
 def _read_prompts(prompts, lengths):

@@ -174,7 +174,13 @@ def test_forms_of_prompts():
     np.testing.assert_array_equal(tokens, again[0])
 
 
-def test_key_and_the_other_rows():
+@pytest.mark.parametrize("generator", ["threefry2x32", "rbg", "unsafe_rbg"])
+def test_key_and_the_other_rows(generator):
+  with jax.default_prng_impl(generator):
+    _check_key_and_the_other_rows()
+
+
+def _check_key_and_the_other_rows():
   tokens, _ = _run(key=3)
   np.testing.assert_array_equal(tokens, _run(key=jax.random.key(3))[0])
   assert (tokens != _run(key=4)[0]).any()
@@ -182,6 +188,9 @@ def test_key_and_the_other_rows():
   for prompts in (PROMPTS[:1], [PROMPTS[0], [7] * 5]):
     row = _run(prompts=prompts, key=3, capacity=30)[0][0]
     np.testing.assert_array_equal(tokens[0, :10], row[:10])
+  for first in ([7], [7] * 5):
+    row = _run(prompts=[first, PROMPTS[1]], key=3)[0][1]
+    np.testing.assert_array_equal(tokens[1, :8], row[:8])
   # Rows, and calls that go on, draw anew.
   same = _run({"table": np.zeros_like(RANDOM["table"])}, [[1], [1]])[0]
   assert (same[0] != same[1]).any()
@@ -362,10 +371,14 @@ def test_filter_logits_by_hand():
 )
 def test_distribution(temperature, top_k, top_p, want):
   count = 20_000
-  keys = jax.random.split(jax.random.key(0), count)
   logits = jnp.log(jnp.array([0.1, 0.4, 0.2, 0.3])) + 50
   drawn = _sample(
-    jnp.broadcast_to(logits, (count, 4)), keys, temperature, top_k, top_p
+    jnp.broadcast_to(logits, (count, 4)),
+    jax.random.key(0),
+    jnp.zeros(count, jnp.int32),
+    temperature,
+    top_k,
+    top_p,
   )
   share = np.bincount(drawn, minlength=4) / count
   # Five standard deviations at the most.
@@ -387,9 +400,10 @@ def test_generate_draws_from_the_distribution():
 
 def test_sampling_is_in_float32():
   """bfloat16 logits that float32 tells apart after the temperature."""
-  logits = jnp.array([[1.0, 1.0078125]], jnp.bfloat16)
-  keys = jax.random.split(jax.random.key(0), 1000)
-  drawn = _sample(jnp.repeat(logits, 1000, axis=0), keys, 1e-3, None, None)
+  logits = jnp.array([[1.0, 1.0078125]] * 1000, jnp.bfloat16)
+  drawn = _sample(
+    logits, jax.random.key(0), jnp.arange(1000), 1e-3, None, None
+  )
   assert drawn.dtype == jnp.int32
   assert drawn.mean() > 0.99
 

@@ -7,6 +7,7 @@ rows of the ring that no window covers, padding of queries and gates.
 
 import dataclasses
 import functools
+import itertools
 from typing import Any
 
 import jax
@@ -290,6 +291,72 @@ def _more(case: dict[str, Any]) -> Case:
   )
   lengths = tuple(o + dims.queries for o in case["offset"])
   return Case(dims, lengths=lengths, **case)
+
+
+@pytest.mark.parametrize(
+  "implementation",
+  [
+    "reference",
+    "xla",
+    "triton",
+    pytest.param("triton", marks=pytest.mark.gpu, id="triton-gpu"),
+  ],
+)
+def test_what_is_not_finite_is_seen(implementation: str) -> None:
+  """One query: a NaN or an infinity shows where it is read, nowhere else."""
+  dims = _dims(1, 2, keys=112)
+  lengths = helpers.int32([101, 58])
+  inputs = helpers.make_inputs(dims, "float32")
+  oracle = Oracle(BASE, dims.keys, 1, 2, offset=lengths - 1)
+  held = nsa_jax.cache.init(
+    2,
+    dims.keys,
+    config=BASE,
+    num_kv_heads=2,
+    head_dim=dims.head_dim,
+    value_head_dim=dims.value_dim,
+  )
+
+  @jax.jit
+  def run(inputs: Any, ring: Any) -> Any:
+    return nsa_jax.cache.attend(
+      inputs["query"],
+      held._replace(
+        lengths=lengths,
+        compressed=inputs["compressed"],
+        selected=inputs["selected"],
+        window=ring,
+      ),
+      inputs["gates"],
+      config=BASE,
+      query_offset=lengths - 1,
+      return_block_ids=True,
+      implementation=implementation,
+    )
+
+  places = {
+    "query": (0, 0, 1, 3),
+    "compressed": (0, 4, 1, 3),
+    "selected": (0, 5, 1, 3),
+    "window": (0, 90, 1, 3),
+    "gates": (0, 0, 1, 1),
+  }
+  for name, value in itertools.product(places, (np.nan, np.inf, -np.inf)):
+    pair = isinstance(inputs[name], KV)
+    for part in range(2 if pair else 1):
+      arrays = [x.copy() for x in (inputs[name] if pair else [inputs[name]])]
+      arrays[part][places[name]] = value
+      call = {**inputs, name: KV(*arrays) if pair else arrays[0]}
+      ring = _ring(call["window"], lengths, BASE.window)
+      out, ids = jax.device_get(run(call, ring))
+      with np.errstate(all="ignore"):
+        expected = oracle.native(call, ids)
+      assert not np.isfinite(expected).all()
+      np.testing.assert_array_equal(
+        np.isfinite(out),
+        np.isfinite(expected),
+        err_msg=f"{value} in {name}, part {part}",
+      )
 
 
 def test_a_second_run_has_the_same_bits() -> None:
