@@ -288,9 +288,7 @@ def _decode(
       segment_ids=segment_ids,
       mutable=["cache"],
     )
-    token = _sample(
-      logits[:, 0], key, state.lengths, temperature, top_k, top_p
-    )
+    token = _sample(logits[:, 0], key, state.lengths, temperature, top_k, top_p)
     # Stopped rows write out of range, which is dropped.
     place = jnp.where(state.live, state.lengths, state.tokens.shape[1])
     live = state.live

@@ -374,6 +374,16 @@ def _primitives(
 SCALE = 0.3  # not 1/sqrt(H)
 
 
+def _rows(oracle: Oracle, ids: Any) -> dict[str, Callable]:
+  """Per branch, the key rows that a query reads."""
+  return {
+    "compressed": lambda b, i, k: oracle.compressed_rows(b, i),
+    "selected": lambda b, i, k: oracle.selected_rows(b, i, ids[b, i, k]),
+    "window": lambda b, i, k: oracle.window_rows(b, i),
+    "full": lambda b, i, k: oracle.full_rows(b, i),
+  }
+
+
 def _primitive_cases(subject: Subject) -> list[Any]:
   calls = subject.calls
   cases = [(calls.configs[0], True, "float32", True)]
@@ -444,12 +454,7 @@ def test_primitives(
   with jax.enable_x64(dtype == "float64"):
     results = jax.device_get(run(inputs, douts, dlses, integers, ids_given))
 
-  rows: dict[str, Callable] = {
-    "compressed": lambda b, i, k: oracle.compressed_rows(b, i),
-    "selected": lambda b, i, k: oracle.selected_rows(b, i, ids_given[b, i, k]),
-    "window": lambda b, i, k: oracle.window_rows(b, i),
-    "full": lambda b, i, k: oracle.full_rows(b, i),
-  }
+  rows = _rows(oracle, ids_given)
   score_dtype = helpers.score_dtype(dtype)
   for name in calls.branches:
     see = rows[name]
@@ -1068,6 +1073,34 @@ def test_what_is_not_finite_is_seen(
       where = f"{message}: {jax.tree_util.keystr(path)}"
       assert not (want & ~seen).any(), f"hidden, {where}"
       assert not (seen & ~may).any(), f"more than in `reference`, {where}"
+
+
+@_for_each("subject, kv_heads, group", _non_finite_cases)
+def test_what_is_not_finite_shows_in_lse(
+  subject: Subject, kv_heads: int, group: int
+) -> None:
+  dims = subject.calls.dims(kv_heads=kv_heads, group=group)
+  oracle = Oracle(dims.config, dims.keys, dims.queries, dims.batch)
+  inputs = helpers.make_inputs(dims, "float32")
+  inputs["full"] = inputs["selected"]
+  inputs["query"][0, dims.keys // 2, 1, 3] = np.nan
+  for branch in subject.calls.branches:
+    inputs[branch].key[1, 1, 0, 5] = np.nan
+  ids = _any_ids(dims, width=2)
+  calls = _branch_calls(
+    subject.implementation, dims.config, dims.keys, subject.calls.branches, ids
+  )
+  rows = _rows(oracle, ids)
+  found = jax.jit(
+    lambda inputs: {
+      name: call(inputs["query"], *inputs[name]) for name, call in calls.items()
+    }
+  )(inputs)
+  for name, results in found.items():
+    expected = oracle.attend(inputs["query"], *inputs[name], rows[name], 0.25)
+    assert np.isnan(expected[1]).any()
+    for result, want in zip(results, expected, strict=True):
+      np.testing.assert_array_equal(np.isnan(result), np.isnan(want), name)
 
 
 @every_subject

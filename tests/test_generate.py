@@ -401,9 +401,7 @@ def test_generate_draws_from_the_distribution():
 def test_sampling_is_in_float32():
   """bfloat16 logits that float32 tells apart after the temperature."""
   logits = jnp.array([[1.0, 1.0078125]] * 1000, jnp.bfloat16)
-  drawn = _sample(
-    logits, jax.random.key(0), jnp.arange(1000), 1e-3, None, None
-  )
+  drawn = _sample(logits, jax.random.key(0), jnp.arange(1000), 1e-3, None, None)
   assert drawn.dtype == jnp.int32
   assert drawn.mean() > 0.99
 

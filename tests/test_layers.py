@@ -13,7 +13,7 @@ from flax import nnx
 
 import nsa_jax
 from nsa_jax import AttentionConfig, NSAConfig
-from nsa_jax.layers.linen import NativeSparseAttention
+from nsa_jax.layers.linen import DenseAttention, NativeSparseAttention
 from nsa_jax.rope import RopeConfig, apply_rope
 
 CONFIG = NSAConfig(
@@ -205,6 +205,27 @@ def test_packed_equals_alone_and_padding_is_inert(variant):
   np.testing.assert_array_equal(packed, again)
   jax.tree.map(np.testing.assert_array_equal, poisoned, clean)
   assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(clean))
+
+
+@pytest.mark.parametrize("kind", ["full", "window"])
+def test_padding_of_the_baselines_is_inert(kind):
+  config = AttentionConfig(
+    num_heads=2, num_kv_heads=1, head_dim=8, nsa=CONFIG, implementation="xla"
+  )
+  layer = DenseAttention(config, kind)
+  ids = np.ones((B, T), np.int32)
+  ids[0, 13:], ids[1, :8] = 0, 0
+  clean = jnp.where(ids[..., None] > 0, _x(), 0)
+  call = {"positions": None, "segment_ids": ids}
+  params = jax.jit(functools.partial(layer.init, **call))(
+    jax.random.key(0), clean
+  )
+  run = _out_and_grads(layer, **call)
+  expected = run(params, clean)
+  assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(expected))
+  poisoned = jnp.where(ids[..., None] > 0, clean, jnp.nan)
+  actual = run(params, poisoned)
+  jax.tree.map(np.testing.assert_array_equal, actual, expected)
 
 
 @pytest.mark.parametrize("rope_compressed", ["block", "tokens", "none"])

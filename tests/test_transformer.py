@@ -8,6 +8,7 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import nsa_jax
@@ -327,6 +328,33 @@ def test_bfloat16():
   assert {leaf.dtype for leaf in jax.tree.leaves(shapes)} == {
     jnp.dtype(jnp.bfloat16)
   }
+
+
+@pytest.mark.parametrize("attention", ["nsa", "full", "window"])
+def test_padding_may_hold_any_token(attention):
+  """Those that other libraries pad with, too: -1 and -100."""
+  config = _config(**SMALL, num_layers=1, attention=attention)
+  segment_ids = np.zeros((B, T), np.int32)
+  segment_ids[0, :13], segment_ids[1, 8:40] = 1, 2
+
+  @jax.jit
+  @jax.value_and_grad
+  def loss_and_grads(params, tokens):
+    logits = TransformerLM(config).apply(
+      params, tokens, segment_ids=segment_ids
+    )
+    losses = optax.softmax_cross_entropy_with_integer_labels(
+      logits[:, :-1], tokens[:, 1:]
+    )
+    return jnp.where(segment_ids[:, 1:] > 0, losses, 0).mean()
+
+  results = [
+    loss_and_grads(_params(config), np.where(segment_ids, _tokens(), padding))
+    for padding in (0, -1, -100, VOCAB, 2**31 - 1)
+  ]
+  assert all(jnp.isfinite(x).all() for x in jax.tree.leaves(results[0]))
+  for result in results[1:]:
+    jax.tree.map(np.testing.assert_array_equal, result, results[0])
 
 
 @pytest.mark.parametrize("token", [-1, VOCAB])

@@ -315,12 +315,9 @@ def sparse_attention(
     decoding: appends the tokens to a cache, over which they then attend.
     return_block_ids: also return the block ids.
   """
-  positions, segment_ids = _positions(
+  x, positions, segment_ids = _tokens(
     config, x, positions, segment_ids, decoding
   )
-  if segment_ids is not None:
-    # A NaN in the padding would reach the gradients of the projections.
-    x = jnp.where((segment_ids > 0)[..., None], x, 0)
 
   def normalize(name, x):
     return parts[name](x) if config.normalize_qk else x
@@ -429,7 +426,7 @@ def dense_attention(
     segment_ids: as in `sparse_attention`.
     decoding: as in `sparse_attention`.
   """
-  positions, segment_ids = _positions(
+  x, positions, segment_ids = _tokens(
     config, x, positions, segment_ids, decoding
   )
   query, key, value = (parts[name](x) for name in ("query", "key", "value"))
@@ -464,9 +461,14 @@ def dense_attention(
   return Attended(out, cache=held)
 
 
-def _positions(config, x, positions, segment_ids, decoding):
+def _tokens(config, x, positions, segment_ids, decoding):
+  """Tokens without padding, with their positions and segments."""
   if decoding is not None and positions is None:
     positions = decoding.positions
-  return complete_positions(
+  positions, segment_ids = complete_positions(
     x, positions, segment_ids, config.nsa.selection_block
   )
+  if segment_ids is not None:
+    # A NaN in the padding would reach the gradients of the projections.
+    x = keep(x, segment_ids > 0)
+  return x, positions, segment_ids

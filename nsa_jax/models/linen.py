@@ -23,6 +23,7 @@ from nsa_jax.layers.linen import (
   rms_norm,
 )
 from nsa_jax.models.config import TransformerConfig
+from nsa_jax.ops.scope import keep
 from nsa_jax.typing import Array, AttentionName
 
 # Names that the ops give to results by `checkpoint_name`. If these are saved,
@@ -81,7 +82,8 @@ class TransformerLM(nn.Module):
 
     Args:
       tokens: int32 [B, T], in [0, vocab_size). Any other value makes its logits
-        NaN, and may do so for its whole row.
+        NaN, and may do so for its whole row; but padding (segment 0) may hold
+        anything.
       positions: as in `NativeSparseAttention`.
       segment_ids: as in `NativeSparseAttention`; the block length is that of
         `config.nsa`.
@@ -102,6 +104,10 @@ class TransformerLM(nn.Module):
         tokens, positions, segment_ids, config.nsa.selection_block
       )
 
+    if segment_ids is not None:
+      # Even without a cotangent, the NaN of a padding token such as -1 would
+      # reach the gradients of all parameters.
+      tokens = keep(tokens, jnp.asarray(segment_ids) > 0)
     shape = (config.vocab_size, config.model_dim)
     embedding = self.param(
       "embedding",
