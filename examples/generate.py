@@ -138,7 +138,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   args = parser.parse_args(argv)
   prepare_output()
   try:
-    with StopRequest("\ngenerate.py: stopped"):
+    with StopRequest("generate.py: stopped"):
       complete(args)
   # The library's errors for invalid or unsupported arguments are one sentence.
   except (UsageError, ValueError, NotImplementedError) as error:
