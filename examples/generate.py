@@ -8,55 +8,48 @@ The text is printed while it is sampled, byte by byte.
 """
 
 import argparse
-import codecs
-import io
 import os
 import sys
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
-
-import numpy as np
-
-from nsa_jax import generate
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING or __package__:
-  from examples.lm import UsageError, load_model
-  from examples.lm.flags import Parser, positive
+  from examples import lm
+  from examples.lm.flags import Parser, UsageError, positive
+  from examples.lm.terminal import (
+    StopRequest,
+    make_printer,
+    prepare_output,
+    printable,
+  )
 else:  # a script; see lm/__init__.py
-  from lm import UsageError, load_model
-  from lm.flags import Parser, positive
-
-
-def make_printer() -> Callable[[bytes], None]:
-  """A function that prints bytes as they come; an empty call prints the rest.
-
-  A character is printed once its last byte has come. Invalid UTF-8 is printed
-  as U+FFFD, and so are control characters, which could control the terminal.
-  """
-  decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-
-  def show(data: bytes) -> None:
-    text = decoder.decode(data, final=not data)
-    safe = (c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
-    print("".join(safe), end="", flush=True)
-
-  return show
+  import lm
+  from lm.flags import Parser, UsageError, positive
+  from lm.terminal import (
+    StopRequest,
+    make_printer,
+    prepare_output,
+    printable,
+  )
 
 
 def complete(args: argparse.Namespace) -> None:
   """Prints the prompt and its continuation by the model."""
-  model, params, step = load_model(args.run, args.implementation)
+  # Imported late: jax takes seconds, in which Ctrl-C is handled already.
+  from nsa_jax import generate
+
+  model, params, step = lm.load_model(args.run, args.implementation)
   if args.prompt is None:
     prompt = sys.stdin.buffer.read()
   else:
     prompt = os.fsencode(args.prompt)
   if not prompt:
     raise UsageError("the prompt must have at least one byte.")
-  print(f"{args.run}, step {step}", file=sys.stderr)
+  print(f"{printable(args.run)}, step {step}", file=sys.stderr)
   show = make_printer()
   started = False
 
-  def stream(tokens: np.ndarray) -> None:
+  def stream(tokens: Any) -> None:
     nonlocal started
     if not started:  # So that invalid arguments print no partial output.
       show(prompt)
@@ -143,16 +136,15 @@ def main(argv: Sequence[str] | None = None) -> int:
   """Runs the command; returns its exit code."""
   parser = make_parser()
   args = parser.parse_args(argv)
-  if isinstance(sys.stdout, io.TextIOWrapper):  # It may support only ASCII.
-    sys.stdout.reconfigure(errors="replace")
+  prepare_output()
   try:
-    complete(args)
+    with StopRequest("generate.py: stopped"):
+      complete(args)
   # The library's errors for invalid or unsupported arguments are one sentence.
   except (UsageError, ValueError, NotImplementedError) as error:
     parser.error(str(error))
-  except KeyboardInterrupt:
-    print()
-    return 130
+  except OSError as error:
+    parser.error(f"{error}.")
   return 0
 
 

@@ -128,8 +128,11 @@ def main():
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("--out", default="reads.png", help="where to write it")
   args = parser.parse_args()
-  draw(args.out)
-  print(f"Wrote {args.out}")
+  try:
+    draw(args.out)
+  except (OSError, ValueError) as error:  # no such folder, no such format
+    parser.error(f"argument --out: {error}")
+  print(f"Wrote {args.out!a}")
 
 
 if __name__ == "__main__":

@@ -27,6 +27,13 @@ def test_plot_reads(tmp_path):
   assert (tmp_path / "reads.png").stat().st_size > 10_000
 
 
+def test_plot_reads_that_cannot_be_written(capsys, monkeypatch):
+  monkeypatch.setattr("sys.argv", ["plot_reads.py", "--out=/dev/null/a.png"])
+  with pytest.raises(SystemExit):
+    plot_reads.main()
+  assert "argument --out: [Errno 20] Not a dir" in capsys.readouterr().err
+
+
 def test_train_minimal(capsys, monkeypatch):
   """A smaller model here, which compiles faster."""
   config = TransformerConfig.preset(

@@ -1,9 +1,14 @@
 """The training script: its data, its error lines, its exact resume."""
 
 import argparse
+import io
 import json
+import os
 import re
 import runpy
+import shutil
+import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -17,8 +22,10 @@ import orbax.checkpoint as ocp
 import pytest
 
 from examples import train_lm
-from examples.lm import UsageError, cli, data, train
-from nsa_jax import TransformerConfig
+from examples.lm import UsageError, cli, data, load_model, terminal, train
+from examples.lm import run as runs
+from nsa_jax import NSAConfig, TransformerConfig
+from tests import tiny_run
 
 SCRIPT = Path(train_lm.__file__)
 # Short, but long enough for the preset's attention to be sparse.
@@ -151,7 +158,7 @@ def leaves(tree) -> list[np.ndarray]:
 
 @pytest.mark.parametrize(
   "name, function, module",
-  [("train_lm", "main", "lm.cli"), ("generate", "load_model", "lm.run")],
+  [("train_lm", "main", "lm.cli"), ("generate", "Parser", "lm.flags")],
 )
 def test_scripts_need_their_own_folder_alone(
   name, function, module, monkeypatch
@@ -195,11 +202,15 @@ def test_checkpoint_of_another_config(finished, capsys):
     "--resume",
     "--attention=window",
     "--seed=3",
+    "--num-selected=5",
+    "--steps=5",
   )
   assert f"the checkpoint in {out} is of another configuration" in line
   assert "`model.attention` was nsa, now window" in line
   assert "`seed` was 0, now 3" in line
-  assert "`steps`" not in line
+  assert "`model.nsa.num_selected` was 4, now 5" in line
+  assert "`steps` was 6, now 5. Only --steps may change, and only grow." in line
+  assert "`batch_size`" not in line
 
 
 def test_out_holds_a_run_already(finished, capsys):
@@ -242,7 +253,10 @@ def test_an_implementation_that_cannot_leaves_no_folder(
     (["--atention=nsa"], "unrecognized arguments: --atention=nsa"),
     (["--prompt="], "argument --prompt: must have 1 to 511 bytes, has 0"),
     (["--temperature=1e-9"], "argument --temperature: 1e-09 is not a finite"),
-    (["--seq-len=256"], "--seq-len 256: too short for the preset tiny"),
+    (["--seq-len=1"], "argument --seq-len: 1 is not at least 2"),
+    (["--window=0"], "argument --window: '0' is not a positive integer"),
+    (["--num-initial=-1"], "`num_initial`=-1 must be at least 0"),
+    (["--compression-stride=3"], "must be a multiple of `compression_stride`"),
     (["--out=/dev/null/run"], "--out /dev/null/run: "),
   ],
 )
@@ -364,6 +378,300 @@ def test_sparsity_of_every_preset():
   assert train.read_fraction("window", config, 10_000) == (
     config.window / 10_000
   )
+
+
+# ----------------------------------------------------- any corpus and machine
+
+
+def test_file_names_that_are_not_utf8(tmp_path):
+  for i in range(40):
+    path = os.fsencode(tmp_path) + b"/\xff%d.txt" % i
+    try:
+      Path(os.fsdecode(path)).write_text(f"file {i}. " * 100)
+    except OSError:
+      pytest.skip("this file system has names in UTF-8 only")
+  corpus = data.load_corpus(str(tmp_path), 2**20, 64)
+  assert len(corpus.train) > 30 * 700
+  assert not corpus.skipped
+  # By its bytes, so the same on a machine that shows the name otherwise.
+  assert data._rank("\udcc3\udca9") == data._rank("é")
+
+
+def test_what_is_no_text_is_skipped_and_named(tmp_path, capsys, monkeypatch):
+  monkeypatch.chdir(tmp_path)  # the path of a socket must be short
+  Path("folder").mkdir()
+  Path("folder/text").write_text("text " * 200)
+  Path("folder/.hidden").mkdir()
+  Path("folder/config-1").write_text("more " * 200)
+  Path("folder/binary\x1b[31m").write_bytes(b"a\0b")
+  os.mkfifo("folder/pipe")
+  with socket.socket(socket.AF_UNIX) as endpoint:
+    endpoint.bind("folder/socket")
+  Path("folder/broken").symlink_to("nowhere")
+  Path("folder/circle").symlink_to("circle")
+  Path("folder/up").symlink_to("..")
+  corpus = data.load_corpus("folder", 2**20, 64)
+  assert len(corpus.train) + len(corpus.validation) == 2000
+  assert data.describe_skipped(corpus.skipped) == (
+    "7 (1 broken link: broken; 1 circular link: circle; 1 hidden or a cache: "
+    ".hidden; 1 link to a folder: up; 2 not a regular file: pipe, socket; 1 "
+    "not text: has a zero byte: binary\ufffd[31m)"
+  )
+  many = data.describe_skipped({f"{i:02}": "hidden" for i in range(12)})
+  assert many.endswith("08, 09 and 2 more)")
+  line = error_line(capsys, "--corpus=folder/pipe")
+  assert "no text in it. Skipped 1 (1 not a regular file: pipe)." in line
+
+
+def test_max_bytes_are_all_that_is_read(tmp_path, monkeypatch):
+  huge = tmp_path / "huge"
+  huge.write_text("text " * 200)
+  os.truncate(huge, 2**36)  # zeros, which take no room
+  corpus = data.load_corpus(str(huge), 1000, 64)
+  assert len(corpus.train) + len(corpus.validation) == 1000
+
+  for i in range(40):
+    (tmp_path / f"{i}.txt").write_text("text " * 200)
+  huge.unlink()
+  total = 0
+
+  def read_file(path, max_bytes, read=data._read_file):
+    nonlocal total
+    text = read(path, max_bytes)
+    total += len(text)
+    return text
+
+  monkeypatch.setattr(data, "_read_file", read_file)
+  data.load_corpus(str(tmp_path), 3000, 64)
+  assert total == 3000
+
+
+def test_a_sample_is_safe_on_an_ascii_terminal(tmp_path, monkeypatch):
+  args = cli.make_parser().parse_args(["--prompt=a"])
+  args.seq_len = 100
+  sample = b"a\x1b[31m\xc3\xa9\n\tb"
+  out: Any = SimpleNamespace(tokens=np.frombuffer(sample, np.uint8)[None])
+  monkeypatch.setattr(train, "generate", lambda *args, **kwargs: out)
+  shown = io.BytesIO()
+  monkeypatch.setattr("sys.stdout", io.TextIOWrapper(shown, encoding="ascii"))
+  terminal.prepare_output()
+  run: Any = SimpleNamespace(folder=tmp_path)
+  corpus: Any = None
+  model: Any = None
+  train.write_sample(args, model, {}, corpus, run)
+  assert shown.getvalue() == b"---- sample, after b'a'\n?[31m?\n\tb\n----\n"
+  assert (tmp_path / "sample.txt").read_bytes() == sample
+
+
+# The command listens before it imports jax; and the main thread is not needed:
+# here it sleeps, as if XLA compiled.
+BUSY = """
+import os, signal, sys, time
+from examples.lm import cli, terminal
+assert "jax" not in sys.modules
+with terminal.StopRequest("stopped", wait="wait" in sys.argv) as request:
+  os.kill(os.getpid(), signal.SIGINT)
+  if "wait" in sys.argv:
+    assert request.signal == signal.SIGINT
+    os.kill(os.getpid(), signal.SIGTERM)
+  signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+  time.sleep(100)
+"""
+
+
+@pytest.mark.parametrize("word, code", [("now", 130), ("wait", 143)])
+def test_a_signal_ends_it_in_one_line(word, code):
+  run = run_process("-c", BUSY, word)
+  assert (run.returncode, run.stderr) == (code, "stopped\n")
+
+
+def test_ctrl_c_while_compiling(finished, tmp_path, script_environment):
+  out, _ = finished
+  folder = shutil.copytree(out, tmp_path / "run")
+  environment = script_environment | {"JAX_ENABLE_COMPILATION_CACHE": "false"}
+  process = subprocess.Popen(
+    [sys.executable, SCRIPT, *SMALL, f"--out={folder}", "--resume"],
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+    env=environment,
+  )
+  with process:
+    assert process.stdout is not None
+    assert any(line.startswith("run ") for line in process.stdout)
+    process.send_signal(signal.SIGINT)
+    stdout, stderr = process.communicate()
+  assert process.returncode == 130
+  assert "compiled" not in stdout
+  assert re.fullmatch("train_lm.py: stopped at once; .*\n", stderr)
+  assert load_model(str(folder))[2] == 6
+
+
+def test_full_disk(tmp_path, monkeypatch):
+  tiny_run.save(tmp_path)
+  run = tiny_run.open_run(tmp_path, True)
+  state = tiny_run.make_state()
+  full = mock.Mock(return_value=SimpleNamespace(free=1000))
+  with monkeypatch.context() as patch:
+    patch.setattr(shutil, "disk_usage", full)
+    with pytest.raises(UsageError, match=r"step 4: .* 1,000 are free"):
+      run.save(4, state)
+    # Or the library finds out, in a message of pages.
+    error = ValueError("page\npage [os_error_code='28']")
+    full.side_effect = error
+    with pytest.raises(UsageError) as caught:
+      run.save(4, state)
+  assert str(caught.value) == (
+    f"--out {tmp_path}: cannot save the checkpoint of step 4: No space left on "
+    "device; that of step 3 stays, and --resume continues from it."
+  )
+  run.close()
+  assert load_model(str(tmp_path))[2] == 3
+
+
+def test_unwritable_folder(tmp_path, monkeypatch):
+  tiny_run.save(tmp_path)
+  error = PermissionError(13, "Permission denied", "checkpoints")
+  monkeypatch.setattr("tempfile.TemporaryFile", mock.Mock(side_effect=error))
+  with pytest.raises(UsageError, match=r"--out .*: .* Permission denied: 'che"):
+    tiny_run.open_run(tmp_path, True)
+
+
+def test_a_path_that_checkpoints_cannot_have(tmp_path):
+  with pytest.raises(UsageError, match="need a folder whose path is UTF-8"):
+    tiny_run.open_run(tmp_path / "\udcff", False)
+
+
+def damage(folder: Path, step: int) -> None:
+  """Changes a bit in the middle of the largest file of a state."""
+  files = [*(folder / f"checkpoints/{step}/state").rglob("*")]
+  path = max(files, key=lambda path: path.stat().st_size * path.is_file())
+  content = bytearray(path.read_bytes())
+  content[len(content) // 2] ^= 1
+  path.write_bytes(content)
+
+
+def test_damaged_checkpoints(tmp_path, capsys):
+  tiny_run.save(tmp_path, last_step=4)
+  damage(tmp_path, 4)
+  state = tiny_run.make_state()
+  for read in ("load_model", "restore"):
+    if read == "load_model":
+      _, params, step = load_model(str(tmp_path))
+    else:
+      run = tiny_run.open_run(tmp_path, True)
+      step, restored = run.restore(jax.eval_shape(lambda: state))
+      params = restored["params"]
+    assert step == 3
+    jax.tree.map(np.testing.assert_array_equal, params, state["params"])
+    assert re.fullmatch(
+      r"warning: the checkpoint of step 4 in .* is damaged \(.*not as it was "
+      r"saved\); taking that of step 3.\n",
+      capsys.readouterr().err,
+    )
+  assert (tmp_path / "damaged-4" / "state").is_dir()
+  run.save(4, state)
+  run.close()
+  assert load_model(str(tmp_path))[2] == 4
+
+  damage(tmp_path, 3)
+  # Also without hashes, which older versions did not write.
+  (tmp_path / "checkpoints/4" / runs.DIGESTS).unlink()
+  (tmp_path / "checkpoints/4/config/metadata").write_text("{")
+  with pytest.raises(UsageError, match=r"no checkpoint in .* can be read \(st"):
+    load_model(str(tmp_path))
+  assert (tmp_path / "checkpoints/4").is_dir()
+
+
+def test_damaged_metrics(tmp_path):
+  tiny_run.save(tmp_path)
+  lines = (tmp_path / "metrics.jsonl").read_text()
+  like = jax.eval_shape(tiny_run.make_state)
+  for text in (lines[:-5], "3\n", lines.replace('"step": 2', '"step": 1')):
+    (tmp_path / "metrics.jsonl").write_text(text)
+    run = tiny_run.open_run(tmp_path, True)
+    with pytest.raises(UsageError, match="one JSON object for each of the st"):
+      run.restore(like)
+    run.close()
+
+
+def test_resume_of_another_version(tmp_path):
+  tiny_run.save(tmp_path)
+  path = tmp_path / "checkpoints/3/config/metadata"
+  saved = json.loads(path.read_text())
+  del saved["model"]["normalize_qk"], saved["model"]["nsa"]["window"]
+  path.write_text(json.dumps(saved))
+  run = tiny_run.open_run(tmp_path, True)
+  # The default of NSAConfig, not of the preset.
+  with pytest.raises(UsageError, match=r"`model.nsa.window` was 512, now"):
+    run.restore({})
+
+  saved["model"] |= {"nsa": tiny_run.CONFIG.to_dict()["nsa"], "new": 1}
+  path.write_text(json.dumps(saved))
+  for read in (lambda: run.restore({}), lambda: load_model(str(tmp_path))):
+    with pytest.raises(UsageError, match="another version: `new` must be a fi"):
+      read()
+  del saved["model"]["new"]
+  path.write_text(json.dumps(saved))
+  state = tiny_run.make_state()
+  assert run.restore(jax.eval_shape(lambda: state))[0] == 3
+  run.close()
+
+
+def test_steps_may_grow(tmp_path):
+  tiny_run.save(tmp_path)
+  run = tiny_run.open_run(tmp_path, True, "--steps=20")
+  state = tiny_run.make_state()
+  assert run.restore(jax.eval_shape(lambda: state))[0] == 3
+  assert run.steps_before == 10
+  run.close()
+  args = cli.make_parser().parse_args(["--steps=20", "--learning-rate=1"])
+  # Cosine decay to 1 / 20, from the end of the warm-up on: step 1 or 2.
+  before, now = (
+    1 / 20 + 19 / 20 * (1 + np.cos(np.pi * done)) / 2
+    for done in (2 / 9, 1 / 18)
+  )
+  assert train.describe_growth(args, 10, 3) == (
+    "--steps was 10, now 20: the learning rate follows the schedule of 20 "
+    f"steps from step 3 on, where it is {now:.2e} instead of {before:.2e}; a "
+    "run of 20 steps from the start would end elsewhere."
+  )
+
+
+def test_sizes_of_the_attention(capsys):
+  sizes = {
+    "compression_block": 4,
+    "compression_stride": 2,
+    "selection_block": 8,
+    "num_selected": 5,
+    "num_initial": 0,
+    "num_local": 2,
+    "window": 7,
+  }
+  flags = [f"--{k.replace('_', '-')}={v}" for k, v in sizes.items()]
+  parse = cli.make_parser().parse_args
+  assert train.model_config(parse(flags)).nsa == NSAConfig(**sizes)
+  for preset in cli.RECIPES:
+    config = train.model_config(parse([f"--preset={preset}"]))
+    assert config == TransformerConfig.preset(preset)
+
+  with pytest.raises(SystemExit):
+    cli.main(["--seq-len=64", "--corpus=/dev/null"])
+  warning, error = capsys.readouterr().err.splitlines()
+  assert warning.startswith("warning: --seq-len 64 is short for this attention")
+  assert "reads 173.4% of the keys" in warning
+  assert "no text in it" in error
+
+
+def test_two_runs_in_one_folder(tmp_path, monkeypatch):
+  first = tiny_run.open_run(tmp_path, False)
+  with pytest.raises(UsageError, match="another process is training in it"):
+    tiny_run.open_run(tmp_path, False)
+  with monkeypatch.context() as patch:
+    patch.setattr(runs, "fcntl", None)
+    tiny_run.open_run(tmp_path, False).close()
+  first.close()
+  tiny_run.open_run(tmp_path, False).close()
 
 
 @pytest.mark.slow

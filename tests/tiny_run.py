@@ -30,11 +30,18 @@ def make_state() -> State:
   return {"params": params, "opt_state": optimizer.init(params)}
 
 
-def save(folder: pathlib.Path) -> pathlib.Path:
-  args = make_parser().parse_args([])
+def open_run(folder: pathlib.Path, resume: bool, *flags: str) -> Run:
+  args = make_parser().parse_args(["--steps=10", *flags])
   text = np.zeros(1, np.uint8)
   config = run_config(args, CONFIG, Corpus("none", text, text))
-  run = Run(str(folder), config, resume=False)
-  run.save(STEP, make_state())
+  return Run(str(folder), config, resume)
+
+
+def save(folder: pathlib.Path, last_step: int = STEP) -> pathlib.Path:
+  """Saves the same state at the steps STEP to `last_step`."""
+  run = open_run(folder, False)
+  run.metrics = [{"step": i + 1, "train_loss": 2.0} for i in range(last_step)]
+  for step in range(STEP, last_step + 1):
+    run.save(step, make_state())
   run.close()
   return folder

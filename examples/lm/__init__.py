@@ -1,8 +1,8 @@
 """A byte-level language model, shared by the commands in `examples/`.
 
 `data` reads text, `train` trains, `run` manages the folder of a run, `plot`
-draws its losses, `cli` is the command `train_lm.py`, and `flags` is shared with
-`generate.py`.
+draws its losses, `cli` is the command `train_lm.py`, and `flags` and `terminal`
+are shared with `generate.py`.
 """
 
 # This package has two names. From the root of the repository, and for mypy, it
@@ -10,7 +10,21 @@ draws its losses, `cli` is the command `train_lm.py`, and `flags` is shared with
 # searches the folder of the script. The scripts choose the name by their
 # `__package__`; the modules of the package use relative imports.
 
+from typing import TYPE_CHECKING, Any
+
 from .flags import UsageError
-from .run import load_model
+
+if TYPE_CHECKING:
+  from .run import load_model
 
 __all__ = ["UsageError", "load_model"]
+
+
+def __getattr__(name: str) -> Any:
+  # Imported when it is used: jax takes seconds, and the commands handle Ctrl-C
+  # before.
+  if name == "load_model":
+    from .run import load_model
+
+    return load_model
+  raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -6,10 +6,8 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from nsa_jax.sampling import MIN_TEMPERATURE
-
-from .flags import Parser, UsageError, positive
-from .train import train
+from .flags import STOPPED, Parser, UsageError, positive
+from .terminal import StopRequest, prepare_output
 
 
 class Recipe(NamedTuple):
@@ -34,8 +32,9 @@ def make_parser() -> argparse.ArgumentParser:
     prog="train_lm.py",
     description="Train a byte-level language model with Native Sparse "
     "Attention on real text.",
-    epilog="Ctrl-C saves a checkpoint first; the same command with --resume "
-    "continues, and ends where the uninterrupted run would have ended.",
+    epilog="Ctrl-C during training saves a checkpoint first, and a second one "
+    "stops at once; the same command with --resume continues, and ends where "
+    "the uninterrupted run would have ended.",
     allow_abbrev=False,
   )
   add = parser.add_argument
@@ -66,15 +65,15 @@ def make_parser() -> argparse.ArgumentParser:
   add(
     "--corpus",
     metavar="PATH",
-    help="text file, or folder of text files (default: the source of Python's "
-    "standard library)",
+    help="text file, or folder of text files; what cannot be used is skipped "
+    "and named (default: the source of Python's standard library)",
   )
   add(
     "--max-bytes",
     type=positive(int),
     default=64 * 2**20,
     metavar="N",
-    help="use at most N bytes of the corpus (default: 64 MiB)",
+    help="read and use at most N bytes of the corpus (default: 64 MiB)",
   )
 
   def recipe(name: str) -> str:
@@ -94,6 +93,26 @@ def make_parser() -> argparse.ArgumentParser:
       metavar="N" if kind is int else "X",
       help=f"{text} {recipe(name.replace('-', '_'))}",
     )
+  for name, text in {
+    "compression-block": "bytes in a compressed block",
+    "compression-stride": "bytes between the starts of compressed blocks",
+    "selection-block": "bytes in a selection block",
+    "num-selected": "blocks that a query selects, forced ones included",
+    "num-local": "forced blocks ending at the query's own",
+    "window": "bytes of the sliding window",
+  }.items():
+    add(
+      f"--{name}",
+      type=positive(int),
+      metavar="N",
+      help=f"{text} (default: that of the preset)",
+    )
+  add(
+    "--num-initial",
+    type=int,
+    metavar="N",
+    help="forced blocks at the start (default: that of the preset)",
+  )
   add(
     "--seed",
     type=int,
@@ -111,7 +130,9 @@ def make_parser() -> argparse.ArgumentParser:
   add(
     "--resume",
     action="store_true",
-    help="continue the run in --out; the other flags must be as before",
+    help="continue the run in --out; the other flags must be as before, but "
+    "--steps may grow: the learning rate then follows the schedule of the new "
+    "number from there on, which is not that of a run of so many steps",
   )
   add(
     "--eval-every",
@@ -161,11 +182,24 @@ def main(argv: Sequence[str] | None = None) -> int:
   """Runs the command; returns its exit code."""
   parser = make_parser()
   args = parser.parse_args(argv)
+  prepare_output()
+  with StopRequest(STOPPED):
+    return _run(parser, args)
+
+
+def _run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
+  # Imported late: jax takes seconds, in which Ctrl-C is handled already.
+  from nsa_jax.sampling import MIN_TEMPERATURE
+
+  from .train import train
+
   for name, value in RECIPES[args.preset]._asdict().items():
     if getattr(args, name) is None:
       setattr(args, name, value)
   if not 0 <= args.seed < 2**32:
     parser.error(f"argument --seed: {args.seed} is not in [0, 2**32)")
+  if args.seq_len < 2:
+    parser.error(f"argument --seq-len: {args.seq_len} is not at least 2")
   prompt_len = 1 if args.prompt is None else len(os.fsencode(args.prompt))
   if not 0 < prompt_len < args.seq_len:
     parser.error(
@@ -182,3 +216,5 @@ def main(argv: Sequence[str] | None = None) -> int:
   # The library's errors for unsupported arguments are one sentence.
   except (UsageError, NotImplementedError) as error:
     parser.error(str(error))
+  except OSError as error:  # such as a full disk behind standard output
+    parser.error(f"{error}.")

@@ -1,19 +1,27 @@
 """Text: reading, splitting, batches, and a bigram model."""
 
 import dataclasses
+import errno
+import fnmatch
 import hashlib
 import os
 import pathlib
+import stat
 import sysconfig
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
 from .flags import UsageError
+from .terminal import printable
 
+CHUNK = 2**20  # bytes that are read at once
 HELD_OUT = 10  # About one file in HELD_OUT is for validation.
-NOT_TEXT = {  # Folders of the standard library without library source.
+NOT_TEXT = {  # Parts of the standard library without library source.
+  ".*",
   "__pycache__",
+  "_sysconfig*",
+  "config-*",
   "dist-packages",
   "encodings",  # tables of numbers
   "idlelib",
@@ -33,11 +41,13 @@ class Corpus:
     name: its name in messages.
     train: uint8 vector, the bytes to train on.
     validation: uint8 vector, the held-out bytes.
+    skipped: why a file or folder of the corpus was skipped, by its path.
   """
 
   name: str
   train: np.ndarray
   validation: np.ndarray
+  skipped: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
   def digest(self) -> str:
     """A hash of both parts, 16 hexadecimal digits."""
@@ -47,7 +57,8 @@ class Corpus:
 
 def _rank(path: str) -> int:
   """A hash of the path, the same on every machine."""
-  return int.from_bytes(hashlib.sha256(path.encode()).digest()[:8], "big")
+  # Its bytes on the disk: a name need not be text.
+  return int.from_bytes(hashlib.sha256(os.fsencode(path)).digest()[:8], "big")
 
 
 def split_files(paths: Iterable[str]) -> tuple[list[str], list[str]]:
@@ -67,33 +78,112 @@ def split_files(paths: Iterable[str]) -> tuple[list[str], list[str]]:
   return kept, held_out
 
 
-def _list_files(root: pathlib.Path, suffix: str, skip: set[str]) -> list[str]:
-  """Paths below `root`, relative to it, without hidden files and `skip`."""
-  found = []
-  for folder, subfolders, names in os.walk(root):
-    subfolders[:] = [
-      name
-      for name in subfolders
-      if name not in skip and not name.startswith((".", "config-"))
-    ]
+def _reason(error: OSError) -> str:
+  """Why a file cannot be read, in a few words."""
+  if error.errno == errno.ENOENT:  # It was listed, so it is a link.
+    return "broken link"
+  if error.errno == errno.ELOOP:
+    return "circular link"
+  return (error.strerror or type(error).__name__).lower()
+
+
+def _list_files(
+  root: pathlib.Path, suffix: str, patterns: Iterable[str]
+) -> tuple[list[str], dict[str, str]]:
+  """Lists the files below a folder, without following links to folders.
+
+  Args:
+    root: the folder.
+    suffix: what the names of the files end with.
+    patterns: of the names of files and folders that are left out.
+
+  Returns:
+    The paths of the files, relative to `root`, and why others are skipped.
+  """
+  found, skipped = [], {}
+
+  def relative(*parts: str) -> str:
+    return pathlib.Path(*parts).relative_to(root).as_posix()
+
+  def fail(error: OSError) -> None:
+    if error.filename == os.fspath(root):
+      raise error
+    skipped[relative(error.filename)] = _reason(error)
+
+  def keep(folder: str, names: list[str]) -> list[str]:
+    kept = []
     for name in names:
-      if name.endswith(suffix) and not name.startswith((".", "_sysconfig")):
-        path = pathlib.Path(folder, name).relative_to(root)
-        found.append(path.as_posix())
-  return found
+      if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns):
+        skipped[relative(folder, name)] = "hidden or a cache"
+      else:
+        kept.append(name)
+    return kept
+
+  for folder, subfolders, names in os.walk(root, onerror=fail):
+    subfolders[:] = keep(folder, subfolders)
+    for name in subfolders:
+      if os.path.islink(os.path.join(folder, name)):
+        skipped[relative(folder, name)] = "link to a folder"
+    for name in keep(folder, names):
+      if name.endswith(suffix):
+        found.append(relative(folder, name))
+  return found, skipped
 
 
-def _read(root: pathlib.Path, paths: Sequence[str], max_bytes: int) -> bytes:
-  """The first `max_bytes` bytes of the files that are text, joined."""
-  texts, size = [], 0
+def _read_file(path: pathlib.Path, max_bytes: int) -> bytes:
+  """The first `max_bytes` bytes of a file.
+
+  Raises:
+    ValueError: if it is not a text file.
+    OSError: if it cannot be read.
+  """
+  # Opening a pipe would wait for a writer.
+  if not stat.S_ISREG(path.stat().st_mode):
+    raise ValueError("not a regular file")
+  chunks, left = [], max_bytes
+  with path.open("rb", buffering=0) as file:
+    while left and (chunk := file.read(min(left, CHUNK))):
+      if b"\0" in chunk:
+        raise ValueError("not text: has a zero byte")
+      chunks.append(chunk)
+      left -= len(chunk)
+  return b"".join(chunks)
+
+
+def _read(
+  root: pathlib.Path,
+  paths: Sequence[str],
+  max_bytes: int,
+  skipped: dict[str, str],
+) -> bytes:
+  """The first `max_bytes` bytes of the files that are text, joined.
+
+  Nothing is read that is not used. Why a file is skipped is put in `skipped`.
+  """
+  texts, left = [], max_bytes
   for path in paths:
-    if size >= max_bytes:
+    if not left:
       break
-    text = (root / path).read_bytes()
-    if b"\0" not in text:  # A file with a zero byte is not text.
-      texts.append(text)
-      size += len(text)
-  return b"".join(texts)[:max_bytes]
+    try:
+      texts.append(_read_file(root / path, left))
+      left -= len(texts[-1])
+    except ValueError as error:
+      skipped[path] = str(error)
+    except OSError as error:
+      skipped[path] = _reason(error)
+  return b"".join(texts)
+
+
+def describe_skipped(skipped: Mapping[str, str]) -> str:
+  """How many files were skipped, which, and why; at most 10 names a reason."""
+  by_reason: dict[str, list[str]] = {}
+  for path, reason in sorted(skipped.items()):
+    by_reason.setdefault(reason, []).append(printable(path))
+  parts = []
+  for reason, names in sorted(by_reason.items()):
+    more = f" and {len(names) - 10:,} more" if len(names) > 10 else ""
+    parts.append(f"{len(names):,} {reason}: {', '.join(names[:10])}{more}")
+  return f"{len(skipped):,} ({'; '.join(parts)})"
 
 
 def load_corpus(path: str | None, max_bytes: int, seq_len: int) -> Corpus:
@@ -107,42 +197,52 @@ def load_corpus(path: str | None, max_bytes: int, seq_len: int) -> Corpus:
     seq_len: both parts must have at least seq_len + 1 bytes.
 
   Raises:
-    UsageError: if the path does not exist or holds too little text.
+    UsageError: if the path does not exist, cannot be read or holds too little
+      text.
   """
-  if path is None:
-    name = "the standard library"
-    folder = pathlib.Path(sysconfig.get_paths()["stdlib"])
-    files = _list_files(folder, ".py", NOT_TEXT)
-  else:
-    name, folder = path, pathlib.Path(path)
-    if not folder.exists():
-      raise UsageError(f"--corpus {path}: no such file or folder.")
-    if folder.is_file():
-      folder, files = folder.parent, [folder.name]
-    else:
-      files = _list_files(folder, "", {"__pycache__"})
-
+  skipped: dict[str, str] = {}
   try:
-    kept, held_out = split_files(files)
-    held_out_bytes = max_bytes // HELD_OUT
-    validation = _read(folder, held_out, held_out_bytes)
-    train = _read(folder, kept, max_bytes - held_out_bytes)
-    if min(len(train), len(validation)) <= seq_len:
-      text = _read(folder, sorted(files), max_bytes)
+    if path is None:
+      name = "the standard library"
+      folder = pathlib.Path(sysconfig.get_paths()["stdlib"])
+      # What its patterns leave out is no part of the text.
+      files, _ = _list_files(folder, ".py", NOT_TEXT)
+    else:
+      name, folder = path, pathlib.Path(path)
+      if not folder.exists():
+        raise UsageError(f"--corpus {path}: no such file or folder.")
+      if folder.is_dir():
+        files, skipped = _list_files(folder, "", (".*", "__pycache__"))
+      else:
+        folder, files = folder.parent, [folder.name]
+    train = validation = b""
+    if len(files) > 1:
+      kept, held_out = split_files(files)
+      held_out_bytes = max_bytes // HELD_OUT
+      validation = _read(folder, held_out, held_out_bytes, skipped)
+      if len(validation) > seq_len:
+        train = _read(folder, kept, max_bytes - held_out_bytes, skipped)
+    if len(train) <= seq_len:
+      ordered = sorted(files, key=os.fsencode)
+      text = _read(folder, ordered, max_bytes, skipped)
       cut = len(text) - len(text) // HELD_OUT
       train, validation = text[:cut], text[cut:]
   except OSError as error:
-    raise UsageError(f"--corpus {name}: {error}.") from error
+    raise UsageError(f"--corpus {path}: {error}.") from error
+  note = f" Skipped {describe_skipped(skipped)}." if skipped else ""
   if not train:
-    raise UsageError(f"--corpus {name}: no text in it.")
+    raise UsageError(f"--corpus {name}: no text in it.{note}")
   if min(len(train), len(validation)) <= seq_len:
     raise UsageError(
       f"--corpus {name}: too small: {len(train)} bytes for training and "
       f"{len(validation)} for validation; --seq-len {seq_len} needs at least "
-      f"{seq_len + 1} of each."
+      f"{seq_len + 1} of each.{note}"
     )
   return Corpus(
-    name, np.frombuffer(train, np.uint8), np.frombuffer(validation, np.uint8)
+    name,
+    np.frombuffer(train, np.uint8),
+    np.frombuffer(validation, np.uint8),
+    skipped,
   )
 
 

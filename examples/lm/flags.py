@@ -5,6 +5,14 @@ import math
 from collections.abc import Callable
 from typing import Any, NoReturn
 
+from .terminal import printable
+
+# What train_lm.py says when a signal ends it at once.
+STOPPED = (
+  "train_lm.py: stopped at once; if a checkpoint is saved, it stays, and "
+  "--resume continues from it"
+)
+
 
 class UsageError(Exception):
   """An error that the user can correct; the commands print it as one line."""
@@ -14,7 +22,7 @@ class Parser(argparse.ArgumentParser):
   """A parser that prints an error as one line and exits with code 2."""
 
   def error(self, message: str) -> NoReturn:
-    self.exit(2, f"{self.prog}: error: {message}\n")
+    self.exit(2, f"{self.prog}: error: {printable(message)}\n")
 
 
 def positive(kind: Callable[[str], Any]) -> Callable[[str], Any]:

@@ -1,19 +1,39 @@
 """The folder of a run: its checkpoints, its metrics, its model."""
 
 import argparse
+import dataclasses
+import errno
+import functools
+import gc
+import hashlib
 import json
+import logging
+import os
 import pathlib
-from typing import Any, TypeAlias
+import re
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable
+from typing import Any, TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
+try:
+  import fcntl
+except ImportError:  # Windows
+  fcntl = None  # type: ignore[assignment]
+
 from nsa_jax import Implementation, TransformerConfig, TransformerLM
 
 from .data import Corpus
 from .flags import UsageError
+from .terminal import warn
 
+T = TypeVar("T")
+DIGESTS = "sha256.json"  # in the folder of a checkpoint
 Params: TypeAlias = Any
 State: TypeAlias = dict[str, Any]  # "params" and "opt_state"
 
@@ -28,6 +48,7 @@ class Run:
     folder: its path.
     metrics_path: the file of the metrics, one JSON object per line.
     metrics: the losses so far, one entry per step.
+    steps_before: `steps` of the checkpoint that was restored.
   """
 
   def __init__(self, out: str, config: dict[str, Any], resume: bool):
@@ -40,19 +61,32 @@ class Run:
 
     Raises:
       UsageError: if there is nothing to resume, or the folder cannot be
-        created.
+        written, or another process trains in it.
     """
     self.folder = pathlib.Path(out).absolute()
     self.metrics_path = self.folder / "metrics.jsonl"
     self.metrics: list[dict[str, float]] = []
+    self.steps_before: int = config["steps"]
     self._config = config
     checkpoints = self.folder / "checkpoints"
-    if resume and not checkpoints.is_dir():
-      raise UsageError(f"--resume: no checkpoint in {self.folder}.")
     try:
+      str(self.folder).encode()
+    except UnicodeEncodeError as error:
+      raise UsageError(
+        f"--out {out}: checkpoints need a folder whose path is UTF-8."
+      ) from error
+    try:
+      if resume and not checkpoints.is_dir():
+        raise UsageError(f"--resume: no checkpoint in {self.folder}.")
       checkpoints.mkdir(parents=True, exist_ok=True)
+      # Now, not at the first checkpoint.
+      tempfile.TemporaryFile(dir=checkpoints).close()
+      self._lock = (self.folder / "lock").open("a")
     except OSError as error:
       raise UsageError(f"--out {out}: {error}.") from error
+    if not _try_lock(self._lock.fileno()):
+      self._lock.close()
+      raise UsageError(f"--out {out}: another process is training in it.")
     self._manager = ocp.CheckpointManager(
       checkpoints,
       options=ocp.CheckpointManagerOptions(
@@ -68,24 +102,47 @@ class Run:
     return self._manager.latest_step()
 
   def save(self, step: int, state: State) -> None:
-    """Writes the metrics and, unless it is there already, a checkpoint."""
-    # The metrics are written first: resuming drops those after the last
-    # checkpoint, but could not restore missing ones.
-    lines = [json.dumps(line) + "\n" for line in self.metrics]
-    temporary = self.metrics_path.with_suffix(".tmp")
-    temporary.write_text("".join(lines))
-    temporary.replace(self.metrics_path)
-    if step != self.last_step:
-      self._manager.save(
-        step,
-        args=ocp.args.Composite(
-          state=ocp.args.StandardSave(state),
-          config=ocp.args.JsonSave(self._config),
-        ),
+    """Writes the metrics and, unless it is there already, a checkpoint.
+
+    Raises:
+      UsageError: if they cannot be written; the last checkpoint stays.
+    """
+    last = self.last_step
+
+    def write() -> None:
+      # The metrics are written first: resuming drops those after the last
+      # checkpoint, but could not restore missing ones.
+      lines = [json.dumps(line) + "\n" for line in self.metrics]
+      temporary = self.metrics_path.with_suffix(".tmp")
+      temporary.write_text("".join(lines))
+      temporary.replace(self.metrics_path)
+      if step != last:
+        _check_space(self.folder, state)
+        self._manager.save(
+          step,
+          args=ocp.args.Composite(
+            state=ocp.args.StandardSave(state),
+            config=ocp.args.JsonSave(self._config),
+          ),
+        )
+        _save_digests(self.folder / "checkpoints" / str(step))
+
+    _, problem = _quietly(write)
+    if problem:
+      rest = (
+        "no checkpoint is saved yet"
+        if last is None
+        else f"that of step {last} stays, and --resume continues from it"
+      )
+      raise UsageError(
+        f"--out {self.folder}: cannot save the checkpoint of step {step}: "
+        f"{problem}; {rest}."
       )
 
   def restore(self, like: State) -> tuple[int, State]:
     """Reads the last checkpoint and the metrics up to it.
+
+    A checkpoint that cannot be read is set aside, and the one before is taken.
 
     Args:
       like: shapes and dtypes of the state.
@@ -94,30 +151,63 @@ class Run:
       The step of the checkpoint and its state.
 
     Raises:
-      UsageError: if there is no checkpoint, or it has another configuration.
+      UsageError: if there is no checkpoint, it has another configuration, or
+        none can be read.
     """
-    step = self.last_step
-    if step is None:
-      raise UsageError(f"--resume: no checkpoint in {self.folder}.")
-    saved = self._manager.restore(
-      step, args=ocp.args.Composite(config=ocp.args.JsonRestore())
-    ).config
-    if different := differences(saved, self._config):
-      raise UsageError(
-        f"--resume: the checkpoint in {self.folder} is of another "
-        f"configuration: {'; '.join(different)}."
-      )
-    state = self._manager.restore(
-      step, args=ocp.args.Composite(state=ocp.args.StandardRestore(like))
-    ).state
+
+    def read(step: int) -> State:
+      self._check_config(_read_json(self._manager, step, "config"))
+      return self._manager.restore(
+        step, args=ocp.args.Composite(state=ocp.args.StandardRestore(like))
+      ).state
+
     try:
-      lines = self.metrics_path.read_text().splitlines()
+      step, state, damaged = _read_newest(self._manager, self.folder, read)
+      for other in damaged:  # Its step will be saved again.
+        aside = self.folder / f"damaged-{other}"
+        shutil.rmtree(aside, ignore_errors=True)
+        (self.folder / "checkpoints" / str(other)).rename(aside)
+      if damaged:
+        self._manager.reload()
+      self.metrics = self._read_metrics(step)
     except OSError as error:
       raise UsageError(f"--resume: {error}.") from error
-    self.metrics = [
-      line for line in map(json.loads, lines) if line["step"] <= step
-    ]
+    except UsageError as error:
+      raise UsageError(f"--resume: {error}") from error
     return step, state
+
+  def _read_metrics(self, step: int) -> list[dict[str, float]]:
+    """The saved metrics of the steps 1 to `step`."""
+    try:
+      lines = self.metrics_path.read_text().splitlines()
+      metrics = [
+        line for line in map(json.loads, lines) if line["step"] <= step
+      ]
+      complete = [line["step"] for line in metrics] == list(range(1, step + 1))
+    except (ValueError, TypeError, KeyError):
+      complete = False
+    if not complete:
+      raise UsageError(
+        f"{self.metrics_path} is damaged: it must have one JSON object for "
+        f"each of the steps 1 to {step}."
+      )
+    return metrics
+
+  def _check_config(self, saved: dict[str, Any]) -> None:
+    """Raises UsageError unless a run with these settings may continue."""
+    current = dict(self._config)
+    # What an older version did not have takes its default.
+    fields = _model_config(saved, self.folder).to_dict()
+    del fields["implementation"]
+    saved = saved | {"model": fields}
+    self.steps_before = saved.get("steps", 0)
+    if self.steps_before < current["steps"]:
+      saved["steps"] = current["steps"]
+    if different := differences(saved, current):
+      raise UsageError(
+        f"the checkpoint in {self.folder} is of another configuration: "
+        f"{'; '.join(different)}. Only --steps may change, and only grow."
+      )
 
   def series(self, name: str) -> tuple[list[float], list[float]]:
     """The steps that have the loss `name`, and its values."""
@@ -125,8 +215,168 @@ class Run:
     return [line["step"] for line in lines], [line[name] for line in lines]
 
   def close(self) -> None:
-    """Closes the checkpoint manager."""
+    """Closes the checkpoint manager, and unlocks the folder."""
     self._manager.close()
+    self._lock.close()
+
+
+def _try_lock(fd: int) -> bool:
+  """Locks a file until it is closed or its process ends; False if it is."""
+  if fcntl is None:  # Then nothing is locked.
+    return True
+  try:
+    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+  except BlockingIOError:
+    return False
+  except OSError:  # Some network file systems have no locks.
+    pass
+  return True
+
+
+def _quietly(call: Callable[[], T]) -> tuple[T | None, str]:
+  """Calls Orbax without the pages that it prints for one error.
+
+  Args:
+    call: may raise UsageError, which passes, and errors of any type.
+
+  Returns:
+    What it returned, and what went wrong: "" for nothing.
+  """
+  loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
+  levels = [logger.level for logger in loggers]
+  hooks = sys.excepthook, sys.unraisablehook
+  try:
+    sys.excepthook = lambda *unused: None  # of threads of TensorStore
+    sys.unraisablehook = lambda unused: None
+    for logger in loggers:
+      logger.setLevel(logging.CRITICAL + 1)
+    try:
+      return call(), ""
+    except UsageError:
+      raise
+    except Exception as error:
+      problem = _brief(error)
+    # The coroutines that Orbax has abandoned complain when they are collected.
+    gc.collect()
+    return None, problem
+  finally:
+    sys.excepthook, sys.unraisablehook = hooks
+    for logger, level in zip(loggers, levels, strict=True):
+      logger.setLevel(level)
+
+
+def _brief(error: Exception) -> str:
+  """What an error says, in less than a line."""
+  if isinstance(error, OSError):
+    return str(error)
+  if found := re.search(r"os_error_code='(\d+)'", str(error)):
+    return os.strerror(int(found[1]))  # The messages of TensorStore are long.
+  return f"{type(error).__name__}: {error}"[:160]
+
+
+def _check_space(folder: pathlib.Path, state: State) -> None:
+  """Raises OSError if the disk is too full for a checkpoint."""
+  needed = sum(x.nbytes for x in jax.tree.leaves(state))
+  free = shutil.disk_usage(folder).free
+  if free < needed:
+    raise OSError(
+      errno.ENOSPC,
+      f"{os.strerror(errno.ENOSPC)}: it needs {needed:,} bytes, and {free:,} "
+      "are free",
+    )
+
+
+def _digest(path: pathlib.Path) -> str:
+  with path.open("rb") as file:
+    return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _save_digests(checkpoint: pathlib.Path) -> None:
+  """Writes a hash of each file of the state into a checkpoint's folder."""
+  digests = {
+    path.relative_to(checkpoint).as_posix(): _digest(path)
+    for path in (checkpoint / "state").rglob("*")
+    if path.is_file()
+  }
+  temporary = checkpoint / f"{DIGESTS}.tmp"
+  temporary.write_text(json.dumps(digests))
+  temporary.replace(checkpoint / DIGESTS)
+
+
+def _check_digests(checkpoint: pathlib.Path) -> None:
+  """Raises ValueError or OSError if a file is not as it was saved.
+
+  Orbax does not see every damage, and of what it sees it prints pages.
+  """
+  path = checkpoint / DIGESTS
+  if not path.exists():  # An older version saved it.
+    return
+  for name, digest in json.loads(path.read_text()).items():
+    if _digest(checkpoint / name) != digest:
+      raise ValueError(f"{name} is not as it was saved")
+
+
+def _read_json(manager: ocp.CheckpointManager, step: int, name: str) -> Any:
+  """Reads a JSON item of a checkpoint."""
+  args = ocp.args.Composite(**{name: ocp.args.JsonRestore()})
+  return manager.restore(step, args=args)[name]
+
+
+def _read_newest(
+  manager: ocp.CheckpointManager,
+  folder: str | pathlib.Path,
+  read: Callable[[int], T],
+) -> tuple[int, T, list[int]]:
+  """Reads the newest checkpoint that can be read; warns of the newer ones.
+
+  Args:
+    manager: the checkpoints.
+    folder: of the run, for messages.
+    read: reads the checkpoint of a step.
+
+  Returns:
+    Its step, what `read` returned, and the newer steps.
+
+  Raises:
+    UsageError: if there is none, or `read` raises it.
+  """
+  damaged: dict[int, str] = {}
+
+  def check_and_read(step: int) -> T:
+    _check_digests(pathlib.Path(folder) / "checkpoints" / str(step))
+    return read(step)
+
+  for step in sorted(manager.all_steps(), reverse=True):
+    result, problem = _quietly(functools.partial(check_and_read, step))
+    if result is None:
+      damaged[step] = problem
+      continue
+    for other, why in damaged.items():
+      warn(
+        f"the checkpoint of step {other} in {folder} is damaged ({why}); "
+        f"taking that of step {step}."
+      )
+    return step, result, list(damaged)
+  if not damaged:
+    raise UsageError(f"no checkpoint in {folder} yet.")
+  reasons = "; ".join(f"step {step}: {why}" for step, why in damaged.items())
+  raise UsageError(f"no checkpoint in {folder} can be read ({reasons}).")
+
+
+def _model_config(
+  saved: dict[str, Any], folder: str | pathlib.Path
+) -> TransformerConfig:
+  """The configuration of the model in that of a run.
+
+  Raises:
+    UsageError: if this version does not know a field of it.
+  """
+  try:
+    return TransformerConfig.from_dict(saved["model"])
+  except ValueError as error:
+    raise UsageError(
+      f"the checkpoint in {folder} was made by another version: {error}"
+    ) from error
 
 
 def differences(
@@ -135,7 +385,7 @@ def differences(
   """Names and values of the fields in which two configurations differ."""
   result = []
   for name in sorted(saved.keys() | current.keys()):
-    old, new = saved.get(name), current.get(name)
+    old, new = saved.get(name, "absent"), current.get(name, "absent")
     if isinstance(old, dict) and isinstance(new, dict):
       result += differences(old, new, f"{prefix}{name}.")
     elif old != new:
@@ -162,7 +412,7 @@ def run_config(
 def load_model(
   out: str, implementation: Implementation = None
 ) -> tuple[TransformerLM, Params, int]:
-  """Reads the model of a run from its last checkpoint.
+  """Reads the model of a run from the last checkpoint that can be read.
 
   Args:
     out: folder of the run.
@@ -172,21 +422,17 @@ def load_model(
     The model, its parameters, and the step at which they were saved.
 
   Raises:
-    UsageError: if there is no checkpoint.
+    UsageError: if there is no checkpoint that can be read.
   """
   checkpoints = pathlib.Path(out).absolute() / "checkpoints"
   if not checkpoints.is_dir():
     raise UsageError(f"no checkpoint in {out}; train_lm.py writes them.")
-  options = ocp.CheckpointManagerOptions(create=False)
-  with ocp.CheckpointManager(checkpoints, options=options) as manager:
-    step = manager.latest_step()
-    if step is None:
-      raise UsageError(f"no checkpoint in {out} yet.")
-    fields = manager.restore(
-      step, args=ocp.args.Composite(config=ocp.args.JsonRestore())
-    ).config["model"]
-    fields["implementation"] = implementation
-    model = TransformerLM(TransformerConfig.from_dict(fields))
+
+  def read(step: int) -> tuple[TransformerLM, Params]:
+    config = _model_config(_read_json(manager, step, "config"), out)
+    model = TransformerLM(
+      dataclasses.replace(config, implementation=implementation)
+    )
     # The parameters are restored to a device of this machine, wherever they
     # were saved; the optimiser state is not read.
     tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
@@ -202,4 +448,9 @@ def load_model(
       partial_restore=True,
     )
     state = manager.restore(step, args=ocp.args.Composite(state=restore)).state
-  return model, state["params"], step
+    return model, state["params"]
+
+  options = ocp.CheckpointManagerOptions(create=False)
+  with ocp.CheckpointManager(checkpoints, options=options) as manager:
+    step, (model, params), _ = _read_newest(manager, out, read)
+  return model, params, step

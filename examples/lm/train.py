@@ -2,12 +2,12 @@
 
 import argparse
 import contextlib
+import dataclasses
 import functools
 import math
 import os
 import pathlib
 import shlex
-import signal
 import sys
 import time
 from collections.abc import Callable
@@ -31,13 +31,15 @@ from nsa_jax.typing import AttentionName
 from .data import (
   Corpus,
   bigram_loss,
+  describe_skipped,
   load_corpus,
   training_batch,
   validation_windows,
 )
-from .flags import UsageError
+from .flags import STOPPED, UsageError
 from .plot import plot_losses
 from .run import Params, Run, State, run_config
+from .terminal import StopRequest, make_printer, printable, warn
 
 TrainStep: TypeAlias = Callable[[State, Any], tuple[State, jax.Array]]
 EvalStep: TypeAlias = Callable[[Params, Any], jax.Array]
@@ -46,20 +48,22 @@ EvalStep: TypeAlias = Callable[[Params, Any], jax.Array]
 def read_fraction(
   attention: AttentionName, config: NSAConfig, length: int
 ) -> float:
-  """Keys that the last query reads, as a fraction of all keys."""
+  """Keys that the last query reads, as a fraction of all keys.
+
+  A key that several branches read counts several times.
+  """
   if attention == "full":
     return 1.0
+  window = min(config.window, length)
   if attention == "window":
-    return min(config.window, length) / length
+    return window / length
   compressed = num_compressed_blocks(length, config)
-  selected = config.num_selected * config.selection_block
-  return (compressed + selected + config.window) / length
+  selected = min(config.num_selected * config.selection_block, length)
+  return (compressed + selected + window) / length
 
 
-def make_optimizer(
-  learning_rate: float, steps: int
-) -> optax.GradientTransformation:
-  """AdamW with gradient clipping, warm-up and cosine decay.
+def make_schedule(learning_rate: float, steps: int) -> optax.Schedule:
+  """The learning rate of a step: warm-up, then cosine decay to a twentieth.
 
   Args:
     learning_rate: peak learning rate, reached after a tenth of the steps, at
@@ -67,17 +71,23 @@ def make_optimizer(
     steps: number of steps of the whole run.
   """
   warmup = max(1, min(steps // 10, 1000))
-  schedule = optax.warmup_cosine_decay_schedule(
+  return optax.warmup_cosine_decay_schedule(
     init_value=learning_rate / warmup,
     peak_value=learning_rate,
     warmup_steps=warmup,
     decay_steps=max(steps, warmup + 1),
     end_value=learning_rate / 20,
   )
+
+
+def make_optimizer(
+  learning_rate: float, steps: int
+) -> optax.GradientTransformation:
+  """AdamW with gradient clipping and the schedule of `make_schedule`."""
   return optax.chain(
     optax.clip_by_global_norm(1.0),
     optax.adamw(
-      schedule,
+      make_schedule(learning_rate, steps),
       b2=0.98,
       weight_decay=0.1,
       # No weight decay for vectors: norm scales and biases.
@@ -115,27 +125,44 @@ def make_train_step(
   return train_step
 
 
-class StopRequest:
-  """Turns the first SIGINT or SIGTERM into a stop after the current step.
+def model_config(args: argparse.Namespace) -> TransformerConfig:
+  """The preset, with what the flags change.
 
-  A second signal has its usual effect.
+  Raises:
+    UsageError: if the sizes of the attention do not fit together.
   """
+  config = TransformerConfig.preset(
+    args.preset,
+    attention=args.attention,
+    dtype=args.dtype,
+    implementation=args.implementation,
+  )
+  sizes = {
+    field.name: value
+    for field in dataclasses.fields(NSAConfig)
+    if (value := getattr(args, field.name)) is not None
+  }
+  try:
+    nsa = dataclasses.replace(config.nsa, **sizes)
+  except ValueError as error:
+    raise UsageError(str(error)) from error
+  return dataclasses.replace(config, nsa=nsa)
 
-  def __enter__(self) -> "StopRequest":
-    self.signal = 0
-    self._before = {
-      number: signal.signal(number, self._handle)
-      for number in (signal.SIGINT, signal.SIGTERM)
-    }
-    return self
 
-  def _handle(self, number: int, frame: Any) -> None:
-    self.signal = number
-    self.__exit__()
-
-  def __exit__(self, *unused: Any) -> None:
-    for number, handler in self._before.items():
-      signal.signal(number, handler)
+def describe_growth(
+  args: argparse.Namespace, steps_before: int, step: int
+) -> str:
+  """What a larger --steps does to a run that is resumed."""
+  before, now = (
+    float(make_schedule(args.learning_rate, steps)(step))
+    for steps in (steps_before, args.steps)
+  )
+  return (
+    f"--steps was {steps_before}, now {args.steps}: the learning rate follows "
+    f"the schedule of {args.steps} steps from step {step} on, where it is "
+    f"{now:.2e} instead of {before:.2e}; a run of {args.steps} steps from the "
+    "start would end elsewhere."
+  )
 
 
 def train(args: argparse.Namespace) -> int:
@@ -148,23 +175,19 @@ def train(args: argparse.Namespace) -> int:
     The exit code: 0, or 128 + the signal that stopped the run.
 
   Raises:
-    UsageError: if the sequences are too short for sparse attention, the text
-      or the folder cannot be used, or the loss is not finite.
+    UsageError: if the text, the folder or the sizes of the attention cannot be
+      used, or the loss is not finite.
     NotImplementedError: if the implementation cannot do this attention.
   """
   started = time.perf_counter()
-  config = TransformerConfig.preset(
-    args.preset,
-    attention=args.attention,
-    dtype=args.dtype,
-    implementation=args.implementation,
-  )
+  config = model_config(args)
   fraction = read_fraction(args.attention, config.nsa, args.seq_len)
   if args.attention == "nsa" and fraction >= 0.5:
-    raise UsageError(
-      f"--seq-len {args.seq_len}: too short for the preset {args.preset}: the "
-      f"last query would read {fraction:.1%} of the keys, and sparse attention "
-      f"must read less than half."
+    warn(
+      f"--seq-len {args.seq_len} is short for this attention: the last query "
+      f"reads {fraction:.1%} of the keys, all branches together, where sparse "
+      "attention should read less than half. Longer sequences, or smaller "
+      "--num-selected, --selection-block and --window, make it sparse."
     )
   corpus = load_corpus(args.corpus, args.max_bytes, args.seq_len)
   windows = validation_windows(
@@ -195,12 +218,20 @@ def train(args: argparse.Namespace) -> int:
       step, state = run.restore(shapes)
     else:
       step, state = 0, init()
+    if run.steps_before < args.steps:
+      warn(describe_growth(args, run.steps_before, step))
 
     count = sum(x.size for x in jax.tree.leaves(shapes["params"]))
     device = jax.devices()[0]
+    skipped = (
+      f"skipped    {describe_skipped(corpus.skipped)}\n"
+      if corpus.skipped
+      else ""
+    )
     print(
-      f"text       {corpus.name}: {len(corpus.train):,} bytes for training, "
-      f"{len(corpus.validation):,} for validation\n"
+      f"text       {printable(corpus.name)}: {len(corpus.train):,} bytes for "
+      f"training, {len(corpus.validation):,} for validation\n"
+      f"{skipped}"
       f"model      {args.preset}, {count:,} parameters, {args.attention} "
       f"attention, {args.dtype}, on {device.device_kind}\n"
       f"sparsity   the last query of {args.seq_len} reads {fraction:.1%} of "
@@ -221,10 +252,16 @@ def train(args: argparse.Namespace) -> int:
         f"  {resume_command()}"
       )
       return 128 + stopped_by
-    sample_path = write_sample(args, model, state["params"], corpus, run)
-    plot_path = plot_losses(
-      run, bigram, f"{args.preset} preset, {args.attention} attention"
-    )
+    try:
+      sample_path = write_sample(args, model, state["params"], corpus, run)
+      plot_path = plot_losses(
+        run, bigram, f"{args.preset} preset, {args.attention} attention"
+      )
+    except OSError as error:
+      raise UsageError(
+        f"--out {args.out}: {error}; the checkpoint of step {step} stays, and "
+        "--resume continues from it."
+      ) from error
     validation = run.series("validation_loss")[1][-1]
   verdict = "beats" if validation < bigram else "does NOT beat"
   print(
@@ -308,7 +345,7 @@ def run_steps(
     pending.clear()
 
   with (
-    StopRequest() as request,
+    StopRequest(f"\n{STOPPED}", wait=True) as request,
     tqdm.tqdm(total=args.steps, initial=step, unit="step") as bar,
   ):
     mark, mark_time = step, time.perf_counter()
@@ -376,8 +413,11 @@ def write_sample(
   text = np.asarray(out.tokens[0]).astype(np.uint8).tobytes()
   path = run.folder / "sample.txt"
   path.write_bytes(text)
-  shown = text[len(prompt) :].decode(errors="replace")
-  print(f"---- sample, after {text[: len(prompt)]!r}\n{shown}\n----")
+  print(f"---- sample, after {text[: len(prompt)]!r}")
+  show = make_printer()
+  show(text[len(prompt) :])
+  show(b"")
+  print("\n----")
   return path
 
 
