@@ -251,10 +251,10 @@ def _attend_bwd(plan, residuals, cotangents):
     plan.cuda.backward(spec, arrays, index, result, None, cotangents, None)
   out, lse = result
   dout, dlse = cotangents
-  # Queries that read nothing have zero gradient, but 0 * NaN would be NaN.
-  nothing = lse == -jnp.inf
-  dout = jnp.where(nothing[..., None], 0, dout)
-  dlse = jnp.where(nothing, 0, dlse)
+  if spec.empty_queries:  # They have zero gradient, but 0 * NaN would be NaN.
+    empty = lse == -jnp.inf
+    dout = jnp.where(empty[..., None], 0, dout)
+    dlse = jnp.where(empty, 0, dlse)
   grads = by_platform(
     (plan.cuda.backward, spec),
     (plan.default.backward, spec._replace(interpret=True)),

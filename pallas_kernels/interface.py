@@ -57,6 +57,7 @@ class Spec(NamedTuple):
       heuristic.
     own_selection: the caller has a custom selector, so that "decode", which
       selects the blocks itself, cannot do the call.
+    empty_queries: some queries may read nothing.
     interpret: run the kernels in the interpreter, on any platform.
   """
 
@@ -66,6 +67,7 @@ class Spec(NamedTuple):
   need_lse: bool = True
   tiles: Any = None
   own_selection: bool = False
+  empty_queries: bool = True
   interpret: bool = False
 
   @property

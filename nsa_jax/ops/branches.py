@@ -372,6 +372,8 @@ def attend_branch(
   arrays: tuple[Array, Array, Array],
   scope: Scope,
   block_ids: Array | None = None,
+  *,
+  reads_own: bool | None = None,
 ) -> tuple[Array, Any]:
   """Runs one branch on validated arguments.
 
@@ -382,6 +384,8 @@ def attend_branch(
     arrays: query, key and value, from `scope.mask`.
     scope: which queries and keys are valid.
     block_ids: for the selected branch.
+    reads_own: every valid query reads its own token; by default only in the
+      window and full branch.
 
   Returns:
     out and lse; lse may be None if `spec.need_lse` is False.
@@ -392,6 +396,10 @@ def attend_branch(
     acc = jnp.promote_types(jnp.float32, query.dtype)
     out = jnp.zeros((*query.shape[:3], value.shape[-1]), query.dtype)
     return out, jnp.full(query.shape[:3], -jnp.inf, acc)
+  if reads_own is None:
+    reads_own = op in ("window", "full")
+  if reads_own and scope.valid_queries is None:
+    spec = spec._replace(empty_queries=False)
   index = block_ids, scope.queries
   run = dispatch.choose(op, implementation, spec, arrays, index)
   out, lse = run(arrays, index)

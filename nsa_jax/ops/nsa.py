@@ -292,6 +292,8 @@ def compose(
     selected,
     scope,
     block_ids,
+    # Ids of a caller or a custom selector may leave it out.
+    reads_own=select is None and arrays.block_ids is None,
   )
   out_window, _ = attend_branch(
     "window",

@@ -344,7 +344,8 @@ def _dkv_kernel(
       rows = tile_rows(queries, b, h, tile.rows, sizes, schedule.steps, part)
       q = load_rows(q_ref, rows.index, head_pieces)
       dout = load_rows(dout_ref, rows.index, value_pieces)
-      lse, delta = lse_ref[rows.index], delta_ref[rows.index]
+      lse = lse_ref[rows.index]
+      delta = common.keep_finite(delta_ref[rows.index], lse)
 
       def summed(x):  # zeroes rows that repeat another
         if rows.distinct is None:
@@ -365,7 +366,7 @@ def _dkv_kernel(
         for d, x in zip(dv, dout, strict=True)
       )
       dp = common.dot_pieces(v, dout)
-      ds = jnp.where(mask, p * (dp - delta[None, :]), 0).astype(q_ref.dtype)
+      ds = (p * (dp - delta[None, :])).astype(q_ref.dtype)
       slot = j - schedule.keys_of(queries, offset, first_row, tile.block_k)[0]
       ds_ref[
         number,
@@ -475,6 +476,7 @@ def _key_value_gradient(
 def _dq_kernel(
   chunk_ref,  # [1]
   place_ref,  # [2]
+  lse_ref,  # [B T N]
   ds_ref,  # [chunk_tiles, slots block_k, rows]
   k_ref,  # [S, H]
   *refs,  # dq of earlier chunks, if any; dq [B T N, H]
@@ -510,8 +512,10 @@ def _dq_kernel(
       step,
       common.accumulators(tile.rows, head_pieces),
     )
+    # In ds, a NaN in an unread value may have reached queries that read nothing.
+    some = (lse_ref[rows.index] != -common.MASK)[:, None]
     for (column, width), d in zip(head_pieces, dq, strict=True):
-      d = (d * spec.scale).astype(dq_ref.dtype)
+      d = jnp.where(some, d * spec.scale, 0).astype(dq_ref.dtype)
       dq_ref[rows.index, pl.ds(column, width)] = d
 
 
@@ -527,7 +531,7 @@ def _query_gradient(
   batch, _, kv_heads, head_dim = inputs.key.shape
   place, keys, _ = per_head(inputs.key, ())
   query = jax.ShapeDtypeStruct(inputs.query.shape, inputs.query.dtype)
-  args = (chunk, inputs.place, ds, inputs.key)
+  args = (chunk, inputs.place, inputs.lse, ds, inputs.key)
   aliased = () if before is None else (before,)
   return pl.pallas_call(
     functools.partial(_dq_kernel, schedule=schedule),
@@ -541,6 +545,7 @@ def _query_gradient(
     in_specs=[
       common.whole(chunk),
       place,
+      common.whole(inputs.lse),
       pl.BlockSpec(
         (None, *ds.shape[1:]), lambda i, h, b: (b * kv_heads + h, 0, 0, 0)
       ),

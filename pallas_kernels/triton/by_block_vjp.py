@@ -68,19 +68,19 @@ def _bwd_kernel(
       dk, dv = carry
       q, dout = load_queries(q_ref, step), load_queries(dout_ref, step)
       lse, delta = (ref[step.row].reshape(-1) for ref in (lse_ref, delta_ref))
+      delta = common.keep_finite(delta, lse)
       # Transposed, [keys, tile rows], so that dk and dv need no transpose.
       s = common.dot_pieces(k, q) * (spec.scale * common.LOG2E)
       mask = piece.token[:, None] <= step.position[None, :]
       if segments:
         mask &= piece.key_segment[:, None] == step.segment[None, :]
-      s = jnp.where(mask, s, common.MASK)
-      p = jnp.exp2(s - lse[None, :])
+      p = jnp.where(mask, jnp.exp2(s - lse[None, :]), 0)
       dv = tuple(
         d + common.dot(p.astype(x.dtype), x)
         for d, x in zip(dv, dout, strict=True)
       )
       dp = common.dot_pieces(v, dout)
-      ds = jnp.where(mask, p * (dp - delta[None, :]), 0).astype(q_ref.dtype)
+      ds = (p * (dp - delta[None, :])).astype(q_ref.dtype)
       dk = tuple(d + common.dot(ds, x) for d, x in zip(dk, q, strict=True))
       scatter(dq_ref, step, tuple(common.dot(ds.T, x) * spec.scale for x in k))
       return dk, dv
@@ -148,7 +148,8 @@ def backward(
   row_ids = by_head(ids, chunking.length, -1).reshape(-1, chunking.num_ids)
   f32 = jnp.float32
   delta = jnp.sum(dout.astype(f32) * out.astype(f32), axis=-1) - dlse
-  lse = jnp.where(lse == -jnp.inf, 0, lse) * common.LOG2E
+  empty = lse == -jnp.inf
+  lse = jnp.where(empty, 0, lse) * common.LOG2E
   rows, dout, lse, delta = (
     query_rows(x, chunking) for x in (query, dout, lse, delta)
   )
@@ -204,4 +205,6 @@ def backward(
     return jnp.swapaxes(x, 1, 2).astype(like.dtype)
 
   dk, dv = map(tokens, totals, (key, value))
-  return query_heads(dq, query, chunking), dk, dv
+  # A NaN in an unread value may have reached queries that read nothing.
+  dq = jnp.where(empty[..., None], 0, query_heads(dq, query, chunking))
+  return dq, dk, dv

@@ -86,14 +86,16 @@ def _dq_kernel(
 
   q = [load(q_ref, head_pieces, i) for i in range(queries)]
   dout = [load(dout_ref, value_pieces, i) for i in range(queries)]
-  deltas, lses = [], []
+  deltas, lses, some = [], [], []
   for i, mask in enumerate(mine.row_masks):
     delta = -common.load(dlse_ref.at[common.index(i)], mask)
     for x, y in zip(dout[i], load(out_ref, value_pieces, i), strict=True):
       delta += jnp.sum(x.astype(jnp.float32) * y.astype(jnp.float32), axis=1)
-    common.store(delta_ref.at[common.index(i)], delta, mask)
     lse = common.load(lse_ref.at[common.index(i)], mask)
+    delta = common.keep_finite(delta, lse)
+    common.store(delta_ref.at[common.index(i)], delta, mask)
     deltas.append(delta)
+    some.append((lse != -jnp.inf)[:, None])
     lses.append(jnp.where(lse == -jnp.inf, 0, lse) * common.LOG2E)
 
   def tile(i, dq, k, v, mask):
@@ -117,7 +119,7 @@ def _dq_kernel(
   )
   for i, dq in enumerate(states):
     for (column, width), d in zip(head_pieces, dq, strict=True):
-      d = (d * spec.scale).astype(dq_ref.dtype)
+      d = jnp.where(some[i], d * spec.scale, 0).astype(dq_ref.dtype)
       common.store(
         dq_ref.at[common.index(i), :, pl.ds(column, width)],
         d,
@@ -227,15 +229,14 @@ def _dkv_kernel(
       if segments:
         mask &= key_segment == segments[1][b, t]
         lse = jnp.where(lse == -jnp.inf, 0, lse)
-      mask = mask[:, None]
-      s = jnp.where(mask, s, common.MASK)
       p = jnp.exp2(s - (lse * common.LOG2E)[None, :])
+      p = jnp.where(mask[:, None], p, 0)
       dv = tuple(
         d + common.dot(p.astype(x.dtype), x)
         for d, x in zip(dv, dout, strict=True)
       )
       dp = common.dot_pieces(v, dout)
-      ds = jnp.where(mask, p * (dp - delta[None, :]), 0).astype(q_ref.dtype)
+      ds = (p * (dp - delta[None, :])).astype(q_ref.dtype)
       dk = tuple(d + common.dot(ds, x) for d, x in zip(dk, q, strict=True))
       return dk, dv
 

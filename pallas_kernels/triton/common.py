@@ -163,6 +163,15 @@ def dot_pieces(xs: Sequence[jax.Array], ys: Sequence[jax.Array]) -> jax.Array:
   return sum(products[1:], products[0])
 
 
+def keep_finite(delta: jax.Array, lse: jax.Array) -> jax.Array:
+  """`delta` of a backward pass, 0 for queries whose lse is NaN.
+
+  Their probabilities are NaN for what they read and 0 for other keys, which get
+  0 * delta.
+  """
+  return jnp.where(lse == lse, delta, 0)
+
+
 def div(x: Any, y: int) -> Any:
   """Floor division of nonnegative integers.
 
