@@ -512,7 +512,7 @@ def _dq_kernel(
       step,
       common.accumulators(tile.rows, head_pieces),
     )
-    # In ds, a NaN in an unread value may have reached queries that read nothing.
+    # A NaN in an unread value may be in the ds of queries that read nothing.
     some = (lse_ref[rows.index] != -common.MASK)[:, None]
     for (column, width), d in zip(head_pieces, dq, strict=True):
       d = jnp.where(some, d * spec.scale, 0).astype(dq_ref.dtype)
