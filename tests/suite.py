@@ -1103,7 +1103,8 @@ def test_what_is_not_finite_shows_in_lse(
     }
   )(inputs)
   for name, results in found.items():
-    expected = oracle.attend(inputs["query"], *inputs[name], rows[name], 0.25)
+    key, value = inputs[name]
+    expected = oracle.attend(inputs["query"], key, value, rows[name], 0.25)
     assert np.isnan(expected[1]).any()
     for result, want in zip(results, expected, strict=True):
       np.testing.assert_array_equal(np.isnan(result), np.isnan(want), name)

@@ -216,7 +216,7 @@ def test_padding_of_the_baselines_is_inert(kind):
   ids = np.ones((B, T), np.int32)
   ids[0, 13:], ids[1, :8] = 0, 0
   clean = jnp.where(ids[..., None] > 0, _x(), 0)
-  call = {"positions": None, "segment_ids": ids}
+  call: dict[str, Any] = {"positions": None, "segment_ids": ids}
   params = jax.jit(functools.partial(layer.init, **call))(
     jax.random.key(0), clean
   )

@@ -340,8 +340,8 @@ def test_padding_may_hold_any_token(attention):
   @jax.jit
   @jax.value_and_grad
   def loss_and_grads(params, tokens):
-    logits = TransformerLM(config).apply(
-      params, tokens, segment_ids=segment_ids
+    logits = jnp.asarray(
+      TransformerLM(config).apply(params, tokens, segment_ids=segment_ids)
     )
     losses = optax.softmax_cross_entropy_with_integer_labels(
       logits[:, :-1], tokens[:, 1:]

@@ -302,7 +302,7 @@ def _more(case: dict[str, Any]) -> Case:
     pytest.param("triton", marks=pytest.mark.gpu, id="triton-gpu"),
   ],
 )
-def test_what_is_not_finite_is_seen(implementation: str) -> None:
+def test_what_is_not_finite_is_seen(implementation: Any) -> None:
   """One query: a NaN or an infinity shows where it is read, nowhere else."""
   dims = _dims(1, 2, keys=112)
   lengths = helpers.int32([101, 58])
