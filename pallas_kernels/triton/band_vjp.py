@@ -176,6 +176,7 @@ def backward(
   """
   query, key, value = qkv
   delta = jnp.sum(dout.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
+  delta = common.keep_finite(delta - dlse, lse)
   # Queries that read nothing get probabilities of exactly 0.
   lse = jnp.where(lse == -jnp.inf, -common.MASK, lse * common.LOG2E)
   inputs = Inputs(
@@ -183,7 +184,7 @@ def backward(
     flat_rows(query),
     flat_rows(dout),
     flat_rows(lse),
-    flat_rows(delta - dlse),
+    flat_rows(delta),
     key,
     value,
     reads.flat_segments,
@@ -344,8 +345,7 @@ def _dkv_kernel(
       rows = tile_rows(queries, b, h, tile.rows, sizes, schedule.steps, part)
       q = load_rows(q_ref, rows.index, head_pieces)
       dout = load_rows(dout_ref, rows.index, value_pieces)
-      lse = lse_ref[rows.index]
-      delta = common.keep_finite(delta_ref[rows.index], lse)
+      lse, delta = lse_ref[rows.index], delta_ref[rows.index]
 
       def summed(x):  # zeroes rows that repeat another
         if rows.distinct is None:

@@ -144,8 +144,8 @@ def _compressed_kernel(
   acc, m_i, l_i = walk(step, empty_softmax(rows, value_dim), bounds, False)
   for (column, width), a in zip(value_pieces, acc, strict=True):
     acc_ref[mine.index, pl.ds(column, width)] = a
-  top_ref[mine.index] = m_i
   # Queries past the last token have read the keys of the last one.
+  top_ref[mine.index] = jnp.where(inside, m_i, common.MAX_INIT)
   total_ref[mine.index] = jnp.where(inside, l_i, 0)
 
 

@@ -40,15 +40,18 @@ def _merge_kernel(
       )
     )
   out = [jnp.zeros((width,), jnp.float32) for _, width in value_pieces]
+  token = False  # Padding reads nothing in any branch; its gates may be NaN.
   for gate, top, total, acc in loaded:
     weight = exp2(top - top.max())
     total = (weight * total).sum()
     some = total != 0
+    token |= some
     share = 1 / jnp.where(some, total, 1)
     for i, a in enumerate(acc):
       x = (weight[:, None] * a).sum(axis=0) * share
       out[i] += gate * jnp.where(some, x, 0)
   for (column, width), x in zip(value_pieces, out, strict=True):
+    x = jnp.where(token, x, 0)
     out_ref[pl.ds(column, width)] = x.astype(out_ref.dtype)
 
 
