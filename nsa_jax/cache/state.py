@@ -99,7 +99,8 @@ def init(
     share_kv: the window reads the keys and values of the selected branch.
     kind: "nsa"; "full", for attention to all tokens; or "window", for
       attention to the last w tokens.
-    dtype: dtype of keys and values.
+    dtype: dtype of keys and values, one that the ops take: float16, bfloat16,
+      float32 or float64.
 
   Returns:
     A Cache with `lengths` 0.
