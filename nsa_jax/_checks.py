@@ -1,5 +1,6 @@
 """Validation of arguments: every message names argument, value and rule."""
 
+import contextlib
 import math
 import operator
 from collections.abc import Sequence
@@ -15,18 +16,61 @@ INT32 = np.iinfo(np.int32)
 _FLOATS = ("float16", "bfloat16", "float32", "float64")
 
 
+def show(value: Any) -> str:
+  """`value` in a message: on few lines, whatever it is."""
+  try:
+    text = repr(value)
+  except Exception:  # An integer of many digits, for example.
+    text = f"<{type(value).__name__}>"
+  return text if len(text) <= 300 else f"{text[:300]}..."
+
+
 def static_int(name: str, value: Any, minimum: int = int(INT32.min)) -> int:
-  """Checks for a static (not traced) Python integer that fits int32."""
-  if isinstance(value, (bool, jax.core.Tracer)) or not hasattr(
-    value, "__index__"
-  ):
-    raise ValueError(f"`{name}`={value!r} must be a static integer.")
-  value = operator.index(value)
-  if value < minimum:
-    raise ValueError(f"`{name}`={value} must be at least {minimum}.")
-  if value > INT32.max:
-    raise ValueError(f"`{name}`={value} must be at most {INT32.max} (int32).")
-  return value
+  """Checks for a static (not traced) integer that fits int32, and returns it.
+
+  An array of NumPy or jax is one if it holds one integer and has no axes.
+  """
+  try:
+    number = None if isinstance(value, bool) else operator.index(value)
+  except TypeError:
+    number = None
+  if number is None:
+    raise ValueError(f"`{name}`={show(value)} must be a static integer.")
+  if number < minimum:
+    raise ValueError(f"`{name}`={show(number)} must be at least {minimum}.")
+  if number > INT32.max:
+    raise ValueError(
+      f"`{name}`={show(number)} must be at most {INT32.max} (int32)."
+    )
+  return number
+
+
+def number(name: str, value: Any) -> float:
+  """Checks for a static (not traced) real number, and returns it."""
+  result = math.nan
+  if isinstance(value, np.ndarray | np.generic | jax.Array):
+    real = not value.shape and any(
+      jnp.issubdtype(value.dtype, kind) for kind in (jnp.integer, jnp.floating)
+    )
+  else:
+    real = not isinstance(value, (bool, str, bytes))
+  if real:
+    with contextlib.suppress(TypeError, ValueError, OverflowError):
+      result = float(value)
+  if math.isnan(result):
+    raise ValueError(f"`{name}`={show(value)} must be a number.")
+  return result
+
+
+def finite(name: str, value: Any) -> float:
+  """Checks for a static (not traced) finite number, and returns it."""
+  try:
+    result = number(name, value)
+  except ValueError:
+    result = math.nan
+  if not math.isfinite(result):
+    raise ValueError(f"`{name}`={show(value)} must be a finite number.")
+  return result
 
 
 def scale(value: Any, query: Array) -> float:
@@ -38,28 +82,29 @@ def scale(value: Any, query: Array) -> float:
       f"`scale`={value!r} must be a static Python number; multiply the query "
       "by a traced one."
     )
-  try:
-    number = math.nan if isinstance(value, bool) else float(value)
-  except (TypeError, ValueError):
-    number = math.nan
-  if not math.isfinite(number):
-    raise ValueError(f"`scale`={value!r} must be a finite number.")
-  return number
+  return finite("scale", value)
 
 
 def array(name: str, value: Any, rank: int, letters: str) -> Array:
   """Converts to an array and checks its rank."""
-  try:
-    value = jnp.asarray(value)
-  except (TypeError, ValueError) as error:
+  result = as_array(value)
+  if result is None:
     raise ValueError(
-      f"`{name}`={value!r} must be an array of shape {letters}."
-    ) from error
-  if value.ndim != rank:
-    raise ValueError(
-      f"`{name}` of shape {value.shape} must have rank {rank}: {letters}."
+      f"`{name}`={show(value)} must be an array of shape {letters}."
     )
-  return value
+  if result.ndim != rank:
+    raise ValueError(
+      f"`{name}` of shape {result.shape} must have rank {rank}: {letters}."
+    )
+  return result
+
+
+def as_array(value: Any) -> Array | None:
+  """`value` as an array of jax, or None if it is none."""
+  try:
+    return jnp.asarray(value)
+  except (TypeError, ValueError, OverflowError):
+    return None
 
 
 def floating(name: str, value: Array) -> None:
@@ -95,25 +140,40 @@ def not_empty(
       )
 
 
-def parameter(name: str, value: Any, want: tuple, letters: str) -> Array:
-  """Checks dtype and shape of a parameter of phi."""
+def parameter(
+  name: str,
+  value: Any,
+  want: tuple,
+  letters: str,
+  of: str = "`x` and `config`",
+) -> Array:
+  """Checks dtype and shape of a parameter of phi; `of` fixes its sizes."""
   value = array(name, value, len(want), letters)
   floating(name, value)
-  shape(name, value, want, letters)
+  shape(name, value, want, f"{letters}, for this {of}")
   return value
 
 
-def integers(name: str, value: Any, want: tuple) -> Array:
+def integers(
+  name: str,
+  value: Any,
+  want: tuple,
+  rule: str = "one entry per row and token of `x`",
+) -> Array:
   """Converts to an int32 array of the given shape."""
   known = concrete(value)
   value = array(name, value, len(want), f"{want}")
+  integer_dtype(name, value)
+  shape(name, value, want, rule)
+  fits_int32(name, known)
+  return value.astype(jnp.int32)
+
+
+def integer_dtype(name: str, value: Array) -> None:
   if not jnp.issubdtype(value.dtype, jnp.integer):
     raise ValueError(
       f"`{name}` of dtype {value.dtype} must have an integer dtype."
     )
-  shape(name, value, want, "one entry per row and token")
-  fits_int32(name, known)
-  return value.astype(jnp.int32)
 
 
 def fits_int32(name: str, known: np.ndarray | None) -> None:
@@ -126,7 +186,7 @@ def fits_int32(name: str, known: np.ndarray | None) -> None:
 
 
 def concrete(value: Any) -> np.ndarray | None:
-  """The values of an array, or None if they are traced or not addressable.
+  """The values of a numeric array; None if traced, not addressable or no such.
 
   Pass the argument as the user gave it: under `jit`, jax.numpy turns a NumPy
   array into a tracer.
@@ -136,9 +196,11 @@ def concrete(value: Any) -> np.ndarray | None:
   if not getattr(value, "is_fully_addressable", True):
     return None
   try:
-    return np.asarray(value)
-  except (TypeError, ValueError):
+    known = np.asarray(value)
+  except (TypeError, ValueError, OverflowError):
     return None
+  kinds = (jnp.number, jnp.bool_)
+  return known if any(jnp.issubdtype(known.dtype, k) for k in kinds) else None
 
 
 def not_negative(name: str, ids: Any) -> None:
@@ -184,7 +246,7 @@ def block_ids(name: str, ids: Any, num_blocks: int) -> None:
     worst = values.min() if values.min() < -1 else values.max()
     raise ValueError(
       f"`{name}` has the value {worst}; {rule}, and lie in [0, "
-      f"{num_blocks}), the selection blocks of the keys."
+      f"{num_blocks}), the selection blocks of the keys by `config`."
     )
   left, right = values[..., :-1], values[..., 1:]
   wrong = (right >= 0) & (right <= left) | (left < 0) & (right >= 0)
@@ -194,33 +256,73 @@ def block_ids(name: str, ids: Any, num_blocks: int) -> None:
 
 
 def choice(name: str, value: Any, choices: Sequence[str]) -> None:
-  if value not in choices:
+  if not isinstance(value, str) or value not in choices:
     raise ValueError(
-      f"`{name}`={value!r} must be one of {', '.join(map(repr, choices))}."
+      f"`{name}`={show(value)} must be one of {', '.join(map(repr, choices))}."
     )
 
 
 def flag(name: str, value: Any) -> None:
   if not isinstance(value, bool):
-    raise ValueError(f"`{name}`={value!r} must be True or False.")
+    raise ValueError(f"`{name}`={show(value)} must be True or False.")
 
 
 def selector(value: Any) -> None:
   """Checks for a function that selects blocks, or None."""
   if value is not None and not callable(value):
     raise ValueError(
-      f"`select`={value!r} must be a function that returns block ids, or None."
+      f"`select`={show(value)} must be a function that returns block ids, or "
+      "None."
     )
 
 
-def dtype(name: str, value: Any) -> jnp.dtype:
-  """Checks for a floating-point dtype."""
+def implementation(value: Any) -> None:
+  """Checks for None, a string or a sequence of them; `dispatch` knows which."""
+  several = isinstance(value, Sequence) and not isinstance(value, str)
+  for name in value if several else (value,):
+    if name is not None and not isinstance(name, str):
+      raise ValueError(
+        f"`implementation`={show(value)} must be None, a name, or a sequence "
+        "of names."
+      )
+
+
+def instance(name: str, value: Any, kind: type) -> None:
+  if not isinstance(value, kind):
+    raise ValueError(f"`{name}`={show(value)} must be {_a(kind)}.")
+
+
+def _a(kind: type) -> str:
+  article = "an" if kind.__name__[0] in "AEIOUN" else "a"
+  return f"{article} {kind.__name__}"
+
+
+def precision(value: Any) -> None:
+  """Checks for what `jax.lax.dot` takes as `precision`."""
+  if value is None:
+    return
+  x = jax.ShapeDtypeStruct((1, 1), jnp.float32)
   try:
-    result = jnp.dtype(value) if value is not None else None
-  except TypeError:
-    result = None
+    jax.eval_shape(lambda x: jax.lax.dot(x, x, precision=value), x)
+  except (TypeError, ValueError) as error:
+    raise ValueError(
+      f"`precision`={show(value)} must be None or a precision of jax.lax.dot."
+    ) from error
+
+
+def dtype(name: str, value: Any) -> jnp.dtype:
+  """Checks for a floating-point dtype that the whole package supports."""
+  result = None
+  # An array has a dtype, too, but nobody asked for that.
+  if isinstance(value, str | type | np.dtype):
+    with contextlib.suppress(TypeError, ValueError):
+      result = jnp.dtype(value)
   if result is None or not jnp.issubdtype(result, jnp.floating):
-    raise ValueError(f"`{name}`={value!r} must be a floating-point dtype.")
+    raise ValueError(f"`{name}`={show(value)} must be a floating-point dtype.")
+  if result.name not in _FLOATS:
+    raise ValueError(
+      f"`{name}`={result.name} must be one of {', '.join(_FLOATS)}."
+    )
   return result
 
 
@@ -230,39 +332,50 @@ def offset(
   """Checks for a Python integer, or an integer array of one of the shapes."""
   if isinstance(value, int | np.integer):
     return static_int(name, value)
-  try:
-    offset = jnp.asarray(value)
-  except (TypeError, ValueError):
-    offset = jnp.zeros(0, bool)
-  if offset.shape not in shapes or not jnp.issubdtype(
-    offset.dtype, jnp.integer
+  offset = as_array(value)
+  if (
+    offset is None
+    or offset.shape not in shapes
+    or not jnp.issubdtype(offset.dtype, jnp.integer)
   ):
+    found = show(value)
+    if offset is not None:
+      found = f"{found} of shape {offset.shape}"
     raise ValueError(
-      f"`{name}`={value!r} of shape {offset.shape} must be an integer, or an "
-      f"integer array of shape {' or '.join(map(str, shapes))}."
+      f"`{name}`={found} must be an integer, or an integer array of shape "
+      f"{' or '.join(map(str, shapes))}."
     )
   # Arithmetic in a narrow or unsigned type would wrap around. An offset outside
   # int32 may be clipped: it is out of range, as the ends of int32 are.
-  limits = jnp.iinfo(offset.dtype)
+  return clip_int32(offset)
+
+
+def clip_int32(value: Array) -> Array:
+  """Integers as int32; those outside become the ends of int32."""
+  limits = jnp.iinfo(value.dtype)
   if limits.max > INT32.max:
     low = max(limits.min, int(INT32.min))
-    offset = jnp.clip(offset, low, INT32.max)
-  return offset.astype(jnp.int32)
+    value = jnp.clip(value, low, INT32.max)
+  return value.astype(jnp.int32)
 
 
 def pair(
   name: str, query: Any, pair: Any, min_length: int = 1
 ) -> tuple[Array, KV]:
   """Checks the query and the KV pair of one branch of the whole op."""
-  try:
-    key, value = pair
-  except (TypeError, ValueError) as error:
-    raise ValueError(
-      f"`{name}` of type {type(pair).__name__} must be a KV(key, value) pair."
-    ) from error
+  key, value = two(name, pair)
   names = (f"{name}.key", f"{name}.value")
   query, key, value = attention_inputs(query, key, value, names, min_length)
   return query, KV(key, value)
+
+
+def two(name: str, pair: Any) -> KV:
+  """Checks for a KV, or a list or tuple of two entries; returns a KV."""
+  if not isinstance(pair, list | tuple) or len(pair) != 2:
+    raise ValueError(
+      f"`{name}` of type {type(pair).__name__} must be a KV(key, value) pair."
+    )
+  return KV(*pair)
 
 
 def attention_inputs(
@@ -327,3 +440,22 @@ def same_as(name: str, value: Any, other_name: str, other: Array) -> Array:
   shape(name, value, other.shape, f"the shape of `{other_name}`")
   same_dtype(name, value, other)
   return value
+
+
+def layer_input(x: Any) -> Array:
+  """Validates a layer's input and returns it."""
+  x = array("x", x, 3, "[B, T, D]")
+  floating("x", x)
+  not_empty("x", x)
+  return x
+
+
+def batch_and_length(name: str, x: Any) -> Array:
+  """Validates an array [B, T, ...] of any dtype and returns it."""
+  result = as_array(x)
+  if result is None or result.ndim < 2:
+    raise ValueError(
+      f"`{name}`={show(x)} must be an array of shape [B, T, ...]."
+    )
+  not_empty(name, result, axes=(0, 1))
+  return result

@@ -19,6 +19,7 @@ def _checked_windows(x, config, segment_ids):
   """Validated blocks of [B, S, K, H], padding zeroed: [B, C, l, K, H]."""
   x = _checks.array("x", x, 4, "[B, S, K, H]")
   _checks.floating("x", x)
+  _checks.not_empty("x", x, axes=(0, 2, 3))
   check_config(config)
   if segment_ids is not None:
     given = segment_ids
@@ -170,9 +171,9 @@ def compress_mlp(
   heads = blocks.shape[3]
   hidden = _first_layer(blocks, position, w1, config, "w1", "F")
   width = hidden.shape[-1]
-  b1 = _checks.parameter("b1", b1, (heads, width), "[K, F]")
-  w2 = _checks.parameter("w2", w2, (heads, width, None), "[K, F, H']")
-  b2 = _checks.parameter("b2", b2, (heads, w2.shape[-1]), "[K, H']")
+  b1 = _checks.parameter("b1", b1, (heads, width), "[K, F]", "`w1`")
+  w2 = _checks.parameter("w2", w2, (heads, width, None), "[K, F, H']", "`w1`")
+  b2 = _checks.parameter("b2", b2, (heads, w2.shape[-1]), "[K, H']", "`w2`")
   hidden = jax.nn.gelu(hidden + b1.astype(hidden.dtype))
   if blocks.dtype != jnp.float16:  # In float16 it might overflow.
     hidden = hidden.astype(blocks.dtype)

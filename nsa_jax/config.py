@@ -76,8 +76,12 @@ class NSAConfig:
 
 def check_config(value: Any) -> None:
   """Raises ValueError unless `value` is an NSAConfig."""
-  if not isinstance(value, NSAConfig):
-    raise ValueError(f"`config`={value!r} must be an NSAConfig.")
+  _checks.instance("config", value, NSAConfig)
+
+
+def check_attention_config(value: Any) -> None:
+  """Raises ValueError unless `value` is an AttentionConfig."""
+  _checks.instance("config", value, AttentionConfig)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -130,24 +134,25 @@ class AttentionConfig:
   implementation: Implementation = None
 
   def __post_init__(self):
-    for name in ("num_heads", "num_kv_heads", "head_dim"):
-      _checks.static_int(name, getattr(self, name), 1)
+    names = ["num_heads", "num_kv_heads", "head_dim"]
     if self.value_head_dim is not None:
-      _checks.static_int("value_head_dim", self.value_head_dim, 1)
+      names.append("value_head_dim")
+    self._keep_integers(*names)
     if self.num_heads % self.num_kv_heads:
       raise ValueError(
         f"`num_heads`={self.num_heads} must be a multiple of `num_kv_heads`="
         f"{self.num_kv_heads}."
       )
-    if not isinstance(self.nsa, NSAConfig):
-      raise ValueError(f"`nsa`={self.nsa!r} must be an NSAConfig.")
+    _checks.instance("nsa", self.nsa, NSAConfig)
     _checks.choice("compression", self.compression, get_args(CompressionName))
     _checks.choice(
       "rope_compressed", self.rope_compressed, get_args(RopeCompressedName)
     )
     if self.rope is not None:
       if not isinstance(self.rope, RopeConfig):
-        raise ValueError(f"`rope`={self.rope!r} must be a RopeConfig or None.")
+        raise ValueError(
+          f"`rope`={_checks.show(self.rope)} must be a RopeConfig or None."
+        )
       check_head_dim(self.head_dim)
     for name in ("share_kv", "normalize_qk"):
       _checks.flag(name, getattr(self, name))
@@ -157,14 +162,21 @@ class AttentionConfig:
       dtypes["dtype"] = self.dtype
     for name, dtype in dtypes.items():
       object.__setattr__(self, name, _checks.dtype(name, dtype))
-    names = self.implementation
-    if isinstance(names, Sequence) and not isinstance(names, str):
-      object.__setattr__(self, "implementation", tuple(names))
+    _checks.implementation(self.implementation)
+    tried = self.implementation
+    if isinstance(tried, Sequence) and not isinstance(tried, str):
+      object.__setattr__(self, "implementation", tuple(tried))
     _checks.selector(self.select)
     # Imported late: the implementations import this module.
     from nsa_jax import dispatch
 
     dispatch.names(self.implementation)
+
+  def _keep_integers(self, *names: str) -> None:
+    """Checks sizes; arrays become integers, which have a hash."""
+    for name in names:
+      value = _checks.static_int(name, getattr(self, name), 1)
+      object.__setattr__(self, name, value)
 
   @property
   def value_dim(self) -> int:

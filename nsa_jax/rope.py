@@ -45,14 +45,13 @@ class RopeConfig:
 
   def __post_init__(self):
     for name in ("base", "yarn_factor", "beta_fast", "beta_slow"):
-      value = getattr(self, name)
-      try:
-        finite = math.isfinite(value)
-      except TypeError:
-        finite = False
-      if isinstance(value, bool) or not finite:
-        raise ValueError(f"`{name}`={value!r} must be a finite number.")
-    _checks.static_int("original_max_position", self.original_max_position, 1)
+      value = _checks.finite(name, getattr(self, name))
+      if not isinstance(getattr(self, name), int | float):
+        object.__setattr__(self, name, value)  # Arrays have no hash.
+    position = _checks.static_int(
+      "original_max_position", self.original_max_position, 1
+    )
+    object.__setattr__(self, "original_max_position", position)
     if self.base <= 1:
       raise ValueError(f"`base`={self.base} must be greater than 1.")
     if self.yarn_factor < 1:
@@ -92,6 +91,7 @@ def rope_frequencies(head_dim: int, config: RopeConfig) -> np.ndarray:
     [1.0, 0.01]
   """
   check_head_dim(head_dim)
+  _checks.instance("config", config, RopeConfig)
   pairs = np.arange(0, head_dim, 2, dtype=np.float64)
   frequencies = config.base ** (-pairs / head_dim)
   turns = config.original_max_position * frequencies / (2 * np.pi)
@@ -134,10 +134,10 @@ def apply_rope(x: ArrayLike, positions: ArrayLike, config: RopeConfig) -> Array:
     >>> apply_rope(x, jnp.array([[1]]), RopeConfig()).round(3).tolist()
     [[[[0.5400000214576721, 0.8410000205039978]]]]
   """
-  if not isinstance(config, RopeConfig):
-    raise ValueError(f"`config`={config!r} must be a RopeConfig.")
+  _checks.instance("config", config, RopeConfig)
   x = _checks.array("x", x, 4, "[B, S, N, H]")
   _checks.floating("x", x)
+  _checks.not_empty("x", x, axes=(3,))
   positions = _checks.integers("positions", positions, x.shape[:2])
   acc = jnp.promote_types(jnp.float32, x.dtype)
   frequencies = jnp.asarray(rope_frequencies(x.shape[-1], config), acc)

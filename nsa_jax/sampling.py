@@ -5,8 +5,10 @@ same model and shapes reuse both. Layers and their cache are in `nsa_jax.layers`
 and `nsa_jax.cache`; tokenisation is up to the caller.
 """
 
+import contextlib
 import functools
 import math
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -14,6 +16,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.core import unfreeze
 
 from nsa_jax import _checks
 from nsa_jax.typing import Array
@@ -153,11 +156,14 @@ def generate(
   if prefill_chunk is not None:
     prefill_chunk = _checks.static_int("prefill_chunk", prefill_chunk, 1)
   if stream is not None and not callable(stream):
-    raise ValueError(f"`stream`={stream!r} must be a function or None.")
+    raise ValueError(
+      f"`stream`={_checks.show(stream)} must be a function or None."
+    )
   stream_every = _checks.static_int("stream_every", stream_every, 1)
 
   model = model.clone(decode=True)
-  logits, cache = _init.eval_shape(model, batch, capacity)
+  logits, cache, shapes = _shapes(model, batch, capacity)
+  _check_params(params, shapes)
   vocabulary = logits.shape[-1]
   given = np.arange(longest) < lengths[:, None]
   wrong = given & ((tokens < 0) | (tokens >= vocabulary))
@@ -228,12 +234,27 @@ def filter_logits(
   Returns:
     An array like `logits`.
 
+  Raises:
+    ValueError: if an argument does not fit.
+
   Example:
     >>> import jax.numpy as jnp
     >>> from nsa_jax.sampling import filter_logits
     >>> filter_logits(jnp.log(jnp.array([0.2, 0.5, 0.3])), top_p=0.6).tolist()
     [-inf, -0.6931471824645996, -1.2039728164672852]
   """
+  given = _checks.as_array(logits)
+  if given is None or not given.ndim:
+    raise ValueError(
+      f"`logits`={_checks.show(logits)} must be an array of shape [..., "
+      "vocabulary]."
+    )
+  logits = given
+  _checks.floating("logits", logits)
+  _checks.not_empty("logits", logits, axes=(logits.ndim - 1,))
+  top_k = _check_top_k(top_k, logits.shape[-1], "the last axis of `logits`")
+  if not isinstance(top_p, jax.core.Tracer):
+    top_p = _check_top_p(top_p)
   if top_k is None and top_p is None:
     return logits
   # Sorted; ties go to the lower token.
@@ -253,7 +274,36 @@ def _init(model, batch, capacity):
   """Logits and cache, evaluated only for their shapes."""
   tokens = jnp.zeros((batch, capacity), jnp.int32)
   logits, variables = model.init_with_output(jax.random.key(0), tokens)
-  return logits, variables["cache"]
+  return logits, variables["cache"], variables.get("params", {})
+
+
+def _shapes(model, batch, capacity):
+  """Shapes of logits, cache and parameters of a model."""
+  try:
+    return _init.eval_shape(model, batch, capacity)
+  except (KeyError, TypeError, ValueError) as error:
+    raise ValueError(
+      f"`model` of type {type(model).__name__} must make logits, and a "
+      f"collection `cache`, of tokens [B, T]: {error}"
+    ) from error
+
+
+def _check_params(params, shapes):
+  """Checks that `params` has what the model's `init` returns."""
+  leaves = dict(jax.tree.leaves_with_path(nn.meta.unbox(unfreeze(params))))
+  for path, want in jax.tree.leaves_with_path(nn.meta.unbox(unfreeze(shapes))):
+    name = f"params{jax.tree_util.keystr(path)}"
+    if path not in leaves:
+      raise ValueError(
+        f"`{name}` is missing: `params` must be what `init` returns under "
+        '"params".'
+      )
+    x = leaves[path]
+    if not isinstance(x, np.ndarray | jax.Array):  # They are not copied.
+      x = _checks.array(name, x, want.ndim, f"{want.shape}")
+    _checks.shape(name, x, want.shape, "that of the model's parameter")
+    if jnp.issubdtype(want.dtype, jnp.floating):
+      _checks.floating(name, x)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnames="cache")
@@ -370,7 +420,7 @@ def _read_prompts(prompts, lengths):
     row = int(wrong.argmax())
     raise ValueError(
       f"`lengths`[{row}]={lengths[row]} must lie in [1, {tokens.shape[1]}]: a "
-      "prompt has at least one token."
+      "row of `prompts` has at least one token."
     )
   return tokens, lengths
 
@@ -379,8 +429,8 @@ def _integers(name, value, rank):
   known = _checks.concrete(value)
   if known is None:
     raise ValueError(
-      f"`{name}`={value!r} must have values that are known here, not traced: "
-      "`generate` calls compiled functions itself."
+      f"`{name}`={_checks.show(value)} must be integers that are known here, "
+      "not traced: `generate` calls compiled functions itself."
     )
   if known.size and not np.issubdtype(known.dtype, np.integer):
     raise ValueError(
@@ -395,32 +445,26 @@ def _read_key(key):
   if isinstance(key, jax.Array) and key.ndim == 0:
     if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
       return key
-  elif hasattr(key, "__index__") and 0 <= key < 2**32:
-    return jax.random.key(key)
+  elif not isinstance(key, bool):
+    with contextlib.suppress(TypeError):
+      seed = operator.index(key)
+      if 0 <= seed < 2**32:
+        return jax.random.key(seed)
   raise ValueError(
-    f"`key`={key!r} must be one key made by jax.random.key, or a seed in "
-    "[0, 2**32)."
+    f"`key`={_checks.show(key)} must be one key made by jax.random.key, or a "
+    "seed in [0, 2**32)."
   )
 
 
 def _read_sampling(temperature, top_k, top_p, vocabulary):
   """Validated arguments of `_decode`; those without effect become None."""
-  temperature = _number("temperature", temperature)
+  temperature = _checks.number("temperature", temperature)
   if temperature != 0 and not MIN_TEMPERATURE <= temperature < math.inf:
     raise ValueError(
       f"`temperature`={temperature} must be 0, for the most likely token, or a "
       f"finite number of at least {MIN_TEMPERATURE}."
     )
-  if top_k is not None:
-    top_k = _checks.static_int("top_k", top_k, 1)
-    if top_k > vocabulary:
-      raise ValueError(
-        f"`top_k`={top_k} must be at most {vocabulary}, the vocabulary."
-      )
-  if top_p is not None:
-    top_p = _number("top_p", top_p)
-    if not 0 < top_p <= 1:
-      raise ValueError(f"`top_p`={top_p} must lie in (0, 1].")
+  top_k, top_p = _check_top_k(top_k, vocabulary), _check_top_p(top_p)
   if temperature == 0:
     return {"temperature": None, "top_k": None, "top_p": None}
   return {
@@ -430,11 +474,19 @@ def _read_sampling(temperature, top_k, top_p, vocabulary):
   }
 
 
-def _number(name, value):
-  try:
-    number = math.nan if isinstance(value, bool) else float(value)
-  except (TypeError, ValueError):
-    number = math.nan
-  if math.isnan(number):
-    raise ValueError(f"`{name}`={value!r} must be a number.")
-  return number
+def _check_top_k(top_k, vocabulary, what="the vocabulary"):
+  if top_k is None:
+    return None
+  top_k = _checks.static_int("top_k", top_k, 1)
+  if top_k > vocabulary:
+    raise ValueError(f"`top_k`={top_k} must be at most {vocabulary}, {what}.")
+  return top_k
+
+
+def _check_top_p(top_p):
+  if top_p is None:
+    return None
+  top_p = _checks.number("top_p", top_p)
+  if not 0 < top_p <= 1:
+    raise ValueError(f"`top_p`={top_p} must lie in (0, 1].")
+  return top_p

@@ -298,7 +298,7 @@ def test_the_loop_updates_the_cache_in_place():
   model = TransformerLM(tiny_run.CONFIG, decode=True)
   model = model.clone(config=dataclasses.replace(model.config, attention="nsa"))
   batch, capacity = 2, 4096
-  _, cache = _init.eval_shape(model, batch, capacity)
+  _, cache, _ = _init.eval_shape(model, batch, capacity)
   state = _State(
     cache,
     tokens=jnp.zeros((batch, capacity), jnp.int32),

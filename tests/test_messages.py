@@ -4,6 +4,7 @@ Names are matched as an opening backtick and the name, so that a message may
 say `compressed` or `compressed.key`; values and rules by a key word.
 """
 
+import dataclasses
 import functools
 import re
 from collections.abc import Callable
@@ -15,7 +16,8 @@ import numpy as np
 import pytest
 
 import nsa_jax
-from nsa_jax import NSAConfig
+from nsa_jax import NSAConfig, sampling
+from nsa_jax.layers import core, linen
 from tests import helpers
 
 # S = T = 12, hence C = 5 and M = 3; N = 4, K = 2, H = 8, V = 6.
@@ -652,3 +654,487 @@ def test_what_else_is_refused() -> None:
     "True",
     "False",
   )
+
+
+# --------------------------------------------- what the odd calls have found
+# `test_wrong_arguments` tries many more values; these are the words.
+
+_TOKENS, _INT_TOKENS = _f32(2, 4, 8), _i32(2, 4)
+_OPTIONS = nsa_jax.AttentionConfig(
+  num_heads=2, num_kv_heads=1, head_dim=4, nsa=CONFIG
+)
+_MODEL = nsa_jax.TransformerLM(
+  nsa_jax.TransformerConfig.preset(
+    "tiny",
+    num_layers=1,
+    model_dim=8,
+    mlp_dim=8,
+    vocab_size=16,
+    nsa=CONFIG,
+    attention="window",
+  )
+)
+
+
+def _zeros(call: Callable[..., Any], *args: Any) -> Any:
+  """The result of `call`, with zeros in place of what it computes."""
+  shapes = jax.eval_shape(call, *args)
+  return jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
+
+
+def _held(kind: Any = "nsa", dtype: Any = "float32") -> nsa_jax.cache.Cache:
+  return _zeros(
+    functools.partial(
+      nsa_jax.cache.init,
+      2,
+      12,
+      config=CONFIG,
+      num_kv_heads=2,
+      head_dim=8,
+      kind=kind,
+      dtype=dtype,
+    )
+  )
+
+
+def _attend(held: Any) -> Any:
+  return nsa_jax.cache.attend(
+    _f32(2, 1, 4, 8), held, _f32(2, 1, 4, 3), config=CONFIG, query_offset=0
+  )
+
+
+def _layer(**fields: Any) -> Any:
+  return nsa_jax.NativeSparseAttention(2, 1, 4, config=CONFIG, **fields)
+
+
+def _apply(module: Any, inputs: Any, wrong: Any, **call: Any) -> Any:
+  """Applies a module, made for `inputs`, to `wrong` ones."""
+  variables = _zeros(module.init, jax.random.key(0), inputs)
+  run = functools.partial(module.apply, mutable=["cache"], **call)
+  return jax.eval_shape(lambda: run(variables, wrong))
+
+
+def _generate(change: dict[str, Any]) -> Any:
+  params = _zeros(_MODEL.init, jax.random.key(0), _INT_TOKENS)["params"]
+  valid = {"model": _MODEL, "params": params, "prompts": [[1]]}
+  change = change | {
+    name: value(params) for name, value in change.items() if name == "params"
+  }
+  return nsa_jax.generate(**{"max_new_tokens": 1} | valid | change)
+
+
+def _phi_of(**change: Any) -> Any:
+  arguments = {"x": _X, **_PHI["compress_mlp"], "config": CONFIG} | change
+  return nsa_jax.compress_mlp(**arguments)
+
+
+_PARTS: Any = dict.fromkeys(["query", "key", "value", "out"], lambda x: x)
+_DENSE: dict[str, Any] = {
+  "config": _OPTIONS,
+  "kind": "full",
+  "parts": _PARTS,
+  "x": _TOKENS,
+  "positions": None,
+  "segment_ids": None,
+}
+
+
+def _dense(**change: Any) -> Any:
+  return core.dense_attention(**_DENSE | change)
+
+
+def _pair_of(name: str, **change: Any) -> Any:
+  """A cache with another key or value in one of its fields."""
+  held = _held()
+  return held._replace(**{name: getattr(held, name)._replace(**change)})
+
+
+FOUND: dict[str, tuple[Callable[[], Any], str, str, str]] = {
+  "array for a size": (
+    lambda: NSAConfig(window=cast(Any, np.ones(2))),
+    "window",
+    "array([1., 1.])",
+    "static integer",
+  ),
+  "unprintable integer": (
+    lambda: NSAConfig(window=10**5000),
+    "window",
+    "<int>",
+    "at most",
+  ),
+  "long value": (
+    lambda: NSAConfig(window=cast(Any, "x" * 9999)),
+    "window",
+    "xxx...",
+    "static integer",
+  ),
+  "array for a name": (
+    lambda: nsa_jax.TransformerConfig.preset(cast(Any, np.array(["a", "b"]))),
+    "name",
+    "['a', 'b']",
+    "one of 'tiny'",
+  ),
+  "array for an implementation": (
+    lambda: _call("window_attention", {"implementation": np.ones(2)}),
+    "implementation",
+    "array([1., 1.])",
+    "None, a name, or a sequence",
+  ),
+  "array for a dtype": (
+    lambda: _layer(dtype=np.ones(2, np.float32)),
+    "dtype",
+    "array([1., 1.]",
+    "floating-point",
+  ),
+  "small dtype": (
+    lambda: _layer(param_dtype="float8_e4m3fn"),
+    "param_dtype",
+    "float8_e4m3fn",
+    "one of float16, bfloat16",
+  ),
+  "dtype of a cache": (
+    lambda: _held(dtype="float8_e5m2"),
+    "dtype",
+    "float8_e5m2",
+    "one of float16, bfloat16",
+  ),
+  "string for a number": (
+    lambda: _call("window_attention", {"scale": "1.5"}),
+    "scale",
+    "'1.5'",
+    "finite number",
+  ),
+  "huge scale": (
+    lambda: _call("window_attention", {"scale": 2**5000}),
+    "scale",
+    "1412467",
+    "finite number",
+  ),
+  "huge position": (
+    lambda: nsa_jax.apply_rope(_X, cast(Any, 2**40), nsa_jax.RopeConfig()),
+    "positions",
+    str(2**40),
+    r"array of shape \(2, 12\)",
+  ),
+  "huge token": (
+    lambda: _MODEL.init(jax.random.key(0), np.full((2, 4), 2**40)),
+    "tokens",
+    str(2**40),
+    "int32",
+  ),
+  "huge offset": (
+    lambda: _call("window_attention", {"query_offset": [2**70]}),
+    "query_offset",
+    str(2**70),
+    "integer array of shape",
+  ),
+  "flag": (
+    lambda: _native({"return_block_ids": np.ones(2)}),
+    "return_block_ids",
+    "array([1., 1.])",
+    "True or False",
+  ),
+  "precision": (
+    lambda: _layer(precision="exact"),
+    "precision",
+    "exact",
+    "jax.lax.dot",
+  ),
+  "configuration of a layer": (
+    lambda: linen.DenseAttention(cast(Any, CONFIG), "full"),
+    "config",
+    "NSAConfig(",
+    "an AttentionConfig",
+  ),
+  "kind of a dense layer": (
+    lambda: linen.DenseAttention(_OPTIONS, "nsa"),
+    "kind",
+    "'nsa'",
+    "'full', 'window'",
+  ),
+  "kind of phi": (
+    lambda: linen.CompressBlocks(cast(Any, "max"), CONFIG),
+    "kind",
+    "'max'",
+    "'mlp'",
+  ),
+  "configuration of a model": (
+    lambda: nsa_jax.TransformerLM(cast(Any, _OPTIONS)),
+    "config",
+    "AttentionConfig(",
+    "a TransformerConfig",
+  ),
+  "no token": (
+    lambda: _MODEL.init(jax.random.key(0), _i32(2, 0)),
+    "tokens",
+    "(2, 0)",
+    "at least one",
+  ),
+  "no row": (
+    lambda: _layer().init(jax.random.key(0), _f32(0, 4, 8)),
+    "x",
+    "(0, 4, 8)",
+    "at least one",
+  ),
+  "width of a layer": (
+    lambda: _apply(_layer(), _TOKENS, _f32(2, 4, 9)),
+    "x",
+    "(2, 4, 9)",
+    "D=8",
+  ),
+  "segments of tokens": (
+    lambda: _MODEL.init(jax.random.key(0), _INT_TOKENS, segment_ids=_i32(2, 5)),
+    "segment_ids",
+    "(2, 5)",
+    "token of `tokens`",
+  ),
+  "rows of tokens": (
+    lambda: _apply(_MODEL.clone(decode=True), _INT_TOKENS, _i32(3, 1)),
+    "tokens",
+    "3",
+    "2 of the cache",
+  ),
+  # phi: the argument that fixes the size is named, too.
+  "no head": (lambda: _phi_of(x=_f32(2, 12, 0, 8)), "x", "0", "at least one"),
+  "x of phi": (
+    lambda: _phi_of(x=_f32(2, 12, 2, 9)),
+    "position",
+    "(2, 4, 8)",
+    "for this `x` and `config`",
+  ),
+  "w1 of phi": (
+    lambda: _phi_of(w1=_f32(2, 32, 6)),
+    "b1",
+    "(2, 5)",
+    "for this `w1`",
+  ),
+  # The cache.
+  "dictionary for a cache": (
+    lambda: _attend({"lengths": 3}),
+    "cache",
+    "dict",
+    "a Cache",
+  ),
+  "cache of no arrays": (
+    lambda: _attend(_held()._replace(lengths=cast(Any, 3))),
+    "cache.lengths",
+    "3",
+    r"shape \[B\]",
+  ),
+  "float lengths": (
+    lambda: _attend(_held()._replace(lengths=cast(Any, _f32(2)))),
+    "cache.lengths",
+    "float32",
+    "integer dtype",
+  ),
+  "stacked cache": (
+    lambda: _attend(
+      _held()._replace(
+        lengths=cast(Any, _i32(3, 2)), earliest=cast(Any, _i32(3, 2))
+      )
+    ),
+    "cache.lengths",
+    "(3, 2)",
+    r"\[B\]",
+  ),
+  "earliest": (
+    lambda: _attend(_held()._replace(earliest=cast(Any, _i32(3)))),
+    "cache.earliest",
+    "(3,)",
+    "that of `cache.lengths`",
+  ),
+  "heads of a cache": (
+    lambda: _attend(_pair_of("tail", value=_f32(2, 4, 1, 8))),
+    "cache.tail.value",
+    "(2, 4, 1, 8)",
+    "same in all of the cache",
+  ),
+  "dtype in a cache": (
+    lambda: _attend(_pair_of("window", key=_held("nsa", "bfloat16").window[0])),  # type: ignore[index]
+    "cache.window.key",
+    "bfloat16",
+    "rest of the cache, float32",
+  ),
+  "half a cache": (
+    lambda: _attend(_held()._replace(compressed=None)),
+    "cache",
+    "'tail'",
+    "together",
+  ),
+  "queries over a cache of another dtype": (
+    lambda: _attend(_held(dtype="bfloat16")),
+    "cache.selected.key",
+    "bfloat16",
+    "dtype of `query`, float32",
+  ),
+  "inputs of a layer with a cache of another dtype": (
+    lambda: _apply(
+      _layer(decode=True, param_dtype="bfloat16"),
+      _TOKENS.astype("bfloat16"),
+      _f32(2, 1, 8),
+    ),
+    "x",
+    "float32",
+    "that of the cache, bfloat16",
+  ),
+  "bytes": (
+    lambda: nsa_jax.cache.num_bytes([1.5]),
+    "cache",
+    "1.5",
+    "pytree of arrays",
+  ),
+  "no cache": (
+    lambda: nsa_jax.cache.rewind({}, 0),
+    "cache",
+    "dict",
+    "pytree of Cache",
+  ),
+  # Without a module system.
+  "no rows of tokens": (
+    lambda: core.complete_positions(cast(Any, None), None, None, 4),
+    "x",
+    "None",
+    r"\[B, T, ...\]",
+  ),
+  "parts": (lambda: _dense(parts=[]), "parts", "[]", "mapping.*'query'"),
+  "part": (
+    lambda: _dense(parts=_PARTS | {"key": 3}),
+    "parts",
+    "['key']",
+    "function",
+  ),
+  "decoding": (
+    lambda: _dense(decoding=3),
+    "decoding",
+    "3",
+    "`begin_decoding`",
+  ),
+  "parameters": (
+    lambda: core.compress("weighted", CONFIG, {}, cast(Any, _X)),
+    "parameters",
+    "{}",
+    r"\['weight'\] of `kind`='weighted'",
+  ),
+  # Sampling.
+  "no prompt": (
+    lambda: _generate({"prompts": []}),
+    "prompts",
+    "0",
+    "at least one row",
+  ),
+  "empty prompt": (
+    lambda: _generate({"prompts": [[]]}),
+    "lengths",
+    "0",
+    "row of `prompts` has at least one token",
+  ),
+  "prompts of no tokens": (
+    lambda: _generate({"prompts": _i32(1, 0)}),
+    "lengths",
+    "0",
+    "row of `prompts` has at least one token",
+  ),
+  "words for prompts": (
+    lambda: _generate({"prompts": ["to be"]}),
+    "prompts\\[0\\]",
+    "'to be'",
+    "integers",
+  ),
+  "flag for a key": (lambda: _generate({"key": True}), "key", "True", "seed"),
+  "array for a key": (
+    lambda: _generate({"key": np.ones(2, int)}),
+    "key",
+    "array([1, 1])",
+    "seed",
+  ),
+  "missing parameter": (
+    lambda: _generate({"params": lambda params: {"a": 1}}),
+    "params",
+    "missing",
+    "what `init` returns",
+  ),
+  "shape of a parameter": (
+    lambda: _generate({"params": lambda p: p | {"embedding": _f32(3, 8)}}),
+    "params\\['embedding'\\]",
+    "(3, 8)",
+    "model's parameter",
+  ),
+  "dtype of a parameter": (
+    lambda: _generate(
+      {"params": lambda p: p | {"embedding": _f32(16, 8).astype(np.complex64)}}
+    ),
+    "params\\['embedding'\\]",
+    "complex64",
+    "floating-point",
+  ),
+  "model without a cache": (
+    lambda: _generate({"model": _layer()}),
+    "model",
+    "NativeSparseAttention",
+    "must make logits",
+  ),
+  "logits": (
+    lambda: sampling.filter_logits(cast(Any, 1.5), 3),
+    "logits",
+    "1.5",
+    "vocabulary",
+  ),
+  "more tokens than logits": (
+    lambda: sampling.filter_logits(cast(Any, _f32(2)), 3),
+    "top_k",
+    "3",
+    "last axis of `logits`",
+  ),
+  "share of the tokens": (
+    lambda: sampling.filter_logits(cast(Any, _f32(2)), top_p=0),
+    "top_p",
+    "0",
+    "lie in",
+  ),
+  # Conversion.
+  "model that is none": (
+    lambda: nsa_jax.unstack_layers(cast(Any, 3), {}),
+    "model",
+    "int",
+    "a TransformerLM",
+  ),
+  **{
+    f"stacked parameters {i}": (
+      functools.partial(
+        nsa_jax.unstack_layers,
+        _MODEL.clone(
+          config=dataclasses.replace(_MODEL.config, scan_layers=True)
+        ),
+        params,
+      ),
+      "params",
+      value,
+      rule,
+    )
+    for i, (params, value, rule) in enumerate(
+      [
+        (cast(Any, None), "None", "'layers'"),
+        ({"layers": {}}, "layers", "no parameters"),
+        ({"layers": {"a": _f32(2)}}, "['layers']['a']", "`num_layers`=1"),
+      ]
+    )
+  },
+}
+
+
+@pytest.mark.parametrize("what", FOUND)
+def test_wrong_arguments(what: str) -> None:
+  _says(*FOUND[what])
+
+
+def test_numbers_may_be_arrays() -> None:
+  """Of NumPy or jax, without axes: the configurations keep their hash."""
+  integer, number = cast(Any, jnp.int32(2)), cast(Any, np.array(2.0))
+  options = dataclasses.replace(_OPTIONS, num_heads=integer)
+  assert options == _OPTIONS
+  assert hash(options) == hash(_OPTIONS)
+  rope = nsa_jax.RopeConfig(yarn_factor=number, original_max_position=integer)
+  assert hash(rope) == hash(
+    nsa_jax.RopeConfig(yarn_factor=2.0, original_max_position=2)
+  )
+  assert nsa_jax.num_compressed_blocks(np.array(12), CONFIG) == 5  # type: ignore[arg-type]

@@ -16,6 +16,7 @@ last l + A - 1 inputs of phi, where A is `max_append`. `bytes_per_token` and
 `nsa_jax.typing` explains the letters in shapes; here S is the capacity.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar, get_args
 
@@ -98,7 +99,8 @@ def init(
     share_kv: the window reads the keys and values of the selected branch.
     kind: "nsa"; "full", for attention to all tokens; or "window", for
       attention to the last w tokens.
-    dtype: dtype of keys and values.
+    dtype: dtype of keys and values, one that the ops take: float16, bfloat16,
+      float32 or float64.
 
   Returns:
     A Cache with `lengths` 0.
@@ -149,11 +151,94 @@ def init(
   )
 
 
+def check_cache(cache: Any, name: str = "cache") -> Cache:
+  """Validates the cache of one layer and returns it with arrays of jax.
+
+  Raises:
+    ValueError: if something is not as `init` makes it.
+  """
+  lengths, earliest = check_lengths(cache, name)
+  _checks.shape(f"{name}.lengths", lengths, (None,), "[B]")
+  fields: dict[str, Any] = {"lengths": lengths, "earliest": earliest}
+  first: dict[str, Array] = {}  # the first key and the first value
+  for field in ("selected", "compressed", "window", "tail"):
+    pair = getattr(cache, field)
+    if pair is None:
+      continue
+    parts = _checks.two(f"{name}.{field}", pair)._asdict()
+    rows = None
+    for part, x in parts.items():
+      label = f"{name}.{field}.{part}"
+      x = _checks.array(label, x, 4, "[B, S, K, H]")
+      _checks.floating(label, x)
+      _checks.not_empty(label, x, axes=(0, 2, 3))
+      like = first.setdefault(part, x)
+      heads = first["key"].shape[2]
+      _checks.shape(
+        label,
+        x,
+        (lengths.shape[0], rows, heads, like.shape[3]),
+        "B, K, H and V are the same in all of the cache",
+      )
+      if x.dtype != first["key"].dtype:
+        raise ValueError(
+          f"`{label}` of dtype {x.dtype} must have the dtype of the rest of "
+          f"the cache, {first['key'].dtype}."
+        )
+      rows = x.shape[1]
+      parts[part] = x
+    fields[field] = KV(**parts)
+  nsa = cache.compressed is not None
+  if nsa != (cache.tail is not None) or (nsa and cache.selected is None):
+    raise ValueError(
+      f"`{name}` has the fields {[*fields][2:]}; `compressed` and `tail` come "
+      "together, and with `selected`."
+    )
+  return cache._replace(**fields)
+
+
+def check_lengths(cache: Any, name: str = "cache") -> tuple[Array, Array]:
+  """Validates `lengths` and `earliest` of a cache, stacked or not."""
+  if not isinstance(cache, Cache):
+    raise ValueError(
+      f"`{name}` of type {type(cache).__name__} must be a Cache, as `init` "
+      "returns."
+    )
+  integers = []
+  for field in ("lengths", "earliest"):
+    label = f"{name}.{field}"
+    x = _checks.as_array(getattr(cache, field))
+    if x is None or not x.ndim:
+      raise ValueError(
+        f"`{label}`={_checks.show(getattr(cache, field))} must be an array of "
+        "shape [B]."
+      )
+    _checks.integer_dtype(label, x)
+    integers.append(_checks.clip_int32(x))
+  lengths, earliest = integers
+  _checks.shape(
+    f"{name}.earliest", earliest, lengths.shape, f"that of `{name}.lengths`"
+  )
+  return lengths, earliest
+
+
+def check_batch(name: str, x: Array, held: Cache) -> None:
+  """Checks that x [B, ...] has a row for each row of a cache."""
+  batch = held.lengths.shape[-1]  # A scanned model stacks its layers.
+  if x.shape[0] != batch:
+    raise ValueError(
+      f"`{name}` has {x.shape[0]} rows, which must be the {batch} of the cache."
+    )
+
+
 def num_bytes(cache: Any) -> int:
   """Size in bytes of a cache or of a model's `cache` collection.
 
   Args:
     cache: a pytree of arrays or of `jax.ShapeDtypeStruct`.
+
+  Raises:
+    ValueError: if a leaf is neither.
 
   Example:
     >>> import functools, jax
@@ -165,10 +250,15 @@ def num_bytes(cache: Any) -> int:
     >>> cache.num_bytes(jax.eval_shape(make)) / 2**20  # MiB
     137.06055450439453
   """
-  return sum(
-    int(np.prod(leaf.shape)) * leaf.dtype.itemsize
-    for leaf in jax.tree.leaves(cache)
-  )
+  total = 0
+  for leaf in jax.tree.leaves(cache):
+    if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
+      raise ValueError(
+        f"`cache` holds {_checks.show(leaf)}; it must be a pytree of arrays or "
+        "of jax.ShapeDtypeStruct."
+      )
+    total += math.prod(leaf.shape) * leaf.dtype.itemsize
+  return total
 
 
 def bytes_per_token(
@@ -273,7 +363,7 @@ def append(
   new = (selected, compressed, window)
   cache, new, counts = _check_new(cache, new, compress, counts, config)
   length = jax.tree.leaves(new)[0].shape[1]
-  most = max_append(cache, config)
+  most = checked_max_append(cache, config)
   if most is not None and length > most:
     raise ValueError(
       f"`append` of {length} tokens: at most `max_append`={most}; `prefill` "
@@ -371,31 +461,42 @@ def rewind(cache: _T, lengths: int | Array) -> _T:
     >>> cache.rewind(held, jnp.array([8, 8])).lengths.tolist()
     [8, 7]
   """
-  known = _checks.concrete(lengths)
-  if known is not None and known.size and known.min() < 0:
-    raise ValueError(
-      f"`lengths` has the value {known.min()}, which must be at least 0."
-    )
+
+  def is_cache(part: Any) -> bool:
+    return isinstance(part, Cache)
 
   def one(part: Any) -> Any:
-    if not isinstance(part, Cache):
+    if not is_cache(part):
       raise ValueError(
         f"`cache` holds a {type(part).__name__}; it must be a pytree of Cache."
       )
+    held, earliest = check_lengths(part)
     # A scanned model stacks its layers on an axis before the batch.
-    shape = part.lengths.shape[-1:] if jnp.ndim(lengths) else ()
-    new = _checks.integers("lengths", lengths, shape)
-    new = jnp.clip(new, 0, part.lengths)
-    wrong = _checks.concrete(too_short(part, new) & (new < part.lengths))
+    given = _checks.as_array(lengths)
+    shape = held.shape[-1:] if given is None or given.ndim else ()
+    new = _checks.integers(
+      "lengths", lengths, shape, "one entry per row of `cache`"
+    )
+    known = _checks.concrete(lengths)
+    if known is not None and known.size and known.min() < 0:
+      raise ValueError(
+        f"`lengths` has the value {known.min()}, which must be at least 0."
+      )
+    new = jnp.clip(new, 0, held)
+    wrong = _checks.concrete((new > 0) & (new < earliest) & (new < held))
     if wrong is not None and wrong.any():
       raise ValueError(
         f"`lengths`={np.asarray(new).tolist()} must be 0 or at least "
-        f"{np.asarray(part.earliest).tolist()}: the rings have lost what "
-        "shorter rows need; a larger `max_append` keeps more."
+        f"{np.asarray(earliest).tolist()}: the rings have lost what shorter "
+        "rows need; a larger `max_append` keeps more."
       )
     return part._replace(lengths=new)
 
-  return jax.tree.map(one, cache, is_leaf=lambda x: isinstance(x, Cache))
+  if not any(map(is_cache, jax.tree.leaves(cache, is_leaf=is_cache))):
+    raise ValueError(
+      f"`cache` of type {type(cache).__name__} must be a pytree of Cache."
+    )
+  return jax.tree.map(one, cache, is_leaf=is_cache)
 
 
 def too_short(cache: Cache, lengths: Array) -> Array:
@@ -404,6 +505,9 @@ def too_short(cache: Cache, lengths: Array) -> Array:
   Args:
     cache: only `earliest` is read.
     lengths: int32 [B].
+
+  Raises:
+    ValueError: if a shape or dtype does not fit.
 
   Example:
     >>> import jax.numpy as jnp
@@ -414,7 +518,9 @@ def too_short(cache: Cache, lengths: Array) -> Array:
     >>> cache.too_short(held, jnp.array([0, 7, 8])).tolist()
     [False, True, False]
   """
-  return (lengths > 0) & (lengths < cache.earliest)
+  _, earliest = check_lengths(cache)
+  known = jnp.asarray(_checks.offset("lengths", lengths, (earliest.shape, ())))
+  return (known > 0) & (known < earliest)
 
 
 def max_append(cache: Cache, config: NSAConfig) -> int | None:
@@ -438,6 +544,11 @@ def max_append(cache: Cache, config: NSAConfig) -> int | None:
     4
   """
   check_config(config)
+  return checked_max_append(check_cache(cache), config)
+
+
+def checked_max_append(cache: Cache, config: NSAConfig) -> int | None:
+  """`max_append` of validated arguments."""
   most = set()
   if cache.tail is not None:
     most.add(cache.tail.key.shape[1] - config.compression_block + 1)
@@ -465,7 +576,8 @@ def max_append(cache: Cache, config: NSAConfig) -> int | None:
 def _check_new(cache, new, compress, counts, config):
   """Validates the cache, the new tokens and `counts`, and returns them."""
   check_config(config)
-  cache = jax.tree.map(jnp.asarray, cache)
+  cache = check_cache(cache)
+  checked_max_append(cache, config)  # Raises if they do not fit.
   batch = cache.lengths.shape[0]
   fields = {
     "selected": (cache.selected, new[0]),
@@ -478,10 +590,7 @@ def _check_new(cache, new, compress, counts, config):
       if pair is not None:
         raise ValueError(f"`{name}` must be None: the cache does not keep it.")
       continue
-    if not isinstance(pair, tuple) or len(pair) != 2:
-      raise ValueError(
-        f"`{name}` of type {type(pair).__name__} must be a KV(key, value) pair."
-      )
+    pair = _checks.two(name, pair)
     for part, old, x in zip(KV._fields, held, pair, strict=True):
       label = f"{name}.{part}"
       x = _checks.array(label, x, 4, "[B, T, K, H]")
@@ -490,7 +599,8 @@ def _check_new(cache, new, compress, counts, config):
         label,
         x,
         (batch, length, *old.shape[2:]),
-        "B, K, H and V of the cache, and one T for all",
+        "B, K, H and V of the cache, and one T for `compressed`, "
+        "`selected` and `window`",
       )
       _checks.not_empty(label, x, axes=(1,))
       if x.dtype != old.dtype:
@@ -498,17 +608,21 @@ def _check_new(cache, new, compress, counts, config):
           f"`{label}` of dtype {x.dtype} must have the dtype of the cache, "
           f"{old.dtype}."
         )
-  if (compress is None) != (cache.tail is None):
+  if not (compress is None if cache.tail is None else callable(compress)):
     raise ValueError(
-      f"`compress`={compress!r} must be a function for a cache of kind 'nsa', "
-      "and None for others."
+      f"`compress`={_checks.show(compress)} must be a function for a cache "
+      "of kind 'nsa', and None for others."
     )
-  new = jax.tree.map(jnp.asarray, new)
+  new = tuple(
+    None if pair is None else KV(*map(jnp.asarray, pair)) for pair in new
+  )
   known = _checks.concrete(np.full(batch, length) if counts is None else counts)
   if counts is None:
     counts = jnp.full(batch, length, jnp.int32)
   else:
-    counts = _checks.integers("counts", counts, (batch,))
+    counts = _checks.integers(
+      "counts", counts, (batch,), "one entry per row of `cache`"
+    )
     if known is not None and (known.min() < 0 or known.max() > length):
       raise ValueError(
         f"`counts`={known.tolist()} must lie in [0, {length}], the tokens "
@@ -558,7 +672,9 @@ def _append(cache, new, compress, counts, config):
       (blocks - 1) * stride + span,
     )
     done = compress(take_rows(tokens, rows), index * stride)
+    done = _checks.two("compress(...)", done)
     for name, x, old in zip(KV._fields, done, cache.compressed, strict=True):
+      x = _checks.array(f"compress(...).{name}", x, 4, "[B, n, K, H]")
       _checks.shape(
         f"compress(...).{name}",
         x,
@@ -568,7 +684,7 @@ def _append(cache, new, compress, counts, config):
     complete = index * stride + span <= stop[:, None]
     fields["compressed"] = _write(cache.compressed, done, index, complete)
     fields["tail"] = _write_ring(cache.tail, compressed, lengths, stop)
-  most = max_append(cache, config)
+  most = checked_max_append(cache, config)
   if most is not None:
     new = jnp.maximum(stop - most, 0)
     earliest = jnp.where(lengths > 0, jnp.maximum(cache.earliest, new), new)

@@ -7,15 +7,20 @@ Everything here is shared by all module systems.
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from nsa_jax import _checks, cache, compression
-from nsa_jax.cache import Cache
-from nsa_jax.config import AttentionConfig, NSAConfig
+from nsa_jax.cache.state import Cache, check_batch, check_cache
+from nsa_jax.config import (
+  AttentionConfig,
+  NSAConfig,
+  check_attention_config,
+  check_config,
+)
 from nsa_jax.ops.branches import full_attention, window_attention
 from nsa_jax.ops.nsa import native_sparse_attention
 from nsa_jax.ops.scope import keep
@@ -32,6 +37,9 @@ Parts = Mapping[str, Callable[..., Array]]
 COMPRESSIONS = ("compress_key", "compress_value")
 
 
+DENSE_KINDS = ("full", "window")
+
+
 def projections(
   config: AttentionConfig, kind: AttentionName = "nsa"
 ) -> dict[str, tuple[int, int]]:
@@ -43,6 +51,8 @@ def projections(
     config: options of the layer.
     kind: "nsa", or "full" or "window" for dense attention.
   """
+  check_attention_config(config)
+  _checks.choice("kind", kind, cache.KINDS)
   heads, kv_heads = config.num_heads, config.num_kv_heads
   widths = {"key": config.head_dim, "value": config.value_dim}
   shapes = {"query": (heads, config.head_dim)}
@@ -61,6 +71,8 @@ def norms(
   config: AttentionConfig, kind: AttentionName = "nsa"
 ) -> tuple[str, ...]:
   """Names of the RMSNorms over H; none without `normalize_qk`."""
+  check_attention_config(config)
+  _checks.choice("kind", kind, cache.KINDS)
   if not config.normalize_qk:
     return ()
   if kind != "nsa":
@@ -85,6 +97,10 @@ def phi_parameters(
     heads: K.
     head_dim: H for keys, V for values.
   """
+  _checks.choice("kind", kind, get_args(CompressionName))
+  check_config(config)
+  heads = _checks.static_int("heads", heads, 1)
+  head_dim = _checks.static_int("head_dim", head_dim, 1)
   block, hidden = config.compression_block, 2 * head_dim
   zeros = jax.nn.initializers.zeros
   kernel = jax.nn.initializers.lecun_normal(batch_axis=(0,))
@@ -124,6 +140,15 @@ def compress(
     x: [B, S, K, H].
     segment_ids: int32 [B, S].
   """
+  _checks.choice("kind", kind, get_args(CompressionName))
+  x = _checks.array("x", x, 4, "[B, S, K, H]")
+  _checks.not_empty("x", x, axes=(2, 3))
+  known = phi_parameters(kind, config, *x.shape[2:])
+  if not isinstance(parameters, Mapping) or set(parameters) != set(known):
+    raise ValueError(
+      f"`parameters`={_checks.show(parameters)} must be a mapping with the "
+      f"entries {sorted(known)} of `kind`={kind!r}."
+    )
   function = getattr(compression, f"compress_{kind}")
   return function(x, **parameters, config=config, segment_ids=segment_ids)
 
@@ -162,6 +187,15 @@ class Decoding(NamedTuple):
 
   def add(self, config: AttentionConfig, **new: Any) -> tuple[Cache, KV | None]:
     """The new cache and the argument `prefill_window` of `attend`."""
+    made, kept = (
+      next(x.key.dtype for x in pairs if isinstance(x, KV))
+      for pairs in (new.values(), self.held)
+    )
+    if made != kept:
+      raise ValueError(
+        f"`x` gives keys of dtype {made}, which must be that of the cache, "
+        f"{kept}: make the cache with inputs and parameters of these dtypes."
+      )
     most = cache.max_append(self.held, config.nsa)
     few = most is None or self.positions.shape[1] <= most
     # Tokens that do not follow the cache were rotated to wrong positions: they
@@ -211,12 +245,10 @@ def begin_decoding(
   Raises:
     ValueError: if an argument does not fit.
   """
+  held = check_cache(held, "held")
+  x = _checks.batch_and_length("x", x)
   batch, length = x.shape[:2]
-  if held.lengths.shape != (batch,):
-    raise ValueError(
-      f"`x` has {batch} rows, which must be the {held.lengths.shape[0]} of the "
-      "cache."
-    )
+  check_batch("x", x, held)
   counts = jnp.full(batch, length, jnp.int32)
   if segment_ids is not None:
     known = _checks.concrete(segment_ids)
@@ -231,6 +263,8 @@ def begin_decoding(
           f"`segment_ids`[{row}]={known[row].tolist()} must be one segment, "
           "then padding, with `decode`=True."
         )
+  if prefix_length is not None:
+    prefix_length = _checks.static_int("prefix_length", prefix_length, 0)
   if prefix_length == 0:
     held = cache.rewind(held, jnp.where(counts > 0, 0, held.lengths))
   offset = held.lengths if prefix_length is None else prefix_length
@@ -255,6 +289,8 @@ def empty_cache(
   kind: AttentionName = "nsa",
 ) -> Cache:
   """An empty cache for a layer, made by `cache.init`."""
+  check_attention_config(config)
+  _checks.choice("kind", kind, cache.KINDS)
   return cache.init(
     batch,
     capacity,
@@ -274,18 +310,25 @@ def complete_positions(
   positions: Array | None,
   segment_ids: Array | None,
   alignment: int,
+  name: str = "x",
 ) -> tuple[Array, Array | None]:
   """Validates positions and segments of tokens `x` [B, T, ...]; int32.
 
   By default positions restart at 0 at each segment start. Segments must start
   at multiples of `alignment`.
   """
+  alignment = _checks.static_int("alignment", alignment, 1)
+  x = _checks.batch_and_length(name, x)
+  rule = f"one entry per row and token of `{name}`"
   if segment_ids is not None:
     given = segment_ids
-    segment_ids = _checks.integers("segment_ids", segment_ids, x.shape[:2])
+    segment_ids = _checks.integers(
+      "segment_ids", segment_ids, x.shape[:2], rule
+    )
     _checks.segments(given, alignment)
   if positions is not None:
-    return _checks.integers("positions", positions, x.shape[:2]), segment_ids
+    positions = _checks.integers("positions", positions, x.shape[:2], rule)
+    return positions, segment_ids
   index = jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32), x.shape[:2])
   if segment_ids is None:
     return index, None
@@ -315,6 +358,10 @@ def sparse_attention(
     decoding: appends the tokens to a cache, over which they then attend.
     return_block_ids: also return the block ids.
   """
+  check_attention_config(config)
+  _check_parts(config, "nsa", parts)
+  _checks.flag("return_block_ids", return_block_ids)
+  x = _checks.layer_input(x)
   x, positions, segment_ids = _tokens(
     config, x, positions, segment_ids, decoding
   )
@@ -426,6 +473,10 @@ def dense_attention(
     segment_ids: as in `sparse_attention`.
     decoding: as in `sparse_attention`.
   """
+  check_attention_config(config)
+  _checks.choice("kind", kind, DENSE_KINDS)
+  _check_parts(config, kind, parts)
+  x = _checks.layer_input(x)
   x, positions, segment_ids = _tokens(
     config, x, positions, segment_ids, decoding
   )
@@ -463,6 +514,11 @@ def dense_attention(
 
 def _tokens(config, x, positions, segment_ids, decoding):
   """Tokens without padding, with their positions and segments."""
+  if decoding is not None and not isinstance(decoding, Decoding):
+    raise ValueError(
+      f"`decoding`={_checks.show(decoding)} must be a Decoding, as "
+      "`begin_decoding` returns, or None."
+    )
   if decoding is not None and positions is None:
     positions = decoding.positions
   positions, segment_ids = complete_positions(
@@ -472,3 +528,22 @@ def _tokens(config, x, positions, segment_ids, decoding):
     # A NaN in the padding would reach the gradients of the projections.
     x = keep(x, segment_ids > 0)
   return x, positions, segment_ids
+
+
+def _check_parts(
+  config: AttentionConfig, kind: AttentionName, parts: Any
+) -> None:
+  """Raises ValueError unless `parts` has a function for every name."""
+  names = [*projections(config, kind), *norms(config, kind), "out"]
+  if kind == "nsa":
+    names += COMPRESSIONS
+  if not isinstance(parts, Mapping):
+    raise ValueError(
+      f"`parts`={_checks.show(parts)} must be a mapping from the names "
+      f"{names} to functions."
+    )
+  for name in names:
+    if not callable(parts.get(name)):
+      raise ValueError(
+        f"`parts`[{name!r}]={_checks.show(parts.get(name))} must be a function."
+      )

@@ -3,14 +3,19 @@
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 import flax.linen as nn
 import jax.numpy as jnp
 from flax.typing import Dtype, Initializer, PrecisionLike
 
 from nsa_jax import _checks, cache
-from nsa_jax.config import AttentionConfig, NSAConfig, check_config
+from nsa_jax.config import (
+  AttentionConfig,
+  NSAConfig,
+  check_attention_config,
+  check_config,
+)
 from nsa_jax.layers import core
 from nsa_jax.rope import RopeConfig
 from nsa_jax.typing import (
@@ -106,8 +111,10 @@ class NativeSparseAttention(nn.Module):
     _checks.static_int("max_append", self.max_append, 1)
     if not callable(self.kernel_init):
       raise ValueError(
-        f"`kernel_init`={self.kernel_init!r} must be an initialiser function."
+        f"`kernel_init`={_checks.show(self.kernel_init)} must be an "
+        "initialiser function."
       )
+    _checks.precision(self.precision)
     super().__post_init__()
 
   @property
@@ -176,14 +183,15 @@ class NativeSparseAttention(nn.Module):
         "`mask` must be None: the attention is causal. For padded or packed "
         "sequences pass `segment_ids`."
       )
+    _checks.flag("sow_weights", sow_weights)
     if sow_weights:
       raise ValueError(
         f"`sow_weights`={sow_weights} must be False: the weights are never "
         "materialised. `gates` and `block_ids` are sown."
       )
     del deterministic, dropout_rng
-    x = _checks.array("x", x, 3, "[B, T, D]")
-    _checks.floating("x", x)
+    x = _checks.layer_input(x)
+    check_width(self, x)
     config = self.attention
     dense = functools.partial(
       nn.DenseGeneral,
@@ -245,6 +253,13 @@ class DenseAttention(nn.Module):
   decode: bool = False
   max_append: int = 1
 
+  def __post_init__(self):
+    check_attention_config(self.config)
+    _checks.choice("kind", self.kind, core.DENSE_KINDS)
+    _checks.flag("decode", self.decode)
+    _checks.static_int("max_append", self.max_append, 1)
+    super().__post_init__()
+
   @nn.compact
   def __call__(
     self,
@@ -256,6 +271,8 @@ class DenseAttention(nn.Module):
   ) -> Array:
     """Attends causally within segments, [B, T, D] to [B, T, D]."""
     config = self.config
+    x = _checks.layer_input(x)
+    check_width(self, x)
     dense = functools.partial(
       nn.DenseGeneral,
       use_bias=False,
@@ -297,9 +314,17 @@ class CompressBlocks(nn.Module):
   config: NSAConfig
   param_dtype: Dtype = jnp.float32
 
+  def __post_init__(self):
+    _checks.choice("kind", self.kind, get_args(CompressionName))
+    check_config(self.config)
+    _checks.dtype("param_dtype", self.param_dtype)
+    super().__post_init__()
+
   @nn.compact
   def __call__(self, x: Array, segment_ids: Array | None = None) -> Array:
     """Compresses [B, S, K, H] keys or values to [B, C, K, H]."""
+    x = _checks.array("x", x, 4, "[B, S, K, H]")
+    _checks.not_empty("x", x, axes=(2, 3))
     table = core.phi_parameters(self.kind, self.config, *x.shape[2:])
     parameters = {
       name: self.param(name, init, shape, self.param_dtype)
@@ -329,6 +354,16 @@ def _parts(
   for name in core.norms(config, kind):
     parts[name] = rms_norm(config, name)
   return parts | {"out": dense(width, axis=(-2, -1), name="out")}
+
+
+def check_width(module: nn.Module, x: Array) -> None:
+  """Checks x [B, T, D] against the parameters; flax names only them."""
+  query = module.variables.get("params", {}).get("query", {})
+  width = jnp.shape(nn.meta.unbox(query.get("kernel", 0)))[:1]
+  if width and width != x.shape[-1:]:
+    raise ValueError(
+      f"`x` of shape {x.shape} must have D={width[0]}, as the parameters have."
+    )
 
 
 def begin_decoding(

@@ -57,8 +57,7 @@ class TransformerConfig(AttentionConfig):
 
   def __post_init__(self):
     super().__post_init__()
-    for name in ("vocab_size", "num_layers", "model_dim", "mlp_dim"):
-      _checks.static_int(name, getattr(self, name), 1)
+    self._keep_integers("vocab_size", "num_layers", "model_dim", "mlp_dim")
     _checks.choice("remat", self.remat, get_args(RematName))
     _checks.flag("tie_embeddings", self.tie_embeddings)
     _checks.flag("scan_layers", self.scan_layers)
@@ -139,7 +138,8 @@ class TransformerConfig(AttentionConfig):
     """
     if self.select is not None:
       raise ValueError(
-        f"`select`={self.select!r} must be None: JSON has no functions."
+        f"`select`={_checks.show(self.select)} must be None: JSON has no "
+        "functions."
       )
     fields = dataclasses.asdict(self)
     del fields["select"]
@@ -183,8 +183,8 @@ def _check_fields(kind, fields, name=""):
   """Raises ValueError unless `fields` is a dictionary of fields of `kind`."""
   if not isinstance(fields, Mapping):
     raise ValueError(
-      f"`{name or 'fields'}`={fields!r} must be a dictionary of fields of "
-      f"{kind.__name__}."
+      f"`{name or 'fields'}`={_checks.show(fields)} must be a dictionary of "
+      f"fields of {kind.__name__}."
     )
   known = {field.name for field in dataclasses.fields(kind)} - {"select"}
   for field in fields:

@@ -13,8 +13,10 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from nsa_jax import _checks, dispatch
+from nsa_jax.cache.state import Cache, check_batch
 from nsa_jax.layers import core
 from nsa_jax.layers.linen import (
   DenseAttention,
@@ -65,6 +67,7 @@ class TransformerLM(nn.Module):
   max_append: int = 1
 
   def __post_init__(self):
+    _checks.instance("config", self.config, TransformerConfig)
     _checks.flag("decode", self.decode)
     _checks.static_int("max_append", self.max_append, 1)
     super().__post_init__()
@@ -96,18 +99,34 @@ class TransformerLM(nn.Module):
       ValueError: if an argument does not fit.
     """
     config = self.config
-    tokens = _checks.array("tokens", tokens, 2, "[B, T]")
-    tokens = _checks.integers("tokens", tokens, tokens.shape)
+    shape = _checks.array("tokens", tokens, 2, "[B, T]").shape
+    tokens = _checks.integers("tokens", tokens, shape)
+    _checks.not_empty("tokens", tokens)
+    caches = jax.tree.leaves(
+      self.variables.get("cache", {}), is_leaf=lambda x: isinstance(x, Cache)
+    )
+    for held in caches[:1]:
+      check_batch("tokens", tokens, held)
     # With `decode`, each layer derives the positions from its cache.
     if positions is not None or not self.decode:
       positions, segment_ids = core.complete_positions(
-        tokens, positions, segment_ids, config.nsa.selection_block
+        tokens,
+        positions,
+        segment_ids,
+        config.nsa.selection_block,
+        name="tokens",
       )
 
     if segment_ids is not None:
       # Even without a cotangent, the NaN of a padding token such as -1 would
       # reach the gradients of all parameters.
-      tokens = keep(tokens, jnp.asarray(segment_ids) > 0)
+      ids = _checks.integers(
+        "segment_ids",
+        segment_ids,
+        tokens.shape,
+        "one entry per row and token of `tokens`",
+      )
+      tokens = keep(tokens, ids > 0)
     shape = (config.vocab_size, config.model_dim)
     embedding = self.param(
       "embedding",
@@ -115,6 +134,7 @@ class TransformerLM(nn.Module):
       shape,
       config.param_dtype,
     )
+    embedding = jnp.asarray(embedding)  # A NumPy array has no `at`.
     # Out-of-range tokens give NaN instead of another token's embedding.
     x = (
       embedding.astype(config.dtype)
@@ -125,11 +145,13 @@ class TransformerLM(nn.Module):
     x = rms_norm(config, "final_norm")(x)
     head = embedding
     if not config.tie_embeddings:
-      head = self.param(
-        "head",
-        nn.initializers.normal(config.model_dim**-0.5),
-        shape,
-        config.param_dtype,
+      head = jnp.asarray(
+        self.param(
+          "head",
+          nn.initializers.normal(config.model_dim**-0.5),
+          shape,
+          config.param_dtype,
+        )
       )
     return jnp.einsum(
       "btd,vd->btv",
@@ -202,16 +224,34 @@ def unstack_layers(
     >>> sorted(params)
     ['embedding', 'final_norm', 'layer_0', 'layer_1']
   """
+  if not isinstance(model, TransformerLM):
+    raise ValueError(
+      f"`model` of type {type(model).__name__} must be a TransformerLM."
+    )
   config = model.config
   if not config.scan_layers:
     raise ValueError("`model.config.scan_layers`=False: nothing is stacked.")
-  if "layers" not in params:
+  if not isinstance(params, Mapping) or "layers" not in params:
+    entries = _checks.show(params)
+    if isinstance(params, Mapping):
+      entries = f"the entries {sorted(map(str, params))}"
     raise ValueError(
-      f"`params` has the entries {sorted(params)}; it must have 'layers', as "
-      'what `init` returns under "params" has.'
+      f"`params` has {entries}; it must have 'layers', as what `init` returns "
+      'under "params" has.'
     )
   single = dict(params)
   stacked = single.pop("layers")
+  leaves = jax.tree.leaves_with_path(stacked)
+  if not leaves:
+    raise ValueError("`params['layers']` holds no parameters.")
+  for path, x in leaves:
+    known = isinstance(x, np.ndarray | jax.Array)
+    if not known or x.shape[:1] != (config.num_layers,):
+      raise ValueError(
+        f"`params['layers']{jax.tree_util.keystr(path)}` must be an array with "
+        f"a leading axis of size `num_layers`={config.num_layers}, not "
+        f"{_checks.show(x)}."
+      )
   for i in range(config.num_layers):
     single[f"layer_{i}"] = jax.tree.map(lambda x, i=i: x[i], stacked)
   config = dataclasses.replace(config, scan_layers=False)

@@ -390,6 +390,7 @@ def attend_branch(
   Returns:
     out and lse; lse may be None if `spec.need_lse` is False.
   """
+  _checks.implementation(implementation)
   query, key, value = arrays
   if not key.shape[1]:  # No complete compressed block: no kernel to run.
     dispatch.names(implementation)
@@ -416,7 +417,7 @@ def check_compressed(
   if key.shape[1] != num_compressed:
     raise ValueError(
       f"`{name}` of shape {key.shape} must have {num_compressed} blocks, "
-      f"num_compressed_blocks of `key_length`={key_length}."
+      f"num_compressed_blocks of `key_length`={key_length} and `config`."
     )
   return key_length
 
@@ -431,10 +432,7 @@ def check_block_ids(
   """Validates the shape, dtype and values of block ids; int32."""
   given = ids
   ids = _checks.array(name, ids, 4, "[B, T, K, m]")
-  if not jnp.issubdtype(ids.dtype, jnp.integer):
-    raise ValueError(
-      f"`{name}` of dtype {ids.dtype} must have an integer dtype."
-    )
+  _checks.integer_dtype(name, ids)
   _checks.shape(
     name,
     ids,
@@ -449,4 +447,4 @@ def check_block_ids(
   _checks.block_ids(name, given, num_blocks)
   # A block past the keys is never read, but its token positions may overflow
   # int32.
-  return jnp.minimum(ids, jnp.int32(num_blocks)).astype(jnp.int32)
+  return jnp.minimum(_checks.clip_int32(ids), jnp.int32(num_blocks))

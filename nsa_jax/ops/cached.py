@@ -3,12 +3,17 @@
 from collections.abc import Mapping
 from typing import Any, Literal, overload
 
-import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from nsa_jax import _checks, dispatch, geometry
-from nsa_jax.cache.state import Cache, max_append, ring_rows, take_rows
+from nsa_jax.cache.state import (
+  Cache,
+  check_cache,
+  checked_max_append,
+  ring_rows,
+  take_rows,
+)
 from nsa_jax.config import NSAConfig, check_config
 from nsa_jax.ops import nsa
 from nsa_jax.ops.branches import attend_branch
@@ -141,7 +146,9 @@ def attend(
     (1, 1, 4, 8)
   """
   check_config(config)
-  cache = jax.tree.map(jnp.asarray, cache)
+  _checks.implementation(implementation)
+  _checks.flag("return_block_ids", return_block_ids)
+  cache = check_cache(cache)
   if cache.selected is None or cache.compressed is None or cache.tail is None:
     raise ValueError("`cache` must be of kind 'nsa': it lacks fields.")
   query, selected = _checks.pair("cache.selected", query, cache.selected)
@@ -242,7 +249,7 @@ def attend_window(
     (1, 1, 4, 8)
   """
   check_config(config)
-  cache = jax.tree.map(jnp.asarray, cache)
+  cache = check_cache(cache)
   if cache.window is None:
     raise ValueError("`cache` must be of kind 'window': it has no `window`.")
   query, ring = _checks.pair("cache.window", query, cache.window)
@@ -300,7 +307,7 @@ def attend_full(
     >>> cache.attend_full(query, held, query_offset=8).shape
     (1, 1, 4, 8)
   """
-  cache = jax.tree.map(jnp.asarray, cache)
+  cache = check_cache(cache)
   if cache.selected is None:
     raise ValueError("`cache` must be of kind 'full': it has no `selected`.")
   query, selected = _checks.pair("cache.selected", query, cache.selected)
@@ -413,7 +420,7 @@ def _check_few(ring, query, prefill_window, cache, config):
   Raises:
     ValueError: if the window's ring lacks keys that the queries read.
   """
-  most = max_append(cache, config)
+  most = checked_max_append(cache, config)
   length = query.shape[1]
   few = most is None or length <= most
   if ring is not None and prefill_window is None and not few:

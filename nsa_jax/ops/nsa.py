@@ -183,7 +183,8 @@ def native_sparse_attention(
     "compressed.key",
     compressed.key,
     (key.shape[0], num_compressed, *key.shape[2:]),
-    "num_compressed_blocks(S) blocks, and the heads of `selected.key`",
+    "num_compressed_blocks(S) blocks by `config`, and the heads of "
+    "`selected.key`",
   )
   for name, other in (
     ("window.value", window.value),
@@ -206,10 +207,12 @@ def native_sparse_attention(
     alignment=config.selection_block,
   )
   _checks.selector(select)
+  _checks.flag("return_block_ids", return_block_ids)
   if block_ids is not None:
     if select is not None:
       raise ValueError(
-        f"`select`={select!r} must be None where `block_ids` are given."
+        f"`select`={_checks.show(select)} must be None where `block_ids` are "
+        "given."
       )
     block_ids = check_block_ids(block_ids, query, key, config)
   out, block_ids = compose(
@@ -355,7 +358,7 @@ def check_tiles(tiles: Any, *more: str) -> Mapping[str, Any]:
     return {}
   if not isinstance(tiles, Mapping) or not set(tiles) <= set(known):
     raise ValueError(
-      f"`tiles`={tiles!r} must be a mapping from {', '.join(map(repr, known))} "
-      "to tile sizes."
+      f"`tiles`={_checks.show(tiles)} must be a mapping from "
+      f"{', '.join(map(repr, known))} to tile sizes."
     )
   return tiles

@@ -76,6 +76,7 @@ def make_scope(
   *,
   alignment: int = 1,
   key_offset: int | Array = 0,
+  name: str = "query",
 ) -> Scope:
   """Validates positions and segments of queries [B, T, N, H].
 
@@ -87,6 +88,7 @@ def make_scope(
     query_segment_ids: as in `native_sparse_attention`.
     alignment: each segment must start at a multiple of it.
     key_offset: position of the first key.
+    name: what the caller calls `query`.
 
   Raises:
     ValueError: if an argument does not fit.
@@ -122,7 +124,10 @@ def make_scope(
   key_segments = query_segments = None
   if segment_ids is not None:
     key_segments = _checks.integers(
-      "segment_ids", segment_ids, (batch, key_length)
+      "segment_ids",
+      segment_ids,
+      (batch, key_length),
+      f"one entry per row of `{name}` and key",
     )
     _checks.segments(segment_ids, alignment)
     if query_segment_ids is None:
@@ -130,7 +135,10 @@ def make_scope(
       query_segments = jnp.take_along_axis(key_segments, at, axis=1)
     else:
       query_segments = _checks.integers(
-        "query_segment_ids", query_segment_ids, (batch, length)
+        "query_segment_ids",
+        query_segment_ids,
+        (batch, length),
+        f"one entry per row and token of `{name}`",
       )
       _checks.not_negative("query_segment_ids", query_segment_ids)
     token_queries = query_segments > 0

@@ -68,6 +68,7 @@ def block_scores(
     query, compressed_key, lse, config, key_length, scale, query_offset,
     segment_ids, query_segment_ids,
   )  # fmt: skip
+  _checks.implementation(implementation)
   arrays, index = (query, compressed_key, lse), (None, scope.queries)
   run = dispatch.choose("block_scores", implementation, spec, arrays, index)
   return keep(run(arrays, index), scope.valid_queries)
@@ -185,7 +186,8 @@ def block_ids_from_scores(
     "scores",
     scores,
     (None, None, None, geometry.num_selection_blocks(key_length, config)),
-    "[B, T, K, M], M = num_selection_blocks(key_length)",
+    "[B, T, K, M], M = num_selection_blocks of `key_length`="
+    f"{key_length} and `config`",
   )
   scope = make_scope(
     scores,
@@ -194,6 +196,7 @@ def block_ids_from_scores(
     segment_ids,
     query_segment_ids,
     alignment=config.selection_block,
+    name="scores",
   )
   batch, length = scores.shape[:2]
   spec, queries = Spec(config, 1.0, key_length), scope.queries
@@ -215,6 +218,7 @@ def select(
   scope: Scope,
 ) -> Array:
   """`select_blocks` on validated arguments, masked by `scope`."""
+  _checks.implementation(implementation)
   arrays = jax.lax.stop_gradient((query, compressed_key, lse))
   index = None, scope.queries
   run = dispatch.choose("select_blocks", implementation, spec, arrays, index)
