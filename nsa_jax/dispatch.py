@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax import export
 from jax.ad_checkpoint import checkpoint_name
 
-from nsa_jax import cudnn, reference, xla
+from nsa_jax import _checks, cudnn, reference, xla
 from nsa_jax.typing import Implementation
 from pallas_kernels.interface import Spec
 from pallas_kernels.platforms import by_platform
@@ -93,9 +93,9 @@ def names(implementation: Implementation, op: str = "window") -> Sequence[str]:
   else:
     tried = (implementation,)
   for name in tried:
-    if name not in known:
+    if not isinstance(name, str) or name not in known:
       raise ValueError(
-        f"`implementation`={implementation!r} must be None, one of "
+        f"`implementation`={_checks.show(implementation)} must be None, one of "
         f"{', '.join(map(repr, known))}, or a sequence of these names."
       )
   return tried

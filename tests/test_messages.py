@@ -778,7 +778,7 @@ FOUND: dict[str, tuple[Callable[[], Any], str, str, str]] = {
     lambda: _call("window_attention", {"implementation": np.ones(2)}),
     "implementation",
     "array([1., 1.])",
-    "None, a name, or a sequence",
+    "must be None, one of",
   ),
   "array for a dtype": (
     lambda: _layer(dtype=np.ones(2, np.float32)),

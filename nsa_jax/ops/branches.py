@@ -390,7 +390,6 @@ def attend_branch(
   Returns:
     out and lse; lse may be None if `spec.need_lse` is False.
   """
-  _checks.implementation(implementation)
   query, key, value = arrays
   if not key.shape[1]:  # No complete compressed block: no kernel to run.
     dispatch.names(implementation)

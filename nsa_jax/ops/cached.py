@@ -146,7 +146,6 @@ def attend(
     (1, 1, 4, 8)
   """
   check_config(config)
-  _checks.implementation(implementation)
   _checks.flag("return_block_ids", return_block_ids)
   cache = check_cache(cache)
   if cache.selected is None or cache.compressed is None or cache.tail is None:

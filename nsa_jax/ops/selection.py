@@ -68,7 +68,6 @@ def block_scores(
     query, compressed_key, lse, config, key_length, scale, query_offset,
     segment_ids, query_segment_ids,
   )  # fmt: skip
-  _checks.implementation(implementation)
   arrays, index = (query, compressed_key, lse), (None, scope.queries)
   run = dispatch.choose("block_scores", implementation, spec, arrays, index)
   return keep(run(arrays, index), scope.valid_queries)
@@ -218,7 +217,6 @@ def select(
   scope: Scope,
 ) -> Array:
   """`select_blocks` on validated arguments, masked by `scope`."""
-  _checks.implementation(implementation)
   arrays = jax.lax.stop_gradient((query, compressed_key, lse))
   index = None, scope.queries
   run = dispatch.choose("select_blocks", implementation, spec, arrays, index)
