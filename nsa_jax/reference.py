@@ -65,7 +65,7 @@ def select_blocks(
     valid &= query_segments > 0
   first = first[..., None]
   last = positions[..., None] // config.selection_block
-  block = jnp.arange(num_blocks)
+  block = jnp.arange(num_blocks)[None, None]
   candidate = (first <= block) & (block <= last) & valid[..., None]
   forced = (block < first + config.num_initial) | (
     block > last - config.num_local
@@ -90,9 +90,11 @@ def selected(
   """Eq. 12: softmax attention over the causal tokens of the given blocks."""
   block_ids, queries = index
   token = jnp.arange(qkv[1].shape[1])
-  block = token // spec.config.selection_block
+  block = token[None, None, None, None] // spec.config.selection_block
   chosen = (block_ids[..., None] == block).any(axis=-2)  # [B, T, K, S]
-  readable = _readable(token, qkv[0], queries, queries.key_segments)
+  readable = _readable(
+    token[None, None], qkv[0], queries, queries.key_segments
+  )
   return _attend(spec, qkv, chosen & readable[:, :, None])
 
 
@@ -102,7 +104,8 @@ def window(
   """Softmax attention over the last w tokens, the query's own included."""
   query, key, _ = qkv
   queries = index[1]
-  token = jnp.reshape(queries.key_offset, (-1, 1, 1)) + jnp.arange(key.shape[1])
+  token = jnp.arange(key.shape[1])[None, None]
+  token += jnp.reshape(queries.key_offset, (-1, 1, 1))
   readable = _readable(token, query, queries, queries.key_segments)
   positions = queries.positions(*query.shape[:2])
   readable &= (token > positions[..., None] - spec.config.window) & (token >= 0)
@@ -114,7 +117,7 @@ def full(
 ) -> tuple[Array, Array]:
   """Softmax attention over all tokens up to the query's own."""
   queries = index[1]
-  token = jnp.arange(qkv[1].shape[1])
+  token = jnp.arange(qkv[1].shape[1])[None, None]
   readable = _readable(token, qkv[0], queries, queries.key_segments)
   return _attend(spec, qkv, readable[:, :, None])
 
@@ -125,11 +128,14 @@ def _visible_blocks(spec, query, queries):
   segments = queries.key_segments
   if segments is not None:
     segments = compressed_block_segments(segments, spec.config)
-  return _readable(ends, query, queries, segments)
+  return _readable(ends[None, None], query, queries, segments)
 
 
 def _readable(token, query, queries, key_segments):
-  """Causal and segment mask, bool [B, T, S], of keys at positions `token`."""
+  """Causal and segment mask, bool [B, T, S].
+
+  `token` [B or 1, 1, S] are the positions of the keys.
+  """
   readable = token <= queries.positions(*query.shape[:2])[..., None]
   if key_segments is not None:
     query_segments = queries.query_segments[..., None]

@@ -141,7 +141,8 @@ def apply_rope(x: ArrayLike, positions: ArrayLike, config: RopeConfig) -> Array:
   positions = _checks.integers("positions", positions, x.shape[:2])
   acc = jnp.promote_types(jnp.float32, x.dtype)
   frequencies = jnp.asarray(rope_frequencies(x.shape[-1], config), acc)
-  angles = positions[:, :, None, None].astype(acc) * frequencies
+  positions = positions[:, :, None, None].astype(acc)
+  angles = positions * frequencies[None, None, None]
   temperature = 0.1 * math.log(config.yarn_factor) + 1
   cos, sin = jnp.cos(angles) * temperature, jnp.sin(angles) * temperature
   left, right = jnp.split(x.astype(acc), 2, axis=-1)

@@ -360,7 +360,7 @@ def _decode(
 @functools.partial(jax.jit, static_argnames="size")
 def _window(tokens, first, size):
   """`size` tokens of each row from `first` [B] on; -1 past the end."""
-  index = first[:, None] + jnp.arange(size)
+  index = first[:, None] + jnp.arange(size)[None]
   return jnp.take_along_axis(tokens, index, axis=1, mode="fill", fill_value=-1)
 
 

@@ -482,7 +482,7 @@ def rewind(cache: _T, lengths: int | Array) -> _T:
       raise ValueError(
         f"`lengths` has the value {known.min()}, which must be at least 0."
       )
-    new = jnp.clip(new, 0, held)
+    new = jnp.broadcast_to(new, held.shape).clip(0, held)
     wrong = _checks.concrete((new > 0) & (new < earliest) & (new < held))
     if wrong is not None and wrong.any():
       raise ValueError(

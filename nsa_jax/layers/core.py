@@ -212,13 +212,13 @@ class Decoding(NamedTuple):
     With a static offset, padding may be at positions that the cache holds, so
     that `attend` does not mask it.
     """
-    new = jnp.arange(x.shape[1]) < self.counts[:, None]
+    new = jnp.arange(x.shape[1])[None] < self.counts[:, None]
     return keep(x, new, fill)
 
   def mark_lost(self, out: Array) -> Array:
     """`out` with NaN at tokens that could not be appended correctly."""
     held = self.held
-    index = jnp.arange(out.shape[1])
+    index = jnp.arange(out.shape[1])[None]
     lost = cache.too_short(held, held.lengths) | (self.offset != held.lengths)
     lost = lost[:, None]
     if held.selected is not None:

@@ -113,7 +113,7 @@ def top_n(
   num_blocks = scores.shape[-1]
   first = first[..., None]
   last = positions[..., None] // config.selection_block
-  block = jnp.arange(num_blocks)
+  block = jnp.arange(num_blocks)[None, None]
   candidate = (first <= block) & (block <= last)
   candidate &= ((positions >= 0) & (positions < spec.key_length))[..., None]
   if query_segments is not None:
@@ -157,6 +157,7 @@ def selected(
     )
   row = jnp.arange(batch)[:, None, None, None]
   head = jnp.arange(kv_heads)[:, None]
+  within = jnp.arange(block)[None, None, None, None]
   positions = queries.positions(batch, length)
   key_segments = queries.key_segments
   segments = None
@@ -165,7 +166,7 @@ def selected(
 
   def body(query, ids, positions, query_segments):
     index = ids.clip(0)
-    token = index[..., None] * block + jnp.arange(block)  # [B, R, K, m, l']
+    token = index[..., None] * block + within  # [B, R, K, m, l']
     readable = (ids >= 0)[..., None] & (token < key_length)
     readable &= token <= positions[:, :, None, None, None]
     if segments is not None:
@@ -223,7 +224,7 @@ def window(
   size = min(length, max(width, 128))
   chunks = -(-length // size)
   span = min(key_length, size + width - 1)
-  first = positions[:, :1] + size * jnp.arange(chunks)  # [B, chunks]
+  first = positions[:, :1] + size * jnp.arange(chunks)[None]  # [B, chunks]
   start = first - (width - 1) - jnp.reshape(key_offset, (-1, 1))
   start = start.clip(0, key_length - span).T  # [chunks, B]
 
@@ -235,7 +236,7 @@ def window(
     return None if x is None else cut(start, x)  # [chunks, B, span, ...]
 
   def body(query, positions, query_segments, start, key, value, segments):
-    token = (key_offset + start)[:, None, None] + jnp.arange(span)
+    token = (key_offset + start)[:, None, None] + jnp.arange(span)[None, None]
     dtype = query.dtype
     key, value = _shared(key), _shared(value)
 
@@ -319,7 +320,7 @@ def _visible_blocks(spec, key_segments):
     segments = compressed_block_segments(key_segments, spec.config)
 
   def mask(positions, query_segments):
-    visible = ends <= positions[..., None]
+    visible = ends[None, None] <= positions[..., None]
     if segments is not None:
       visible &= segments[:, None] == query_segments[..., None]
       visible &= (query_segments > 0)[..., None]
