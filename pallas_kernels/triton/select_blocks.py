@@ -122,7 +122,9 @@ def _scores_kernel(
     inside = jnp.minimum(
       spec.reach, spec.ratio - common.rem(_arange(block_k), spec.ratio)
     )
-    first_column = step_k * columns
+    # The interpreter stores by indices of one dtype, and that of `:` depends on
+    # jax_enable_x64.
+    first_column = (step_k * columns).astype(int)
     plgpu.store(
       score_refs[0].at[:, pl.ds(first_column, columns)], reduce(inside)
     )
