@@ -11,7 +11,7 @@ from jax.typing import ArrayLike
 from nsa_jax import _checks
 from nsa_jax.config import NSAConfig, check_config
 from nsa_jax.geometry import token_windows
-from nsa_jax.precision import einsum
+from nsa_jax.precision import einsum, sum_dtype
 from nsa_jax.typing import Array
 
 
@@ -52,7 +52,7 @@ def compress_mean(
     (1, 3, 2, 8)
   """
   blocks = _checked_windows(x, config, segment_ids)
-  acc = jnp.promote_types(jnp.float32, blocks.dtype)
+  acc = sum_dtype(blocks.dtype)
   return blocks.astype(acc).mean(axis=2).astype(blocks.dtype)
 
 

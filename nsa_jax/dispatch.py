@@ -21,6 +21,7 @@ from jax import export
 from jax.ad_checkpoint import checkpoint_name
 
 from nsa_jax import cudnn, reference, xla
+from nsa_jax.precision import sum_dtype
 from nsa_jax.typing import Implementation
 from pallas_kernels.interface import Spec
 from pallas_kernels.platforms import by_platform
@@ -291,7 +292,7 @@ def _results(plan, arrays):
   if op == "decode":
     value = arrays.selected.value
     return out(value.shape[3]), ids(value.shape[2])
-  acc = jnp.promote_types(jnp.float32, query.dtype)
+  acc = sum_dtype(query.dtype)
   if op == "block_scores":
     blocks = -(-plan.spec.key_length // config.selection_block)
     shape = batch, length, arrays[1].shape[2], blocks

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from einops import rearrange
 
 from nsa_jax import geometry
+from nsa_jax.precision import sum_dtype
 from nsa_jax.typing import Array, Queries
 from pallas_kernels.interface import Spec, compressed_block_segments
 
@@ -146,7 +147,7 @@ def _readable(token, query, queries, key_segments):
 
 def _scores(query, key, scale):
   """Scaled dot products of queries and keys, [B, T, K, G, S]."""
-  acc = jnp.promote_types(jnp.float32, query.dtype)
+  acc = sum_dtype(query.dtype)
   query = rearrange(query, "b t (k g) h -> b t k g h", k=key.shape[2])
   return scale * jnp.einsum(
     "btkgh,bskh->btkgs",

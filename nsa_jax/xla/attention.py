@@ -10,7 +10,7 @@ from einops import rearrange
 
 from nsa_jax import geometry
 from nsa_jax.config import NSAConfig
-from nsa_jax.precision import einsum
+from nsa_jax.precision import einsum, sum_dtype
 from nsa_jax.typing import Array, Queries
 from nsa_jax.xla.chunks import chunk_queries, map_chunks
 from pallas_kernels.interface import (
@@ -351,7 +351,7 @@ def _shared(x):
   Their gradient is a sum over the chunks in this dtype; in bfloat16 a long sum
   would stop growing.
   """
-  return x.astype(jnp.promote_types(jnp.float32, x.dtype))
+  return x.astype(sum_dtype(x.dtype))
 
 
 def _pad_to(x, block):
