@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 from jax.extend import core
-from jax.interpreters import batching, mlir
+from jax.interpreters import ad, batching, mlir
 
 # A function f(static, *arrays) and its static argument. Equal pairs share a
 # compiled program.
@@ -48,6 +48,17 @@ def by_platform(cuda: Call, default: Call, out: Any, *args: Any) -> Any:
 _by_platform_p = core.Primitive("nsa_by_platform")
 _by_platform_p.multiple_results = True
 _by_platform_p.def_abstract_eval(lambda *_, avals, **__: avals)
+
+
+
+def _jvp(*_, **__):
+  raise NotImplementedError(
+    "kernels, and `implementation`=None, have no second derivatives: pass "
+    '`implementation`="xla"'
+  )
+
+
+ad.primitive_jvps[_by_platform_p] = _jvp
 
 
 def _rule(platform):
