@@ -616,8 +616,10 @@ def _check_new(cache, new, compress, counts, config):
   new = tuple(
     None if pair is None else KV(*map(jnp.asarray, pair)) for pair in new
   )
-  known = _checks.concrete(np.full(batch, length) if counts is None else counts)
+  known = _checks.concrete(counts)
   if counts is None:
+    # The batch may be symbolic, as in `jax.export`.
+    known = np.full(batch if isinstance(batch, int) else 1, length)
     counts = jnp.full(batch, length, jnp.int32)
   else:
     counts = _checks.integers(

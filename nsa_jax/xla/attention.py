@@ -42,7 +42,7 @@ def compressed(
       "brkgc,bckv->brkgv",
     )
 
-  size = chunk_queries(length, batch * heads * key.shape[1])
+  size = chunk_queries(length, batch, heads * key.shape[1])
   query = _grouped(query, key.shape[2])
   key, value = _shared(key), _shared(value)
   positions = queries.positions(batch, length)
@@ -194,7 +194,8 @@ def selected(
   # traffic also stays linear in the length.
   size = chunk_queries(
     length,
-    batch * kv_heads * keys_per_query * width,
+    batch,
+    kv_heads * keys_per_query * width,
     floor=8 * key_length // keys_per_query,
   )
   out, lse = map_chunks(
@@ -255,7 +256,7 @@ def window(
 
     # A wide window or a large batch would make the scores [size, span] too
     # large.
-    inner = chunk_queries(query.shape[1], batch * heads * span)
+    inner = chunk_queries(query.shape[1], batch, heads * span)
     return map_chunks(attend, inner, query, positions, query_segments)
 
   out, lse = map_chunks(
@@ -285,7 +286,7 @@ def _for_block_scores(consume, spec, arrays, index, *per_query):
     p_slc = _to_selection_blocks(p_cmp, spec)
     return consume(p_slc, positions, query_segments, *per_query)
 
-  size = chunk_queries(length, batch * heads * max(num_compressed, 1))
+  size = chunk_queries(length, batch, heads * max(num_compressed, 1))
   return map_chunks(
     body,
     size,
