@@ -93,9 +93,7 @@ def selected(
   token = jnp.arange(qkv[1].shape[1])
   block = token[None, None, None, None] // spec.config.selection_block
   chosen = (block_ids[..., None] == block).any(axis=-2)  # [B, T, K, S]
-  readable = _readable(
-    token[None, None], qkv[0], queries, queries.key_segments
-  )
+  readable = _readable(token[None, None], qkv[0], queries, queries.key_segments)
   return _attend(spec, qkv, chosen & readable[:, :, None])
 
 

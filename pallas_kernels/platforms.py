@@ -50,7 +50,6 @@ _by_platform_p.multiple_results = True
 _by_platform_p.def_abstract_eval(lambda *_, avals, **__: avals)
 
 
-
 def _jvp(*_, **__):
   raise NotImplementedError(
     "kernels, and `implementation`=None, have no second derivatives: pass "
