@@ -4,8 +4,6 @@ jax's own error for a `jax.custom_vjp` comes late, at lowering, and names
 neither the op nor the remedy.
 """
 
-from typing import NoReturn
-
 import jax
 from jax.extend import core
 from jax.interpreters import ad, batching, mlir
@@ -36,7 +34,7 @@ batching.defvectorized(_tangent_p)
 
 
 @_tangent_p.def_impl
-def _refuse(*_, **__) -> NoReturn:
+def _refuse(*_, **__):
   raise NotImplementedError(REVERSE_MODE_ONLY)
 
 
