@@ -94,9 +94,8 @@ def _impl(*flat, **params):
     return _compiled(**params)(*flat)
   # A portable function can run step by step. Kernels are a single step: the
   # buffers between them have parts that are never written nor read.
-  function = _innermost(params["default"])
-  portable = function is not _innermost(params["cuda"])
-  portable = portable and not _on_nvidia(flat)
+  kernel, function = (_innermost(params[name]) for name in ("cuda", "default"))
+  portable = function is not kernel and not _on_nvidia(flat)
   if config.jax_disable_jit and portable:
     return _rule("default")(*flat, **params)
   # To find the place of a NaN, jax would call this rule again, without end.
@@ -110,8 +109,7 @@ def _impl(*flat, **params):
     with jax.debug_infs(False):  # Masks are -inf.
       _rule("default")(*flat, **params)  # Raises at the step that makes it.
   if nans or infs:
-    if not portable:
-      function = _innermost(params["cuda"])
+    function = function if portable else kernel
     raise FloatingPointError(
       f"invalid value ({'nan' if nans else 'inf'}) encountered in "
       f"{function.__module__}.{function.__name__}"

@@ -486,11 +486,15 @@ def test_debug_nans_leads_to_the_line(
 
 
 @pytest.mark.parametrize("names", [("nans",), ("nans", "no_jit")])
-def test_debug_nans_names_a_kernel(names: Any) -> None:
-  """jax calls the kernels' own rule again, without end."""
+@pytest.mark.parametrize("implementation", ["triton", None])
+def test_debug_nans_names_a_kernel(
+  implementation: Any, names: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  """None as if on a GPU. jax would call the rule of a kernel without end."""
+  monkeypatch.setattr(platforms, "_on_nvidia", lambda _: implementation is None)
   query, key, value = _overflowing()
   attend = functools.partial(
-    nsa_jax.window_attention, config=CONFIG, implementation="triton"
+    nsa_jax.window_attention, config=CONFIG, implementation=implementation
   )
   match = r"nan.*in pallas_kernels\.triton\.window\.forward"
   with modes(*names), pytest.raises(FloatingPointError, match=match):
