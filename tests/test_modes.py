@@ -349,6 +349,16 @@ def test_traces_of_models(names: Any) -> None:
   trace(decoding("triton")["append"], names, "cuda")
 
 
+def test_rewind_of_a_scanned_model() -> None:
+  """Its caches have an axis of layers before the batch."""
+  held = cache.init(1, 16, config=CONFIG, num_kv_heads=1, head_dim=16)
+  held = jax.tree.map(lambda x: jnp.stack([x, x]), held)
+  held = held._replace(lengths=jnp.full((2, 1), 3))
+  with modes(*TRACED[:3]):
+    shorter = cache.rewind(held, jnp.array([2]))
+  assert shorter.lengths.tolist() == [[2], [2]]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("names", TOGETHER, ids="+".join)
 @pytest.mark.parametrize("implementation", [None, "triton", "xla"])
