@@ -196,7 +196,8 @@ def concrete(value: Any) -> np.ndarray | None:
   if not getattr(value, "is_fully_addressable", True):
     return None
   try:
-    known = np.asarray(value)
+    # An explicit transfer, as `jax.transfer_guard("disallow")` requires.
+    known = np.asarray(jax.device_get(value))
   except (TypeError, ValueError, OverflowError):
     return None
   kinds = (jnp.number, jnp.bool_)

@@ -11,7 +11,7 @@ from jax.typing import ArrayLike
 from nsa_jax import _checks
 from nsa_jax.config import NSAConfig, check_config
 from nsa_jax.geometry import token_windows
-from nsa_jax.precision import einsum
+from nsa_jax.precision import einsum, sum_dtype
 from nsa_jax.typing import Array
 
 
@@ -52,7 +52,7 @@ def compress_mean(
     (1, 3, 2, 8)
   """
   blocks = _checked_windows(x, config, segment_ids)
-  acc = jnp.promote_types(jnp.float32, blocks.dtype)
+  acc = sum_dtype(blocks.dtype)
   return blocks.astype(acc).mean(axis=2).astype(blocks.dtype)
 
 
@@ -174,12 +174,12 @@ def compress_mlp(
   b1 = _checks.parameter("b1", b1, (heads, width), "[K, F]", "`w1`")
   w2 = _checks.parameter("w2", w2, (heads, width, None), "[K, F, H']", "`w1`")
   b2 = _checks.parameter("b2", b2, (heads, w2.shape[-1]), "[K, H']", "`w2`")
-  hidden = jax.nn.gelu(hidden + b1.astype(hidden.dtype))
+  hidden = jax.nn.gelu(hidden + b1[None, None].astype(hidden.dtype))
   if blocks.dtype != jnp.float16:  # In float16 it might overflow.
     hidden = hidden.astype(blocks.dtype)
   # XLA's CPU runtime has no bfloat16 product with output "bcko".
   out = jnp.moveaxis(einsum("bckf,kfo->kbco", hidden, w2), 0, 2)
-  return (out + b2.astype(out.dtype)).astype(blocks.dtype)
+  return (out + b2[None, None].astype(out.dtype)).astype(blocks.dtype)
 
 
 def _first_layer(blocks, position, weight, config, name, letter):
@@ -196,4 +196,4 @@ def _first_layer(blocks, position, weight, config, name, letter):
   # The position embedding is the same in every block, so its product with the
   # weight is a bias. Adding it to the blocks would copy them.
   bias = einsum("klh,klhf->kf", position.astype(blocks.dtype), weight)
-  return einsum("bclkh,klhf->bckf", blocks, weight) + bias
+  return einsum("bclkh,klhf->bckf", blocks, weight) + bias[None, None]

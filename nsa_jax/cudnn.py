@@ -39,6 +39,11 @@ class _Attention:
       raise NotImplementedError(
         f"`query` of dtype {query.dtype}: cuDNN takes float16 and bfloat16"
       )
+    if not all(isinstance(size, int) for size in query.shape):
+      raise NotImplementedError(
+        f"`query` has the symbolic shape {query.shape}: cuDNN takes static "
+        "sizes"
+      )
     offset, key_offset = queries.offset, queries.key_offset
     plain = (
       queries.key_segments is None

@@ -21,6 +21,8 @@ from jax import export
 from jax.ad_checkpoint import checkpoint_name
 
 from nsa_jax import _checks, cudnn, reference, xla
+from nsa_jax.precision import sum_dtype
+from nsa_jax.reverse_mode import REVERSE_MODE_ONLY, reverse_mode_only
 from nsa_jax.typing import Implementation
 from pallas_kernels.interface import Spec
 from pallas_kernels.platforms import by_platform
@@ -219,15 +221,27 @@ def portable_kernel(forward: Callable[..., Any]) -> Kernel:
   return Kernel(forward, backward)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def attend(plan: Plan, arrays: Any, index: Any) -> Any:
-  """Runs a plan; the only custom_vjp around the kernels.
+  """Runs a plan, differentiable in reverse mode only.
 
   Args:
     plan: which kernels to run.
     arrays: differentiable arguments: query, key and value of a branch.
     index: block ids or lengths, and `Queries`; not differentiable.
   """
+  # Leaf by leaf: an array without a tangent must not get one.
+  arrays = jax.tree.map(reverse_mode_only, arrays)
+  try:
+    return _attend(plan, arrays, index)
+  except TypeError as error:  # Under vmap, as in jacfwd, jax's own comes first.
+    if "forward-mode" not in str(error):
+      raise
+    raise NotImplementedError(REVERSE_MODE_ONLY) from error
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(plan, arrays, index):
+  """The only custom_vjp around the kernels."""
   return _attend_fwd(plan, arrays, index)[0]
 
 
@@ -269,7 +283,7 @@ def _attend_bwd(plan, residuals, cotangents):
   return grads, None
 
 
-attend.defvjp(_attend_fwd, _attend_bwd)
+_attend.defvjp(_attend_fwd, _attend_bwd)
 
 
 def _results(plan, arrays):
@@ -291,7 +305,7 @@ def _results(plan, arrays):
   if op == "decode":
     value = arrays.selected.value
     return out(value.shape[3]), ids(value.shape[2])
-  acc = jnp.promote_types(jnp.float32, query.dtype)
+  acc = sum_dtype(query.dtype)
   if op == "block_scores":
     blocks = -(-plan.spec.key_length // config.selection_block)
     shape = batch, length, arrays[1].shape[2], blocks

@@ -3,7 +3,8 @@
 import functools
 
 import jax
-import jax.numpy as jnp
+
+from nsa_jax.precision import sum_dtype
 
 
 @functools.partial(jax.checkpoint, prevent_cse=False)
@@ -18,7 +19,7 @@ def gated_sum(gates, branches):
   cotangent. The checkpoint prevents float32 copies of the outputs from being
   saved for the backward pass.
   """
-  acc = jnp.promote_types(jnp.float32, branches[0].dtype)
+  acc = sum_dtype(branches[0].dtype)
   out = sum(
     gates[..., c, None].astype(acc) * branch.astype(acc)
     for c, branch in enumerate(branches)

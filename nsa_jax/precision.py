@@ -1,9 +1,17 @@
-"""Products of the portable code: how precise they are."""
+"""Precision of the portable code: dtypes of sums, and products."""
 
 import jax
 import jax.numpy as jnp
 
 from nsa_jax.typing import Array
+
+
+def sum_dtype(dtype: jnp.dtype) -> jnp.dtype:
+  """The dtype in which values of `dtype` are summed: float32 at least.
+
+  Unlike `jnp.promote_types`, also under jax_numpy_dtype_promotion="strict".
+  """
+  return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
 
 
 def einsum(equation: str, x: Array, y: Array) -> Array:
@@ -23,5 +31,5 @@ def einsum(equation: str, x: Array, y: Array) -> Array:
     x,
     y.astype(x.dtype),
     precision=precision,
-    preferred_element_type=jnp.promote_types(jnp.float32, x.dtype),
+    preferred_element_type=sum_dtype(x.dtype),
   )

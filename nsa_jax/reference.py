@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from einops import rearrange
 
 from nsa_jax import geometry
+from nsa_jax.precision import sum_dtype
 from nsa_jax.typing import Array, Queries
 from pallas_kernels.interface import Spec, compressed_block_segments
 
@@ -65,7 +66,7 @@ def select_blocks(
     valid &= query_segments > 0
   first = first[..., None]
   last = positions[..., None] // config.selection_block
-  block = jnp.arange(num_blocks)
+  block = jnp.arange(num_blocks)[None, None]
   candidate = (first <= block) & (block <= last) & valid[..., None]
   forced = (block < first + config.num_initial) | (
     block > last - config.num_local
@@ -90,9 +91,9 @@ def selected(
   """Eq. 12: softmax attention over the causal tokens of the given blocks."""
   block_ids, queries = index
   token = jnp.arange(qkv[1].shape[1])
-  block = token // spec.config.selection_block
+  block = token[None, None, None, None] // spec.config.selection_block
   chosen = (block_ids[..., None] == block).any(axis=-2)  # [B, T, K, S]
-  readable = _readable(token, qkv[0], queries, queries.key_segments)
+  readable = _readable(token[None, None], qkv[0], queries, queries.key_segments)
   return _attend(spec, qkv, chosen & readable[:, :, None])
 
 
@@ -102,7 +103,8 @@ def window(
   """Softmax attention over the last w tokens, the query's own included."""
   query, key, _ = qkv
   queries = index[1]
-  token = jnp.reshape(queries.key_offset, (-1, 1, 1)) + jnp.arange(key.shape[1])
+  token = jnp.arange(key.shape[1])[None, None]
+  token += jnp.reshape(queries.key_offset, (-1, 1, 1))
   readable = _readable(token, query, queries, queries.key_segments)
   positions = queries.positions(*query.shape[:2])
   readable &= (token > positions[..., None] - spec.config.window) & (token >= 0)
@@ -114,7 +116,7 @@ def full(
 ) -> tuple[Array, Array]:
   """Softmax attention over all tokens up to the query's own."""
   queries = index[1]
-  token = jnp.arange(qkv[1].shape[1])
+  token = jnp.arange(qkv[1].shape[1])[None, None]
   readable = _readable(token, qkv[0], queries, queries.key_segments)
   return _attend(spec, qkv, readable[:, :, None])
 
@@ -125,11 +127,14 @@ def _visible_blocks(spec, query, queries):
   segments = queries.key_segments
   if segments is not None:
     segments = compressed_block_segments(segments, spec.config)
-  return _readable(ends, query, queries, segments)
+  return _readable(ends[None, None], query, queries, segments)
 
 
 def _readable(token, query, queries, key_segments):
-  """Causal and segment mask, bool [B, T, S], of keys at positions `token`."""
+  """Causal and segment mask, bool [B, T, S].
+
+  `token` [B or 1, 1, S] are the positions of the keys.
+  """
   readable = token <= queries.positions(*query.shape[:2])[..., None]
   if key_segments is not None:
     query_segments = queries.query_segments[..., None]
@@ -140,7 +145,7 @@ def _readable(token, query, queries, key_segments):
 
 def _scores(query, key, scale):
   """Scaled dot products of queries and keys, [B, T, K, G, S]."""
-  acc = jnp.promote_types(jnp.float32, query.dtype)
+  acc = sum_dtype(query.dtype)
   query = rearrange(query, "b t (k g) h -> b t k g h", k=key.shape[2])
   return scale * jnp.einsum(
     "btkgh,bskh->btkgs",

@@ -12,6 +12,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from nsa_jax import _checks
+from nsa_jax.precision import sum_dtype
 from nsa_jax.typing import Array
 
 
@@ -139,9 +140,10 @@ def apply_rope(x: ArrayLike, positions: ArrayLike, config: RopeConfig) -> Array:
   _checks.floating("x", x)
   _checks.not_empty("x", x, axes=(3,))
   positions = _checks.integers("positions", positions, x.shape[:2])
-  acc = jnp.promote_types(jnp.float32, x.dtype)
+  acc = sum_dtype(x.dtype)
   frequencies = jnp.asarray(rope_frequencies(x.shape[-1], config), acc)
-  angles = positions[:, :, None, None].astype(acc) * frequencies
+  positions = positions[:, :, None, None].astype(acc)
+  angles = positions * frequencies[None, None, None]
   temperature = 0.1 * math.log(config.yarn_factor) + 1
   cos, sin = jnp.cos(angles) * temperature, jnp.sin(angles) * temperature
   left, right = jnp.split(x.astype(acc), 2, axis=-1)

@@ -162,7 +162,7 @@ def generate(
   stream_every = _checks.static_int("stream_every", stream_every, 1)
 
   model = model.clone(decode=True)
-  logits, cache, shapes = _shapes(model, batch, capacity)
+  logits, _, shapes = _shapes(model, batch, capacity)
   _check_params(params, shapes)
   vocabulary = logits.shape[-1]
   given = np.arange(longest) < lengths[:, None]
@@ -178,16 +178,16 @@ def generate(
       raise ValueError(
         f"`stop_token`={stop_token} must lie in [0, {vocabulary})."
       )
-  options = {
-    "key": _read_key(key),
-    "stop_token": stop_token,
-    **_read_sampling(temperature, top_k, top_p, vocabulary),
-  }
+  options = _read_sampling(temperature, top_k, top_p, vocabulary)
+  top_k = options.pop("top_k")
+  options |= {"key": _read_key(key), "stop_token": stop_token}
 
   # As wide as the cache, so that prompts of all lengths share one loop.
   padded = np.full((batch, capacity), pad_token, np.int32)
   padded[:, :longest][given] = tokens[given]
-  cache = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), cache)
+  # From here on, transfers are explicit: a user's `jax.transfer_guard` may
+  # forbid others.
+  cache = _empty_cache(model, batch, capacity)
   # The loop starts with the last token of the prompt: no other logits of the
   # prompt are needed, and none are computed.
   chunk = prefill_chunk or longest
@@ -195,29 +195,29 @@ def generate(
     stop = min(start + chunk, longest - 1)
     known = np.arange(start, stop) < lengths[:, None] - 1
     part = np.where(known, padded[:, start:stop], 0)
-    cache = _prefill(model, start, params, cache, part, known.astype(np.int32))
-  state = _State(
-    cache=cache,
-    tokens=jnp.asarray(padded),
-    lengths=jnp.asarray(lengths, jnp.int32),
-    live=jnp.ones(batch, bool),
-    step=jnp.zeros((), jnp.int32),
-  )
+    part, segment_ids = jax.device_put((part, known.astype(np.int32)))
+    cache = _prefill(model, start, params, cache, part, segment_ids)
+  host = padded, lengths.astype(np.int32), np.ones(batch, bool), np.int32(0)
+  state = _State(cache, *jax.device_put(host))
 
-  decode = functools.partial(_decode, model, params=params, **options)
+  decode = functools.partial(
+    _decode, model, params=params, top_k=top_k, **jax.device_put(options)
+  )
   every = max_new_tokens if stream is None else stream_every
   for before in range(0, max_new_tokens, every):
     until = min(before + every, max_new_tokens)
-    state = decode(state=state, until=until)
+    state = decode(state=state, until=jax.device_put(until))
     if stream is None:
       break
-    new = _window(state.tokens, lengths + before, every)
+    first = jax.device_put(lengths + before)
+    new = _window(state.tokens, first, every)
     new, step = jax.device_get((new, state.step))
     for column in new.T[: step - before]:
       stream(column)
     if step < until:
       break
-  return Generated(state.tokens[:, :needed], state.lengths)
+  tokens = jax.lax.slice_in_dim(state.tokens, 0, needed, axis=1)
+  return Generated(tokens, state.lengths)
 
 
 def filter_logits(
@@ -306,6 +306,12 @@ def _check_params(params, shapes):
       _checks.floating(name, x)
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _empty_cache(model, batch, capacity):
+  _, cache, _ = _init.eval_shape(model, batch, capacity)
+  return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), cache)
+
+
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnames="cache")
 def _prefill(model, start, params, cache, tokens, segment_ids):
   """Appends tokens [start, start + T) of the prompts to the cache."""
@@ -347,7 +353,7 @@ def _decode(
     return _State(
       cache=updated["cache"],
       tokens=state.tokens.at[rows, place].set(token, mode="drop"),
-      lengths=state.lengths + state.live,
+      lengths=state.lengths + state.live.astype(jnp.int32),
       live=live,
       step=state.step + 1,
     )
@@ -360,7 +366,7 @@ def _decode(
 @functools.partial(jax.jit, static_argnames="size")
 def _window(tokens, first, size):
   """`size` tokens of each row from `first` [B] on; -1 past the end."""
-  index = first[:, None] + jnp.arange(size)
+  index = first[:, None] + jnp.arange(size)[None]
   return jnp.take_along_axis(tokens, index, axis=1, mode="fill", fill_value=-1)
 
 
@@ -449,7 +455,7 @@ def _read_key(key):
     with contextlib.suppress(TypeError):
       seed = operator.index(key)
       if 0 <= seed < 2**32:
-        return jax.random.key(seed)
+        return jax.random.key(jax.device_put(np.uint32(seed)))
   raise ValueError(
     f"`key`={_checks.show(key)} must be one key made by jax.random.key, or a "
     "seed in [0, 2**32)."

@@ -172,7 +172,8 @@ def query_positions(
     batch: B.
     length: T.
   """
-  return per_row(offset, batch)[:, None] + jnp.arange(length, dtype=jnp.int32)
+  first = per_row(offset, batch)[:, None]
+  return first + jnp.arange(length, dtype=jnp.int32)[None]
 
 
 def compressed_block_segments(segment_ids: jax.Array, config: Any) -> jax.Array:

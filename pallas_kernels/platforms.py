@@ -11,8 +11,9 @@ from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import jax
+import jax.numpy as jnp
 from jax.extend import core
-from jax.interpreters import batching, mlir
+from jax.interpreters import ad, batching, mlir
 
 # A function f(static, *arrays) and its static argument. Equal pairs share a
 # compiled program.
@@ -49,6 +50,16 @@ _by_platform_p.multiple_results = True
 _by_platform_p.def_abstract_eval(lambda *_, avals, **__: avals)
 
 
+def _jvp(*_, **__):
+  raise NotImplementedError(
+    "kernels, and `implementation`=None, have no second derivatives: pass "
+    '`implementation`="xla"'
+  )
+
+
+ad.primitive_jvps[_by_platform_p] = _jvp
+
+
 def _rule(platform):
   """The function of a platform, traced only when lowering for it."""
 
@@ -77,7 +88,49 @@ def _compiled(**params):
 
 @_by_platform_p.def_impl
 def _impl(*flat, **params):
-  return _compiled(**params)(*flat)
+  config: Any = jax.config
+  nans, infs = config.jax_debug_nans, config.jax_debug_infs
+  if not (config.jax_disable_jit or nans or infs):
+    return _compiled(**params)(*flat)
+  # A portable function can run step by step. Kernels are a single step: the
+  # buffers between them have parts that are never written nor read.
+  kernel, function = (_innermost(params[name]) for name in ("cuda", "default"))
+  portable = function is not kernel and not _on_nvidia(flat)
+  if config.jax_disable_jit and portable:
+    return _rule("default")(*flat, **params)
+  # To find the place of a NaN, jax would call this rule again, without end.
+  with jax.disable_jit(False), jax.debug_nans(False), jax.debug_infs(False):
+    results = _compiled(**params)(*flat)
+    floats = [x for x in results if jnp.issubdtype(x.dtype, jnp.floating)]
+    nans = nans and any(jnp.isnan(x).any() for x in floats)
+    # The lse of a query that reads nothing is -inf.
+    infs = infs and any(jnp.isposinf(x).any() for x in floats)
+  if nans and portable:
+    with jax.debug_infs(False):  # Masks are -inf.
+      _rule("default")(*flat, **params)  # Raises at the step that makes it.
+  if nans or infs:
+    function = function if portable else kernel
+    raise FloatingPointError(
+      f"invalid value ({'nan' if nans else 'inf'}) encountered in "
+      f"{function.__module__}.{function.__name__}"
+    )
+  return results
+
+
+def _innermost(call):
+  """The function of a call under any number of `jax.vmap`."""
+  function, static = call
+  return _innermost(static[0]) if function is _mapped else function
+
+
+def _on_nvidia(flat):
+  """Whether jit would run concrete arrays on NVIDIA GPUs."""
+  committed = [x for x in flat if getattr(x, "committed", False)]
+  # An array without a device is made on the default one.
+  placed = committed[0] if committed else jnp.zeros(())
+  return any(
+    "cuda" in device.client.platform_version for device in placed.devices()
+  )
 
 
 def _mapped(static, *flat):

@@ -327,17 +327,52 @@ def test_shard_map(check_vma: bool, plain: Any) -> None:
         sharded("triton").trace(inputs, dout)
 
 
-def test_forward_mode_needs_the_name_xla() -> None:
+@pytest.mark.parametrize("implementation", [None, "triton"])
+@pytest.mark.parametrize(
+  "derivative, kind",
+  [
+    (lambda f: lambda x: jax.jvp(f, (x,), (x,)), "reverse-mode"),
+    (lambda f: lambda x: jax.linearize(f, x)[1](x), "reverse-mode"),
+    (jax.jacfwd, "reverse-mode"),
+    (jax.hessian, "second"),
+    (lambda f: jax.grad(lambda x: jax.grad(f)(x).sum()), "second"),
+  ],
+  ids=["jvp", "linearize", "jacfwd", "hessian", "grad of grad"],
+)
+def test_other_derivatives_need_the_name_xla(
+  derivative: Any, kind: str, implementation: Any
+) -> None:
   query, (key, value) = _arguments()[0]["query"], _arguments()[0]["window"]
 
-  def push(implementation: Any) -> Any:
-    def attend(query: Any) -> Any:
-      return nsa_jax.window_attention(
+  def derive(implementation: Any) -> Any:
+    def total(query: Any) -> Any:
+      out = nsa_jax.window_attention(
         query, key, value, config=CONFIG, implementation=implementation
-      )
+      )[0]
+      return out.sum()
 
-    return jax.jit(lambda x: jax.jvp(attend, (x,), (x,))).lower(query)
+    return derivative(total)
 
-  assert push("xla")
-  with pytest.raises(TypeError, match="forward-mode"):
-    push(None)
+  assert jax.jit(derive("xla")).lower(query)
+  match = rf'{kind}.* derivatives.*pass `implementation`="xla"'
+  with pytest.raises(NotImplementedError, match=match):
+    jax.jit(derive(implementation)).lower(query)
+  with pytest.raises(NotImplementedError, match=match):
+    derive(implementation)(query)
+
+
+def test_arrays_without_a_tangent_get_none() -> None:
+  """In a loop whose tangents are zero at first, and where none is."""
+  query, (key, value) = _arguments()[0]["query"], _arguments()[0]["window"]
+
+  def loop(key: Any) -> Any:
+    def step(query: Any, _: Any) -> Any:
+      out, _ = nsa_jax.window_attention(query, key, value, config=CONFIG)
+      return out, None
+
+    return jax.lax.scan(step, query, None, length=2)[0].sum()
+
+  assert jax.jit(jax.grad(loop)).lower(key)
+  assert jax.jit(lambda x: jax.jvp(lambda x: x * loop(key), (x,), (x,))).lower(
+    1.0
+  )

@@ -482,7 +482,7 @@ def rewind(cache: _T, lengths: int | Array) -> _T:
       raise ValueError(
         f"`lengths` has the value {known.min()}, which must be at least 0."
       )
-    new = jnp.clip(new, 0, held)
+    new = jnp.broadcast_to(new, held.shape).clip(0, held)
     wrong = _checks.concrete((new > 0) & (new < earliest) & (new < held))
     if wrong is not None and wrong.any():
       raise ValueError(
@@ -616,8 +616,10 @@ def _check_new(cache, new, compress, counts, config):
   new = tuple(
     None if pair is None else KV(*map(jnp.asarray, pair)) for pair in new
   )
-  known = _checks.concrete(np.full(batch, length) if counts is None else counts)
+  known = _checks.concrete(counts)
   if counts is None:
+    # The batch may be symbolic, as in `jax.export`.
+    known = np.full(batch if isinstance(batch, int) else 1, length)
     counts = jnp.full(batch, length, jnp.int32)
   else:
     counts = _checks.integers(

@@ -24,6 +24,7 @@ from nsa_jax.config import (
 from nsa_jax.ops.branches import full_attention, window_attention
 from nsa_jax.ops.nsa import native_sparse_attention
 from nsa_jax.ops.scope import keep
+from nsa_jax.precision import sum_dtype
 from nsa_jax.rope import apply_rope
 from nsa_jax.typing import KV, Array, AttentionName, CompressionName
 from pallas_kernels.interface import query_positions
@@ -212,13 +213,13 @@ class Decoding(NamedTuple):
     With a static offset, padding may be at positions that the cache holds, so
     that `attend` does not mask it.
     """
-    new = jnp.arange(x.shape[1]) < self.counts[:, None]
+    new = jnp.arange(x.shape[1])[None] < self.counts[:, None]
     return keep(x, new, fill)
 
   def mark_lost(self, out: Array) -> Array:
     """`out` with NaN at tokens that could not be appended correctly."""
     held = self.held
-    index = jnp.arange(out.shape[1])
+    index = jnp.arange(out.shape[1])[None]
     lost = cache.too_short(held, held.lengths) | (self.offset != held.lengths)
     lost = lost[:, None]
     if held.selected is not None:
@@ -387,9 +388,7 @@ def sparse_attention(
 
   query = parts["query"](x)
   logits = parts["gate"](x)
-  gates = jax.nn.sigmoid(
-    logits.astype(jnp.promote_types(jnp.float32, logits.dtype))
-  )
+  gates = jax.nn.sigmoid(logits.astype(sum_dtype(logits.dtype)))
   keys, values = project("key"), project("value")
   query = normalize("query_norm", query)
   rotated_query = rotate(query)

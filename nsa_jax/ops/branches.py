@@ -8,6 +8,7 @@ from jax.typing import ArrayLike
 from nsa_jax import _checks, dispatch, geometry
 from nsa_jax.config import NSAConfig, check_config
 from nsa_jax.ops.scope import Scope, keep, make_scope
+from nsa_jax.precision import sum_dtype
 from nsa_jax.typing import Array, Implementation
 from pallas_kernels.interface import Spec
 
@@ -393,7 +394,7 @@ def attend_branch(
   query, key, value = arrays
   if not key.shape[1]:  # No complete compressed block: no kernel to run.
     dispatch.names(implementation)
-    acc = jnp.promote_types(jnp.float32, query.dtype)
+    acc = sum_dtype(query.dtype)
     out = jnp.zeros((*query.shape[:3], value.shape[-1]), query.dtype)
     return out, jnp.full(query.shape[:3], -jnp.inf, acc)
   if reads_own is None:

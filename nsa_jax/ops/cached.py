@@ -375,7 +375,7 @@ def _held_scope(query, key_length, query_offset, lengths):
   return scope._replace(
     valid_queries=_held(positions, lengths),
     # Stale keys of rewound tokens may be NaN, and 0 * NaN is NaN.
-    readable_keys=jnp.arange(key_length) <= last,
+    readable_keys=jnp.arange(key_length)[None] <= last,
     last_position=last,
   )
 

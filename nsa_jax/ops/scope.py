@@ -35,7 +35,7 @@ class Scope(NamedTuple):
     readable = None
     if self.last_position is not None:
       ends = geometry.compressed_block_ends(self.key_length, config)
-      readable = ends <= self.last_position
+      readable = ends[None] <= self.last_position
     tokens = self.queries.key_segments
     if tokens is not None:
       whole = compressed_block_segments(tokens, config) > 0
@@ -116,7 +116,7 @@ def make_scope(
   if not all_valid:
     valid_queries = (positions >= first) & (positions < stop)
   if not all_readable:
-    token = start + jnp.arange(key_length)
+    token = start + jnp.arange(key_length)[None]
     behind = positions[:, :1] >= stop
     last_position = jnp.where(behind, -1, positions[:, -1:])
     readable_keys = (token >= 0) & (token <= last_position)

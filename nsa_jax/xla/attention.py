@@ -10,7 +10,7 @@ from einops import rearrange
 
 from nsa_jax import geometry
 from nsa_jax.config import NSAConfig
-from nsa_jax.precision import einsum
+from nsa_jax.precision import einsum, sum_dtype
 from nsa_jax.typing import Array, Queries
 from nsa_jax.xla.chunks import chunk_queries, map_chunks
 from pallas_kernels.interface import (
@@ -42,7 +42,7 @@ def compressed(
       "brkgc,bckv->brkgv",
     )
 
-  size = chunk_queries(length, batch * heads * key.shape[1])
+  size = chunk_queries(length, batch, heads * key.shape[1])
   query = _grouped(query, key.shape[2])
   key, value = _shared(key), _shared(value)
   positions = queries.positions(batch, length)
@@ -113,7 +113,7 @@ def top_n(
   num_blocks = scores.shape[-1]
   first = first[..., None]
   last = positions[..., None] // config.selection_block
-  block = jnp.arange(num_blocks)
+  block = jnp.arange(num_blocks)[None, None]
   candidate = (first <= block) & (block <= last)
   candidate &= ((positions >= 0) & (positions < spec.key_length))[..., None]
   if query_segments is not None:
@@ -157,6 +157,7 @@ def selected(
     )
   row = jnp.arange(batch)[:, None, None, None]
   head = jnp.arange(kv_heads)[:, None]
+  within = jnp.arange(block)[None, None, None, None]
   positions = queries.positions(batch, length)
   key_segments = queries.key_segments
   segments = None
@@ -165,7 +166,7 @@ def selected(
 
   def body(query, ids, positions, query_segments):
     index = ids.clip(0)
-    token = index[..., None] * block + jnp.arange(block)  # [B, R, K, m, l']
+    token = index[..., None] * block + within  # [B, R, K, m, l']
     readable = (ids >= 0)[..., None] & (token < key_length)
     readable &= token <= positions[:, :, None, None, None]
     if segments is not None:
@@ -193,7 +194,8 @@ def selected(
   # traffic also stays linear in the length.
   size = chunk_queries(
     length,
-    batch * kv_heads * keys_per_query * width,
+    batch,
+    kv_heads * keys_per_query * width,
     floor=8 * key_length // keys_per_query,
   )
   out, lse = map_chunks(
@@ -223,7 +225,7 @@ def window(
   size = min(length, max(width, 128))
   chunks = -(-length // size)
   span = min(key_length, size + width - 1)
-  first = positions[:, :1] + size * jnp.arange(chunks)  # [B, chunks]
+  first = positions[:, :1] + size * jnp.arange(chunks)[None]  # [B, chunks]
   start = first - (width - 1) - jnp.reshape(key_offset, (-1, 1))
   start = start.clip(0, key_length - span).T  # [chunks, B]
 
@@ -235,7 +237,7 @@ def window(
     return None if x is None else cut(start, x)  # [chunks, B, span, ...]
 
   def body(query, positions, query_segments, start, key, value, segments):
-    token = (key_offset + start)[:, None, None] + jnp.arange(span)
+    token = (key_offset + start)[:, None, None] + jnp.arange(span)[None, None]
     dtype = query.dtype
     key, value = _shared(key), _shared(value)
 
@@ -254,7 +256,7 @@ def window(
 
     # A wide window or a large batch would make the scores [size, span] too
     # large.
-    inner = chunk_queries(query.shape[1], batch * heads * span)
+    inner = chunk_queries(query.shape[1], batch, heads * span)
     return map_chunks(attend, inner, query, positions, query_segments)
 
   out, lse = map_chunks(
@@ -284,7 +286,7 @@ def _for_block_scores(consume, spec, arrays, index, *per_query):
     p_slc = _to_selection_blocks(p_cmp, spec)
     return consume(p_slc, positions, query_segments, *per_query)
 
-  size = chunk_queries(length, batch * heads * max(num_compressed, 1))
+  size = chunk_queries(length, batch, heads * max(num_compressed, 1))
   return map_chunks(
     body,
     size,
@@ -319,7 +321,7 @@ def _visible_blocks(spec, key_segments):
     segments = compressed_block_segments(key_segments, spec.config)
 
   def mask(positions, query_segments):
-    visible = ends <= positions[..., None]
+    visible = ends[None, None] <= positions[..., None]
     if segments is not None:
       visible &= segments[:, None] == query_segments[..., None]
       visible &= (query_segments > 0)[..., None]
@@ -350,7 +352,7 @@ def _shared(x):
   Their gradient is a sum over the chunks in this dtype; in bfloat16 a long sum
   would stop growing.
   """
-  return x.astype(jnp.promote_types(jnp.float32, x.dtype))
+  return x.astype(sum_dtype(x.dtype))
 
 
 def _pad_to(x, block):

@@ -13,9 +13,19 @@ from nsa_jax.typing import Array
 CHUNK_ELEMENTS = 2**22
 
 
-def chunk_queries(length: int, elements_per_query: int, floor: int = 1) -> int:
-  """Queries per chunk, if the body holds so many elements for each query."""
-  size = max(CHUNK_ELEMENTS // max(elements_per_query, 1), floor, 1)
+def chunk_queries(
+  length: int, batch: int, elements_per_query: int, floor: int = 1
+) -> int:
+  """Queries per chunk.
+
+  Args:
+    length: T.
+    batch: B. If it is symbolic, as in `jax.export`, chunks are as for one row.
+    elements_per_query: that the body holds for each query of a row.
+    floor: fewest queries, if there are that many.
+  """
+  rows = batch if isinstance(batch, int) else 1
+  size = max(CHUNK_ELEMENTS // max(rows * elements_per_query, 1), floor, 1)
   if size >= length:
     return length
   # Powers of two keep the number of different shapes small.

@@ -97,7 +97,8 @@ class Chunk(NamedTuple):
 def split_blocks(ids: jax.Array, block: int, block_k: int) -> jax.Array:
   """Ids of blocks of `block_k` tokens, for ids of blocks of `block` tokens."""
   parts = block // block_k
-  inner = ids[..., None] * parts + jnp.arange(parts, dtype=jnp.int32)
+  part = jnp.arange(parts, dtype=jnp.int32)[None, None, None, None]
+  inner = ids[..., None] * parts + part
   inner = jnp.where(ids[..., None] < 0, -1, inner)
   return inner.reshape(*ids.shape[:-1], -1)
 

@@ -275,11 +275,11 @@ def key_value_gradient(
   key_length = key.shape[1]
   num_blocks = -(-key_length // block)
   num_owners = batch * kv_heads * num_blocks
-  item = jnp.arange(length, dtype=jnp.int32)[:, None, None]
+  item = jnp.arange(length, dtype=jnp.int32)[None, :, None, None]
   position = offset[:, None, None, None] + item
   head = (
     jnp.arange(batch, dtype=jnp.int32)[:, None, None, None] * kv_heads
-    + jnp.arange(kv_heads, dtype=jnp.int32)[:, None]
+    + jnp.arange(kv_heads, dtype=jnp.int32)[None, None, :, None]
   )
   valid = chosen(ids, position, key_length, block)
   lists = invert(

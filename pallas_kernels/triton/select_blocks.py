@@ -24,6 +24,7 @@ from pallas_kernels.interface import (
   Spec,
   compressed_block_segments,
   per_row,
+  query_positions,
   segment_starts,
 )
 from pallas_kernels.triton import common, support
@@ -121,7 +122,9 @@ def _scores_kernel(
     inside = jnp.minimum(
       spec.reach, spec.ratio - common.rem(_arange(block_k), spec.ratio)
     )
-    first_column = step_k * columns
+    # The interpreter stores by indices of one dtype, and that of `:` depends on
+    # jax_enable_x64.
+    first_column = (step_k * columns).astype(int)
     plgpu.store(
       score_refs[0].at[:, pl.ds(first_column, columns)], reduce(inside)
     )
@@ -449,11 +452,11 @@ def _without_scores(
   That is, no query has more than n candidates, or all slots are forced.
   """
   config = spec.config
-  t = offset[:, None] + jnp.arange(length, dtype=jnp.int32)
+  t = query_positions(offset, len(offset), length)
   first = segments[2] if segments else jnp.zeros_like(t)
   last = jnp.maximum(t, 0) // config.selection_block
   count = jnp.where((t >= 0) & (t < spec.key_length), last - first + 1, 0)
-  slot = jnp.arange(config.num_selected, dtype=jnp.int32)
+  slot = jnp.arange(config.num_selected, dtype=jnp.int32)[None, None]
   first, last, count = first[..., None], last[..., None], count[..., None]
   local = slot - config.num_selected + 1 + last
   ids = jnp.where(

@@ -71,7 +71,7 @@ def group_of(query: jax.Array, key: jax.Array) -> int:
 
 
 def check_heads(query: jax.Array, key: jax.Array, value: jax.Array) -> None:
-  """Checks dtype, head dimensions and group size, the same for every kernel.
+  """Checks shapes and dtype of the arrays, the same for every kernel.
 
   Args:
     query: [B, T, N, H].
@@ -81,6 +81,11 @@ def check_heads(query: jax.Array, key: jax.Array, value: jax.Array) -> None:
   Raises:
     NotImplementedError: naming argument, value and limit.
   """
+  if not all(isinstance(size, int) for size in query.shape):
+    raise NotImplementedError(
+      f"`query` has the symbolic shape {query.shape}: the kernels take static "
+      "sizes"
+    )
   if query.dtype not in _DTYPES:
     raise NotImplementedError(
       f"`query` of dtype {query.dtype}: the kernels take "
