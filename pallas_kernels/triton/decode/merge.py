@@ -40,7 +40,8 @@ def _merge_kernel(
       )
     )
   out = [jnp.zeros((width,), jnp.float32) for _, width in value_pieces]
-  token: Any = False  # Padding reads nothing in any branch; its gates may be NaN.
+  # Padding reads nothing in any branch, and its gates may be NaN.
+  token: Any = False
   for gate, top, total, acc in loaded:
     weight = exp2(top - top.max())
     total = (weight * total).sum()
