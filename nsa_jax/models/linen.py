@@ -25,6 +25,7 @@ from nsa_jax.layers.linen import (
   rms_norm,
 )
 from nsa_jax.models.config import TransformerConfig
+from nsa_jax.models.embedding import embed
 from nsa_jax.ops.scope import keep
 from nsa_jax.typing import Array, AttentionName
 
@@ -134,13 +135,8 @@ class TransformerLM(nn.Module):
       shape,
       config.param_dtype,
     )
-    embedding = jnp.asarray(embedding)  # A NumPy array has no `at`.
     # Out-of-range tokens give NaN instead of another token's embedding.
-    x = (
-      embedding.astype(config.dtype)
-      .at[tokens]
-      .get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
-    )
+    x = embed(embedding, tokens, config.dtype)
     x = self._blocks(x, positions, segment_ids, prefix_length)
     x = rms_norm(config, "final_norm")(x)
     head = embedding

@@ -1,0 +1,165 @@
+"""Rows of a table by token, with a gradient that has the same bits in each run.
+
+The gradient that jax derives adds the rows of the cotangent by a scatter. On a
+GPU that uses atomics: in bfloat16 on text, whose tokens are few and frequent,
+they took half of a training step, and the order of their sums differs from run
+to run.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from nsa_jax.precision import sum_dtype
+from nsa_jax.typing import Array
+
+# Sorted tokens per block; a power of two that matrix units like.
+_BLOCK = 128
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+def embed(table: Array, tokens: Array, dtype: Any) -> Array:
+  """Rows of the table: NaN for tokens that are not in [0, vocabulary).
+
+  Args:
+    table: [vocabulary, D].
+    tokens: int32 [B, T].
+    dtype: of the result.
+
+  Returns:
+    [B, T, D]. The gradient of the table is summed in float32 at least.
+  """
+  return _gather(table, tokens, jnp.nan).astype(dtype)
+
+
+@embed.defjvp
+def _jvp(dtype, primals, tangents):
+  table, tokens = primals
+  tangent, _ = tangents
+  if isinstance(tokens.size, int):
+    rows = _rows(tangent, tokens.reshape(-1), dtype)
+    rows = rows.reshape(*tokens.shape, table.shape[1])
+  else:  # A symbolic size, as in `jax.export`, cannot be cut into blocks.
+    rows = _gather(tangent, tokens, 0)
+  # The cotangents of other tokens take no part, not even as 0 * NaN.
+  inside = (tokens >= 0) & (tokens < table.shape[0])
+  rows = jnp.where(inside[..., None], rows, 0).astype(dtype)
+  return embed(table, tokens, dtype), rows
+
+
+def _gather(table: Array, tokens: Array, fill: float) -> Array:
+  return (
+    jnp.asarray(table)
+    .at[tokens]
+    .get(mode="fill", fill_value=fill, wrap_negative_indices=False)
+  )
+
+
+class _Runs(NamedTuple):
+  """Sorted tokens in blocks [n, R], and their runs of equal tokens."""
+
+  place: Array  # int32 [n R], place in the order of the caller; unique
+  run: Array  # int32 [n, R], index of the run within its block
+  last: Array  # int32 [n], index of the last run
+  token: Array  # int32 [n, R], token of each run; undefined past the last run
+
+
+def _sorted_runs(tokens: Array) -> _Runs:
+  """Sorts tokens [T]; each block begins a run."""
+  size = -(-tokens.shape[0] // _BLOCK) * _BLOCK
+  place = jnp.arange(size, dtype=jnp.int32)
+  largest = jnp.iinfo(jnp.int32).max
+  padded = jnp.pad(tokens, (0, size - tokens.shape[0]), constant_values=largest)
+  padded, place = lax.sort((padded, place), num_keys=1, is_stable=True)
+  padded = padded.reshape(-1, _BLOCK)
+  run = _count_runs(padded)
+  return _Runs(place, run, run[:, -1], _first_of_runs(padded, run))
+
+
+def _count_runs(x: Array) -> Array:
+  """Number of changes up to each entry of [..., R]."""
+  changed = x[..., 1:] != x[..., :-1]
+  changes = jnp.cumsum(changed, axis=-1, dtype=jnp.int32)
+  return jnp.pad(changes, [(0, 0)] * (x.ndim - 1) + [(1, 0)])
+
+
+def _first_of_runs(x: Array, run: Array) -> Array:
+  """The value of each run in [n, R]."""
+  index = jnp.arange(x.shape[-1], dtype=jnp.int32)
+  first = jax.vmap(lambda run: jnp.searchsorted(run, index))(run)
+  return jnp.take_along_axis(x, first.clip(0, x.shape[-1] - 1), axis=-1)
+
+
+def _rows(table: Array, tokens: Array, dtype: Any) -> Array:
+  """`table[tokens]` in steps whose transposes are products and unique scatters.
+
+  The tokens are sorted and cut into blocks. A product of each block with the
+  indicators of its runs copies the row of a run to its tokens; its transpose
+  sums over the run. A run inside a block is all of its token. The first and the
+  last may continue in other blocks, so a second product copies rows to them.
+
+  Args:
+    table: [vocabulary, D].
+    tokens: int32 [T].
+    dtype: of what the result will be cast to.
+  """
+  vocabulary = table.shape[0]
+  acc = sum_dtype(table.dtype)
+  table = jnp.asarray(table, acc)
+  runs = _sorted_runs(tokens)
+  index = jnp.arange(_BLOCK, dtype=jnp.int32)[None]
+  last = runs.last[:, None]
+
+  def unique(ids: Array, valid: Array) -> Array:
+    """Rows of the ids; no two valid ids are equal."""
+    ids, valid = ids.reshape(-1), valid.reshape(-1)
+    valid &= (ids >= 0) & (ids < vocabulary)
+    other = vocabulary + jnp.arange(ids.shape[0], dtype=jnp.int32)
+    return table.at[jnp.where(valid, ids, other)].get(
+      mode="fill", fill_value=0, unique_indices=True
+    )
+
+  # The rows of the first and the last run of every block.
+  ends = jnp.stack(
+    [runs.token[:, 0], jnp.take_along_axis(runs.token, last, axis=1)[:, 0]],
+    axis=1,
+  ).reshape(1, -1)
+  end = _count_runs(ends)
+  here = jnp.arange(ends.shape[1], dtype=jnp.int32)[None]
+  found = unique(_first_of_runs(ends, end), here <= end[:, -1:])
+  exact = lax.Precision.HIGHEST
+  outer = jnp.einsum(
+    "er,rd->ed", _indicators(end, acc)[0], found, precision=exact
+  )
+  outer = outer.reshape(-1, 2, 1, table.shape[1])
+
+  inner = unique(runs.token, (index > 0) & (index < last))
+  inner = inner.reshape(-1, _BLOCK, table.shape[1])
+  inner += jnp.where((index == 0)[..., None], outer[:, 0], 0)
+  at_last = (index == last) & (last > 0)
+  inner += jnp.where(at_last[..., None], outer[:, 1], 0)
+
+  # TF32, a GPU's default, holds 16-bit cotangents exactly.
+  precision = exact if jnp.dtype(dtype).itemsize > 2 else None
+  rows = jnp.einsum(
+    "nir,nrd->nid", _indicators(runs.run, acc), inner, precision=precision
+  )
+  rows = rows.reshape(-1, table.shape[1])
+  # The inverse of the sort.
+  order = (
+    jnp.zeros_like(runs.place)
+    .at[runs.place]
+    .set(jnp.arange(runs.place.shape[0], dtype=jnp.int32), unique_indices=True)
+  )
+  return rows.at[order[: tokens.shape[0]]].get(
+    unique_indices=True, mode="promise_in_bounds"
+  )
+
+
+def _indicators(run: Array, dtype: Any) -> Array:
+  """[n, R] -> [n, R, R], 1 where an entry is of the run."""
+  index = jnp.arange(run.shape[-1], dtype=jnp.int32)
+  return (run[..., None] == index[None, None]).astype(dtype)
