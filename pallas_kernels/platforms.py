@@ -31,7 +31,8 @@ def by_platform(cuda: Call, default: Call, out: Any, *args: Any) -> Any:
     default: another such pair.
     out: shapes and dtypes of the results of both, a pytree of
       `jax.ShapeDtypeStruct`.
-    *args: pytrees of arrays.
+    *args: pytrees of arrays. The first axis of every array, of `out` too, is
+      the batch B; a scalar holds for all of it.
 
   Returns:
     Arrays in a pytree like `out`.
@@ -149,6 +150,25 @@ def _batch(args, axes, *, cuda, default, tree, avals):
     for x, axis in zip(args, axes, strict=True)
     if axis is not None
   )
+  # Mapped calls become batch rows, so that they share chunks of bounded memory.
+  # Arrays of a decode cache, or keys, are not copied for that.
+  copied = any(
+    axis is None and x.ndim > 3 for x, axis in zip(args, axes, strict=True)
+  )
+  if not copied:
+    rows = size * avals[0].shape[0]
+
+    def fold(x, axis):
+      x = x[None] if axis is None else jnp.moveaxis(x, axis, 0)
+      x = x[:, None] if x.ndim == 1 else x
+      shape = size, rows // size, *x.shape[2:]
+      return jnp.broadcast_to(x, shape).reshape(rows, *x.shape[2:])
+
+    out = [jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype) for x in avals]
+    flat = [fold(x, axis) for x, axis in zip(args, axes, strict=True)]
+    results = by_platform(cuda, default, out, *jax.tree.unflatten(tree, flat))
+    results = [x.reshape(size, -1, *x.shape[1:]) for x in results]
+    return results, [0] * len(results)
   mapped = ((_mapped, (call, tree, tuple(axes))) for call in (cuda, default))
   out = [jax.ShapeDtypeStruct((size, *x.shape), x.dtype) for x in avals]
   return by_platform(*mapped, out, *args), [0] * len(out)

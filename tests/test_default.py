@@ -289,6 +289,14 @@ def test_vmap(plain: Any) -> None:
   text = _cuda(mapped, *split)
   assert all(name in text for name in KERNELS)
 
+  def kernels(text: str) -> list[str]:
+    """Shapes of the arguments and results, temporary ones among them."""
+    return sorted(re.findall(r"custom_call @[^(]*triton.*?(\(tensor.*)", text))
+
+  # Mapped calls are batch rows: not each has its own temporary arrays.
+  assert kernels(text)
+  assert kernels(text) == kernels(_cuda(jax.jit(_vjp), inputs, dout))
+
 
 def test_pmap(plain: Any) -> None:
   inputs, _, dout = _arguments()
