@@ -21,6 +21,8 @@ import jax
 import jax.numpy as jnp
 
 RESULTS = pathlib.Path(__file__).parent / "results"
+# What `benchmarks.trained_ids` saves; too large for the repository.
+TRAINED_IDS = pathlib.Path("runs/trained_ids.npz")
 Name = TypeVar("Name", bound=Hashable)
 
 

@@ -4,10 +4,14 @@
     python -m benchmarks.selected --quick
 
 Headline shape: 64 query and 4 key/value heads, H = V = 128, 16 blocks of 64
-including the forced ones, bfloat16, batch 1. Small groups: 32 and 8 heads.
+including the forced ones, bfloat16, batch 1. Small groups: 32 and 8 heads. The
+ids are random and, once `python -m benchmarks.trained_ids` has saved them,
+those of the layers of a trained model.
 """
 
 import functools
+import pathlib
+import re
 from typing import Any
 
 import jax
@@ -15,7 +19,7 @@ import jax.numpy as jnp
 import matplotlib
 
 import nsa_jax
-from benchmarks import harness
+from benchmarks import harness, trained_ids
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -91,8 +95,35 @@ def measure(length, heads, kv_heads, ids, repeats):
   return fwd, total - fwd, memory
 
 
+def by_layer(length, heads, kv_heads, saved, repeats):
+  """Rows of random ids and of those of every trained layer."""
+  random = harness.selected_ids(jax.random.key(1), length, kv_heads, 16, 64)
+  rows: list[dict[str, Any]] = []
+  for name, ids in {"random": random, **saved}.items():
+    query, key, value, dout, dlse = inputs(length, heads, kv_heads)
+    args = (query, key, value, ids, dout, dlse)
+    kernels = harness.kernel_ms(jax.jit(both), *args)
+    fwd, bwd, _ = measure(length, heads, kv_heads, ids, repeats)
+    row = {"ids": name, "fwd ms": fwd, "bwd ms": bwd}
+    for part in ("dq", "dkv", "bwd"):
+      found = [
+        ms
+        for kernel, ms in kernels.items()
+        if re.search(f"nsa_selected.*_{part}(_|$)", kernel)
+      ]
+      if found:
+        row[f"kernel {part} ms"] = sum(found)
+    first = rows[0] if rows else row
+    row["bwd / random"] = bwd / first["bwd ms"]
+    rows.append(row)
+    print(row, flush=True)
+  return rows
+
+
 def main():
-  args = harness.arguments(__doc__.splitlines()[0]).parse_args()
+  parser = harness.arguments(__doc__.splitlines()[0])
+  parser.add_argument("--ids", type=pathlib.Path, default=harness.TRAINED_IDS)
+  args = parser.parse_args()
   harness.require_gpu()
   lengths = (8192, 32768) if args.quick else (8192, 32768, 65536, 131072)
   repeats = 3 if args.quick else 5
@@ -138,6 +169,13 @@ def main():
         }
       )
     tables[f"{name}, {length} tokens, by overlap"] = rows
+  length = 32768
+  for name, (heads, kv_heads) in SHAPES.items():
+    saved = trained_ids.load(args.ids, length, kv_heads)
+    if saved:
+      tables[f"{name}, {length} tokens, random ids and those of layers"] = (
+        by_layer(length, heads, kv_heads, saved, repeats)
+      )
   harness.record(args.out, "selected", "Selected branch", tables)
   plot(args.out / "selected.png", tables)
 

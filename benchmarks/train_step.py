@@ -5,7 +5,8 @@
 
 The `base` preset, one row of 32k tokens, bfloat16, AdamW, layers in a scan,
 without rematerialisation; compared with the same model with full attention by
-cuDNN.
+cuDNN. The tokens are text, and random ones beside it: the gradient of the
+embedding depends on how often a token occurs.
 """
 
 import dataclasses
@@ -20,7 +21,7 @@ import jax.numpy as jnp
 import matplotlib
 
 from benchmarks import harness
-from examples.lm import train
+from examples.lm import data, train
 from nsa_jax import TransformerConfig, TransformerLM
 from nsa_jax.layers.linen import CompressBlocks
 
@@ -71,11 +72,11 @@ def init(seed: Any, config: TransformerConfig, optimizer: Any) -> Any:
 
 
 def jobs(
-  configs: Mapping[str, TransformerConfig], length: int
+  configs: Mapping[str, TransformerConfig], length: int, rows: int = 1
 ) -> dict[tuple[str, str], Any]:
   """Programs to compile, by (model, what)."""
   optimizer = train.make_optimizer(3e-4, 1000)
-  windows = jax.ShapeDtypeStruct((1, length + 1), jnp.int32)
+  windows = jax.ShapeDtypeStruct((rows, length + 1), jnp.int32)
   found: dict[tuple[str, str], Any] = {}
   for name, config in configs.items():
     start = functools.partial(init, config=config, optimizer=optimizer)
@@ -210,7 +211,9 @@ def memory_gib(program: Any) -> dict[str, float]:
   return found | {"peak GiB": sum(found.values())}
 
 
-def measure(programs: Mapping[Any, Any], name: str, windows: Any) -> Any:
+def measure(
+  programs: Mapping[Any, Any], name: str, tokens: str, windows: Any
+) -> Any:
   """Facts of one model's step, times of its kernels, and their origins."""
   step = programs[name, "step"]
   state = programs[name, "init"](0)
@@ -222,9 +225,10 @@ def measure(programs: Mapping[Any, Any], name: str, windows: Any) -> Any:
   kernels = harness.kernel_ms(step, state, windows)
   facts = {
     "attention": name,
+    "tokens": tokens,
     "step ms (clock)": ms,
     "step ms (kernels)": sum(kernels.values()),
-    "tokens/s": 1e3 * (windows.shape[1] - 1) / ms,
+    "tokens/s": 1e3 * len(windows) * (windows.shape[1] - 1) / ms,
     **memory_gib(step),
     "loss": float(loss),
   }
@@ -232,14 +236,18 @@ def measure(programs: Mapping[Any, Any], name: str, windows: Any) -> Any:
 
 
 def tables(
-  measured: Mapping[str, Any], phi_ms: float, layers: int
+  measured: Mapping[str, Any],
+  phi_ms: float,
+  layers: int,
+  random: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, list[dict[str, Any]]]:
   """The tables of the record.
 
   Args:
-    measured: (facts, kernels, origins) by model.
+    measured: (facts, kernels, origins) by model, on text.
     phi_ms: time of phi in one layer, forward and backward, timed alone.
     layers: number of layers.
+    random: facts by model on random tokens, in the same order.
   """
   kinds = {name: by_kind(*rest) for name, (_, *rest) in measured.items()}
   rows = []
@@ -252,12 +260,14 @@ def tables(
     rows.append(row)
   _, kernels, origins = measured["nsa"]
   step_ms = sum(kernels.values())
-  facts = [facts for facts, _, _ in measured.values()]
-  first = facts[0]["tokens/s"]
+  steps: list[dict[str, Any]] = []
+  for facts in ([facts for facts, _, _ in measured.values()], random):
+    steps += [
+      {**row, "nsa is faster by": facts[0]["tokens/s"] / row["tokens/s"]}
+      for row in facts
+    ]
   return {
-    "One step": [
-      row | {"nsa is faster by": first / row["tokens/s"]} for row in facts
-    ],
+    "One step": steps,
     "Where the time goes": rows,
     "phi and its backward, timed alone": [
       {
@@ -303,6 +313,9 @@ def parser():
   result.add_argument(
     "--length", type=int, default=LENGTH, help=f"tokens (default: {LENGTH})"
   )
+  result.add_argument(
+    "--rows", type=int, default=1, help="rows of a batch (default: 1)"
+  )
   result.add_argument("--layers", type=int, help="default: 16, with --quick 4")
   result.add_argument(
     "--unrolled",
@@ -320,28 +333,33 @@ def main(argv: Sequence[str] | None = None):
     name: configure(name, num_layers=layers, scan_layers=not args.unrolled)
     for name in ATTENTIONS
   }
-  wanted = jobs(configs, args.length)
+  wanted = jobs(configs, args.length, args.rows)
   programs = harness.compile_all(wanted)
   for program in programs.values():
     if isinstance(program, Exception):
       raise program
   print(f"compiled {len(programs)} programs", flush=True)
-  windows = jax.random.randint(
-    jax.random.key(1), (1, args.length + 1), 0, configs["nsa"].vocab_size
+  corpus = data.load_corpus(None, 2**26, args.length)
+  text = data.training_batch(
+    corpus.train, seed=0, step=0, batch_size=args.rows, seq_len=args.length
   )
-  measured = {}
+  noise_tokens = jax.random.randint(
+    jax.random.key(1), text.shape, 0, configs["nsa"].vocab_size
+  )
+  measured, random = {}, []
   for name in ATTENTIONS:
-    measured[name] = measure(programs, name, windows)
-    print(measured[name][0], flush=True)
+    measured[name] = measure(programs, name, "text", text)
+    random.append(measure(programs, name, "random", noise_tokens)[0])
+    print(measured[name][0], random[-1], flush=True)
   phi = programs["nsa", "phi"]
   phi_args = noise(2, wanted["nsa", "phi"][1])
   phi_ms = sum(harness.kernel_ms(phi, *phi_args).values())
-  found = tables(measured, phi_ms, layers)
+  found = tables(measured, phi_ms, layers, random)
   harness.record(
     args.out,
     "train_step",
-    f"One training step, {layers} layers of the base preset, {args.length} "
-    "tokens",
+    f"One training step, {layers} layers of the base preset, {args.rows} x "
+    f"{args.length} tokens",
     found,
   )
   plot(args.out / "train_step.png", found["Where the time goes"], ATTENTIONS)

@@ -6,11 +6,13 @@
 Headline shape: 64 query and 4 key/value heads, H = V = 128, the paper's
 configuration, bfloat16, batch 1, with gates and separate keys and values for
 every branch. In addition, one row of 1M tokens with 16 query heads and one
-key/value head.
+key/value head; and, once `python -m benchmarks.trained_ids` has saved them, the
+blocks of a trained model in place of the selection.
 """
 
 import functools
 import math
+import pathlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -19,7 +21,7 @@ import jax.numpy as jnp
 import matplotlib
 
 import nsa_jax
-from benchmarks import harness
+from benchmarks import harness, trained_ids
 from nsa_jax import KV
 
 matplotlib.use("Agg")
@@ -297,6 +299,53 @@ def measure(
   if shape.length == SHOWN:
     facts["kernels"] = harness.kernel_ms(whole_both, primals, (), x.dout)
   return times, facts
+
+
+def given_ids(
+  shape: Shape, saved: Mapping[str, Any], repeats: int
+) -> list[dict[str, Any]]:
+  """Times of the op without its selection, for ids of several origins.
+
+  Args:
+    shape: shape of the call.
+    saved: ids by name; those that the op selects for random inputs come first.
+    repeats: calls per time.
+  """
+
+  def op(*args):
+    *primals, ids = args
+    return nsa_jax.native_sparse_attention(
+      *primals,
+      block_ids=ids,
+      return_block_ids=True,
+      config=shape.config,
+      implementation=shape.implementation,
+    )
+
+  def select(*primals):
+    return nsa_jax.native_sparse_attention(
+      *primals,
+      return_block_ids=True,
+      config=shape.config,
+      implementation=shape.implementation,
+    )[1]
+
+  x = jax.jit(functools.partial(inputs, shape=shape))(0)
+  primals = tuple(x[:-1])
+  forward = jax.jit(op)
+  both = jax.jit(harness.forward_and_backward(op))
+  rows = []
+  for name, ids in {
+    "random inputs": jax.jit(select)(*primals),
+    **saved,
+  }.items():
+    _, fwd = harness.device_ms(forward, *primals, ids, repeats=repeats)
+    _, total_ms = harness.device_ms(
+      both, primals, (ids,), x.dout, repeats=repeats
+    )
+    rows.append({"ids": name, "fwd ms": fwd, "bwd ms": total_ms - fwd})
+    print(rows[-1], flush=True)
+  return rows
 
 
 def errors(out, gradients, want_out, want_gradients) -> list[dict[str, Any]]:
@@ -590,6 +639,13 @@ def parser():
     "compilation (default: all; the last with --quick)",
   )
   result.add_argument(
+    "--ids",
+    type=pathlib.Path,
+    default=harness.TRAINED_IDS,
+    help="file that benchmarks.trained_ids has saved (default: "
+    f"{harness.TRAINED_IDS})",
+  )
+  result.add_argument(
     "--long",
     type=int,
     default=2**20,
@@ -629,11 +685,17 @@ def main(argv: Sequence[str] | None = None):
     found = measure(programs, shape, 3 if args.quick else 5, failures)
     measured[shape.length] = found
     print(time_row(shape.length, *found), flush=True)
+  found_tables = tables(measured, Shape(0).config, row, failures)
+  for shape in every:
+    if saved := trained_ids.load(args.ids, shape.length, shape.kv_heads):
+      found_tables[f"{shape.length} tokens, given ids, no selection"] = (
+        given_ids(shape, saved, 3 if args.quick else 5)
+      )
   harness.record(
     args.out,
     "whole_op",
     "Native Sparse Attention, the whole op",
-    tables(measured, Shape(0).config, row, failures),
+    found_tables,
   )
   plot(args.out / "whole_op.png", measured)
 

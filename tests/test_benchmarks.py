@@ -16,13 +16,14 @@ from benchmarks import (
   prefill,
   sweep_band,
   train_step,
+  trained_ids,
   whole_op,
 )
 from examples.lm.data import Corpus
 from nsa_jax import NSAConfig, TransformerConfig
 
 NSA = NSAConfig(8, 4, 16, num_selected=4, window=32)
-COMMANDS = (whole_op, train_step, loss_curve, decode, prefill)
+COMMANDS = (whole_op, train_step, loss_curve, decode, prefill, trained_ids)
 
 
 @pytest.mark.parametrize("module", COMMANDS)
@@ -276,8 +277,10 @@ def test_tables_of_the_training_step(tmp_path):
       origins,
     ),
   }
-  tables = train_step.tables(measured, 0.05, 16)
-  assert [row["nsa is faster by"] for row in tables["One step"]] == [1.0, 3.0]
+  random = [{"tokens/s": 400.0}, {"tokens/s": 100.0}]
+  tables = train_step.tables(measured, 0.05, 16, random)
+  faster = [row["nsa is faster by"] for row in tables["One step"]]
+  assert faster == [1.0, 3.0, 1.0, 4.0]
   rows = tables["Where the time goes"]
   assert rows[0] == {
     "kind": "matrix products",
@@ -309,6 +312,41 @@ def test_programs_of_the_training_step():
   assert jax.tree.map(jnp.shape, train_step.noise(0, shapes)) == jax.tree.map(
     jnp.shape, shapes
   )
+
+
+# Trained block ids.
+
+
+def test_trained_ids_are_saved_by_layer(tmp_path):
+  config = trained_ids.configure(
+    num_layers=2, model_dim=16, mlp_dim=16, num_heads=2, head_dim=8, nsa=NSA
+  )
+  text = np.random.default_rng(0).integers(0, 256, 400).astype(np.uint8)
+  params, loss = trained_ids.trained(config, text, 64, steps=2)
+  assert 4 < loss < 7
+  found: dict[str, Any] = trained_ids.selected_by_layer(
+    config, params, text[None, :64]
+  )
+  assert list(found) == ["layer_0", "layer_1"]
+  np.savez(tmp_path / "ids.npz", **found)
+  loaded = trained_ids.load(tmp_path / "ids.npz", 48, kv_heads=3)
+  assert loaded["layer_1"].shape == (1, 48, 3, 4)
+  np.testing.assert_array_equal(
+    loaded["layer_1"][:, :, 2], found["layer_1"][:, :48, 0]
+  )
+  assert not trained_ids.load(tmp_path / "ids.npz", 100, kv_heads=3)
+  assert not trained_ids.load(tmp_path / "none.npz", 48, kv_heads=3)
+
+
+def test_distinct_blocks_are_counted():
+  ids = np.array([[0, 1], [0, 2], [1, 2], [1, -1]])[None, :, None]
+  assert trained_ids.distinct(ids, 2) == (3 + 2) / 2
+  assert trained_ids.distinct(ids, 4) == 3
+  (row,) = next(
+    iter(trained_ids.tables({"a": np.tile(ids, (1, 4, 1, 1))}).values())
+  )
+  assert row["of 4 neighbours"] == 3
+  assert row["longest list / mean"] == 3 / (7 / 3)
 
 
 # The loss curves.
