@@ -29,10 +29,8 @@ def train(path: str, steps: int) -> list[float]:
   opt_state = optimizer.init(params)
 
   def loss_fn(params, windows):
-    logits = model.apply(params, windows[:, :-1])
-    return optax.softmax_cross_entropy_with_integer_labels(
-      logits, windows[:, 1:]
-    ).mean()
+    losses = model.apply(params, windows[:, :-1], labels=windows[:, 1:])
+    return jnp.mean(jnp.asarray(losses))
 
   @jax.jit
   def train_step(params, opt_state, windows):

@@ -64,10 +64,10 @@ def make_step(
   """A training step; averages loss and gradients over `axis_name`, if any."""
 
   def loss_fn(params, windows):  # windows [B, T + 1]
-    logits = jnp.asarray(model.apply({"params": params}, windows[:, :-1]))
-    return optax.softmax_cross_entropy_with_integer_labels(
-      logits, windows[:, 1:]
-    ).mean()
+    losses = model.apply(
+      {"params": params}, windows[:, :-1], labels=windows[:, 1:]
+    )
+    return jnp.mean(jnp.asarray(losses))
 
   def step(params, opt_state, windows):
     loss, grads = jax.value_and_grad(loss_fn)(params, windows)

@@ -18,6 +18,7 @@ import pytest
 import nsa_jax
 from nsa_jax import KV, NSAConfig, cache
 from nsa_jax.gating import gated_sum
+from nsa_jax.models.loss import token_losses
 
 CONFIG = NSAConfig(16, 8, 32, 4, 1, 1, 128)
 HEADS, KV_HEADS, HEAD_DIM = 4, 1, 8
@@ -167,6 +168,28 @@ def test_the_reference_is_not(backward: bool) -> None:
   )
   assert 3.5 < ratio < 4.5, ratio
   assert _largest(twice) >= 1024 * 1024
+
+
+def test_losses_hold_no_logits_of_the_sequence() -> None:
+  length, vocabulary = LENGTH, 4096
+
+  def loss(x: Any, head: Any, labels: Any) -> Any:
+    return token_losses(x, head, labels, chunk_logits=2**20).mean()
+
+  float32 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
+  compiled = (
+    jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))
+    .lower(
+      float32((1, length, 16)),
+      float32((vocabulary, 16)),
+      jax.ShapeDtypeStruct((1, length), jnp.int32),
+    )
+    .compile()
+  )
+  memory = compiled.memory_analysis()
+  assert memory is not None
+  assert memory.temp_size_in_bytes < length * vocabulary * 4 / 4
+  assert _largest(compiled) <= 2**20
 
 
 def test_gates_read_and_write_no_more_than_said() -> None:

@@ -13,6 +13,7 @@ import pytest
 
 import nsa_jax
 from nsa_jax import NSAConfig, RopeConfig, TransformerConfig, TransformerLM
+from nsa_jax.models.loss import token_losses
 
 NSA = NSAConfig(
   compression_block=4,
@@ -328,6 +329,46 @@ def test_bfloat16():
   assert {leaf.dtype for leaf in jax.tree.leaves(shapes)} == {
     jnp.dtype(jnp.bfloat16)
   }
+
+
+def test_losses_of_labels():
+  """Those of the logits; labels outside the vocabulary do not count."""
+  _, params, apply = _setup(num_layers=1, attention="window")
+  labels = _tokens(seed=1)
+  labels[0, :5], labels[1, 7] = -100, VOCAB
+  losses = apply(params, _tokens(), labels=labels)
+  assert losses.dtype == jnp.float32
+  logits = np.asarray(apply(params, _tokens()), np.float64)
+  picked = np.take_along_axis(logits, _tokens(seed=1)[..., None], -1)[..., 0]
+  want = np.log(np.exp(logits).sum(-1)) - picked
+  inside = (labels >= 0) & (labels < VOCAB)
+  np.testing.assert_allclose(losses, np.where(inside, want, 0), atol=1e-5)
+
+
+def test_losses_chunk_by_chunk():
+  rng = np.random.default_rng(0)
+  x, head = rng.normal(size=(2, 13, 4)), rng.normal(size=(9, 4))
+  labels = rng.integers(-1, 9, (2, 13))
+  weights = rng.normal(size=(2, 13))
+
+  def run(chunk_logits):
+    def loss(x, head):
+      losses = token_losses(x, head, jnp.asarray(labels), chunk_logits)
+      return (weights * losses).sum()
+
+    return jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(
+      jnp.float32(x), jnp.float32(head)
+    )
+
+  whole = run(2**20)
+  for chunk_logits in (1, 2 * 9 * 4):  # One token, then four tokens.
+    _assert_close(run(chunk_logits), whole)
+  # d loss / d logits = softmax - one-hot.
+  logits = x @ head.T
+  p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+  p -= labels[..., None] == np.arange(9)
+  p *= (weights * (labels >= 0))[..., None]
+  _assert_close(whole[1], (p @ head, np.einsum("btv,btd->vd", p, x)))
 
 
 @pytest.mark.parametrize("attention", ["nsa", "full", "window"])

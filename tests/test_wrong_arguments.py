@@ -388,7 +388,7 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
   "nsa_jax.TransformerLM.__call__ init": (_init(MODEL), {"tokens": IDS}),
   "nsa_jax.TransformerLM.__call__ apply": (
     _apply(MODEL, IDS),
-    {"tokens": IDS},
+    {"tokens": IDS, "labels": IDS},
   ),
   "nsa_jax.TransformerLM.__call__ decode": (
     _apply(MODEL.clone(decode=True), IDS),

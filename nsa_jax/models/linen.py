@@ -26,6 +26,7 @@ from nsa_jax.layers.linen import (
 )
 from nsa_jax.models.config import TransformerConfig
 from nsa_jax.models.embedding import embed
+from nsa_jax.models.loss import logits_of, token_losses
 from nsa_jax.ops.scope import keep
 from nsa_jax.typing import Array, AttentionName
 
@@ -81,8 +82,9 @@ class TransformerLM(nn.Module):
     positions: Array | None = None,
     segment_ids: Array | None = None,
     prefix_length: int | None = None,
+    labels: Array | None = None,
   ) -> Array:
-    """Logits of the next token at every position.
+    """Logits of the next token at every position, or the losses of labels.
 
     Args:
       tokens: int32 [B, T], in [0, vocab_size). Any other value makes its logits
@@ -92,9 +94,13 @@ class TransformerLM(nn.Module):
       segment_ids: as in `NativeSparseAttention`; the block length is that of
         `config.nsa`.
       prefix_length: as in `NativeSparseAttention`.
+      labels: int32 [B, T], the tokens to predict, if losses are wanted. Any
+        outside [0, vocab_size), such as -100, has loss 0 and no gradient.
 
     Returns:
-      float32 [B, T, vocab_size].
+      float32 [B, T, vocab_size]; with `labels` the cross-entropy in nats,
+      float32 [B, T], for which the logits of all positions are never in memory
+      at once.
 
     Raises:
       ValueError: if an argument does not fit.
@@ -108,6 +114,13 @@ class TransformerLM(nn.Module):
     )
     for held in caches[:1]:
       check_batch("tokens", tokens, held)
+    if labels is not None:
+      labels = _checks.integers(
+        "labels",
+        labels,
+        tokens.shape,
+        "one entry per row and token of `tokens`",
+      )
     # With `decode`, each layer derives the positions from its cache.
     if positions is not None or not self.decode:
       positions, segment_ids = core.complete_positions(
@@ -149,12 +162,9 @@ class TransformerLM(nn.Module):
           config.param_dtype,
         )
       )
-    return jnp.einsum(
-      "btd,vd->btv",
-      x,
-      head.astype(config.dtype),
-      preferred_element_type=jnp.float32,
-    )
+    if labels is not None:
+      return token_losses(x, head, labels)
+    return logits_of(x, head.astype(config.dtype))
 
   def _blocks(self, x, positions, segment_ids, prefix_length):
     config = self.config

@@ -1,0 +1,54 @@
+"""Cross-entropy of tokens, without logits of the whole sequence in memory."""
+
+import jax
+import jax.numpy as jnp
+
+from nsa_jax.precision import sum_dtype
+from nsa_jax.typing import Array
+from nsa_jax.xla.chunks import map_chunks
+
+# Logits of a chunk, in float32 256 MiB: enough to fill the matrix units.
+CHUNK_LOGITS = 2**26
+
+
+def logits_of(x: Array, head: Array) -> Array:
+  """x head^T, float32: [B, T, D], [vocabulary, D] -> [B, T, vocabulary]."""
+  return jnp.einsum("btd,vd->btv", x, head, preferred_element_type=jnp.float32)
+
+
+def token_losses(
+  x: Array, head: Array, labels: Array, chunk_logits: int = CHUNK_LOGITS
+) -> Array:
+  """-log softmax(x head^T)[label] in nats, chunk by chunk.
+
+  The backward pass computes the logits of a chunk again.
+
+  Args:
+    x: [B, T, D].
+    head: [vocabulary, D].
+    labels: int32 [B, T]; others than [0, vocabulary) have loss 0 and no
+      gradient.
+    chunk_logits: maximum number of logits of a chunk.
+
+  Returns:
+    float32 [B, T].
+  """
+  batch, length = labels.shape
+  vocabulary = head.shape[0]
+  # The gradient of the head is a sum over chunks in this dtype.
+  head = head.astype(sum_dtype(head.dtype))
+  token = jnp.arange(vocabulary)[None, None]
+
+  def body(x: Array, labels: Array) -> Array:
+    logits = logits_of(x, head.astype(x.dtype))
+    # Not a gather: its transpose is a scatter.
+    own = jnp.where(labels[..., None] == token, logits, 0).sum(axis=-1)
+    valid = (labels >= 0) & (labels < vocabulary)
+    return jnp.where(valid, jax.nn.logsumexp(logits, axis=-1) - own, 0)
+
+  # A batch of symbolic size, as in `jax.export`, counts as one row.
+  rows = batch if isinstance(batch, int) else 1
+  size = max(chunk_logits // (rows * vocabulary), 1)
+  if size < length:
+    size = 1 << (size.bit_length() - 1)
+  return map_chunks(body, size, x, labels)
