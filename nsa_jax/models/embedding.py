@@ -18,6 +18,8 @@ from nsa_jax.typing import Array
 
 # Sorted tokens per block; a power of two that matrix units like.
 _BLOCK = 128
+# Not in any vocabulary.
+_NONE = 2**31 - 1
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
@@ -64,19 +66,18 @@ class _Runs(NamedTuple):
   place: Array  # int32 [n R], place in the order of the caller; unique
   run: Array  # int32 [n, R], index of the run within its block
   last: Array  # int32 [n], index of the last run
-  token: Array  # int32 [n, R], token of each run; undefined past the last run
+  token: Array  # int32 [n, R], token of each run; _NONE past the last run
 
 
 def _sorted_runs(tokens: Array) -> _Runs:
   """Sorts tokens [T]; each block begins a run."""
   size = -(-tokens.shape[0] // _BLOCK) * _BLOCK
   place = jnp.arange(size, dtype=jnp.int32)
-  largest = jnp.iinfo(jnp.int32).max
-  padded = jnp.pad(tokens, (0, size - tokens.shape[0]), constant_values=largest)
+  padded = jnp.pad(tokens, (0, size - tokens.shape[0]), constant_values=_NONE)
   padded, place = lax.sort((padded, place), num_keys=1, is_stable=True)
   padded = padded.reshape(-1, _BLOCK)
   run = _count_runs(padded)
-  return _Runs(place, run, run[:, -1], _first_of_runs(padded, run))
+  return _Runs(place, run, run[:, -1], _tokens_of_runs(padded, run))
 
 
 def _count_runs(x: Array) -> Array:
@@ -86,11 +87,11 @@ def _count_runs(x: Array) -> Array:
   return jnp.pad(changes, [(0, 0)] * (x.ndim - 1) + [(1, 0)])
 
 
-def _first_of_runs(x: Array, run: Array) -> Array:
-  """The value of each run in [n, R]."""
-  index = jnp.arange(x.shape[-1], dtype=jnp.int32)
-  first = jax.vmap(lambda run: jnp.searchsorted(run, index))(run)
-  return jnp.take_along_axis(x, first.clip(0, x.shape[-1] - 1), axis=-1)
+def _tokens_of_runs(tokens: Array, run: Array) -> Array:
+  """The token of each run in [n, R], then _NONE."""
+  index = jnp.arange(run.shape[-1], dtype=jnp.int32)
+  here = run[..., None, :] == index[None, :, None]
+  return jnp.where(here, tokens[..., None, :], _NONE).min(axis=-1)
 
 
 def _rows(table: Array, tokens: Array, dtype: Any) -> Array:
@@ -113,14 +114,12 @@ def _rows(table: Array, tokens: Array, dtype: Any) -> Array:
   index = jnp.arange(_BLOCK, dtype=jnp.int32)[None]
   last = runs.last[:, None]
 
-  def unique(ids: Array, valid: Array) -> Array:
-    """Rows of the ids; no two valid ids are equal."""
-    ids, valid = ids.reshape(-1), valid.reshape(-1)
-    valid &= (ids >= 0) & (ids < vocabulary)
+  def unique(ids: Array) -> Array:
+    """Rows of different ids; 0 for those outside the table."""
+    ids = ids.reshape(-1)
     other = vocabulary + jnp.arange(ids.shape[0], dtype=jnp.int32)
-    return table.at[jnp.where(valid, ids, other)].get(
-      mode="fill", fill_value=0, unique_indices=True
-    )
+    ids = jnp.where((ids >= 0) & (ids < vocabulary), ids, other)
+    return table.at[ids].get(mode="fill", fill_value=0, unique_indices=True)
 
   # The rows of the first and the last run of every block.
   ends = jnp.stack(
@@ -128,15 +127,14 @@ def _rows(table: Array, tokens: Array, dtype: Any) -> Array:
     axis=1,
   ).reshape(1, -1)
   end = _count_runs(ends)
-  here = jnp.arange(ends.shape[1], dtype=jnp.int32)[None]
-  found = unique(_first_of_runs(ends, end), here <= end[:, -1:])
+  found = unique(_tokens_of_runs(ends, end))
   exact = lax.Precision.HIGHEST
   outer = jnp.einsum(
     "er,rd->ed", _indicators(end, acc)[0], found, precision=exact
   )
   outer = outer.reshape(-1, 2, 1, table.shape[1])
 
-  inner = unique(runs.token, (index > 0) & (index < last))
+  inner = unique(jnp.where((index > 0) & (index < last), runs.token, _NONE))
   inner = inner.reshape(-1, _BLOCK, table.shape[1])
   inner += jnp.where((index == 0)[..., None], outer[:, 0], 0)
   at_last = (index == last) & (last > 0)
