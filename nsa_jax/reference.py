@@ -72,8 +72,10 @@ def select_blocks(
     block > last - config.num_local
   )
 
-  # A NaN counts as the lowest score; scores are not negative.
+  # A NaN counts as the lowest score, and an infinite one as less than a forced
+  # block; scores are not negative.
   rank = jnp.where(scores == scores, scores, -1)
+  rank = jnp.minimum(rank, jnp.finfo(rank.dtype).max)
   rank = jnp.where(forced[:, :, None], jnp.inf, rank)
   rank = jnp.where(candidate[:, :, None], rank, -jnp.inf)
   # A stable sort sends ties to the lower index.
@@ -162,7 +164,7 @@ def _attend(spec, qkv, mask):
   mask = mask[:, :, :, None]
   acc = scores.dtype
   # Queries that read nothing stay finite, forward and backward. A key with a
-  # score of -inf has weight 0: reading only such keys is reading nothing.
+  # score of -inf has weight 0: only such keys give 0 and -inf, too.
   scores = jnp.where(mask, scores, -jnp.inf)
   high = scores.max(axis=-1, keepdims=True, initial=-jnp.inf)
   high = jax.lax.stop_gradient(jnp.where(high == -jnp.inf, 0, high))

@@ -375,8 +375,10 @@ def _sample(logits, key, positions, temperature, top_k, top_p):
   logits = logits.astype(jnp.float32)
   token = logits.argmax(axis=-1)
   if temperature is not None:
-    # The largest logit becomes 0, which no temperature can overflow.
-    scaled = (logits - logits.max(axis=-1, keepdims=True)) / temperature
+    # The largest logit becomes 0, which no temperature can overflow, even if it
+    # is infinite.
+    high = logits.max(axis=-1, keepdims=True)
+    scaled = jnp.where(logits == high, 0, (logits - high) / temperature)
     token = _draw(key, positions, filter_logits(scaled, top_k, top_p))
   valid = ~jnp.isnan(logits).any(axis=-1)
   return jnp.where(valid, token, -1).astype(jnp.int32)
@@ -433,17 +435,20 @@ def _read_prompts(prompts, lengths):
 
 def _integers(name, value, rank):
   known = _checks.concrete(value)
-  if known is None:
+  if isinstance(value, jax.core.Tracer):
     raise ValueError(
       f"`{name}`={_checks.show(value)} must be integers that are known here, "
       "not traced: `generate` calls compiled functions itself."
     )
+  if known is None:
+    raise ValueError(f"`{name}`={_checks.show(value)} must be integers.")
   if known.size and not np.issubdtype(known.dtype, np.integer):
     raise ValueError(
       f"`{name}` of dtype {known.dtype} must have an integer dtype."
     )
   if known.ndim != rank:
     raise ValueError(f"`{name}` of shape {known.shape} must have rank {rank}.")
+  _checks.fits_int32(name, known)
   return known.astype(np.int64)
 
 

@@ -151,23 +151,30 @@ def _batch(args, axes, *, cuda, default, tree, avals):
     if axis is not None
   )
   # Mapped calls become batch rows, so that they share chunks of bounded memory.
-  # Arrays of a decode cache, or keys, are not copied for that.
+  # Arrays of a decode cache, or keys, are not copied for that. The arrays of a
+  # call that is mapped already do not begin with the batch.
   copied = any(
     axis is None and x.ndim > 3 for x, axis in zip(args, axes, strict=True)
   )
-  if not copied:
-    rows = size * avals[0].shape[0]
+  batch = avals[0].shape[0]
+  static = isinstance(size, int) and isinstance(batch, int)
+  if static and not copied and cuda[0] is not _mapped:
 
     def fold(x, axis):
       x = x[None] if axis is None else jnp.moveaxis(x, axis, 0)
       x = x[:, None] if x.ndim == 1 else x
-      shape = size, rows // size, *x.shape[2:]
-      return jnp.broadcast_to(x, shape).reshape(rows, *x.shape[2:])
+      rows = jnp.broadcast_to(x, (size, batch, *x.shape[2:]))
+      return rows.reshape(size * batch, *x.shape[2:])
 
-    out = [jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype) for x in avals]
+    out = [
+      jax.ShapeDtypeStruct((size * batch, *x.shape[1:]), x.dtype) for x in avals
+    ]
     flat = [fold(x, axis) for x, axis in zip(args, axes, strict=True)]
     results = by_platform(cuda, default, out, *jax.tree.unflatten(tree, flat))
-    results = [x.reshape(size, -1, *x.shape[1:]) for x in results]
+    results = [
+      x.reshape(size, *aval.shape)
+      for x, aval in zip(results, avals, strict=True)
+    ]
     return results, [0] * len(results)
   mapped = ((_mapped, (call, tree, tuple(axes))) for call in (cuda, default))
   out = [jax.ShapeDtypeStruct((size, *x.shape), x.dtype) for x in avals]

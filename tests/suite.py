@@ -21,7 +21,13 @@ import nsa_jax
 from nsa_jax import NSAConfig
 from tests import helpers
 from tests.helpers import Dims
-from tests.oracle import BRANCHES, Oracle, count_selection, float64
+from tests.oracle import (
+  BRANCHES,
+  Oracle,
+  count_compressed,
+  count_selection,
+  float64,
+)
 
 # -------------------------------------------------------------- who is tested
 
@@ -1079,6 +1085,24 @@ def test_what_is_not_finite_is_seen(
       where = f"{message}: {jax.tree_util.keystr(path)}"
       assert not (want & ~seen).any(), f"hidden, {where}"
       assert not (seen & ~may).any(), f"more than in `reference`, {where}"
+
+
+@every_subject
+def test_forced_blocks_rank_above_infinite_scores(subject: Subject) -> None:
+  """With an lse that is not of these scores, they may overflow."""
+  config, unit = subject.calls.configs[0], subject.calls.unit
+  length = 8 * config.selection_block
+  blocks = count_compressed(length, config)
+  ids = nsa_jax.select_blocks(
+    jnp.ones((1, 2 * unit, 1, 16)),
+    jnp.ones((1, blocks, 1, 16)),
+    jnp.full((1, 2 * unit, 1), -100.0),
+    config=config,
+    key_length=length,
+    implementation=subject.implementation,
+  )
+  # The initial block, the first of the equal ones, the query's own.
+  assert ids[0, -1, 0].tolist() == [0, 1, 7]
 
 
 @_for_each("subject, kv_heads, group", _non_finite_cases)

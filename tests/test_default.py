@@ -298,6 +298,36 @@ def test_vmap(plain: Any) -> None:
   assert kernels(text) == kernels(_cuda(jax.jit(_vjp), inputs, dout))
 
 
+@pytest.mark.parametrize("implementation", [None, "triton"])
+def test_nested_vmap_with_shared_keys(implementation: Any) -> None:
+  rng = np.random.default_rng(0)
+  query = helpers.normal(rng, (2, 3, 1, 9, 2, 16), "float32")
+  key, value = (
+    helpers.normal(rng, (2, 1, 9, 1, 16), "float32") for _ in range(2)
+  )
+
+  def attend(query: Any, key: Any, value: Any) -> Any:
+    return nsa_jax.window_attention(
+      query, key, value, config=CONFIG, implementation=implementation
+    )[0]
+
+  inner = jax.vmap(attend, in_axes=(0, None, None))
+  mapped = jax.jit(jax.vmap(inner))(query, key, value)
+  # As batch rows, without vmap.
+  rows = query.reshape(6, *query.shape[3:])
+  want = attend(rows, *(x.repeat(3, axis=0)[:, 0] for x in (key, value)))
+  helpers.assert_close(mapped.reshape(want.shape), want, "float32")
+
+
+def test_vmap_of_size_0() -> None:
+  query, key = np.ones((0, 1, 9, 2, 16)), np.ones((0, 1, 9, 1, 16))
+
+  def attend(query: Any, key: Any) -> Any:
+    return nsa_jax.window_attention(query, key, key, config=CONFIG)[0]
+
+  assert jax.vmap(attend)(query, key).shape == (0, 1, 9, 2, 16)
+
+
 def test_pmap(plain: Any) -> None:
   inputs, _, dout = _arguments()
   split = jax.tree.map(lambda x: x[:, None], (inputs, dout))

@@ -406,6 +406,13 @@ def test_sampling_is_in_float32():
   assert drawn.mean() > 0.99
 
 
+@pytest.mark.parametrize("top_k, top_p", [(None, None), (2, None), (2, 0.5)])
+def test_an_infinite_logit_is_certain(top_k, top_p):
+  logits = jnp.array([[0.0, 1.0, jnp.inf]] * 9)
+  drawn = _sample(logits, jax.random.key(0), jnp.arange(9), 1.0, top_k, top_p)
+  assert drawn.tolist() == [2] * 9
+
+
 # ------------------------------------------------------------------ messages
 
 

@@ -15,9 +15,16 @@ from jax import lax
 
 from nsa_jax.precision import sum_dtype
 from nsa_jax.typing import Array
+from nsa_jax.xla.chunks import map_chunks
 
 # Sorted tokens per block; a power of two that matrix units like.
 _BLOCK = 128
+# Up to some such vocabulary a product with indicators is faster than the sort,
+# and XLA partitions it over a sharded batch; the sort needs all tokens on every
+# device.
+_FEW = 2048
+# Numbers in the indicators of a chunk, 256 MiB.
+_CHUNK_ELEMENTS = 2**26
 # Not in any vocabulary.
 _NONE = 2**31 - 1
 
@@ -32,7 +39,8 @@ def embed(table: Array, tokens: Array, dtype: Any) -> Array:
     dtype: of the result.
 
   Returns:
-    [B, T, D]. The gradient of the table is summed in float32 at least.
+    [B, T, D]. The gradient of the table is summed in float32 at least. A
+    cotangent that is not finite may reach the rows of other tokens.
   """
   return _gather(table, tokens, jnp.nan).astype(dtype)
 
@@ -41,7 +49,9 @@ def embed(table: Array, tokens: Array, dtype: Any) -> Array:
 def _jvp(dtype, primals, tangents):
   table, tokens = primals
   tangent, _ = tangents
-  if isinstance(tokens.size, int):
+  if table.shape[0] <= _FEW:
+    rows = _rows_of_few(tangent, tokens, dtype)
+  elif isinstance(tokens.size, int):
     rows = _rows(tangent, tokens.reshape(-1), dtype)
     rows = rows.reshape(*tokens.shape, table.shape[1])
   else:  # A symbolic size, as in `jax.export`, cannot be cut into blocks.
@@ -58,6 +68,34 @@ def _gather(table: Array, tokens: Array, fill: float) -> Array:
     .at[tokens]
     .get(mode="fill", fill_value=fill, wrap_negative_indices=False)
   )
+
+
+def _rows_of_few(table: Array, tokens: Array, dtype: Any) -> Array:
+  """`table[tokens]` by products, [B, T, D], for a small vocabulary."""
+  batch, length = tokens.shape
+  vocabulary = table.shape[0]
+  acc = sum_dtype(table.dtype)
+  table = jnp.asarray(table, acc)
+  token = jnp.arange(vocabulary, dtype=jnp.int32)[None, None]
+
+  def body(tokens: Array) -> Array:
+    return jnp.einsum(
+      "btv,vd->btd",
+      (tokens[..., None] == token).astype(acc),
+      table,
+      precision=_precision(dtype),
+    )
+
+  # A batch of symbolic size, as in `jax.export`, counts as one row.
+  rows = batch if isinstance(batch, int) else 1
+  size = min(max(_CHUNK_ELEMENTS // (rows * vocabulary), 1), length)
+  return map_chunks(body, size, tokens)
+
+
+def _precision(dtype: Any) -> lax.Precision | None:
+  """Of products with 0 and 1 that copy or sum numbers of `dtype` exactly."""
+  # TF32, a GPU's default, holds 16-bit numbers.
+  return lax.Precision.HIGHEST if jnp.dtype(dtype).itemsize > 2 else None
 
 
 class _Runs(NamedTuple):
@@ -128,9 +166,11 @@ def _rows(table: Array, tokens: Array, dtype: Any) -> Array:
   ).reshape(1, -1)
   end = _count_runs(ends)
   found = unique(_tokens_of_runs(ends, end))
-  exact = lax.Precision.HIGHEST
   outer = jnp.einsum(
-    "er,rd->ed", _indicators(end, acc)[0], found, precision=exact
+    "er,rd->ed",
+    _indicators(end, acc)[0],
+    found,
+    precision=lax.Precision.HIGHEST,
   )
   outer = outer.reshape(-1, 2, 1, table.shape[1])
 
@@ -140,10 +180,11 @@ def _rows(table: Array, tokens: Array, dtype: Any) -> Array:
   at_last = (index == last) & (last > 0)
   inner += jnp.where(at_last[..., None], outer[:, 1], 0)
 
-  # TF32, a GPU's default, holds 16-bit cotangents exactly.
-  precision = exact if jnp.dtype(dtype).itemsize > 2 else None
   rows = jnp.einsum(
-    "nir,nrd->nid", _indicators(runs.run, acc), inner, precision=precision
+    "nir,nrd->nid",
+    _indicators(runs.run, acc),
+    inner,
+    precision=_precision(dtype),
   )
   rows = rows.reshape(-1, table.shape[1])
   # The inverse of the sort.

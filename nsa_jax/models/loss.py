@@ -21,7 +21,8 @@ def token_losses(
 ) -> Array:
   """-log softmax(x head^T)[label] in nats, chunk by chunk.
 
-  The backward pass computes the logits of a chunk again.
+  The backward pass computes the logits of a chunk again. Under `jax.vmap` every
+  mapped call has a chunk of its own.
 
   Args:
     x: [B, T, D].
@@ -37,7 +38,7 @@ def token_losses(
   vocabulary = head.shape[0]
   # The gradient of the head is a sum over chunks in this dtype.
   head = head.astype(sum_dtype(head.dtype))
-  token = jnp.arange(vocabulary)[None, None]
+  token = jnp.arange(vocabulary, dtype=jnp.int32)[None, None]
 
   def body(x: Array, labels: Array) -> Array:
     logits = logits_of(x, head.astype(x.dtype))
