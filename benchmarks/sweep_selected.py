@@ -123,10 +123,7 @@ def candidates(base: tiling.SelectedTiling, block: int) -> list[Any]:
     fitting = [tile for tile in tiles if tile[0] <= block]
     columns.append([(name, Tile(*tile)) for tile in fitting])
   return [
-    dataclasses.replace(
-      base, stored_ds=stored_ds, **dict(cell for cell in row if cell)
-    )
-    for stored_ds in (False, True)
+    dataclasses.replace(base, **dict(cell for cell in row if cell))
     for row in itertools.zip_longest(*columns)
   ]
 
@@ -135,9 +132,6 @@ KERNELS = {
   "fwd": ("nsa_selected_fwd", "nsa_selected_by_block_fwd"),
   "dq": ("nsa_selected_dq",),
   "dkv": ("nsa_selected_dkv", "nsa_selected_by_block_bwd"),
-  # With stored ds; the tile of dq has the keys of dkv.
-  "dq_ds": ("nsa_selected_dq_ds",),
-  "dkv_ds": ("nsa_selected_dkv_ds",),
 }
 
 
@@ -207,9 +201,7 @@ def measure(shape: Shape) -> dict[str, list[dict[str, Any]]]:
     if not isinstance(program, str):
       times = harness.kernel_ms(program, *inputs)
     for name, kernels in KERNELS.items():
-      tile = dataclasses.astuple(getattr(tiles, name.removesuffix("_ds")))
-      if name == "dq_ds":
-        tile = (tiles.dkv.block_k, *tile[1:])
+      tile = dataclasses.astuple(getattr(tiles, name))
       if tiles.by_block:
         tile = (*tile[:3], tiles.rows)
       every: list[Any] = [times]

@@ -203,22 +203,7 @@ def test_pairs_of_queries(length: int, offset: int, segments: bool) -> None:
   helpers.assert_close(actual[1], expected[1], "float32", gradient=4)
 
 
-def _stored_tiles(inputs: Any, config: NSAConfig) -> tiling.SelectedTiling:
-  """The default tiles, but with `stored_ds`."""
-  query, key, value, ids, *_ = inputs
-  tiles = tiling.selected_tiling(
-    group=query.shape[2] // key.shape[2],
-    head_dim=query.shape[3],
-    value_dim=value.shape[3],
-    dtype=query.dtype,
-    block=config.selection_block,
-    num_ids=ids.shape[3],
-  )
-  return dataclasses.replace(tiles, stored_ds=True)
-
-
 # Four heads of 37 queries, of which 3 heads fit; then 40 and 17 queries.
-@pytest.mark.parametrize("group", [3, 12])
 @pytest.mark.parametrize(
   ("fit", "heads", "rows"),
   [
@@ -229,13 +214,10 @@ def _stored_tiles(inputs: Any, config: NSAConfig) -> tiling.SelectedTiling:
   ],
 )
 def test_chunks_of_heads_and_of_queries(
-  fit: int, heads: int, rows: int, group: int
+  fit: int, heads: int, rows: int
 ) -> None:
-  """Whole heads or part of one, over batch, offsets and segments.
-
-  With large groups only the backward pass, with stored ds, has chunks.
-  """
-  sizes: Any = {"batch": 2, "kv_heads": 2, "group": group}
+  """Whole heads or part of one, over batch, offsets and segments."""
+  sizes: Any = {"batch": 2, "kv_heads": 2, "group": 3}
   _, key, value, ids, *_ = _inputs(**sizes, length=53)
   query, _, _, _, dout, dlse = _inputs(**sizes, length=37)
   offset = jnp.array([16, 9], jnp.int32)
@@ -248,14 +230,12 @@ def test_chunks_of_heads_and_of_queries(
   call = {"query_offset": offset, "segment_ids": segment_ids}
   arrays = (query, key, value, ids, dout, dlse)
   expected = _pullback("reference", config, **call)(*arrays)
-  padded = 4 if group == 3 else 16
-  # 4 ids, and as many float32 per head as H, which is l', too.
-  scratch = fit * 4 * padded * 16 * 4
-  chunking = by_block.make_chunking(
-    query, ids, key_length=53, width=16, block=16, scratch=scratch
-  )
+  scratch = fit * 4 * 4 * 16 * 4  # ids, padded group, head dimension, float32
+  chunking = by_block.make_chunking(query, key, ids, 16, scratch)
   assert (chunking.heads, chunking.queries) == (heads, rows)
-  tiles = _stored_tiles(arrays, config)
+  tiles = tiling.selected_tiling(
+    group=3, head_dim=16, value_dim=16, dtype=query.dtype, block=16, num_ids=4
+  )
   tiles = dataclasses.replace(tiles, scratch=scratch)
   run = _pullback("triton", config, tiles=tiles, **call)
   actual = run(*arrays)
@@ -277,11 +257,10 @@ def test_chunks_keep_the_sort_key_short() -> None:
   ):
     chunking = by_block.make_chunking(
       array(1, length, 8 * group, 128),
+      array(1, length, 8, 128),
       array(1, length, 8, 16),
-      key_length=length,
-      width=128,
-      block=64,
-      scratch=2**31,
+      64,
+      2**31,
     )
     assert (chunking.heads, chunking.queries) == (heads, rows)
     num_owners = chunking.heads * chunking.num_blocks + 1
@@ -376,13 +355,12 @@ def test_unsupported_calls_say_why() -> None:
 # ------------------------------------------------------------------- lowering
 
 
-def _lower(stored_ds: bool = False, **sizes: Any) -> str:
+def _lower(**sizes: Any) -> str:
   """The selected branch, forward and backward, lowered for an H200."""
   inputs = jax.eval_shape(functools.partial(_inputs, **sizes))
   config = NSAConfig(16, 16, sizes.get("block", 16), 4)
-  tiles = _stored_tiles(inputs, config) if stored_ds else None
   with helpers.h200():
-    traced = _pullback("triton", config, tiles=tiles).trace(*inputs)
+    traced = _pullback("triton", config).trace(*inputs)
     return traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
@@ -402,24 +380,17 @@ LOWERED: dict[str, Any] = {
     {"group": 16, "head_dim": 192, "value_dim": 128, "block": 64},
     # Too many ids for pairs of queries.
     {"group": 16, "head_dim": 128, "num_ids": 80, "length": 2048},
-    {"group": 12, "head_dim": 128, "block": 64, "stored_ds": True},
   ],
   ids=str,
 )
 def test_lowers_for_cuda(sizes: dict[str, Any]) -> None:
   text = _lower(**{"length": 256, "dtype": jnp.bfloat16, **sizes})
-  names: tuple[str, ...]
-  if sizes["group"] <= 8:
-    names = "nsa_selected_by_block_fwd", "nsa_selected_merge"
-  else:
-    end = "_ds" if "stored_ds" in sizes else ""
-    names = (
-      "nsa_selected_fwd",
-      f"nsa_selected_dq{end}",
-      f"nsa_selected_dkv{end}",
-    )
-  # With its end, since one name begins with another.
-  assert all(f'{name}"' in text for name in names)
+  names = (
+    ("nsa_selected_by_block_fwd", "nsa_selected_merge")
+    if sizes["group"] <= 8
+    else ("nsa_selected_fwd", "nsa_selected_dq", "nsa_selected_dkv")
+  )
+  assert all(name in text for name in names)
 
 
 @pytest.mark.slow
@@ -458,13 +429,9 @@ def test_gpu_matches_reference_everywhere(sizes: dict[str, Any]) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(
-  "group, stored_ds", [(4, False), (16, False), (16, True)]
-)
+@pytest.mark.parametrize("group", [4, 16])
 @pytest.mark.parametrize("length", [8192, 32768])
-def test_gpu_matches_xla_at_length(
-  group: int, stored_ds: bool, length: int
-) -> None:
+def test_gpu_matches_xla_at_length(group: int, length: int) -> None:
   inputs = _inputs(
     length=length,
     kv_heads=2,
@@ -478,10 +445,8 @@ def test_gpu_matches_xla_at_length(
   config = NSAConfig()
   wide = [x.astype(jnp.float32) for x in (*inputs[:3], inputs[4])]
   expected = _pullback("xla", config)(*wide[:3], inputs[3], wide[3], inputs[5])
-  tiles = _stored_tiles(inputs, config) if stored_ds else None
-  run = _pullback("triton", config, tiles=tiles)
-  actual = run(*inputs)
-  again = run(*inputs)
+  actual = _pullback("triton", config)(*inputs)
+  again = _pullback("triton", config)(*inputs)
   helpers.assert_same_bits(actual, again)
   helpers.assert_close(actual[0], expected[0], "bfloat16")
   dq, dk, dv = zip(actual[1], expected[1], strict=True)

@@ -50,25 +50,19 @@ class Chunking(NamedTuple):
 
 
 def make_chunking(
-  query: jax.Array | jax.ShapeDtypeStruct,
-  ids: jax.Array,
-  *,
-  key_length: int,
-  width: int,
-  block: int,
-  scratch: int,
+  query: jax.Array, key: jax.Array, ids: jax.Array, block: int, scratch: int
 ) -> Chunking:
   """As many whole heads as fit, or a power of two of queries of one head.
 
   Args:
-    query: [B, T, N, ...], in the dtype of the partial results.
+    query: [B, T, N, ...], in the dtype of the partial outputs.
+    key: [B, S, K, W], keys or values, with W that of the partial outputs.
     ids: int32 [B, T, K, m], from `split_blocks`.
-    key_length: S.
-    width: numbers per head in the partial results of a pair.
     block: tokens per block of `ids`.
-    scratch: maximum memory of the partial results of a chunk, in bytes.
+    scratch: maximum memory of the partial outputs of a chunk, in bytes.
   """
   batch, length, kv_heads, num_ids = ids.shape
+  key_length, width = key.shape[1], key.shape[-1]
   num_blocks = -(-key_length // block)
   group = pl.next_power_of_2(query.shape[2] // kv_heads)
   query_bytes = num_ids * group * width * query.dtype.itemsize
@@ -522,14 +516,7 @@ def forward(
   reads = reads_of(index)
   tile, block_k = spec.tiles.fwd, spec.tiles.fwd.block_k
   ids = split_blocks(reads.ids, spec.config.selection_block, block_k)
-  chunking = make_chunking(
-    query,
-    ids,
-    key_length=key.shape[1],
-    width=value.shape[-1],
-    block=block_k,
-    scratch=spec.tiles.scratch,
-  )
+  chunking = make_chunking(query, value, ids, block_k, spec.tiles.scratch)
   row_ids = by_head(ids, chunking.length, -1).reshape(-1, chunking.num_ids)
   rows = query_rows(query, chunking)
   keys, values = (by_head(x, chunking.key_length) for x in (key, value))

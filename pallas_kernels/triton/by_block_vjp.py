@@ -144,14 +144,7 @@ def backward(
   reads = reads_of(index)
   tile, block_k = spec.tiles.dkv, spec.tiles.dkv.block_k
   ids = split_blocks(reads.ids, spec.config.selection_block, block_k)
-  chunking = make_chunking(
-    query,
-    ids,
-    key_length=key.shape[1],
-    width=key.shape[-1],
-    block=block_k,
-    scratch=spec.tiles.scratch,
-  )
+  chunking = make_chunking(query, key, ids, block_k, spec.tiles.scratch)
   row_ids = by_head(ids, chunking.length, -1).reshape(-1, chunking.num_ids)
   f32 = jnp.float32
   delta = jnp.sum(dout.astype(f32) * out.astype(f32), axis=-1) - dlse

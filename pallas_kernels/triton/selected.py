@@ -3,8 +3,6 @@
 Large groups use the query-outer kernels, small ones the block-outer kernels.
 """
 
-from typing import Any
-
 import jax
 
 from pallas_kernels.interface import Queries, Spec
@@ -13,7 +11,6 @@ from pallas_kernels.triton import (
   by_block_vjp,
   by_query,
   by_query_vjp,
-  stored_ds_vjp,
   support,
 )
 from pallas_kernels.triton.tiling import SelectedTiling, selected_tiling
@@ -51,9 +48,7 @@ def backward(
 ) -> tuple[jax.Array, ...]:
   """As in `interface`."""
   spec = _with_tiles(spec, qkv, index)
-  kernels: Any = by_block_vjp if spec.tiles.by_block else by_query_vjp
-  if spec.tiles.stored_ds and not spec.tiles.by_block:
-    kernels = stored_ds_vjp
+  kernels = by_block_vjp if spec.tiles.by_block else by_query_vjp
   return kernels.backward(spec, qkv, index, out, lse, dout, dlse)
 
 

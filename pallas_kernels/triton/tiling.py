@@ -56,11 +56,8 @@ class SelectedTiling:
     dkv: gradient of keys and values.
     rows: with `by_block`, tile rows (queries x heads of a group) per step.
     piece: maximum queries per piece of the list of a block.
-    scratch: maximum memory in bytes of the partial results of a chunk of
-      queries: with `by_block` m times that of the chunk's outputs, with
-      `stored_ds` the gradients of its scores.
-    stored_ds: without `by_block`: the kernel of keys and values stores the
-      gradients of the scores, from which that of queries is a product.
+    scratch: with `by_block`, maximum memory in bytes of the partial outputs of
+      a chunk of queries, m times that of the chunk's outputs.
   """
 
   by_block: bool
@@ -70,7 +67,6 @@ class SelectedTiling:
   rows: int = 64
   piece: int = 1024
   scratch: int = 2**31
-  stored_ds: bool = False
 
   def check_fit(self, group: int, block: int) -> None:
     """Checks that the tiles fit a call.
