@@ -22,7 +22,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from nsa_jax import _checks, cudnn, reference, xla
 from nsa_jax.precision import sum_dtype
-from nsa_jax.reverse_mode import REVERSE_MODE_ONLY, reverse_mode_only
+from nsa_jax.reverse_mode import reverse_mode_only
 from nsa_jax.typing import Implementation
 from pallas_kernels.interface import Spec
 from pallas_kernels.platforms import by_platform
@@ -105,7 +105,7 @@ def names(implementation: Implementation, op: str = "window") -> Sequence[str]:
 
 def choose(
   op: str, implementation: Implementation, spec: Spec, arrays: Any, index: Any
-) -> Callable[[Any, Any], Any]:
+) -> Callable[[], Any]:
   """The first requested implementation of `op` that can do the call.
 
   None is "triton" on NVIDIA GPUs and "xla" on other platforms, in one traced
@@ -116,11 +116,11 @@ def choose(
     op: name of the op.
     implementation: the caller's argument.
     spec: static arguments of the call.
-    arrays: arrays of the call; only their shapes and dtypes matter here.
-    index: block ids or lengths, and `Queries`, to check support.
+    arrays: arrays of the call.
+    index: block ids or lengths, and `Queries`.
 
   Returns:
-    A function of `arrays` and `index`.
+    A function without arguments that runs the call.
 
   Raises:
     ValueError: if `implementation` is invalid.
@@ -131,16 +131,16 @@ def choose(
   for name in names(implementation, op):
     if name in PORTABLE:
       forward = getattr(PORTABLE[name], op)
-      return functools.partial(_run, op, forward, spec)
+      return functools.partial(_run, op, forward, spec, arrays, index)
     kernel = _kernel(name, op, spec, arrays, index, reasons)
     if kernel is None:
       continue
     if kernel.backward is None:
-      return functools.partial(_run, op, kernel.forward, spec)
+      return functools.partial(_run, op, kernel.forward, spec, arrays, index)
     default = kernel
     if implementation is None:
       default = portable_kernel(getattr(xla, op))
-    return functools.partial(attend, Plan(op, spec, kernel, default))
+    return _planned(Plan(op, spec, kernel, default), arrays, index)
   raise NotImplementedError(
     f"`implementation`={implementation!r} cannot do this call of "
     f"`{_title(op)}`: {'; '.join(reasons)}."
@@ -154,7 +154,7 @@ def choose_fused(
   arrays: Any,
   index: Any,
   composed: Callable[..., Any],
-) -> Callable[[Any, Any], Any] | None:
+) -> Callable[[], Any] | None:
   """Like `choose`, for an op that can also be composed of other ops.
 
   Args:
@@ -167,22 +167,28 @@ def choose_fused(
       index). It runs on other platforms if `implementation` is None.
 
   Returns:
-    A function of `arrays` and `index`. Or None if the caller must compose the
-    op, because a portable implementation comes first or no kernel can do the
-    call.
+    A function without arguments that runs the call. Or None if the caller must
+    compose the op, because a portable implementation comes first or no kernel
+    can do the call.
   """
   for name in names(implementation, op):
     if name in PORTABLE:
       break
     kernel = _kernel(name, op, spec, arrays, index, [])
     if kernel is not None and kernel.backward is None:
-      return functools.partial(_run, op, kernel.forward, spec)
+      return functools.partial(_run, op, kernel.forward, spec, arrays, index)
     if kernel is not None:
       default = kernel
       if implementation is None:
         default = Kernel(composed, kernel.backward)
-      return functools.partial(attend, Plan(op, spec, kernel, default))
+      return _planned(Plan(op, spec, kernel, default), arrays, index)
   return None
+
+
+def _planned(plan, arrays, index):
+  # Leaf by leaf: an array without a tangent must not get one.
+  arrays = jax.tree.map(reverse_mode_only, arrays)
+  return functools.partial(attend, plan, arrays, index)
 
 
 def _kernel(name, op, spec, arrays, index, reasons):
@@ -221,27 +227,15 @@ def portable_kernel(forward: Callable[..., Any]) -> Kernel:
   return Kernel(forward, backward)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def attend(plan: Plan, arrays: Any, index: Any) -> Any:
-  """Runs a plan, differentiable in reverse mode only.
+  """Runs a plan; the only custom_vjp around the kernels.
 
   Args:
     plan: which kernels to run.
     arrays: differentiable arguments: query, key and value of a branch.
     index: block ids or lengths, and `Queries`; not differentiable.
   """
-  # Leaf by leaf: an array without a tangent must not get one.
-  arrays = jax.tree.map(reverse_mode_only, arrays)
-  try:
-    return _attend(plan, arrays, index)
-  except TypeError as error:  # Under vmap, as in jacfwd, jax's own comes first.
-    if "forward-mode" not in str(error):
-      raise
-    raise NotImplementedError(REVERSE_MODE_ONLY) from error
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(plan, arrays, index):
-  """The only custom_vjp around the kernels."""
   return _attend_fwd(plan, arrays, index)[0]
 
 
@@ -283,7 +277,7 @@ def _attend_bwd(plan, residuals, cotangents):
   return grads, None
 
 
-_attend.defvjp(_attend_fwd, _attend_bwd)
+attend.defvjp(_attend_fwd, _attend_bwd)
 
 
 def _results(plan, arrays):

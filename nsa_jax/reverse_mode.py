@@ -4,6 +4,9 @@ jax's own error for a `jax.custom_vjp` comes late, at lowering, and names
 neither the op nor the remedy.
 """
 
+import contextlib
+from collections.abc import Iterator
+
 import jax
 from jax.extend import core
 from jax.interpreters import ad, batching, mlir
@@ -14,6 +17,21 @@ REVERSE_MODE_ONLY = (
   "kernels, and `implementation`=None, have reverse-mode derivatives only: for "
   'jax.jvp, jax.jacfwd and jax.linearize pass `implementation`="xla"'
 )
+
+
+@contextlib.contextmanager
+def explain_forward_mode() -> Iterator[None]:
+  """Turns jax's own error, which comes first under vmap, into ours.
+
+  Raises:
+    NotImplementedError: in its place.
+  """
+  try:
+    yield
+  except TypeError as error:
+    if "forward-mode" not in str(error):
+      raise
+    raise NotImplementedError(REVERSE_MODE_ONLY) from error
 
 
 @jax.custom_jvp

@@ -9,7 +9,8 @@ folder with one module per op. That has three functions:
     backward(spec, arrays, index, out, lse, dout, dlse)
                                     returns the gradients of `arrays`
 
-With `backward = None` jax differentiates `forward`.
+With `backward = None` jax differentiates `forward`. `dout` and `dlse` are 0 for
+queries that read nothing.
 
 For the branches "compressed", "selected", "window" and "full", `arrays` is
 (query, key, value) and the result is out [B, T, N, V] in the dtype of `query`

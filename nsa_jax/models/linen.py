@@ -99,8 +99,7 @@ class TransformerLM(nn.Module):
 
     Returns:
       float32 [B, T, vocab_size]; with `labels` the cross-entropy in nats,
-      float32 [B, T], for which the logits of all positions are never in memory
-      at once.
+      float32 [B, T], computed in chunks of at most 2^26 logits.
 
     Raises:
       ValueError: if an argument does not fit.

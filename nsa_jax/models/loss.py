@@ -1,4 +1,4 @@
-"""Cross-entropy of tokens, without logits of the whole sequence in memory."""
+"""Cross-entropy of tokens, from logits in chunks."""
 
 import jax
 import jax.numpy as jnp

@@ -9,6 +9,7 @@ from nsa_jax import _checks, dispatch, geometry
 from nsa_jax.config import NSAConfig, check_config
 from nsa_jax.ops.scope import Scope, keep, make_scope
 from nsa_jax.precision import sum_dtype
+from nsa_jax.reverse_mode import explain_forward_mode
 from nsa_jax.typing import Array, Implementation
 from pallas_kernels.interface import Spec
 
@@ -403,7 +404,8 @@ def attend_branch(
     spec = spec._replace(empty_queries=False)
   index = block_ids, scope.queries
   run = dispatch.choose(op, implementation, spec, arrays, index)
-  out, lse = run(arrays, index)
+  with explain_forward_mode():
+    out, lse = run()
   out = keep(out, scope.valid_queries)
   return out, None if lse is None else keep(lse, scope.valid_queries, -jnp.inf)
 

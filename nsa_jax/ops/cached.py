@@ -201,7 +201,7 @@ def attend(
       spec, arrays, index, implementation, prefill_window, select, tiles
     )
   else:
-    out, ids = run(arrays, index)
+    out, ids = run()
   return (out, ids) if return_block_ids else out
 
 

@@ -70,7 +70,7 @@ def block_scores(
   )  # fmt: skip
   arrays, index = (query, compressed_key, lse), (None, scope.queries)
   run = dispatch.choose("block_scores", implementation, spec, arrays, index)
-  return keep(run(arrays, index), scope.valid_queries)
+  return keep(run(), scope.valid_queries)
 
 
 def select_blocks(
@@ -220,7 +220,7 @@ def select(
   arrays = jax.lax.stop_gradient((query, compressed_key, lse))
   index = None, scope.queries
   run = dispatch.choose("select_blocks", implementation, spec, arrays, index)
-  return checkpoint_name(run(arrays, index), "nsa_block_ids")
+  return checkpoint_name(run(), "nsa_block_ids")
 
 
 def _inputs(
