@@ -57,7 +57,7 @@ def configure(attention: str, **overrides: Any) -> TransformerConfig:
     "attention": attention,
     "dtype": jnp.bfloat16,
     "scan_layers": True,
-    "implementation": "triton",
+    "implementation": None if attention == "full" else "triton",
   }
   return TransformerConfig.preset("base", **{**fields, **overrides})
 

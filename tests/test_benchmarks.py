@@ -314,6 +314,17 @@ def test_programs_of_the_training_step():
   )
 
 
+@pytest.mark.parametrize("attention", train_step.ATTENTIONS)
+def test_models_of_the_training_step_can_be_traced(attention):
+  sizes = {"num_layers": 1, "model_dim": 32, "num_heads": 2, "num_kv_heads": 1}
+  sizes |= {"head_dim": 16, "mlp_dim": 16}
+  configs = {
+    name: train_step.configure(name, **sizes) for name in ("nsa", attention)
+  }
+  step, shapes = train_step.jobs(configs, 64)[attention, "step"]
+  assert jax.eval_shape(step, *shapes)[1].shape == ()
+
+
 # Trained block ids.
 
 
