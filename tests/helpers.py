@@ -275,6 +275,15 @@ def native_vjp(implementation: Any, config: NSAConfig) -> Callable:
   return run
 
 
+def on_cpu() -> Any:
+  """A context in which uncommitted arrays are computed on a CPU.
+
+  Expectations compile there faster than on a GPU, where XLA times variants of
+  every product.
+  """
+  return jax.default_device(jax.devices("cpu")[0])
+
+
 def h200() -> Any:
   """A context in which programs for CUDA are lowered for an H200."""
   device = AbstractDevice(

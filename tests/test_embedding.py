@@ -15,7 +15,7 @@ from nsa_jax.models.embedding import embed
 FEW, MANY = 2048, 2049  # vocabularies of the two ways
 
 
-def _tokens(length: int, used: int, vocabulary: int) -> Any:
+def text_like(length: int, used: int, vocabulary: int) -> Any:
   """Tokens like text, few of them frequent, and some outside: [2, length]."""
   rng = np.random.default_rng(0)
   weight = 1 / np.arange(1, used + 1)
@@ -47,7 +47,7 @@ def test_rows_and_gradient(
   length: int, used: int, vocabulary: int, dtype: str
 ) -> None:
   rng = np.random.default_rng(1)
-  tokens = _tokens(length, used, vocabulary)
+  tokens = text_like(length, used, vocabulary)
   table = rng.standard_normal((vocabulary, 6)).astype(np.float32)
   dout = jnp.asarray(rng.standard_normal((2, length, 6)), dtype)
   out, grad = _gradient(table, tokens, dout, dtype)
@@ -65,7 +65,7 @@ def test_rows_and_gradient(
 @pytest.mark.parametrize("vocabulary", [FEW, MANY])
 def test_no_scatter_adds_two_rows(vocabulary: int) -> None:
   """Such sums would be in another order in every run on a GPU."""
-  tokens = _tokens(200, 11, vocabulary)
+  tokens = text_like(200, 11, vocabulary)
   text = _gradient.lower(
     jnp.ones((vocabulary, 6)), tokens, jnp.ones((2, 200, 6)), "float32"
   ).as_text()
@@ -100,7 +100,7 @@ def test_a_sharded_batch_sums_on_its_device() -> None:
 
 @pytest.mark.parametrize("vocabulary", [4, MANY])
 def test_every_transformation(vocabulary: int) -> None:
-  tokens = _tokens(9, 4, 4)
+  tokens = text_like(9, 4, 4)
   rng = np.random.default_rng(0)
   table: Any = jnp.float32(rng.standard_normal((vocabulary, 3)))
 

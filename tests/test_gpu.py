@@ -5,7 +5,9 @@ import re
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax import export
 from jax.sharding import Mesh
@@ -13,7 +15,8 @@ from jax.sharding import PartitionSpec as P
 
 import nsa_jax
 from nsa_jax import NSAConfig
-from tests import helpers
+from nsa_jax.models.embedding import embed
+from tests import helpers, test_embedding, test_modes
 from tests.helpers import Dims
 
 pytestmark = pytest.mark.gpu
@@ -42,6 +45,12 @@ def _split(args: Any) -> Any:
   return jax.tree.map(lambda x: x[None], args)
 
 
+def _one_by_one(*args: Any) -> Any:
+  """Mapped over the batch."""
+  rows = jax.tree.map(lambda x: x[:, None], args)
+  return jax.tree.map(lambda x: x[:, 0], jax.jit(jax.vmap(RUN))(*rows))
+
+
 def _sharded(*args: Any) -> Any:
   spec = P("batch", None, "head")
   mesh = Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("batch", "head"))
@@ -58,7 +67,7 @@ def _first(x: Any) -> Any:
 WAYS: dict[str, Any] = {
   "again": RUN,
   "eager": RUN.__wrapped__,
-  "vmap": lambda *args: _first(jax.jit(jax.vmap(RUN))(*_split(args))),
+  "vmap": _one_by_one,
   "pmap": lambda *args: _first(
     jax.pmap(RUN, devices=jax.devices()[:1])(*_split(args))
   ),
@@ -117,3 +126,92 @@ def test_exported_programs_run(platforms: tuple[str, ...]) -> None:
   helpers.assert_close(jax.jit(program.call)(*args), step(*args), "float32")
   xla, _ = helpers.training_step("xla")
   helpers.assert_close(step(*args), xla(*args), "float32")
+
+
+@pytest.mark.parametrize("mode", test_modes.MODES)
+def test_debugging_modes(mode: str) -> None:
+  """Nothing is wrong, so that no mode finds anything or changes results."""
+  step = test_modes.training(None, optax.sgd(1e-3))
+  for name, (function, args) in {
+    **test_modes.ops(None),
+    **test_modes.decoding(None),
+    "training": step,
+  }.items():
+    # The lse of a query that reads nothing is -inf.
+    if mode == "infs" and name == "compressed_attention":
+      continue
+    args = jax.device_put(args)
+    expected = jax.jit(function)(*args)
+
+    def run(*args: Any, function: Any = function) -> Any:
+      return function(*args)  # not in jax's cache of traces
+
+    with test_modes.modes(mode):
+      actual = run(*args) if mode == "no_jit" else jax.jit(run)(*args)
+    helpers.assert_close(actual, expected, "float32", gradient=1, what=name)
+
+
+def test_debug_nans_names_a_kernel() -> None:
+  query, key, value = jax.device_put(test_modes.overflowing())
+  attend = functools.partial(nsa_jax.window_attention, config=CONFIG)
+  match = r"nan.*in pallas_kernels\.triton\.window\.forward"
+  with (
+    test_modes.modes("nans"),
+    pytest.raises(FloatingPointError, match=match),
+  ):
+    jax.jit(attend)(query, key, value)
+
+
+@pytest.mark.parametrize("transform", [jax.jacfwd, jax.hessian])
+def test_forward_mode_names_the_way(transform: Any) -> None:
+  (inputs, _, _), _ = _case(2)
+
+  def total(query: Any) -> Any:
+    return nsa_jax.native_sparse_attention(
+      **inputs | {"query": query}, config=CONFIG
+    ).sum()
+
+  with pytest.raises(NotImplementedError, match=r'`implementation`="xla"'):
+    transform(total)(inputs["query"])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("vocabulary", [test_embedding.FEW, 32768])
+def test_the_gradient_of_an_embedding(vocabulary: int, dtype: str) -> None:
+  rng = np.random.default_rng(0)
+  tokens = test_embedding.text_like(8192, 2048, vocabulary)
+  dout = jnp.asarray(rng.standard_normal((*tokens.shape, 64)), dtype)
+
+  @jax.jit
+  def gradient(table: Any, dout: Any) -> Any:
+    return jax.vjp(lambda table: embed(table, tokens, dtype), table)[1](dout)
+
+  table = jnp.zeros((vocabulary, 64))
+  (grad,) = gradient(table, dout)
+  want = np.zeros(table.shape)
+  inside = (tokens >= 0) & (tokens < vocabulary)
+  np.add.at(want, tokens[inside], np.asarray(dout, np.float64)[inside])
+  # The most frequent token adds some 2000 numbers of N(0, 1).
+  np.testing.assert_allclose(grad, want, atol=1e-3)
+  helpers.assert_same_bits(gradient(table, dout), (grad,))
+
+
+def test_losses_of_labels() -> None:
+  """Those of the logits, with their gradients."""
+  lm, tokens = test_modes.model(None)
+  params = test_modes.parameters(lm, tokens)
+  labels = np.roll(tokens, -1, axis=1)
+
+  def by_labels(params: Any) -> Any:
+    return lm.apply({"params": params}, tokens, labels=labels).mean()
+
+  def by_logits(params: Any) -> Any:
+    logits = lm.apply({"params": params}, tokens)
+    return optax.softmax_cross_entropy_with_integer_labels(
+      logits, labels
+    ).mean()
+
+  actual, expected = (
+    jax.jit(jax.value_and_grad(f))(params) for f in (by_labels, by_logits)
+  )
+  helpers.assert_close(actual, expected, "float32", gradient=1)

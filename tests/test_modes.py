@@ -41,7 +41,7 @@ MODES: dict[str, Callable[[], Any]] = {
 @pytest.fixture(autouse=True)
 def cpu() -> Any:
   """Also where a GPU is."""
-  with jax.default_device(jax.devices("cpu")[0]):
+  with helpers.on_cpu():
     yield
 
 
@@ -461,7 +461,7 @@ def test_portable_functions_run_step_by_step() -> None:
 # ------------------------------------------------------------- NaN and infinity
 
 
-def _overflowing() -> Any:
+def overflowing() -> Any:
   """Finite query, key and value whose scores are infinite at one position."""
   _, (query, key, value) = ops(None)["window_attention"]
   query = query.copy()
@@ -474,7 +474,7 @@ def _overflowing() -> Any:
 def test_debug_nans_leads_to_the_line(
   implementation: Any, transform: str
 ) -> None:
-  query, key, value = _overflowing()
+  query, key, value = overflowing()
 
   def attend(query: Any) -> Any:
     return nsa_jax.window_attention(
@@ -502,7 +502,7 @@ def test_debug_nans_names_a_kernel(
 ) -> None:
   """None as if on a GPU. jax would call the rule of a kernel without end."""
   monkeypatch.setattr(platforms, "_on_nvidia", lambda _: implementation is None)
-  query, key, value = _overflowing()
+  query, key, value = overflowing()
   attend = functools.partial(
     nsa_jax.window_attention, config=CONFIG, implementation=implementation
   )
