@@ -25,7 +25,12 @@ from jax.experimental import pallas as pl
 from pallas_kernels.interface import Queries, Spec
 from pallas_kernels.triton import common
 from pallas_kernels.triton.by_query import group_heads, reads_of
-from pallas_kernels.triton.inverse_lists import InverseLists, chosen, invert
+from pallas_kernels.triton.inverse_lists import (
+  InverseLists,
+  chosen,
+  invert,
+  sum_pieces,
+)
 
 
 class Chunking(NamedTuple):
@@ -48,25 +53,27 @@ class Chunking(NamedTuple):
     """Pairs (query, block) of a chunk; pair = query * m + index of the id."""
     return self.heads * self.queries * self.num_ids
 
+  @property
+  def splits_heads(self) -> bool:
+    """Whether the queries of a head are in several chunks."""
+    return self.queries < self.length
+
 
 def make_chunking(
-  query: jax.Array, key: jax.Array, ids: jax.Array, block: int, scratch: int
+  ids: jax.Array, *, pair_bytes: int, key_length: int, block: int, scratch: int
 ) -> Chunking:
   """As many whole heads as fit, or a power of two of queries of one head.
 
   Args:
-    query: [B, T, N, ...], in the dtype of the partial outputs.
-    key: [B, S, K, W], keys or values, with W that of the partial outputs.
-    ids: int32 [B, T, K, m], from `split_blocks`.
+    ids: int32 [B, T, K, m].
+    pair_bytes: memory of the partial results of a (query, block) pair.
+    key_length: S.
     block: tokens per block of `ids`.
-    scratch: maximum memory of the partial outputs of a chunk, in bytes.
+    scratch: maximum memory of the partial results of a chunk, in bytes.
   """
   batch, length, kv_heads, num_ids = ids.shape
-  key_length, width = key.shape[1], key.shape[-1]
   num_blocks = -(-key_length // block)
-  group = pl.next_power_of_2(query.shape[2] // kv_heads)
-  query_bytes = num_ids * group * width * query.dtype.itemsize
-  most = max(scratch // query_bytes, 16)
+  most = max(scratch // (num_ids * pair_bytes), 16)
   # Chunks that fit 32-bit sort keys make their lists several times as fast. Not
   # worth it if most lists of a chunk would then be shorter than a step.
   short_key = (2**32 - 1) // (num_ids * (num_blocks + 1))
@@ -83,6 +90,12 @@ def make_chunking(
   return Chunking(
     kv_heads, length, heads, queries, num_ids, num_blocks, block, key_length
   )
+
+
+def group_bytes(query: jax.Array, like: jax.Array) -> int:
+  """Memory of a row per head of a group, padded, as wide as a row of `like`."""
+  group = pl.next_power_of_2(query.shape[2] // like.shape[2])
+  return group * like.shape[-1] * query.dtype.itemsize
 
 
 class Chunk(NamedTuple):
@@ -179,6 +192,41 @@ def make_chunk(
     piece=piece,
   )
   return Chunk(first_row[None], local, lists)
+
+
+def zero_gradient(like: jax.Array, chunking: Chunking) -> jax.Array:
+  """Zeros [B K, M l', W], for `add_pieces`; `like` is keys or values."""
+  batch, _, kv_heads, width = like.shape
+  # A head in several chunks needs float32 between them.
+  dtype = jnp.float32 if chunking.splits_heads else like.dtype
+  shape = batch * kv_heads, chunking.num_blocks * chunking.block, width
+  return jnp.zeros(shape, dtype)
+
+
+def add_pieces(
+  total: jax.Array,
+  partial: jax.Array,
+  chunk: Chunk,
+  chunking: Chunking,
+  *,
+  interpret: bool,
+) -> jax.Array:
+  """Adds the gradients [P, l', W] of a chunk's pieces, in order."""
+  sums = sum_pieces(
+    partial, chunk.lists.starts, total.dtype, interpret=interpret
+  )
+  sums = sums.reshape(chunking.heads, -1, sums.shape[-1])
+  first_head = chunk.first_row[0] // chunking.length
+  if chunking.splits_heads:
+    sums += lax.dynamic_slice_in_dim(total, first_head, chunking.heads)
+  return lax.dynamic_update_slice_in_dim(total, sums, first_head, axis=0)
+
+
+def finish_gradient(total: jax.Array, like: jax.Array) -> jax.Array:
+  """[B K, M l', W] -> [B, S, K, W], in the dtype of `like`."""
+  batch, key_length, kv_heads, width = like.shape
+  x = total[:, :key_length].reshape(batch, kv_heads, key_length, width)
+  return jnp.swapaxes(x, 1, 2).astype(like.dtype)
 
 
 class Piece(NamedTuple):
@@ -516,7 +564,13 @@ def forward(
   reads = reads_of(index)
   tile, block_k = spec.tiles.fwd, spec.tiles.fwd.block_k
   ids = split_blocks(reads.ids, spec.config.selection_block, block_k)
-  chunking = make_chunking(query, value, ids, block_k, spec.tiles.scratch)
+  chunking = make_chunking(
+    ids,
+    pair_bytes=group_bytes(query, value),
+    key_length=key.shape[1],
+    block=block_k,
+    scratch=spec.tiles.scratch,
+  )
   row_ids = by_head(ids, chunking.length, -1).reshape(-1, chunking.num_ids)
   rows = query_rows(query, chunking)
   keys, values = (by_head(x, chunking.key_length) for x in (key, value))

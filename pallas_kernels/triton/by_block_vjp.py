@@ -18,11 +18,14 @@ from pallas_kernels.interface import Queries, Spec
 from pallas_kernels.triton import common
 from pallas_kernels.triton.by_block import (
   Chunking,
+  add_pieces,
   by_head,
   by_piece,
   by_row,
   count_chosen,
+  finish_gradient,
   first_rows,
+  group_bytes,
   load_block,
   load_piece,
   load_queries,
@@ -33,9 +36,9 @@ from pallas_kernels.triton.by_block import (
   scatter,
   split_blocks,
   walk_queries,
+  zero_gradient,
 )
 from pallas_kernels.triton.by_query import reads_of
-from pallas_kernels.triton.inverse_lists import sum_pieces
 
 
 def _bwd_kernel(
@@ -144,7 +147,13 @@ def backward(
   reads = reads_of(index)
   tile, block_k = spec.tiles.dkv, spec.tiles.dkv.block_k
   ids = split_blocks(reads.ids, spec.config.selection_block, block_k)
-  chunking = make_chunking(query, key, ids, block_k, spec.tiles.scratch)
+  chunking = make_chunking(
+    ids,
+    pair_bytes=group_bytes(query, key),
+    key_length=key.shape[1],
+    block=block_k,
+    scratch=spec.tiles.scratch,
+  )
   row_ids = by_head(ids, chunking.length, -1).reshape(-1, chunking.num_ids)
   f32 = jnp.float32
   delta = jnp.sum(dout.astype(f32) * out.astype(f32), axis=-1) - dlse
@@ -179,32 +188,15 @@ def backward(
       **common.options("nsa_selected_sum_dq", 1, 3, spec.interpret),
       **grid,
     )(*args)
-    first_head = first_row // chunking.length
+    totals = [
+      add_pieces(*x, chunk, chunking, interpret=spec.interpret)
+      for x in zip(totals, partial, strict=True)
+    ]
+    return totals, dq
 
-    def add(total, partial):
-      sums = sum_pieces(
-        partial, chunk.lists.starts, f32, interpret=spec.interpret
-      )
-      sums = sums.reshape(chunking.heads, -1, sums.shape[-1])
-      sums += lax.dynamic_slice_in_dim(total, first_head, chunking.heads)
-      return lax.dynamic_update_slice_in_dim(total, sums, first_head, axis=0)
-
-    return [add(*x) for x in zip(totals, partial, strict=True)], dq
-
-  # A head may have several chunks: its dk and dv accumulate over them.
-  zeros = [
-    jnp.zeros((keys.shape[0], chunking.num_blocks * block, width), f32)
-    for block, width in blocks
-  ]
+  zeros = [zero_gradient(x, chunking) for x in (key, value)]
   totals, dq = lax.scan(step, zeros, first_rows(row_ids, chunking))
-
-  def tokens(x, like):  # [B K, M l', W] -> [B, S, K, W]
-    x = x[:, : chunking.key_length].reshape(
-      like.shape[0], chunking.kv_heads, -1, x.shape[-1]
-    )
-    return jnp.swapaxes(x, 1, 2).astype(like.dtype)
-
-  dk, dv = map(tokens, totals, (key, value))
+  dk, dv = map(finish_gradient, totals, (key, value))
   # A NaN in an unread value may have reached queries that read nothing.
   dq = jnp.where(empty[..., None], 0, query_heads(dq, query, chunking))
   return dq, dk, dv

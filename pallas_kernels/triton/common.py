@@ -97,10 +97,10 @@ def padding_mask(size: int, padded: int) -> jax.Array | None:
   return None if size == padded else jnp.arange(padded) < size
 
 
-def index(i: int) -> jax.Array:
-  """A Python integer as an index array, which interpreted loads require.
+def index(i: Any) -> jax.Array:
+  """An integer as an index array, which interpreted loads and stores require.
 
-  Its dtype is that of the other indices, which depends on jax_enable_x64.
+  Its dtype is that of slices, which depends on jax_enable_x64.
   """
   return jnp.full((), i, int)
 

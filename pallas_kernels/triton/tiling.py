@@ -34,7 +34,7 @@ class Tile:
     num_warps: warps per program.
     num_stages: depth of the pipeline that loads the inputs of the steps.
     queries: neighbouring queries per program, 1 or 2; two load the blocks that
-      both chose only once (query-outer kernels only).
+      both chose only once (query-outer forward kernel only).
   """
 
   block_k: int
@@ -53,11 +53,12 @@ class SelectedTiling:
     fwd: forward kernel.
     dq: gradient of the query; not used with `by_block`, whose single backward
       kernel uses `dkv`.
-    dkv: gradient of keys and values.
+    dkv: gradient of keys and values, and without `by_block` of the scores.
     rows: with `by_block`, tile rows (queries x heads of a group) per step.
     piece: maximum queries per piece of the list of a block.
-    scratch: with `by_block`, maximum memory in bytes of the partial outputs of
-      a chunk of queries, m times that of the chunk's outputs.
+    scratch: maximum memory in bytes of the results of all (query, block) pairs
+      of a chunk of queries: with `by_block` partial outputs or gradients, in
+      all m times those of the chunk; else the gradients of the scores.
   """
 
   by_block: bool
@@ -291,6 +292,8 @@ def selected_tiling(
     if not wide and num_ids <= 64:
       fwd = tile(32 if width <= 64 else 16, 1, 2, queries=2)
     dq = tile(32, 1, 2) if width <= 192 else tile(32, 2, 2)
+    if not wide:
+      dq = tile(64, 2, 3)
 
   # Keys are the tile rows here, and wgmma needs at least 64 of them.
   if block == 16:
@@ -298,7 +301,10 @@ def selected_tiling(
   elif block == 32:
     dkv = tile(32, 2, 3)
   else:
-    dkv = tile(64, 8 if width > 192 else 4, 3 if rows < 64 else 2)
+    stages = 3 if rows < 64 else 2
+    if rows == 16 and not (wide or exact):
+      stages = 5
+    dkv = tile(64, 8 if width > 192 else 4, stages)
   return SelectedTiling(False, fwd, dq, dkv)
 
 
