@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from benchmarks import (
+  cold_compile,
   decode,
   harness,
   loss_curve,
@@ -23,7 +24,15 @@ from examples.lm.data import Corpus
 from nsa_jax import NSAConfig, TransformerConfig
 
 NSA = NSAConfig(8, 4, 16, num_selected=4, window=32)
-COMMANDS = (whole_op, train_step, loss_curve, decode, prefill, trained_ids)
+COMMANDS = (
+  whole_op,
+  train_step,
+  loss_curve,
+  decode,
+  prefill,
+  trained_ids,
+  cold_compile,
+)
 
 
 @pytest.mark.parametrize("module", COMMANDS)
@@ -323,6 +332,38 @@ def test_models_of_the_training_step_can_be_traced(attention):
   }
   step, shapes = train_step.jobs(configs, 64)[attention, "step"]
   assert jax.eval_shape(step, *shapes)[1].shape == ()
+
+
+# Compilation from a cold start.
+
+
+@pytest.mark.parametrize("attention", cold_compile.ATTENTIONS)
+@pytest.mark.parametrize("name", cold_compile.PROGRAMS)
+def test_cold_programs(name, attention):
+  sizes: dict[str, Any] = {"kv_heads": 1, "heads": 2, "head_dim": 16}
+  if name != "op":
+    sizes = {"num_layers": 1, "model_dim": 32, "num_heads": 2, "mlp_dim": 16}
+    sizes |= {"num_kv_heads": 1, "head_dim": 16, "implementation": "xla"}
+  program = cold_compile.make(name, attention, 64, **sizes)
+  seconds = cold_compile.measure(program)
+  assert list(seconds) == list(cold_compile.SECONDS)
+  assert min(seconds.values()) > 0
+
+
+def test_rows_of_cold_programs():
+  seconds = dict.fromkeys(cold_compile.SECONDS, 1.0)
+  half = dict.fromkeys(cold_compile.SECONDS, 0.5)
+  found = cold_compile.tables(
+    {
+      ("op", "nsa"): {"default": seconds, "fixed": half},
+      ("op", "full"): {"default": half, "fixed": half},
+    }
+  )
+  (first, second) = found["From the call to the first result"]
+  assert first["total s"] == 4
+  assert first["of which autotuning"] == 2
+  assert first["times full attention"] == 2
+  assert second["times full attention"] == 1
 
 
 # Trained block ids.
