@@ -192,6 +192,40 @@ def test_losses_hold_no_logits_of_the_sequence() -> None:
   assert _largest(compiled) <= 2**20
 
 
+def test_a_block_keeps_little_for_its_backward_pass() -> None:
+  """Of SwiGLU its two inputs, of the norms what they are applied to."""
+  width, hidden, length = 64, 512, 2048
+
+  def temporary(layers: int) -> int:
+    config = nsa_jax.TransformerConfig.preset(
+      "tiny",
+      num_layers=layers,
+      model_dim=width,
+      mlp_dim=hidden,
+      num_heads=1,
+      num_kv_heads=1,
+      head_dim=16,
+      attention="window",
+      scan_layers=True,
+    )
+    model = nsa_jax.TransformerLM(config)
+    tokens = jax.ShapeDtypeStruct((1, length), jnp.int32)
+    params = jax.eval_shape(model.init, jax.random.key(0), tokens)
+
+    def loss(params: Any, tokens: Any) -> Any:
+      return jnp.asarray(model.apply(params, tokens, labels=tokens)).mean()
+
+    program = jax.jit(jax.grad(loss)).lower(params, tokens).compile()
+    memory = program.memory_analysis()
+    assert memory is not None
+    return memory.temp_size_in_bytes
+
+  numbers = (temporary(5) - temporary(2)) / 3 / length / 4
+  attention = 4 * 16  # query, key, value, output
+  # The inputs of both norms, and that of the attention.
+  assert numbers <= 2 * hidden + 3 * width + attention + 16, numbers
+
+
 def test_gates_read_and_write_no_more_than_said() -> None:
   """In units of one [T, N, V] tensor, by the compiler's account."""
   branches = 3 * [jax.ShapeDtypeStruct((1, 2048, 4, 64), jnp.float32)]

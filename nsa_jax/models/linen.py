@@ -14,6 +14,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
 from nsa_jax import _checks, dispatch
 from nsa_jax.cache.state import Cache, check_batch
@@ -172,8 +173,7 @@ class TransformerLM(nn.Module):
       saved = SAVED_NAMES if config.remat == "save_attention" else ()
       block = nn.remat(
         block,
-        # Inside a scan, CSE cannot merge the two passes anyway.
-        prevent_cse=not config.scan_layers,
+        prevent_cse=_prevent_cse(config),
         policy=jax.checkpoint_policies.save_only_these_names(*saved),
       )
     if config.scan_layers:
@@ -263,6 +263,39 @@ def unstack_layers(
   return model.clone(config=config), single
 
 
+def _prevent_cse(config: TransformerConfig) -> bool:
+  """Whether a recomputation needs barriers to stay apart from the first pass.
+
+  Inside a scan, CSE cannot merge the two anyway.
+  """
+  return not config.scan_layers
+
+
+# What the backward pass of SwiGLU keeps.
+_MLP_NAMES = ("mlp_gate", "mlp_up")
+
+
+def _norm(block: "TransformerBlock", x: Array) -> Array:
+  return rms_norm(block.config, "attention_norm")(x)
+
+
+def _mlp(block: "TransformerBlock", x: Array) -> Array:
+  """SwiGLU(norm(x))."""
+  config = block.config
+  dense = functools.partial(
+    nn.Dense,
+    use_bias=False,
+    dtype=config.dtype,
+    param_dtype=config.param_dtype,
+  )
+  h = rms_norm(config, "mlp_norm")(x)
+  gate, up = (
+    checkpoint_name(dense(config.mlp_dim, name=name)(h), name)
+    for name in _MLP_NAMES
+  )
+  return dense(config.model_dim, name="mlp_down")(nn.silu(gate) * up)
+
+
 class TransformerBlock(nn.Module):
   """x + attention(norm(x)), then x + SwiGLU(norm(x)).
 
@@ -285,25 +318,20 @@ class TransformerBlock(nn.Module):
     self, x: Array, positions: Array | None, segment_ids: Array | None
   ) -> tuple[Array, None]:
     """Maps [B, T, D] to [B, T, D]; the None is for `nn.scan` to stack."""
-    config = self.config
-    h = rms_norm(config, "attention_norm")(x)
+    # Left to itself, the backward pass keeps every step of norms and SwiGLU, in
+    # float32 or as wide as the hidden layer: more than twice what it needs.
+    recompute = functools.partial(
+      nn.remat, prevent_cse=_prevent_cse(self.config)
+    )
+    h = recompute(_norm)(self, x)
     x = x + self._attention()(
       h,
       positions=positions,
       segment_ids=segment_ids,
       prefix_length=self.prefix_length,
     )
-    h = rms_norm(config, "mlp_norm")(x)
-    dense = functools.partial(
-      nn.Dense,
-      use_bias=False,
-      dtype=config.dtype,
-      param_dtype=config.param_dtype,
-    )
-    gate = dense(config.mlp_dim, name="mlp_gate")(h)
-    up = dense(config.mlp_dim, name="mlp_up")(h)
-    x = x + dense(config.model_dim, name="mlp_down")(nn.silu(gate) * up)
-    return x, None
+    policy = jax.checkpoint_policies.save_only_these_names(*_MLP_NAMES)
+    return x + recompute(_mlp, policy=policy)(self, x), None
 
   def _attention(self):
     config = self.config
