@@ -4,7 +4,7 @@
     python -m benchmarks.train_step --quick
 
 The `base` preset, one row of 32k tokens, bfloat16, AdamW, layers in a scan,
-without rematerialisation; compared with the same model with full attention by
+without `remat`; compared with the same model with full attention by
 cuDNN. The tokens are text, and random ones beside it: the gradient of the
 embedding depends on how often a token occurs.
 """

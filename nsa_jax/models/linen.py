@@ -318,20 +318,23 @@ class TransformerBlock(nn.Module):
     self, x: Array, positions: Array | None, segment_ids: Array | None
   ) -> tuple[Array, None]:
     """Maps [B, T, D] to [B, T, D]; the None is for `nn.scan` to stack."""
-    # Left to itself, the backward pass keeps every step of norms and SwiGLU, in
-    # float32 or as wide as the hidden layer: more than twice what it needs.
-    recompute = functools.partial(
-      nn.remat, prevent_cse=_prevent_cse(self.config)
-    )
-    h = recompute(_norm)(self, x)
+    norm, mlp = _norm, _mlp
+    if not self.decode:
+      # Left to itself, the backward pass keeps every step of norms and SwiGLU,
+      # in float32 or as wide as the hidden layer: more than twice its needs.
+      recompute = functools.partial(
+        nn.remat, prevent_cse=_prevent_cse(self.config)
+      )
+      saved = jax.checkpoint_policies.save_only_these_names(*_MLP_NAMES)
+      norm, mlp = recompute(_norm), recompute(_mlp, policy=saved)
+    h = norm(self, x)
     x = x + self._attention()(
       h,
       positions=positions,
       segment_ids=segment_ids,
       prefix_length=self.prefix_length,
     )
-    policy = jax.checkpoint_policies.save_only_these_names(*_MLP_NAMES)
-    return x + recompute(_mlp, policy=policy)(self, x), None
+    return x + mlp(self, x), None
 
   def _attention(self):
     config = self.config

@@ -36,7 +36,8 @@ from pallas_kernels.triton.inverse_lists import (
 class Chunking(NamedTuple):
   """How the queries of all heads are split into chunks; static.
 
-  Blocks here are those of `split_blocks`: parts of selection blocks.
+  Blocks here are selection blocks, or for small groups those of `split_blocks`,
+  parts of selection blocks.
   """
 
   kv_heads: int  # K
@@ -93,7 +94,7 @@ def make_chunking(
 
 
 def group_bytes(query: jax.Array, like: jax.Array) -> int:
-  """Memory of a row per head of a group, padded, as wide as a row of `like`."""
+  """Bytes of [G padded, W] in the dtype of `query`; W is that of `like`."""
   group = pl.next_power_of_2(query.shape[2] // like.shape[2])
   return group * like.shape[-1] * query.dtype.itemsize
 

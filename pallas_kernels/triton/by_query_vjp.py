@@ -2,10 +2,11 @@
 
 dk, dv: one program per piece of the list of the queries that chose a block,
 which also sums over the heads of a group. It stores ds, the gradients of the
-scores, of every (query, block) pair. dq: the product of a query's ds with the
-keys of its blocks, which reads half the bytes of a second pass over keys and
-values and computes no exponentials. Queries are processed in chunks, which
-bounds the memory of ds. There are no atomics, so every run gives the same bits.
+scores, of every pair of a query and a block that it chose. dq: the product of a
+query's ds with the keys of its blocks, which does not read values again and
+computes no exponentials. Queries are processed in chunks, which bounds the
+memory of ds. There are no atomics, so every run gives the same bits. A NaN in a
+key or a value may reach dq of all queries that chose its block.
 """
 
 import functools
@@ -32,8 +33,8 @@ from pallas_kernels.triton.by_block import (
 )
 from pallas_kernels.triton.by_query import BlockReads, group_heads, reads_of
 
-# Lists of few pairs are cut into about so many pieces, of at least so many
-# queries: with longer ones, programs would end far apart.
+# If a chunk has few pairs, pieces are shorter, so that about _PIECES programs
+# share them evenly; none is shorter than _SHORTEST_PIECE.
 _PIECES = 2048
 _SHORTEST_PIECE = 128
 
@@ -99,7 +100,7 @@ def backward(
   if len(starts) == 1:
     grads = step(starts[0], (None, *totals))
   else:
-    # All chunks in the loop: beside it, a first one would have its own ds.
+    # A first chunk outside the loop would get a second buffer for ds.
     empty = jnp.zeros(grouped[0].shape, query.dtype)
     grads, _ = lax.scan(
       lambda grads, first_row: (step(first_row, grads), None),
@@ -285,7 +286,7 @@ def _dq_kernel(
       local = common.rem(i, parts) * block_k
       start = ids_ref[slot] * chunking.block + local
       inside = None
-      if chunking.key_length % block_k:
+      if chunking.key_length % chunking.block:
         inside = start + jnp.arange(block_k) < chunking.key_length
       k = common.load_pieces(
         k_ref, (b, pl.ds(start, block_k), h), head_pieces, inside

@@ -56,9 +56,10 @@ class SelectedTiling:
     dkv: gradient of keys and values, and without `by_block` of the scores.
     rows: with `by_block`, tile rows (queries x heads of a group) per step.
     piece: maximum queries per piece of the list of a block.
-    scratch: maximum memory in bytes of the results of all (query, block) pairs
-      of a chunk of queries: with `by_block` partial outputs or gradients, in
-      all m times those of the chunk; else the gradients of the scores.
+    scratch: maximum memory in bytes of what a chunk of queries (at least 16)
+      stores for each block of each query: with `by_block` a partial output, or
+      a partial gradient of the query; else, in the backward pass, the gradients
+      of the scores. Under `jax.vmap` with shared keys, of each mapped call.
   """
 
   by_block: bool
@@ -92,9 +93,10 @@ class SelectedTiling:
           f"`tiles`={self} must have a `{name}.block_k` that divides "
           f"`selection_block`={block}."
         )
-      if tile.queries not in (1, 2):
+      if tile.queries != 1 and (tile.queries != 2 or name != "fwd"):
+        rule = "1 or 2" if name == "fwd" else "1"
         raise ValueError(
-          f"`tiles`={self} must have 1 or 2 for `{name}.queries`."
+          f"`tiles`={self} must have {rule} for `{name}.queries`."
         )
     if self.piece < 1:
       raise ValueError(f"`tiles`={self} must have a `piece` of at least 1.")
@@ -291,8 +293,9 @@ def selected_tiling(
     # lists are short: every id of one is compared with every id of the other.
     if not wide and num_ids <= 64:
       fwd = tile(32 if width <= 64 else 16, 1, 2, queries=2)
-    dq = tile(32, 1, 2) if width <= 192 else tile(32, 2, 2)
-    if not wide:
+    if wide:
+      dq = tile(32, 1 if width <= 192 else 2, 2)
+    else:
       dq = tile(64, 2, 3)
 
   # Keys are the tile rows here, and wgmma needs at least 64 of them.
@@ -303,7 +306,7 @@ def selected_tiling(
   else:
     stages = 3 if rows < 64 else 2
     if rows == 16 and not (wide or exact):
-      stages = 5
+      stages = 5  # Small tiles: two programs still fit on a multiprocessor.
     dkv = tile(64, 8 if width > 192 else 4, stages)
   return SelectedTiling(False, fwd, dq, dkv)
 
