@@ -16,7 +16,7 @@ from jax.sharding import AxisType, PartitionSpec
 
 import nsa_jax
 from nsa_jax import NSAConfig
-from pallas_kernels.triton import by_block, tiling
+from pallas_kernels.triton import query_chunks, tiling
 from pallas_kernels.triton.inverse_lists import invert
 from tests import helpers
 
@@ -257,7 +257,7 @@ def test_chunks_of_heads_and_of_queries(
   # The padded group, H (which is l', too), float32.
   pair_bytes = (4 if group == 3 else 16) * 16 * 4
   scratch = fit * 4 * pair_bytes
-  chunking = by_block.make_chunking(
+  chunking = query_chunks.make_chunking(
     ids, pair_bytes=pair_bytes, key_length=53, block=16, scratch=scratch
   )
   assert (chunking.heads, chunking.queries) == (heads, rows)
@@ -288,7 +288,7 @@ def test_chunks_keep_the_sort_key_short() -> None:
     (262144, 1, 1, 32768),
     (524288, 8, 1, 65536),  # here the lists would be short
   ):
-    chunking = by_block.make_chunking(
+    chunking = query_chunks.make_chunking(
       array(1, length, 8, 16),
       pair_bytes=group * 128 * 2,
       key_length=length,

@@ -17,28 +17,30 @@ from jax.experimental import pallas as pl
 from pallas_kernels.interface import Queries, Spec
 from pallas_kernels.triton import common
 from pallas_kernels.triton.by_block import (
-  Chunking,
-  add_pieces,
-  by_head,
   by_piece,
   by_row,
-  count_chosen,
-  finish_gradient,
-  first_rows,
   group_bytes,
   load_block,
-  load_piece,
   load_queries,
-  make_chunk,
-  make_chunking,
   query_heads,
   query_rows,
   scatter,
   split_blocks,
   walk_queries,
-  zero_gradient,
 )
 from pallas_kernels.triton.by_query import reads_of
+from pallas_kernels.triton.query_chunks import (
+  Chunking,
+  add_pieces,
+  by_head,
+  count_chosen,
+  finish_gradient,
+  first_rows,
+  load_piece,
+  make_chunk,
+  make_chunking,
+  zero_gradient,
+)
 
 
 def _bwd_kernel(

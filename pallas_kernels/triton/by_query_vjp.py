@@ -18,7 +18,8 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels.interface import Queries, Spec
 from pallas_kernels.triton import common
-from pallas_kernels.triton.by_block import (
+from pallas_kernels.triton.by_query import BlockReads, group_heads, reads_of
+from pallas_kernels.triton.query_chunks import (
   Chunk,
   Chunking,
   add_pieces,
@@ -31,7 +32,6 @@ from pallas_kernels.triton.by_block import (
   make_chunking,
   zero_gradient,
 )
-from pallas_kernels.triton.by_query import BlockReads, group_heads, reads_of
 
 # If a chunk has few pairs, pieces are shorter, so that about _PIECES programs
 # share them evenly; none is shorter than _SHORTEST_PIECE.

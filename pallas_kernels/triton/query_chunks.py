@@ -1,0 +1,250 @@
+"""Chunks of queries, and the lists of the queries that chose each block.
+
+The kernels of the selected branch that go block by block store something for
+each pair of a query and a block that it chose. Queries are processed in chunks,
+whole heads or a part of one, so that this stays within a budget. Query row
+z T + t is query t of head z = b K + h.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+
+from pallas_kernels.triton import common
+from pallas_kernels.triton.inverse_lists import (
+  InverseLists,
+  chosen,
+  invert,
+  sum_pieces,
+)
+
+
+class Chunking(NamedTuple):
+  """How the queries of all heads are split into chunks; static.
+
+  Blocks here are selection blocks, or for small groups those of `split_blocks`,
+  parts of selection blocks.
+  """
+
+  kv_heads: int  # K
+  length: int  # T padded to a multiple of `queries`: query rows per head
+  heads: int  # D, heads per chunk
+  queries: int  # T', queries per head of a chunk
+  num_ids: int  # m, blocks per query
+  num_blocks: int  # M, blocks of the keys
+  block: int  # l', tokens per block
+  key_length: int  # S
+
+  @property
+  def num_pairs(self) -> int:
+    """Pairs (query, block) of a chunk; pair = query * m + index of the id."""
+    return self.heads * self.queries * self.num_ids
+
+  @property
+  def splits_heads(self) -> bool:
+    """Whether the queries of a head are in several chunks."""
+    return self.queries < self.length
+
+
+def make_chunking(
+  ids: jax.Array, *, pair_bytes: int, key_length: int, block: int, scratch: int
+) -> Chunking:
+  """As many whole heads as fit, or a power of two of queries of one head.
+
+  Args:
+    ids: int32 [B, T, K, m].
+    pair_bytes: memory of the partial results of a (query, block) pair.
+    key_length: S.
+    block: tokens per block of `ids`.
+    scratch: maximum memory of the partial results of a chunk, in bytes.
+  """
+  batch, length, kv_heads, num_ids = ids.shape
+  num_blocks = -(-key_length // block)
+  most = max(scratch // (num_ids * pair_bytes), 16)
+  # Chunks that fit 32-bit sort keys make their lists several times as fast. Not
+  # worth it if most lists of a chunk would then be shorter than a step.
+  short_key = (2**32 - 1) // (num_ids * (num_blocks + 1))
+  if short_key * num_ids >= 128 * num_blocks:
+    most = min(most, short_key)
+  heads, queries = 1, length
+  if length > most:
+    queries = 1 << (most.bit_length() - 1)
+    length = -(-length // queries) * queries
+  else:
+    total = batch * kv_heads
+    fits = range(1, min(most // length, total) + 1)
+    heads = max(d for d in fits if total % d == 0)
+  return Chunking(
+    kv_heads, length, heads, queries, num_ids, num_blocks, block, key_length
+  )
+
+
+class Chunk(NamedTuple):
+  """A range of query rows, and the lists of its pairs."""
+
+  first_row: jax.Array  # int32 [1]
+  ids: jax.Array  # int32 [D T', m]
+  # From M * (head in the chunk) + block to pairs, counted within the head.
+  lists: InverseLists
+
+
+def by_head(x: jax.Array, length: int, fill: int = 0) -> jax.Array:
+  """[B, T, K, ...] -> [B K, length, ...], padded with `fill`."""
+  pad = [(0, 0)] * x.ndim
+  pad[1] = (0, length - x.shape[1])
+  x = jnp.swapaxes(jnp.pad(x, pad, constant_values=fill), 1, 2)
+  return x.reshape(-1, *x.shape[2:])
+
+
+def first_rows(row_ids: jax.Array, chunking: Chunking) -> jax.Array:
+  """First row of every chunk, int32 [chunks]; `row_ids` as in `make_chunk`."""
+  size = chunking.heads * chunking.queries
+  return jnp.arange(0, len(row_ids), size, dtype=jnp.int32)
+
+
+def make_chunk(
+  first_row: jax.Array,
+  row_ids: jax.Array,
+  offset: jax.Array,
+  chunking: Chunking,
+  piece: int,
+) -> Chunk:
+  """The chunk that begins at `first_row`.
+
+  Args:
+    first_row: int32 ().
+    row_ids: int32 [B K T, m], -1 in the padding rows of a head.
+    offset: int32 [B], position of the first query.
+    chunking: the chunking of the query rows.
+    piece: maximum pairs per piece of a list.
+  """
+  count = chunking.heads * chunking.queries
+  num_items = chunking.queries * chunking.num_ids
+  item = jnp.arange(num_items, dtype=jnp.int32)
+  item = jnp.tile(
+    item.reshape(chunking.queries, chunking.num_ids), (chunking.heads, 1)
+  )
+  local_head = jnp.repeat(
+    jnp.arange(chunking.heads, dtype=jnp.int32), chunking.queries
+  )
+  local = lax.dynamic_slice_in_dim(row_ids, first_row, count)
+  head = first_row // chunking.length + local_head
+  row = first_row + jnp.arange(count, dtype=jnp.int32)
+  position = offset[head // chunking.kv_heads] + row - head * chunking.length
+  valid = chosen(local, position[:, None], chunking.key_length, chunking.block)
+  num_owners = chunking.heads * chunking.num_blocks
+  lists = invert(
+    jnp.where(
+      valid, local_head[:, None] * chunking.num_blocks + local, num_owners
+    ),
+    item,
+    num_owners=num_owners,
+    num_items=num_items,
+    piece=piece,
+  )
+  return Chunk(first_row[None], local, lists)
+
+
+def zero_gradient(like: jax.Array, chunking: Chunking) -> jax.Array:
+  """Zeros [B K, M l', W], for `add_pieces`; `like` is keys or values."""
+  batch, _, kv_heads, width = like.shape
+  # A head in several chunks needs float32 between them.
+  dtype = jnp.float32 if chunking.splits_heads else like.dtype
+  shape = batch * kv_heads, chunking.num_blocks * chunking.block, width
+  return jnp.zeros(shape, dtype)
+
+
+def add_pieces(
+  total: jax.Array,
+  partial: jax.Array,
+  chunk: Chunk,
+  chunking: Chunking,
+  *,
+  interpret: bool,
+) -> jax.Array:
+  """Adds the gradients [P, l', W] of a chunk's pieces, in order."""
+  sums = sum_pieces(
+    partial, chunk.lists.starts, total.dtype, interpret=interpret
+  )
+  sums = sums.reshape(chunking.heads, -1, sums.shape[-1])
+  first_head = chunk.first_row[0] // chunking.length
+  if chunking.splits_heads:
+    sums += lax.dynamic_slice_in_dim(total, first_head, chunking.heads)
+  return lax.dynamic_update_slice_in_dim(total, sums, first_head, axis=0)
+
+
+def finish_gradient(total: jax.Array, like: jax.Array) -> jax.Array:
+  """[B K, M l', W] -> [B, S, K, W], in the dtype of `like`."""
+  batch, key_length, kv_heads, width = like.shape
+  x = total[:, :key_length].reshape(batch, kv_heads, key_length, width)
+  return jnp.swapaxes(x, 1, 2).astype(like.dtype)
+
+
+class Piece(NamedTuple):
+  """Work of a program: a block, and a piece of the list of its pairs."""
+
+  first: Any  # index into the items
+  last: Any  # exclusive
+  head: Any  # b K + h
+  batch: Any  # b
+  first_pair: Any  # pair of item 0
+  first_query: Any  # query of item 0, counted within the head
+  offset: Any  # position of query 0
+  start_k: Any
+  token: Any  # int32 [l'], positions of the keys
+  key_segment: Any  # int32 [l'], or None
+
+
+def load_piece(
+  piece_ref: Any,
+  first_row_ref: Any,
+  offset_ref: Any,
+  segments: Sequence[Any],
+  chunking: Chunking,
+) -> Piece:
+  """Loads the program's piece and the segments of its keys, if any."""
+  row, first, last = piece_ref[0], piece_ref[1], piece_ref[2]
+  local_head = common.div(row, chunking.num_blocks)
+  first_head = common.div(first_row_ref[0], chunking.length)
+  head = first_head + local_head
+  batch = common.div(head, chunking.kv_heads)
+  start_k = common.rem(row, chunking.num_blocks) * chunking.block
+  token = start_k + jnp.arange(chunking.block)
+  key_segment = None
+  if segments:
+    keys_ref = segments[0].at[batch, pl.ds(start_k, chunking.block)]
+    key_segment = common.load(keys_ref, token < chunking.key_length)
+  return Piece(
+    first,
+    last,
+    head,
+    batch,
+    first_pair=local_head * (chunking.queries * chunking.num_ids),
+    # A chunk of several heads starts at the first query of a head.
+    first_query=first_row_ref[0] - first_head * chunking.length,
+    offset=offset_ref[batch],
+    start_k=start_k,
+    token=token,
+    key_segment=key_segment,
+  )
+
+
+def count_chosen(
+  ids_ref: Any, first_row_ref: Any, offset_ref: Any, chunking: Chunking
+) -> jax.Array:
+  """Number of blocks that the program's query attends to.
+
+  Ids ascend, so those of attended blocks come first.
+  """
+  row = first_row_ref[0] + pl.program_id(0)
+  head = common.div(row, chunking.length)
+  position = offset_ref[common.div(head, chunking.kv_heads)]
+  position += row - head * chunking.length
+  mask = common.padding_mask(chunking.num_ids, ids_ref.shape[0])
+  ids = common.load(ids_ref, mask, other=-1)
+  valid = chosen(ids, position, chunking.key_length, chunking.block)
+  return jnp.sum(valid.astype(jnp.int32))
