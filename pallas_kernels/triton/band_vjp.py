@@ -175,8 +175,7 @@ def backward(
     dlse: float32 [B, T, N], cotangent of `lse`.
   """
   query, key, value = qkv
-  delta = jnp.sum(dout.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
-  delta = common.keep_finite(delta - dlse, lse)
+  delta = common.keep_finite(common.delta_of(out, dout, dlse), lse)
   # Queries that read nothing get probabilities of exactly 0.
   lse = jnp.where(lse == -jnp.inf, -common.MASK, lse * common.LOG2E)
   inputs = Inputs(

@@ -31,16 +31,33 @@ from pallas_kernels.triton.query_chunks import (
   by_head,
   count_chosen,
   first_rows,
+  ids_of_rows,
   load_piece,
   make_chunk,
   make_chunking,
 )
 
 
-def group_bytes(query: jax.Array, like: jax.Array) -> int:
-  """Bytes of [G padded, W] in the dtype of `query`; W is that of `like`."""
+def chunk_queries(
+  spec: Spec, query: jax.Array, like: jax.Array, ids: jax.Array, block_k: int
+) -> Chunking:
+  """Chunks of queries, of which each pair stores a row per head of its group.
+
+  Args:
+    spec: static arguments of the call, with tiles.
+    query: [B, T, N, H], whose dtype the rows have.
+    like: [B, S, K, W], keys or values, whose width the rows have.
+    ids: int32 [B, T, K, m], from `split_blocks`.
+    block_k: tokens per block of `ids`.
+  """
   group = pl.next_power_of_2(query.shape[2] // like.shape[2])
-  return group * like.shape[-1] * query.dtype.itemsize
+  return make_chunking(
+    ids,
+    pair_bytes=group * like.shape[-1] * query.dtype.itemsize,
+    key_length=like.shape[1],
+    block=block_k,
+    scratch=spec.tiles.scratch,
+  )
 
 
 def split_blocks(ids: jax.Array, block: int, block_k: int) -> jax.Array:
@@ -342,14 +359,8 @@ def forward(
   reads = reads_of(index)
   tile, block_k = spec.tiles.fwd, spec.tiles.fwd.block_k
   ids = split_blocks(reads.ids, spec.config.selection_block, block_k)
-  chunking = make_chunking(
-    ids,
-    pair_bytes=group_bytes(query, value),
-    key_length=key.shape[1],
-    block=block_k,
-    scratch=spec.tiles.scratch,
-  )
-  row_ids = by_head(ids, chunking.length, -1).reshape(-1, chunking.num_ids)
+  chunking = chunk_queries(spec, query, value, ids, block_k)
+  row_ids = ids_of_rows(ids, chunking)
   rows = query_rows(query, chunking)
   keys, values = (by_head(x, chunking.key_length) for x in (key, value))
   arrays = (reads.offset, rows, keys, values, *reads.segments)

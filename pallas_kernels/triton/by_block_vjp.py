@@ -19,7 +19,7 @@ from pallas_kernels.triton import common
 from pallas_kernels.triton.by_block import (
   by_piece,
   by_row,
-  group_bytes,
+  chunk_queries,
   load_block,
   load_queries,
   query_heads,
@@ -36,9 +36,9 @@ from pallas_kernels.triton.query_chunks import (
   count_chosen,
   finish_gradient,
   first_rows,
+  ids_of_rows,
   load_piece,
   make_chunk,
-  make_chunking,
   zero_gradient,
 )
 
@@ -149,16 +149,9 @@ def backward(
   reads = reads_of(index)
   tile, block_k = spec.tiles.dkv, spec.tiles.dkv.block_k
   ids = split_blocks(reads.ids, spec.config.selection_block, block_k)
-  chunking = make_chunking(
-    ids,
-    pair_bytes=group_bytes(query, key),
-    key_length=key.shape[1],
-    block=block_k,
-    scratch=spec.tiles.scratch,
-  )
-  row_ids = by_head(ids, chunking.length, -1).reshape(-1, chunking.num_ids)
-  f32 = jnp.float32
-  delta = jnp.sum(dout.astype(f32) * out.astype(f32), axis=-1) - dlse
+  chunking = chunk_queries(spec, query, key, ids, block_k)
+  row_ids = ids_of_rows(ids, chunking)
+  delta = common.delta_of(out, dout, dlse)
   empty = lse == -jnp.inf
   lse = jnp.where(empty, 0, lse) * common.LOG2E
   rows, dout, lse, delta = (

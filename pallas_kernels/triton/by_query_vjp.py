@@ -23,10 +23,10 @@ from pallas_kernels.triton.query_chunks import (
   Chunk,
   Chunking,
   add_pieces,
-  by_head,
   count_chosen,
   finish_gradient,
   first_rows,
+  ids_of_rows,
   load_piece,
   make_chunk,
   make_chunking,
@@ -73,11 +73,8 @@ def backward(
   )
   piece = max(chunking.num_pairs // _PIECES, _SHORTEST_PIECE)
   piece = min(piece, tiles.piece)
-  row_ids = by_head(reads.ids, chunking.length, -1)
-  row_ids = row_ids.reshape(-1, chunking.num_ids)
-  f32 = jnp.float32
-  delta = jnp.sum(dout.astype(f32) * out.astype(f32), axis=-1) - dlse
-  delta = common.keep_finite(delta, lse)
+  row_ids = ids_of_rows(reads.ids, chunking)
+  delta = common.keep_finite(common.delta_of(out, dout, dlse), lse)
   grouped = [group_heads(x, kv_heads) for x in (query, dout, lse, delta)]
 
   def step(first_row, grads):

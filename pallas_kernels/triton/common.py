@@ -163,6 +163,20 @@ def dot_pieces(xs: Sequence[jax.Array], ys: Sequence[jax.Array]) -> jax.Array:
   return sum(products[1:], products[0])
 
 
+def delta_of(out: jax.Array, dout: jax.Array, dlse: jax.Array) -> jax.Array:
+  """sum(dout * out) - dlse, float32 [B, T, N].
+
+  The gradient of a score is its probability times (dp - delta).
+
+  Args:
+    out: [B, T, N, V].
+    dout: [B, T, N, V], cotangent of `out`.
+    dlse: [B, T, N], cotangent of the lse.
+  """
+  products = dout.astype(jnp.float32) * out.astype(jnp.float32)
+  return jnp.sum(products, axis=-1) - dlse
+
+
 def keep_finite(delta: jax.Array, lse: jax.Array) -> jax.Array:
   """`delta` of a backward pass, 0 for queries whose lse is NaN.
 

@@ -100,8 +100,14 @@ def by_head(x: jax.Array, length: int, fill: int = 0) -> jax.Array:
   return x.reshape(-1, *x.shape[2:])
 
 
+def ids_of_rows(ids: jax.Array, chunking: Chunking) -> jax.Array:
+  """[B, T, K, m] -> [B K T, m], -1 in the padding rows of a head."""
+  rows = by_head(ids, chunking.length, -1)
+  return rows.reshape(-1, chunking.num_ids)
+
+
 def first_rows(row_ids: jax.Array, chunking: Chunking) -> jax.Array:
-  """First row of every chunk, int32 [chunks]; `row_ids` as in `make_chunk`."""
+  """First row of every chunk, int32 [chunks]; `row_ids` from `ids_of_rows`."""
   size = chunking.heads * chunking.queries
   return jnp.arange(0, len(row_ids), size, dtype=jnp.int32)
 
@@ -117,7 +123,7 @@ def make_chunk(
 
   Args:
     first_row: int32 ().
-    row_ids: int32 [B K T, m], -1 in the padding rows of a head.
+    row_ids: int32 [B K T, m], from `ids_of_rows`.
     offset: int32 [B], position of the first query.
     chunking: the chunking of the query rows.
     piece: maximum pairs per piece of a list.
