@@ -17,7 +17,7 @@ from jax.sharding import AxisType, PartitionSpec
 import nsa_jax
 from nsa_jax import NSAConfig
 from pallas_kernels.triton import query_chunks, tiling
-from pallas_kernels.triton.inverse_lists import invert
+from pallas_kernels.triton.inverse_lists import invert, sum_pieces
 from tests import helpers
 
 GPU = jax.default_backend() == "gpu"
@@ -320,6 +320,85 @@ def test_two_operand_sort() -> None:
     got = [(r, int(lists.items[first])) for r, first, _ in pieces]
     assert got == [(0, 1), (0, 5), (1, 3), (3, 0), (3, 2)]
     assert lists.starts.tolist() == [0, 2, 3, 3, 5]
+
+
+@pytest.mark.parametrize("piece", [1, 7, 100])
+@pytest.mark.parametrize("count", [1, 40, 5000])
+def test_lists(count: int, piece: int) -> None:
+  """Every list in ascending order, cut into pieces; owner 50 drops."""
+  rng = np.random.default_rng(0)
+  owner = rng.integers(0, 51, count)
+  owner[rng.random(count) < 0.5] = 3  # A long list.
+  owner[owner == 7] = 50  # An empty list.
+  lists = invert(
+    jnp.asarray(owner, jnp.int32),
+    jnp.arange(count, dtype=jnp.int32),
+    num_owners=50,
+    num_items=count,
+    piece=piece,
+  )
+  found: dict[int, list[int]] = {i: [] for i in range(50)}
+  for i, (of, first, last) in enumerate(np.asarray(lists.pieces)):
+    if last > first:
+      assert lists.starts[of] <= i < lists.starts[of + 1]
+      assert last - first <= piece
+      found[of] += np.asarray(lists.items[first:last]).tolist()
+  for i, items in found.items():
+    assert items == np.flatnonzero(owner == i).tolist()
+
+
+@pytest.mark.parametrize(
+  "interpret", [True, pytest.param(False, marks=pytest.mark.gpu)]
+)
+def test_pieces_are_added_in_order(interpret: bool) -> None:
+  counts = [0, 1, 7, 8, 9, 30, 0]
+  starts = np.cumsum([0, *counts])
+  shape = starts[-1] + 3, 16, 48
+  partial = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+  partial[starts[-1] :] = np.nan  # Unused pieces.
+  got = sum_pieces(
+    jnp.asarray(partial),
+    jnp.asarray(starts, jnp.int32),
+    jnp.float32,
+    interpret=interpret,
+  )
+  for total, first, last in zip(got, starts[:-1], starts[1:], strict=True):
+    expected = np.zeros(shape[1:], np.float32)
+    for piece in partial[first:last]:
+      expected += piece
+    np.testing.assert_array_equal(total, expected)
+
+
+@pytest.mark.parametrize(
+  "length,head_dim", [(72, 16), pytest.param(2048, 128, marks=pytest.mark.gpu)]
+)
+def test_first_of_a_pair_knows_nothing_of_the_second(
+  length: int, head_dim: int
+) -> None:
+  """Its bits are the same whatever the second is and chose."""
+  rng = np.random.default_rng(0)
+  sizes: Any = {"head_dim": head_dim, "value_dim": head_dim}
+  query, key, value, ids, dout, dlse = _inputs(
+    length=length, group=16, num_ids=4, dtype=jnp.bfloat16, **sizes
+  )
+  run = _pullback("triton", NSAConfig(16, 16, 16, 4))
+  expected = run(query, key, value, ids, dout, dlse)[0]
+  second = jnp.arange(length)[None, :, None, None] % 2 == 1
+  for seed in range(3):
+    other = random_ids(jax.random.key(9 + seed), 1, length, 1, 4, 16)
+    if seed == 2:  # Fewer blocks than the first.
+      other = jnp.where(jnp.arange(4) < rng.integers(1, 4), other, -1)
+    changed = run(
+      jnp.where(second, -query, query),
+      key,
+      value,
+      jnp.where(second, other, ids),
+      dout,
+      dlse,
+    )[0]
+    helpers.assert_same_bits(
+      [x[:, ::2] for x in changed], [x[:, ::2] for x in expected]
+    )
 
 
 @pytest.mark.parametrize("group", [2, 16])

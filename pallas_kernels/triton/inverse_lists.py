@@ -14,6 +14,8 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels.triton import common
 
+_AT_ONCE = 8  # Pieces that `sum_pieces` loads per step.
+
 
 class InverseLists(NamedTuple):
   """The list of items of each owner, cut into pieces.
@@ -60,14 +62,13 @@ def invert(
     owners, items = lax.sort(
       (owner.reshape(-1), item.reshape(-1)), num_keys=1, is_stable=True
     )
-  bounds = jnp.searchsorted(owners, jnp.arange(num_owners + 1, dtype=jnp.int32))
-  bounds = bounds.astype(jnp.int32)
+  bounds = _search(owners, jnp.arange(num_owners + 1, dtype=jnp.int32))
   per_list = -(-jnp.diff(bounds) // piece)
   starts = jnp.pad(jnp.cumsum(per_list, dtype=jnp.int32), (1, 0))
   # Upper bound: at most one piece per list is incomplete.
   num_pieces = -(-owner.size // piece) + num_owners
   index = jnp.arange(num_pieces, dtype=jnp.int32)
-  of_piece = jnp.searchsorted(starts, index, side="right").astype(jnp.int32) - 1
+  of_piece = _search(starts, index + 1) - 1
   used = of_piece < num_owners
   of_piece = of_piece.clip(0, num_owners - 1)
   first = bounds[of_piece] + (index - starts[of_piece]) * piece
@@ -76,6 +77,28 @@ def invert(
     [of_piece, jnp.where(used, first, 0), jnp.where(used, last, 0)], axis=1
   )
   return InverseLists(items, pieces, starts)
+
+
+def _search(ascending: jax.Array, values: jax.Array) -> jax.Array:
+  """Number of elements of `ascending` that are less than each value, int32.
+
+  Two comparisons with about sqrt(n) elements each, which depend on each other
+  once; a binary search waits for memory log2(n) times.
+  """
+  stride = 1 << (len(ascending).bit_length() + 1) // 2
+  most = jnp.iinfo(ascending.dtype).max
+  padded = jnp.pad(
+    ascending, (0, -len(ascending) % stride), constant_values=most
+  )
+  rows = padded.reshape(-1, stride)
+
+  def count(x):
+    return jnp.sum(x < values[:, None], axis=1, dtype=jnp.int32)
+
+  # The first elements of rows; the result is in or at the end of the last row
+  # that begins below the value.
+  row = jnp.maximum(count(rows[None, :, 0]) - 1, 0)
+  return row * stride + count(rows[row])
 
 
 def chosen(
@@ -95,20 +118,35 @@ def chosen(
 
 def _sum_pieces_kernel(
   starts_ref,  # [owners + 1]
-  partial_ref,  # [P, l', width]
-  sum_ref,  # [l', width]
+  partial_ref,  # [P, rows, width]
+  sum_ref,  # [rows, width]
 ):
   owner = pl.program_id(0)
+  first, end = starts_ref[owner], starts_ref[owner + 1]
 
-  def add(i, total):
-    return total + partial_ref[i, :, :]
+  def load(step):
+    start = first + step * _AT_ONCE
+    return [
+      partial_ref[jnp.clip(start + i, 0, jnp.maximum(end - 1, 0)), :, :]
+      for i in range(_AT_ONCE)
+    ]
 
-  sum_ref[...] = lax.fori_loop(
-    starts_ref[owner],
-    starts_ref[owner + 1],
+  def add(step, carry):
+    total, current = carry
+    # The loads of the next step do not wait for these sums: every query chooses
+    # block 0, whose pieces are many.
+    following = load(step + 1)
+    for i, x in enumerate(current):
+      total += jnp.where(first + step * _AT_ONCE + i < end, x, 0)
+    return total, following
+
+  total, _ = lax.fori_loop(
+    0,
+    common.div(end - first + (_AT_ONCE - 1), _AT_ONCE),
     add,
-    jnp.zeros(sum_ref.shape, jnp.float32),
-  ).astype(sum_ref.dtype)
+    (jnp.zeros(sum_ref.shape, jnp.float32), load(0)),
+  )
+  sum_ref[...] = total.astype(sum_ref.dtype)
 
 
 def sum_pieces(
@@ -116,16 +154,16 @@ def sum_pieces(
 ) -> jax.Array:
   """Sums partial sums [P, l', W] of each owner, in order: [owners, l', W]."""
   num_pieces, block, columns = partial.shape
-  width = 32 if columns % 32 == 0 else 16
+  rows, width = 16, 32 if columns % 32 == 0 else 16
   owners = starts.shape[0] - 1
   return pl.pallas_call(
     _sum_pieces_kernel,
-    **common.options("nsa_sum_pieces", 4, 2, interpret),
-    grid=(owners, columns // width),
+    **common.options("nsa_sum_pieces", 4, 1, interpret),
+    grid=(owners, block // rows, columns // width),
     in_specs=[
-      pl.BlockSpec(starts.shape, lambda r, c: (0,)),
-      pl.BlockSpec((num_pieces, block, width), lambda r, c: (0, 0, c)),
+      pl.BlockSpec(starts.shape, lambda o, r, c: (0,)),
+      pl.BlockSpec((num_pieces, rows, width), lambda o, r, c: (0, r, c)),
     ],
-    out_specs=pl.BlockSpec((None, block, width), lambda r, c: (r, 0, c)),
+    out_specs=pl.BlockSpec((None, rows, width), lambda o, r, c: (o, r, c)),
     out_shape=jax.ShapeDtypeStruct((owners, block, columns), dtype),
   )(starts, partial)
