@@ -793,35 +793,11 @@ def _segments(dims: Dims) -> dict[str, Any]:
   return {"segment_ids": np.ones((dims.batch, dims.keys), np.int32)}
 
 
-# A known fault: two queries in one program of the selected branch (groups of 9
-# to 16, half precision). What the second selects changes the first's rounding.
-class DifferentBitsError(Exception):
-  """The known fault, and no more than rounding."""
-
-
-NOT_CAUSAL_TO_THE_BIT = {
-  "config": KERNELS.configs[1],
-  "groups": (1, 16),
-  "widths": (16, 32),
-  "dtype": "bfloat16",
-  "keys": 70,
-}
-
-
 @for_property_cases
-def test_causality_is_bitwise(
-  subject: Subject, case: dict[str, Any], request: pytest.FixtureRequest
-) -> None:
+def test_causality_is_bitwise(subject: Subject, case: dict[str, Any]) -> None:
   """Property 3, through phi: values and gradients know no future."""
-  known = subject.calls is KERNELS and case == NOT_CAUSAL_TO_THE_BIT
-  if known:
-    reason = "pairs of queries read common blocks first: the order of a sum"
-    request.applymarker(
-      pytest.mark.xfail(reason=reason, strict=True, raises=DifferentBitsError)
-    )
   dims, dtype = _property_dims(case), case["dtype"]
   run = helpers.pipeline_vjp(subject.implementation, dims.config)
-  different = None
   tokens = helpers.make_tokens(dims, dtype)
   other = helpers.make_tokens(dims, dtype, seed=9)
   for last in (0, 7, 14, dims.keys - 2):
@@ -839,18 +815,7 @@ def test_causality_is_bitwise(
     for grad in jax.tree.leaves([r[2] for r in results]):
       assert not np.asarray(grad)[:, cut:].any()
     past = [jax.tree.map(lambda x, cut=cut: x[:, :cut], r) for r in results]
-    try:
-      helpers.assert_same_bits(past[0], past[1], what=f"t <= {last}: ")
-    except AssertionError as error:
-      if not known:
-        raise
-      different = error
-      np.testing.assert_array_equal(past[0][1], past[1][1])
-      growth = dims.gradient_growth(dtype)
-      helpers.assert_close(past[0][0], past[1][0], dtype)
-      helpers.assert_close(past[0][2], past[1][2], dtype, gradient=growth)
-  if different is not None:
-    raise DifferentBitsError from different
+    helpers.assert_same_bits(past[0], past[1], what=f"t <= {last}: ")
 
 
 @for_property_cases

@@ -4,7 +4,9 @@ All heads of a group choose the same blocks, so the rows of a program's matrix
 products are the heads of one group at one position, and each chosen block is
 loaded once for all of them. The kernel is bound by L2 bandwidth: if registers
 allow, a program therefore takes two neighbouring positions, and loads the
-blocks that both chose once for both.
+blocks that both chose once for both. The first walks its blocks in ascending
+order, whatever the second chose, so that no bit of a query depends on later
+tokens.
 """
 
 import functools
@@ -56,8 +58,8 @@ def count(mask: jax.Array) -> Any:
 def _pair_kernel(
   ids_ref,  # [2, m], m padded to a power of two
   offset_ref,  # [1]
-  lists_ref,  # [3 m + 1]: shared, first query's, second query's; one unused
-  counts_ref,  # [8]: full blocks and diagonal of each list; two unused
+  lists_ref,  # [2 m + 1]: first query's, second's other blocks; one unused
+  counts_ref,  # [4]: full blocks and diagonal of each list
   *,
   length: int,
   num_ids: int,
@@ -80,21 +82,21 @@ def _pair_kernel(
     both = same * (masks[0][:, None] & masks[1][None, :]).astype(jnp.int32)
     return jnp.max(both, axis=1) > 0, jnp.max(both, axis=0) > 0
 
-  counts: list[Any] = []
-  place = [jnp.full((width,), 3 * m, jnp.int32) for _ in range(2)]
   shared_full, shared_diagonal = shared(full), shared(diagonal)
+  both = shared_full[0] | shared_diagonal[0]
+  counts: list[Any] = []
 
-  def append(i, start, blocks, last):
+  def append(start, entries, blocks, last):
     rank = jnp.cumsum(blocks.astype(jnp.int32)) - 1
-    place[i] = jnp.where(blocks, start + rank, place[i])
-    place[i] = jnp.where(last, start + count(blocks), place[i])
+    place = jnp.where(blocks, start + rank, 2 * m)
+    place = jnp.where(last, start + count(blocks), place)
+    lists_ref[place] = entries
     counts.extend((count(blocks), count(last)))
 
-  append(0, 0, shared_full[0], shared_diagonal[0])
-  for i in range(2):
-    own = full[i] & ~shared_full[i]
-    append(i, (i + 1) * m, own, diagonal[i] & ~shared_diagonal[i])
-    lists_ref[place[i]] = ids[i]
+  append(0, 2 * ids[0] + both.astype(jnp.int32), full[0], diagonal[0])
+  append(
+    m, 2 * ids[1], full[1] & ~shared_full[1], diagonal[1] & ~shared_diagonal[1]
+  )
   index = jnp.arange(counts_ref.shape[0])
   values = [jnp.where(index == i, x, 0) for i, x in enumerate(counts)]
   counts_ref[...] = sum(values[1:], values[0])
@@ -108,7 +110,7 @@ def pair_lists(
   *,
   interpret: bool,
 ) -> tuple[jax.Array, jax.Array]:
-  """Blocks that queries 2 i and 2 i + 1 share, and those that each has alone.
+  """Blocks that query 2 i chose, and those that only query 2 i + 1 chose.
 
   Args:
     ids: int32 [B, T, K, m], strictly ascending, then -1.
@@ -118,12 +120,13 @@ def pair_lists(
     interpret: run the kernel in the interpreter.
 
   Returns:
-    The lists, int32 [B, ceil(T / 2), K, 3 m + 1], and their counts,
-    int32 [B, ceil(T / 2), K, 8], as in `_pair_kernel`.
+    The lists, int32 [B, ceil(T / 2), K, 2 m + 1], and their counts,
+    int32 [B, ceil(T / 2), K, 4], as in `_pair_kernel`. An entry is twice the
+    id, plus 1 in the first list if query 2 i + 1 chose the block as well.
   """
   batch, length, kv_heads, num_ids = ids.shape
   pairs = -(-length // 2)
-  widths = (3 * num_ids + 1, 8)
+  widths = (2 * num_ids + 1, 4)
 
   def spec(rows, width):
     return pl.BlockSpec((None, rows, None, width), lambda p, h, b: (b, p, h, 0))
@@ -156,9 +159,8 @@ class Program(NamedTuple):
 
   positions: tuple[Any, ...]
   row_masks: tuple[Any, ...]  # per query, mask of the valid tile rows, or None
-  ids_ref: Any
-  shared: Run | None  # blocks that both queries chose
-  own: tuple[Run, ...]  # per query, the other blocks that it chose
+  ids_ref: Any  # ids, or the lists of a pair
+  runs: tuple[Run, ...]  # per query; of a pair, as in `pair_lists`
   segments_ref: Any  # of the keys, or None
   segments: tuple[Any, ...]  # of the queries
 
@@ -185,8 +187,7 @@ def program(
     key_length: S.
     block: l'.
   """
-  shared: Run | None = None
-  own: tuple[Run, ...]
+  runs: tuple[Run, ...]
   first = queries * pl.program_id(0)
   positions = tuple(offset_ref[0] + first + i for i in range(queries))
   row_masks = []
@@ -202,27 +203,26 @@ def program(
       ids_ref, common.padding_mask(sizes.num_ids, width), other=-1
     )
     full, diagonal = attended(ids, positions[0], key_length, block)
-    own = (Run(0, count(full), count(diagonal)),)
+    runs = (Run(0, count(full), count(diagonal)),)
   else:
     ids_ref, counts_ref, *segments = refs
-    shared, *both = (
+    runs = tuple(
       Run(i * sizes.num_ids, counts_ref[2 * i], counts_ref[2 * i + 1])
-      for i in range(3)
+      for i in range(2)
     )
-    own = tuple(both)
   return Program(
     positions,
     tuple(row_masks),
     ids_ref,
-    shared,
-    own,
+    runs,
     segments[0] if segments else None,
     tuple(segments[1][i] for i in range(queries)) if segments else (),
   )
 
 
 def walk_blocks(
-  tile: Any,
+  scores: Any,
+  update: Any,
   states: tuple[Any, ...],
   program: Program,
   k_ref: Any,
@@ -231,11 +231,12 @@ def walk_blocks(
   block: int,
   block_k: int,
 ) -> tuple[Any, ...]:
-  """Folds `tile` over the keys that the queries of a program read.
+  """Folds `update` over the keys that the queries of a program read.
 
   Args:
-    tile: maps (i, state, k, v, mask) to the next state of query i. k and v are
-      pieces of `block_k` keys; the mask [block_k] is None if all are read.
+    scores: maps (q, k, mask) to the scores of query q. k holds `block_k` keys;
+      the mask [block_k] is None if all are read.
+    update: maps (state, scores, v) to the next state of a query.
     states: one per query.
     program: the queries and their blocks.
     k_ref: [S, H].
@@ -244,65 +245,65 @@ def walk_blocks(
     block_k: keys per step.
   """
   steps = block // block_k
+  pair = len(states) == 2
 
-  def span(run, i):
-    if steps == 1:
-      start = program.ids_ref[run.first + i] * block
-    else:
-      start = program.ids_ref[run.first + common.div(i, steps)] * block
-      start += common.rem(i, steps) * block_k
-    return pl.ds(start, block_k), start + jnp.arange(block_k)
+  def entry(run, i):
+    """Block of step i, and whether both queries of a pair read it here."""
+    x = program.ids_ref[run.first + common.div(i, steps)]
+    return (x >> 1, (x & 1) == 1) if pair else (x, False)
 
-  def readable(i, span_k, token, masked):
-    mask = token <= program.positions[i] if masked else None
+  def readable(q, span_k, token, masked):
+    mask = token <= program.positions[q] if masked else None
     if program.segments_ref is not None:
       # Only the query's own block, which is masked, may extend past the keys.
       keys = common.load(program.segments_ref.at[span_k], mask)
-      same = keys == program.segments[i]
+      same = keys == program.segments[q]
       mask = same if mask is None else mask & same
     return mask
 
-  def load(run, queries, i, masked):
-    span_k, token = span(run, i)
-    masks = [readable(q, span_k, token, masked) for q in queries]
-    either = (
-      functools.reduce(lambda x, y: x | y, masks)
-      if masks[0] is not None
-      else None
-    )
-    k, v = (
-      common.load_pieces(ref, span_k, common.pieces(ref.shape[1]), either)
-      for ref in (k_ref, v_ref)
-    )
-    return [(q, k, v, mask) for q, mask in zip(queries, masks, strict=True)]
-
-  def walk(runs, first, last, masked, states):
-    """Walks entries first .. last - 1 of several runs in one loop."""
+  def walk(q, first, last, masked, states):
+    """Walks steps first .. last - 1 of the list of query q."""
+    with_second = pair and q == 0
 
     def body(i, states):
+      block_id, both = entry(program.runs[q], i)
+      start = block_id * block + common.rem(i, steps) * block_k
+      span_k, token = pl.ds(start, block_k), start + jnp.arange(block_k)
+      mask = either = readable(q, span_k, token, masked)
+      if with_second:
+        second_mask = readable(1, span_k, token, masked)
+        if mask is not None:
+          either = mask | (second_mask & both)
+      k, v = (
+        common.load_pieces(ref, span_k, common.pieces(ref.shape[1]), either)
+        for ref in (k_ref, v_ref)
+      )
       states = list(states)
-      for q, *keys in [x for run, qs in runs for x in load(run, qs, i, masked)]:
-        states[q] = tile(q, states[q], *keys)
+      states[q] = update(states[q], scores(q, k, mask), v)
+      if with_second:
+        # Inside the `cond`, the query would be copied to shared memory at every
+        # step, and twice as many registers spill.
+        s = scores(1, k, second_mask)
+        states[1] = lax.cond(
+          both,
+          lambda state: update(state, s, v),
+          lambda state: state,
+          states[1],
+        )
       return tuple(states)
 
     return lax.fori_loop(first, last, body, states)
 
-  def end(run, t):
-    visible = common.div(common.rem(jnp.maximum(t, 0), block), block_k) + 1
-    return run.full * steps + run.diagonal * visible
-
-  every = tuple(range(len(states)))
-  if program.shared is not None:
-    run = program.shared
-    states = walk([(run, every)], 0, run.full * steps, False, states)
-    last = end(run, program.positions[-1])
-    states = walk([(run, every)], run.full * steps, last, True, states)
-  alone = [(run, (q,)) for q, run in enumerate(program.own)]
-  together = functools.reduce(jnp.minimum, [run.full for run in program.own])
-  together *= steps
-  states = walk(alone, 0, together, False, states)
-  for (run, queries), t in zip(alone, program.positions, strict=True):
-    states = walk([(run, queries)], together, end(run, t), True, states)
+  for q, run in enumerate(program.runs):
+    full = run.full * steps
+    last = program.positions[q]
+    if pair and q == 0:
+      # If both are in this block, the second reads one more token of it.
+      _, both = entry(run, full)
+      last = jnp.where(both, program.positions[1], last)
+    visible = common.div(common.rem(jnp.maximum(last, 0), block), block_k) + 1
+    states = walk(q, 0, full, False, states)
+    states = walk(q, full, full + run.diagonal * visible, True, states)
   return states
 
 
@@ -334,11 +335,12 @@ def _fwd_kernel(
     for i, mask in enumerate(mine.row_masks)
   ]
 
-  def tile(i, state, k, v, mask):
-    acc, m_i, l_i = state
+  def scores(i, k, mask):
     s = common.dot_pieces(q[i], k) * (spec.scale * common.LOG2E)
-    if mask is not None:
-      s = jnp.where(mask[None, :], s, common.MASK)
+    return s if mask is None else jnp.where(mask[None, :], s, common.MASK)
+
+  def update(state, s, v):
+    acc, m_i, l_i = state
     m_next = jnp.maximum(m_i, s.max(axis=1))
     p = jnp.exp2(s - m_next[:, None])
     correction = jnp.exp2(m_i - m_next)
@@ -355,7 +357,8 @@ def _fwd_kernel(
     jnp.zeros((rows,), jnp.float32),
   )
   states = walk_blocks(
-    tile,
+    scores,
+    update,
     (start,) * queries,
     mine,
     k_ref,
