@@ -3,10 +3,10 @@
     python -m benchmarks.train_step
     python -m benchmarks.train_step --quick
 
-The `base` preset, one row of 32k tokens, bfloat16, AdamW, layers in a scan,
-without `remat`; compared with the same model with full attention by
-cuDNN. The tokens are text, and random ones beside it: the gradient of the
-embedding depends on how often a token occurs.
+The `base` preset, one row of 32k tokens, bfloat16, AdamW, without `remat`;
+compared with the same model with full attention by cuDNN. The tokens are text,
+and random ones beside it: the gradient of the embedding depends on how often a
+token occurs.
 """
 
 import dataclasses
@@ -19,11 +19,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import matplotlib
+import numpy as np
 
 from benchmarks import harness
 from examples.lm import data, train
 from nsa_jax import TransformerConfig, TransformerLM
 from nsa_jax.layers.linen import CompressBlocks
+from nsa_jax.models.embedding import embed
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -46,7 +48,9 @@ PRODUCTS = r"gemm|nvjet|cutlass|cublas|split_?k|xmma"
 OPERATIONS = (
   ("attention: RoPE, gates, layout", r"/attention/"),
   ("scan over layers: residuals", r"/jit\(dynamic_(update_)?index_in_dim\)"),
-  ("norms, SwiGLU, embedding, loss", r"jvp\("),
+  ("embedding", r"/embed\b"),
+  ("loss", r"\btoken_losses\b"),
+  ("norms, SwiGLU", r"jvp\("),
   ("optimiser", r"jit\(train_step\)/"),
 )
 PHI = "phi (fused kernels)"
@@ -56,7 +60,6 @@ def configure(attention: str, **overrides: Any) -> TransformerConfig:
   fields = {
     "attention": attention,
     "dtype": jnp.bfloat16,
-    "scan_layers": True,
     "implementation": None if attention == "full" else "triton",
   }
   return TransformerConfig.preset("base", **{**fields, **overrides})
@@ -84,17 +87,33 @@ def jobs(
     found[name, "init"] = start, (0,)
     found[name, "step"] = step, (jax.eval_shape(start, 0), windows)
   config = configs["nsa"]
-  phi, args = phi_job(config, length)
-  found["nsa", "phi"] = phi, args
+  found["nsa", "phi"] = phi_job(config, length, rows)
+  found["nsa", "embedding"] = embedding_job(config, length, rows)
   return found
 
 
-def phi_job(config: TransformerConfig, length: int) -> Any:
+def embedding_job(config: TransformerConfig, length: int, rows: int) -> Any:
+  """The lookup and its gradient; shapes of table, cotangent and tokens."""
+  widths = config.vocab_size, config.model_dim
+  table = jax.ShapeDtypeStruct(widths, config.param_dtype)
+  out = jax.ShapeDtypeStruct((rows, length, widths[1]), config.dtype)
+  tokens = jax.ShapeDtypeStruct((rows, length), jnp.int32)
+
+  def run(table, dout, tokens):
+    out, pullback = jax.vjp(lambda x: embed(x, tokens, config.dtype), table)
+    return out, pullback(dout)
+
+  return run, (table, out, tokens)
+
+
+def phi_job(config: TransformerConfig, length: int, rows: int) -> Any:
   """phi of one layer's keys and values, forward and backward; its shapes."""
   phi = CompressBlocks(config.compression, config.nsa, config.param_dtype)
   value_dim = config.value_head_dim or config.head_dim
   shapes = [
-    jax.ShapeDtypeStruct((1, length, config.num_kv_heads, width), config.dtype)
+    jax.ShapeDtypeStruct(
+      (rows, length, config.num_kv_heads, width), config.dtype
+    )
     for width in (config.head_dim, value_dim)
   ]
   params = [jax.eval_shape(phi.init, jax.random.key(0), x) for x in shapes]
@@ -237,16 +256,15 @@ def measure(
 
 def tables(
   measured: Mapping[str, Any],
-  phi_ms: float,
-  layers: int,
+  alone: Mapping[str, tuple[float, int]],
   random: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, list[dict[str, Any]]]:
   """The tables of the record.
 
   Args:
     measured: (facts, kernels, origins) by model, on text.
-    phi_ms: time of phi in one layer, forward and backward, timed alone.
-    layers: number of layers.
+    alone: ms of a part that was timed alone, forward and backward, and how
+      many of it a step has.
     random: facts by model on random tokens, in the same order.
   """
   kinds = {name: by_kind(*rest) for name, (_, *rest) in measured.items()}
@@ -269,12 +287,14 @@ def tables(
   return {
     "One step": steps,
     "Where the time goes": rows,
-    "phi and its backward, timed alone": [
+    "Parts timed alone, forward and backward": [
       {
-        "ms of a layer": phi_ms,
-        "ms of all layers": layers * phi_ms,
-        "share of the nsa step": f"{layers * phi_ms / step_ms:.1%}",
+        "part": name,
+        "ms": ms,
+        "in a step": count,
+        "share of the nsa step": f"{count * ms / step_ms:.1%}",
       }
+      for name, (ms, count) in alone.items()
     ],
     "Largest kernels of the nsa step": [
       {
@@ -318,11 +338,23 @@ def parser():
   )
   result.add_argument("--layers", type=int, help="default: 16, with --quick 4")
   result.add_argument(
-    "--unrolled",
-    action="store_true",
-    help="layers one after the other instead of in a scan; compiles for long",
+    "--vocab-size",
+    type=int,
+    default=256,
+    help="more than the 256 bytes: tokens are pairs of bytes (default: 256)",
+  )
+  result.add_argument(
+    "--scan", action="store_true", help="layers in a scan: compiles faster"
   )
   return result
+
+
+def pairs_of_bytes(text: Any, vocab_size: int) -> Any:
+  """A token for each byte of [B, T] and the next one, as frequent as in text.
+
+  ASCII pairs are different tokens if the vocabulary has 2^15.
+  """
+  return (text * 256 + np.roll(text, -1, axis=1)) % vocab_size
 
 
 def main(argv: Sequence[str] | None = None):
@@ -330,7 +362,12 @@ def main(argv: Sequence[str] | None = None):
   harness.require_gpu()
   layers = args.layers or (4 if args.quick else 16)
   configs = {
-    name: configure(name, num_layers=layers, scan_layers=not args.unrolled)
+    name: configure(
+      name,
+      num_layers=layers,
+      scan_layers=args.scan,
+      vocab_size=args.vocab_size,
+    )
     for name in ATTENTIONS
   }
   wanted = jobs(configs, args.length, args.rows)
@@ -343,26 +380,40 @@ def main(argv: Sequence[str] | None = None):
   text = data.training_batch(
     corpus.train, seed=0, step=0, batch_size=args.rows, seq_len=args.length
   )
+  if args.vocab_size > 256:
+    text = pairs_of_bytes(text, args.vocab_size)
   noise_tokens = jax.random.randint(
-    jax.random.key(1), text.shape, 0, configs["nsa"].vocab_size
+    jax.random.key(1), text.shape, 0, args.vocab_size
   )
   measured, random = {}, []
   for name in ATTENTIONS:
     measured[name] = measure(programs, name, "text", text)
     random.append(measure(programs, name, "random", noise_tokens)[0])
     print(measured[name][0], random[-1], flush=True)
-  phi = programs["nsa", "phi"]
-  phi_args = noise(2, wanted["nsa", "phi"][1])
-  phi_ms = sum(harness.kernel_ms(phi, *phi_args).values())
-  found = tables(measured, phi_ms, layers, random)
+  alone = {}
+  table, out, _ = wanted["nsa", "embedding"][1]
+  tokens = jnp.asarray(text[:, :-1], jnp.int32)
+  for name, count, values in (
+    ("phi", layers, noise(2, wanted["nsa", "phi"][1])),
+    ("embedding", 1, (*noise(2, (table, out)), tokens)),
+  ):
+    ms = sum(harness.kernel_ms(programs["nsa", name], *values).values())
+    alone[name] = ms, count
+  found = tables(measured, alone, random)
+  record = "train_step"
+  if (args.rows, args.length) != (1, LENGTH):
+    record += f"_{args.rows}x{args.length}"
+  if args.vocab_size > 256:
+    record += f"_vocab_{args.vocab_size}"
+  record += "_scan" * args.scan
   harness.record(
     args.out,
-    "train_step",
+    record,
     f"One training step, {layers} layers of the base preset, {args.rows} x "
     f"{args.length} tokens",
     found,
   )
-  plot(args.out / "train_step.png", found["Where the time goes"], ATTENTIONS)
+  plot(args.out / f"{record}.png", found["Where the time goes"], ATTENTIONS)
 
 
 if __name__ == "__main__":

@@ -254,7 +254,7 @@ def test_kinds_of_kernels():
     "loop_fusion_3": "optimiser",
     "input_fusion": "phi (fused kernels)",
     "gates_1": "attention: RoPE, gates, layout",
-    "silu_2": "norms, SwiGLU, embedding, loss",
+    "silu_2": "norms, SwiGLU",
     "nsa_selected_dq": "NSA: selected",
     "nsa_window_fwd": "NSA: window",
     "nsa_compressed_fwd": "NSA: compressed",
@@ -287,7 +287,7 @@ def test_tables_of_the_training_step(tmp_path):
     ),
   }
   random = [{"tokens/s": 400.0}, {"tokens/s": 100.0}]
-  tables = train_step.tables(measured, 0.05, 16, random)
+  tables = train_step.tables(measured, {"phi": (0.05, 16)}, random)
   faster = [row["nsa is faster by"] for row in tables["One step"]]
   assert faster == [1.0, 3.0, 1.0, 4.0]
   rows = tables["Where the time goes"]
@@ -299,7 +299,7 @@ def test_tables_of_the_training_step(tmp_path):
     "full share": "30.0%",
   }
   assert rows[1]["full ms"] is None
-  (phi,) = tables["phi and its backward, timed alone"]
+  (phi,) = tables["Parts timed alone, forward and backward"]
   assert phi["share of the nsa step"] == "8.0%"
   assert len(tables["Largest kernels of the nsa step"]) == 2
   train_step.plot(tmp_path / "plot.png", rows, ("nsa", "full"))
@@ -312,7 +312,10 @@ def test_programs_of_the_training_step():
   )
   config = dataclasses.replace(config, implementation="xla")
   wanted = train_step.jobs({"nsa": config}, 32)
-  assert set(wanted) == {("nsa", "init"), ("nsa", "step"), ("nsa", "phi")}
+  names = {name for _, name in wanted}
+  assert names == {"init", "step", "phi", "embedding"}
+  run, (table, out, tokens) = wanted["nsa", "embedding"]
+  assert jax.eval_shape(run, table, out, tokens) == (out, (table,))
   run, shapes = wanted["nsa", "phi"]
   gradients = jax.eval_shape(run, *shapes)
   assert jax.tree.map(jnp.shape, gradients) == jax.tree.map(
@@ -321,6 +324,15 @@ def test_programs_of_the_training_step():
   assert jax.tree.map(jnp.shape, train_step.noise(0, shapes)) == jax.tree.map(
     jnp.shape, shapes
   )
+
+
+def test_tokens_of_a_large_vocabulary():
+  text = np.frombuffer(b"abab ba ab", np.uint8).astype(np.int32)[None]
+  tokens = train_step.pairs_of_bytes(text, 2**15)
+  assert tokens.shape == text.shape
+  assert tokens.max() < 2**15
+  assert tokens[0, 0] == tokens[0, 2] == tokens[0, 8]  # "ab"
+  assert len(np.unique(tokens)) == 6
 
 
 @pytest.mark.parametrize("attention", train_step.ATTENTIONS)

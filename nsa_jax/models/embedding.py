@@ -42,10 +42,12 @@ def embed(table: Array, tokens: Array, dtype: Any) -> Array:
     [B, T, D]. The gradient of the table is summed in float32 at least. A
     cotangent that is not finite may reach the rows of other tokens.
   """
-  return _gather(table, tokens, jnp.nan).astype(dtype)
+  with jax.named_scope("embed"):
+    return _gather(table, tokens, jnp.nan).astype(dtype)
 
 
 @embed.defjvp
+@jax.named_scope("embed")
 def _jvp(dtype, primals, tangents):
   table, tokens = primals
   tangent, _ = tangents

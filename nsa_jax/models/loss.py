@@ -16,6 +16,7 @@ def logits_of(x: Array, head: Array) -> Array:
   return jnp.einsum("btd,vd->btv", x, head, preferred_element_type=jnp.float32)
 
 
+@jax.named_scope("token_losses")
 def token_losses(
   x: Array, head: Array, labels: Array, chunk_logits: int = CHUNK_LOGITS
 ) -> Array:
