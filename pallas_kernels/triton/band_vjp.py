@@ -205,9 +205,7 @@ def backward(
   dq, dk, dv = grads
 
   def finish(splits, like, scale=1.0):
-    # One by one, and only then scaled: the bits of `splits.sum(axis=0)` depend
-    # on the variant of the sum that XLA finds fastest when it compiles.
-    x = functools.reduce(jnp.add, list(splits)) * scale
+    x = sum_splits(splits) * scale
     x = jnp.swapaxes(x.reshape(len(key), key.shape[2], *x.shape[1:]), 1, 2)
     return x.astype(like.dtype)
 
@@ -233,6 +231,19 @@ def _add_chunk(
   dq, *sums = grads or (None,)
   *sums, ds = _key_value_gradient(chunk, tuple(sums), inputs, schedule)
   return (_query_gradient(chunk, ds, dq, inputs, schedule), *sums)
+
+
+def sum_splits(x: jax.Array) -> jax.Array:
+  """Sum over the first axis, half by half.
+
+  The bits of `x.sum(axis=0)` depend on the variant of the sum that XLA finds
+  fastest when it compiles.
+  """
+  while len(x) > 1:
+    half = len(x) // 2
+    pairs = x[:half] + x[half : 2 * half]
+    x = jnp.concatenate([pairs, x[2 * half :]]) if len(x) % 2 else pairs
+  return x[0]
 
 
 def query_tiles(

@@ -186,10 +186,16 @@ def keep_finite(delta: jax.Array, lse: jax.Array) -> jax.Array:
   return jnp.where(lse == lse, delta, 0)
 
 
+def take(x: jax.Array, index: jax.Array) -> jax.Array:
+  """`x[index]` for indices in [0, len(x)), in one operation of XLA."""
+  return x.at[index].get(mode="promise_in_bounds", wrap_negative_indices=False)
+
+
 def div(x: Any, y: int) -> Any:
   """Floor division of nonnegative integers.
 
-  `//` lowers to a sign correction that Triton does not support for scalars.
+  `//` lowers to a sign correction that Triton does not support for scalars, and
+  that takes XLA many operations.
   """
   return lax.div(x, jnp.asarray(y, x.dtype))
 

@@ -56,14 +56,16 @@ def invert(
     # A single 32-bit key for owner and item sorts fastest.
     key = owner.astype(jnp.uint32) * num_items + item.astype(jnp.uint32)
     key = jnp.sort(key.reshape(-1))
-    owners, items = jnp.divmod(key, jnp.uint32(num_items))
-    owners, items = owners.astype(jnp.int32), items.astype(jnp.int32)
+    owners, items = (
+      divide(key, num_items).astype(jnp.int32)
+      for divide in (common.div, common.rem)
+    )
   else:
     owners, items = lax.sort(
       (owner.reshape(-1), item.reshape(-1)), num_keys=1, is_stable=True
     )
   bounds = _search(owners, jnp.arange(num_owners + 1, dtype=jnp.int32))
-  per_list = -(-jnp.diff(bounds) // piece)
+  per_list = common.div(jnp.diff(bounds) + (piece - 1), piece)
   starts = jnp.pad(jnp.cumsum(per_list, dtype=jnp.int32), (1, 0))
   # Upper bound: at most one piece per list is incomplete.
   num_pieces = -(-owner.size // piece) + num_owners
@@ -71,8 +73,9 @@ def invert(
   of_piece = _search(starts, index + 1) - 1
   used = of_piece < num_owners
   of_piece = of_piece.clip(0, num_owners - 1)
-  first = bounds[of_piece] + (index - starts[of_piece]) * piece
-  last = jnp.minimum(first + piece, bounds[of_piece + 1])
+  first = common.take(bounds, of_piece)
+  first += (index - common.take(starts, of_piece)) * piece
+  last = jnp.minimum(first + piece, common.take(bounds, of_piece + 1))
   pieces = jnp.stack(
     [of_piece, jnp.where(used, first, 0), jnp.where(used, last, 0)], axis=1
   )
@@ -98,7 +101,7 @@ def _search(ascending: jax.Array, values: jax.Array) -> jax.Array:
   # The first elements of rows; the result is in or at the end of the last row
   # that begins below the value.
   row = jnp.maximum(count(rows[None, :, 0]) - 1, 0)
-  return row * stride + count(rows[row])
+  return row * stride + count(common.take(rows, row))
 
 
 def chosen(

@@ -138,9 +138,10 @@ def make_chunk(
     jnp.arange(chunking.heads, dtype=jnp.int32), chunking.queries
   )
   local = lax.dynamic_slice_in_dim(row_ids, first_row, count)
-  head = first_row // chunking.length + local_head
+  head = common.div(first_row, chunking.length) + local_head
   row = first_row + jnp.arange(count, dtype=jnp.int32)
-  position = offset[head // chunking.kv_heads] + row - head * chunking.length
+  position = common.take(offset, common.div(head, chunking.kv_heads))
+  position += row - head * chunking.length
   valid = chosen(local, position[:, None], chunking.key_length, chunking.block)
   num_owners = chunking.heads * chunking.num_blocks
   lists = invert(
@@ -177,7 +178,7 @@ def add_pieces(
     partial, chunk.lists.starts, total.dtype, interpret=interpret
   )
   sums = sums.reshape(chunking.heads, -1, sums.shape[-1])
-  first_head = chunk.first_row[0] // chunking.length
+  first_head = common.div(chunk.first_row[0], chunking.length)
   if chunking.splits_heads:
     sums += lax.dynamic_slice_in_dim(total, first_head, chunking.heads)
   return lax.dynamic_update_slice_in_dim(total, sums, first_head, axis=0)
