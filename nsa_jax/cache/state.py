@@ -700,14 +700,16 @@ def _append(cache, new, compress, counts, config):
 
 def _write(held, new, rows, valid):
   """Writes n keys and values to indices `rows` [B, n] where `valid`."""
+  batch, size = held.key.shape[:2]
+  # Invalid entries go out of range and are dropped. All indices differ, so that
+  # the scatter needs no order.
+  place = jnp.where(valid, rows, size + jnp.arange(rows.shape[1]))
+  index = jnp.arange(batch)[:, None], place
 
   def one(held, new):
-    size = held.shape[1]
-    # Invalid entries go out of range and are dropped. All indices differ, so
-    # that the scatter needs no order.
-    place = jnp.where(valid, rows, size + jnp.arange(rows.shape[1]))
-    batch = jnp.arange(held.shape[0])[:, None]
-    return held.at[batch, place].set(new, mode="drop", unique_indices=True)
+    return held.at[index].set(
+      new, mode="drop", unique_indices=True, wrap_negative_indices=False
+    )
 
   return jax.tree.map(one, held, new)
 
@@ -732,8 +734,12 @@ def _with_last(held, new, lengths, count):
 
 def take_rows(pair: KV, rows: Array) -> KV:
   """Gathers keys and values [B, S, ...] at `rows` [B, n], clipped to [0, S)."""
-  batch = jnp.arange(rows.shape[0])[:, None]
-  return jax.tree.map(lambda x: x.at[batch, rows].get(mode="clip"), pair)
+  index = jnp.arange(rows.shape[0])[:, None], rows
+
+  def one(x):
+    return x.at[index].get(mode="clip", wrap_negative_indices=False)
+
+  return jax.tree.map(one, pair)
 
 
 def ring_rows(pair: KV, positions: Array) -> KV:
