@@ -39,7 +39,7 @@ NAMED = (
   ("NSA: window", r"nsa_window"),
   ("NSA: scores and top-n", r"nsa_(block_scores|top_n)"),
   ("NSA: selected", r"nsa_(selected|sum_pieces)"),
-  ("NSA: selected, sorts", r"radix_?sort|\bcub\b|^sort"),
+  ("sorts (NSA: selected, embedding)", r"radix_?sort|\bcub\b|^sort"),
   ("NSA: other kernels", r"nsa_"),
   ("full attention (cuDNN)", r"cudnn|sdpa|flash|fmha"),
 )

@@ -260,7 +260,7 @@ def test_kinds_of_kernels():
     "nsa_compressed_fwd": "NSA: compressed",
     "nsa_top_n": "NSA: scores and top-n",
     "nsa_anything": "NSA: other kernels",
-    "void cub::DeviceRadixSortOnesweep": "NSA: selected, sorts",
+    "void cub::DeviceRadixSortOnesweep": "sorts (NSA: selected, embedding)",
     "nvjet_tst_128x256_64x4": "matrix products",
     "cudnn_generated_fort_native_sdpa_sm90_flash_bprop": "full attention "
     "(cuDNN)",

@@ -369,33 +369,62 @@ def test_pieces_are_added_in_order(interpret: bool) -> None:
     np.testing.assert_array_equal(total, expected)
 
 
+@pytest.mark.parametrize("segmented", [False, True])
 @pytest.mark.parametrize(
-  "length,head_dim", [(72, 16), pytest.param(2048, 128, marks=pytest.mark.gpu)]
+  "length,block,head_dim",
+  [
+    (72, 16, 16),
+    (205, 32, 16),  # Two steps per block, and a last program of one query.
+    pytest.param(2048, 16, 128, marks=pytest.mark.gpu),
+    pytest.param(2031, 64, 128, marks=pytest.mark.gpu),
+  ],
 )
 def test_first_of_a_pair_knows_nothing_of_the_second(
-  length: int, head_dim: int
+  length: int, block: int, head_dim: int, segmented: bool
 ) -> None:
   """Its bits are the same whatever the second is and chose."""
   rng = np.random.default_rng(0)
-  sizes: Any = {"head_dim": head_dim, "value_dim": head_dim}
-  query, key, value, ids, dout, dlse = _inputs(
+  sizes: Any = {"head_dim": head_dim, "value_dim": head_dim, "block": block}
+  query, key, value, ids, *_ = _inputs(
     length=length, group=16, num_ids=4, dtype=jnp.bfloat16, **sizes
   )
-  run = _pullback("triton", NSAConfig(16, 16, 16, 4))
-  expected = run(query, key, value, ids, dout, dlse)[0]
-  second = jnp.arange(length)[None, :, None, None] % 2 == 1
+  config = NSAConfig(16, 16, block, 4)
+  tiling_of = tiling.selected_tiling(
+    group=16,
+    head_dim=head_dim,
+    value_dim=head_dim,
+    dtype=jnp.dtype(jnp.bfloat16),
+    block=block,
+    num_ids=4,
+  )
+  assert tiling_of.fwd.queries == 2
+  tiles = dataclasses.replace(tiling_of, fwd=tiling.Tile(16, 1, 2, 2))
+  position = jnp.arange(length)[None]
+  first = jnp.where(position < 2 * block, 1, 2).astype(jnp.int32)
+  segment_ids = first if segmented else None
+
+  @jax.jit
+  def run(query: Any, ids: Any) -> Any:
+    return nsa_jax.selected_attention(
+      query,
+      key,
+      value,
+      ids,
+      config=config,
+      tiles=tiles,
+      segment_ids=segment_ids,
+      implementation="triton",
+    )
+
+  expected = run(query, ids)
+  second = position[..., None, None] % 2 == 1
   for seed in range(3):
-    other = random_ids(jax.random.key(9 + seed), 1, length, 1, 4, 16)
+    other = random_ids(jax.random.key(9 + seed), 1, length, 1, 4, block)
     if seed == 2:  # Fewer blocks than the first.
       other = jnp.where(jnp.arange(4) < rng.integers(1, 4), other, -1)
     changed = run(
-      jnp.where(second, -query, query),
-      key,
-      value,
-      jnp.where(second, other, ids),
-      dout,
-      dlse,
-    )[0]
+      jnp.where(second, -query, query), jnp.where(second, other, ids)
+    )
     helpers.assert_same_bits(
       [x[:, ::2] for x in changed], [x[:, ::2] for x in expected]
     )

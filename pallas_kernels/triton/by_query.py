@@ -189,6 +189,7 @@ def program(
   """
   runs: tuple[Run, ...]
   first = queries * pl.program_id(0)
+  last = sizes.length - 1 - first  # The last program may have a query less.
   positions = tuple(offset_ref[0] + first + i for i in range(queries))
   row_masks = []
   for i in range(queries):
@@ -216,7 +217,9 @@ def program(
     ids_ref,
     runs,
     segments[0] if segments else None,
-    tuple(segments[1][i] for i in range(queries)) if segments else (),
+    tuple(segments[1][jnp.minimum(i, last)] for i in range(queries))
+    if segments
+    else (),
   )
 
 
@@ -252,11 +255,13 @@ def walk_blocks(
     x = program.ids_ref[run.first + common.div(i, steps)]
     return (x >> 1, (x & 1) == 1) if pair else (x, False)
 
-  def readable(q, span_k, token, masked):
+  def readable(q, span_k, token, masked, joins=True):
     mask = token <= program.positions[q] if masked else None
     if program.segments_ref is not None:
-      # Only the query's own block, which is masked, may extend past the keys.
-      keys = common.load(program.segments_ref.at[span_k], mask)
+      # Only the query's own block, which is masked, may extend past the keys;
+      # so may that of another query, which it does not join.
+      inside = None if mask is None else mask & joins
+      keys = common.load(program.segments_ref.at[span_k], inside)
       same = keys == program.segments[q]
       mask = same if mask is None else mask & same
     return mask
@@ -271,7 +276,7 @@ def walk_blocks(
       span_k, token = pl.ds(start, block_k), start + jnp.arange(block_k)
       mask = either = readable(q, span_k, token, masked)
       if with_second:
-        second_mask = readable(1, span_k, token, masked)
+        second_mask = readable(1, span_k, token, masked, both)
         if mask is not None:
           either = mask | (second_mask & both)
       k, v = (
