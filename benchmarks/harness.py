@@ -14,6 +14,7 @@ import pathlib
 import shlex
 import statistics
 import sys
+import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -116,6 +117,16 @@ def device_ms(
     raise RuntimeError("the profiler saw no kernel")
   # The profiler returns a number for one repeat, a list for several.
   return result, statistics.median([times] if repeats == 1 else times)
+
+
+def wall_ms(function: Callable[..., Any], *args: Any, calls: int) -> float:
+  """Wall time per call in ms of so many calls in a row, after a warm-up."""
+  jax.block_until_ready(function(*args))
+  started = time.perf_counter()
+  for _ in range(calls):
+    result = function(*args)
+  jax.block_until_ready(result)
+  return 1e3 * (time.perf_counter() - started) / calls
 
 
 def kernel_ms(function: Callable[..., Any], *args: Any) -> dict[str, float]:

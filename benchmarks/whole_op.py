@@ -5,9 +5,10 @@
 
 Headline shape: 64 query and 4 key/value heads, H = V = 128, the paper's
 configuration, bfloat16, batch 1, with gates and separate keys and values for
-every branch. In addition, one row of 1M tokens with 16 query heads and one
-key/value head; and, once `python -m benchmarks.trained_ids` has saved them, the
-blocks of a trained model in place of the selection.
+every branch (others: `--heads 16 --kv-heads 1 --head-dim 64`). In addition, one
+row of 1M tokens with 16 query heads and one key/value head; and, once `python
+-m benchmarks.trained_ids` has saved them, the blocks of a trained model in
+place of the selection.
 """
 
 import functools
@@ -33,6 +34,8 @@ CHECKED = 4096  # Length at which the numerics are checked.
 SHOWN = 65536  # Length at which the parts are drawn and the kernels listed.
 # Maximum lengths of the baselines: the longest calls take seconds.
 LONGEST = {"cuDNN": 131072, "Triton FA": 65536}
+# Calls in a row for wall time; long ones take seconds and vary little.
+CALLS, LONG_CALLS = 30, 3
 # Speedups in Figure 6 of the paper: A100, over its Triton FlashAttention-2.
 PAPER = {
   8192: (2.1, 1.1),
@@ -43,7 +46,8 @@ PAPER = {
 BRANCHES = ("compressed", "selected", "window")
 CHUNK = 4096
 
-# Milliseconds by (what, "fwd" or "bwd").
+# Milliseconds by (what, "fwd" or "bwd"), and ("whole" or "cuDNN", "wall") for
+# wall time of both.
 Times = dict[tuple[str, str], float]
 
 
@@ -236,7 +240,7 @@ def time_part(
   dout: Any,
   repeats: int,
 ) -> Times:
-  """Device time of a part, forward and backward."""
+  """Device time of a part, forward and backward; wall time of whole calls."""
   # Results are dropped after each call: several of them would fill the card.
   _, fwd = harness.device_ms(
     program(programs, (shape, name, "fwd")),
@@ -254,6 +258,14 @@ def time_part(
       repeats=repeats,
     )
     times[name, "bwd"] = both - fwd
+  if name in ("whole", "cuDNN"):
+    times[name, "wall"] = harness.wall_ms(
+      program(programs, (shape, name, "both")),
+      part.primals,
+      part.rest,
+      dout,
+      calls=CALLS if shape.length < SHOWN else LONG_CALLS,
+    )
   return times
 
 
@@ -427,7 +439,7 @@ def total(times: Times, name: str) -> float | None:
 
 
 def speedup(times: Times, name: str, kind: str) -> float | None:
-  """Time of a baseline over that of the op; kind "fwd", "bwd" or "fwd+bwd"."""
+  """Time of a baseline over that of the op; a kind of `Times`, or "fwd+bwd"."""
   if kind == "fwd+bwd":
     return ratio(total(times, name), total(times, "whole"))
   return ratio(times.get((name, kind)), times.get(("whole", kind)))
@@ -442,6 +454,8 @@ def time_row(length: int, times: Times, facts: dict[str, Any]) -> dict:
   ):
     for kind in ("fwd", "bwd"):
       row[f"{label}{kind} ms"] = times.get((name, kind))
+    if name != "Triton FA":
+      row[f"{label}wall ms, fwd+bwd"] = times.get((name, "wall"))
   for kind in ("fwd", "bwd"):
     ms = times["whole", kind]
     row[f"{kind} ns/token"] = 1e6 * ms / length
@@ -532,7 +546,7 @@ def tables(
             tuple(measured),
             [speedup(times, name, kind) for times, _ in measured.values()],
           )
-          for kind in ("fwd", "bwd", "fwd+bwd")
+          for kind in ("fwd", "bwd", "fwd+bwd", "wall")
         },
       }
       for name in LONGEST
@@ -631,6 +645,14 @@ def parser():
     nargs="+",
     help=f"tokens (default: {' '.join(map(str, LENGTHS))})",
   )
+  for name in ("heads", "kv_heads", "head_dim"):
+    default = Shape._field_defaults[name]
+    result.add_argument(
+      f"--{name.replace('_', '-')}",
+      type=int,
+      default=default,
+      help=f"(default: {default})",
+    )
   result.add_argument(
     "--parts",
     type=int,
@@ -650,7 +672,7 @@ def parser():
     type=int,
     default=2**20,
     help="tokens of the long sequence, 0 for none (default: 1048576; none "
-    "with --quick)",
+    "with --quick or other heads)",
   )
   return result
 
@@ -659,14 +681,16 @@ def main(argv: Sequence[str] | None = None):
   args = parser().parse_args(argv)
   harness.require_gpu()
   lengths = sorted(args.lengths or (QUICK if args.quick else LENGTHS))
-  every = [Shape(length) for length in lengths]
+  sizes = args.heads, args.kv_heads, args.head_dim
+  every = [Shape(length, *sizes) for length in lengths]
   in_parts = args.parts or (lengths[-1:] if args.quick else lengths)
   if not set(in_parts) & set(lengths):
     raise SystemExit(f"--parts {in_parts} must be among {lengths}")
   failures = Failures()
   wanted: dict[Any, Any] = {}
   long = None
-  if args.long and not args.quick:
+  headline = every[0]._replace(length=0) == Shape(0)
+  if args.long and headline and not args.quick:
     long = Shape(args.long, heads=16, kv_heads=1)
     wanted |= jobs(long, only=("whole",))
   for shape in every:
@@ -691,13 +715,18 @@ def main(argv: Sequence[str] | None = None):
       found_tables[f"{shape.length} tokens, given ids, no selection"] = (
         given_ids(shape, saved, 3 if args.quick else 5)
       )
+  record = "whole_op"
+  if not headline:
+    record += f"_{args.heads}_{args.kv_heads}_{args.head_dim}"
   harness.record(
     args.out,
-    "whole_op",
-    "Native Sparse Attention, the whole op",
+    record,
+    "Native Sparse Attention, the whole op, {} and {} heads of {}".format(
+      *sizes
+    ),
     found_tables,
   )
-  plot(args.out / "whole_op.png", measured)
+  plot(args.out / f"{record}.png", measured)
 
 
 if __name__ == "__main__":

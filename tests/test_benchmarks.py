@@ -61,6 +61,8 @@ def test_more_arguments():
   assert parse([]).long == 2**20
   assert parse(["--lengths", "4096", "8192"]).lengths == [4096, 8192]
   assert parse(["--parts", "8192"]).parts == [8192]
+  assert parse(["--kv-heads", "1"]).kv_heads == 1
+  assert parse([]).head_dim == 128
   assert train_step.parser().parse_args(["--layers=3"]).layers == 3
   assert loss_curve.parser().parse_args([]).batch_size == 4
 
@@ -92,6 +94,9 @@ def made_up():
     }
     memory = {"fwd": 10.0, "fwd+bwd": 20.0}
     measured[length] = flat, {"temporary MiB": memory}
+  for length, wall in ((1000, (15.0, 7.5)), (2000, (30.0, 60.0))):
+    for name, ms in zip(("whole", "cuDNN"), wall, strict=True):
+      measured[length][0][name, "wall"] = ms
   measured[1000][1]["errors"] = [{"array": "out", "relative error": 0.003}]
   measured[65536][1]["kernels"] = {"nsa_selected_dq": 3.0, "loop_fusion": 1.0}
   return measured
@@ -124,6 +129,7 @@ def test_tables_of_the_whole_op(tmp_path):
 
   cudnn, triton = tables["Break-even length, tokens"]
   assert (cudnn["fwd"], cudnn["fwd+bwd"]) == (1414, 1414)
+  assert (cudnn["wall"], triton["wall"]) == (1414, "not measured")
   assert (triton["fwd"], triton["bwd"]) == ("below 2000", "below 65536")
 
   (row,) = tables["Parts, ms (timed alone)"]
@@ -143,6 +149,11 @@ def test_tables_of_the_whole_op(tmp_path):
   assert saved["tables"]["Time"] == tables["Time"]
   assert saved["more"] == [1]
   assert "| 65536 | 30 | 66 |" in (tmp_path / "whole_op.md").read_text()
+
+
+def test_wall_time():
+  x = jnp.ones(3)
+  assert harness.wall_ms(lambda x: x + 1, x, calls=3) > 0
 
 
 def test_break_even():
