@@ -119,7 +119,7 @@ def device_ms(
   return result, statistics.median([times] if repeats == 1 else times)
 
 
-def wall_ms(function: Callable[..., Any], *args: Any, calls: int) -> float:
+def in_a_row_ms(function: Callable[..., Any], *args: Any, calls: int) -> float:
   """Wall time per call in ms of so many calls in a row, after a warm-up."""
   jax.block_until_ready(function(*args))
   started = time.perf_counter()

@@ -259,7 +259,7 @@ def time_part(
     )
     times[name, "bwd"] = both - fwd
   if name in ("whole", "cuDNN"):
-    times[name, "wall"] = harness.wall_ms(
+    times[name, "wall"] = harness.in_a_row_ms(
       program(programs, (shape, name, "both")),
       part.primals,
       part.rest,

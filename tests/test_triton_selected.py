@@ -385,36 +385,21 @@ def test_first_of_a_pair_knows_nothing_of_the_second(
   """Its bits are the same whatever the second is and chose."""
   rng = np.random.default_rng(0)
   sizes: Any = {"head_dim": head_dim, "value_dim": head_dim, "block": block}
-  query, key, value, ids, *_ = _inputs(
+  query, key, value, ids, *cotangents = _inputs(
     length=length, group=16, num_ids=4, dtype=jnp.bfloat16, **sizes
   )
-  config = NSAConfig(16, 16, block, 4)
-  tiling_of = tiling.selected_tiling(
-    group=16,
-    head_dim=head_dim,
-    value_dim=head_dim,
-    dtype=jnp.dtype(jnp.bfloat16),
-    block=block,
-    num_ids=4,
-  )
-  assert tiling_of.fwd.queries == 2
-  tiles = dataclasses.replace(tiling_of, fwd=tiling.Tile(16, 1, 2, 2))
+  pairs, tile = tiling.Tile(16, 1, 2, 2), tiling.Tile(16, 4, 2)
   position = jnp.arange(length)[None]
-  first = jnp.where(position < 2 * block, 1, 2).astype(jnp.int32)
-  segment_ids = first if segmented else None
+  segment_ids = jnp.where(position < 2 * block, 1, 2).astype(jnp.int32)
+  pullback = _pullback(
+    "triton",
+    NSAConfig(16, 16, block, 4),
+    tiles=tiling.SelectedTiling(False, pairs, tile, tile),
+    segment_ids=segment_ids if segmented else None,
+  )
 
-  @jax.jit
   def run(query: Any, ids: Any) -> Any:
-    return nsa_jax.selected_attention(
-      query,
-      key,
-      value,
-      ids,
-      config=config,
-      tiles=tiles,
-      segment_ids=segment_ids,
-      implementation="triton",
-    )
+    return pullback(query, key, value, ids, *cotangents)[0]
 
   expected = run(query, ids)
   second = position[..., None, None] % 2 == 1
@@ -422,9 +407,8 @@ def test_first_of_a_pair_knows_nothing_of_the_second(
     other = random_ids(jax.random.key(9 + seed), 1, length, 1, 4, block)
     if seed == 2:  # Fewer blocks than the first.
       other = jnp.where(jnp.arange(4) < rng.integers(1, 4), other, -1)
-    changed = run(
-      jnp.where(second, -query, query), jnp.where(second, other, ids)
-    )
+    others = jnp.where(second, -query, query), jnp.where(second, other, ids)
+    changed = run(*others)
     helpers.assert_same_bits(
       [x[:, ::2] for x in changed], [x[:, ::2] for x in expected]
     )
