@@ -30,6 +30,7 @@ from nsa_jax.ops.selection import (
 )
 from nsa_jax.rope import RopeConfig, apply_rope
 from nsa_jax.sampling import generate
+from nsa_jax.sharding import Layout, restore_zigzag, zigzag
 from nsa_jax.typing import KV, Implementation
 
 __version__ = "0.1.0"
@@ -39,6 +40,7 @@ __all__ = [
   "KV",
   "AttentionConfig",
   "Implementation",
+  "Layout",
   "NSAConfig",
   "NativeSparseAttention",
   "RopeConfig",
@@ -58,8 +60,10 @@ __all__ = [
   "native_sparse_attention",
   "num_compressed_blocks",
   "num_selection_blocks",
+  "restore_zigzag",
   "select_blocks",
   "selected_attention",
   "unstack_layers",
   "window_attention",
+  "zigzag",
 ]

@@ -12,6 +12,7 @@ from nsa_jax import _checks
 from nsa_jax.config import NSAConfig, check_config
 from nsa_jax.geometry import token_windows
 from nsa_jax.precision import einsum, sum_dtype
+from nsa_jax.sharding import Layout, partitioned_phi
 from nsa_jax.typing import Array
 
 
@@ -29,8 +30,13 @@ def _checked_windows(x, config, segment_ids):
   return token_windows(x, config)
 
 
+@partitioned_phi
 def compress_mean(
-  x: ArrayLike, *, config: NSAConfig, segment_ids: ArrayLike | None = None
+  x: ArrayLike,
+  *,
+  config: NSAConfig,
+  segment_ids: ArrayLike | None = None,
+  layout: Layout | None = None,
 ) -> Array:
   """Parameter-free phi (Eq. 7): the mean of the l tokens of each block.
 
@@ -38,6 +44,8 @@ def compress_mean(
     x: [B, S, K, H] keys or values.
     config: `compression_block` and `compression_stride` are read.
     segment_ids: int32 [B, S]; tokens of segment 0 (padding) count as zeros.
+    layout: as in `native_sparse_attention`. The result is not split over the
+      sequence.
 
   Returns:
     [B, C, K, H] in the dtype of `x`.
@@ -56,12 +64,14 @@ def compress_mean(
   return blocks.astype(acc).mean(axis=2).astype(blocks.dtype)
 
 
+@partitioned_phi
 def compress_weighted(
   x: ArrayLike,
   weight: ArrayLike,
   *,
   config: NSAConfig,
   segment_ids: ArrayLike | None = None,
+  layout: Layout | None = None,
 ) -> Array:
   """Weighted phi (Eq. 7): a weighted sum of the l tokens of each block.
 
@@ -71,6 +81,7 @@ def compress_weighted(
       normalisation.
     config: `compression_block` and `compression_stride` are read.
     segment_ids: as in `compress_mean`.
+    layout: as in `compress_mean`.
 
   Returns:
     [B, C, K, H] in the dtype of `x`.
@@ -93,6 +104,7 @@ def compress_weighted(
   return out.astype(blocks.dtype)
 
 
+@partitioned_phi
 def compress_linear(
   x: ArrayLike,
   position: ArrayLike,
@@ -100,6 +112,7 @@ def compress_linear(
   *,
   config: NSAConfig,
   segment_ids: ArrayLike | None = None,
+  layout: Layout | None = None,
 ) -> Array:
   """Linear phi (Eq. 7): (block + position) weight.
 
@@ -109,6 +122,7 @@ def compress_linear(
     weight: [K, l*H, H']; blocks are flattened (l, H) row-major.
     config: `compression_block` and `compression_stride` are read.
     segment_ids: as in `compress_mean`.
+    layout: as in `compress_mean`.
 
   Returns:
     [B, C, K, H'] in the dtype of `x`.
@@ -129,6 +143,7 @@ def compress_linear(
   return out.astype(blocks.dtype)
 
 
+@partitioned_phi
 def compress_mlp(
   x: ArrayLike,
   position: ArrayLike,
@@ -139,6 +154,7 @@ def compress_mlp(
   *,
   config: NSAConfig,
   segment_ids: ArrayLike | None = None,
+  layout: Layout | None = None,
 ) -> Array:
   """The paper's phi (Eq. 7): gelu((block + position) w1 + b1) w2 + b2.
 
@@ -151,6 +167,7 @@ def compress_mlp(
     b2: [K, H'].
     config: `compression_block` and `compression_stride` are read.
     segment_ids: as in `compress_mean`.
+    layout: as in `compress_mean`.
 
   Returns:
     [B, C, K, H'] in the dtype of `x`. gelu is the tanh approximation.

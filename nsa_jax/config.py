@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from nsa_jax import _checks
 from nsa_jax.rope import RopeConfig, check_head_dim
+from nsa_jax.sharding import Layout
 from nsa_jax.typing import (
   CompressionName,
   Implementation,
@@ -113,6 +114,8 @@ class AttentionConfig:
     select: a custom selector, as in `native_sparse_attention`; it also gets the
       layer's input `x` [B, T, D].
     implementation: as in `native_sparse_attention`.
+    layout: as in `native_sparse_attention`. Without `zigzag` or a `sequence`,
+      XLA partitions the rest of a layer by what its inputs and parameters say.
 
   Raises:
     ValueError: if a value breaks a rule.
@@ -132,6 +135,7 @@ class AttentionConfig:
   param_dtype: Any = jnp.float32
   select: Selector | None = None
   implementation: Implementation = None
+  layout: Layout | None = None
 
   def __post_init__(self):
     names = ["num_heads", "num_kv_heads", "head_dim"]
@@ -167,6 +171,8 @@ class AttentionConfig:
     if isinstance(tried, Sequence) and not isinstance(tried, str):
       object.__setattr__(self, "implementation", tuple(tried))
     _checks.selector(self.select)
+    if self.layout is not None:
+      _checks.instance("layout", self.layout, Layout)
     # Imported late: the implementations import this module.
     from nsa_jax import dispatch
 

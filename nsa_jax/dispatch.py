@@ -25,7 +25,7 @@ from nsa_jax.precision import sum_dtype
 from nsa_jax.reverse_mode import reverse_mode_only
 from nsa_jax.typing import Implementation
 from pallas_kernels.interface import Spec
-from pallas_kernels.platforms import by_platform
+from pallas_kernels.platforms import by_platform, vary_alike
 
 # `disabled_checks` of `jax.export.export` for programs with kernels. Their
 # custom calls have no stability guarantee: run such a program with the version
@@ -188,6 +188,7 @@ def choose_fused(
 def _planned(plan, arrays, index):
   # Leaf by leaf: an array without a tangent must not get one.
   arrays = jax.tree.map(reverse_mode_only, arrays)
+  arrays, index = vary_alike((arrays, index))
   return functools.partial(attend, plan, arrays, index)
 
 

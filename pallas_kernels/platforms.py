@@ -14,6 +14,10 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core
 from jax.interpreters import ad, batching, mlir
+from jax.sharding import ManualAxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from pallas_kernels.partition import needs_devices, partitioned
 
 # A function f(static, *arrays) and its static argument. Equal pairs share a
 # compiled program.
@@ -40,15 +44,55 @@ def by_platform(cuda: Call, default: Call, out: Any, *args: Any) -> Any:
   flat, tree = jax.tree.flatten(args)
   shapes, out_tree = jax.tree.flatten(out)
   avals = tuple(jax.core.ShapedArray(x.shape, x.dtype) for x in shapes)
+  mesh = jax.sharding.get_abstract_mesh()
+  manual = not mesh.empty and set(mesh.manual_axes) == set(mesh.axis_names)
   results = _by_platform_p.bind(
-    *flat, cuda=cuda, default=default, tree=tree, avals=avals
+    *flat,
+    cuda=cuda,
+    default=default,
+    tree=tree,
+    avals=avals,
+    devices=None if manual else needs_devices(),
   )
   return jax.tree.unflatten(out_tree, results)
 
 
 _by_platform_p = core.Primitive("nsa_by_platform")
 _by_platform_p.multiple_results = True
-_by_platform_p.def_abstract_eval(lambda *_, avals, **__: avals)
+
+
+@_by_platform_p.def_abstract_eval
+def _abstract_eval(*flat, avals, **_):
+  mesh = flat[0].sharding.mesh
+  return [
+    jax.core.ShapedArray(
+      x.shape,
+      x.dtype,
+      sharding=NamedSharding(mesh, P(*(None,) * len(x.shape))),
+      manual_axis_type=ManualAxisType(varying=_varying(flat)),
+    )
+    for x in avals
+  ]
+
+
+def _varying(avals):
+  """Manual mesh axes over which some array is known to vary."""
+  return frozenset().union(*(x.manual_axis_type.varying for x in avals))
+
+
+def vary_alike(arrays: Any) -> Any:
+  """Lets all arrays vary over the mesh axes that one of them varies over.
+
+  Inside `jax.shard_map` with `check_vma=True`, the gradient of an array that
+  did not vary is then summed over these axes.
+  """
+  axes = _varying(map(jax.typeof, jax.tree.leaves(arrays)))
+
+  def one(x):
+    missing = axes - jax.typeof(x).manual_axis_type.varying
+    return jax.lax.pcast(x, tuple(missing), to="varying") if missing else x
+
+  return jax.tree.map(one, arrays) if axes else arrays
 
 
 def _jvp(*_, **__):
@@ -61,25 +105,46 @@ def _jvp(*_, **__):
 ad.primitive_jvps[_by_platform_p] = _jvp
 
 
-def _rule(platform):
-  """The function of a platform, traced only when lowering for it."""
+def _flat(call, tree):
+  """A call as a function from flat arrays to flat results."""
+  function, static = call
+  return lambda *flat: jax.tree.leaves(
+    function(static, *jax.tree.unflatten(tree, flat))
+  )
 
-  def rule(*flat, tree, avals, **calls):
+
+def _lowering(platform):
+  """Lowers the call of a platform, traced only here."""
+
+  def lowering(ctx, *flat, tree, avals, devices, **calls):
+    del devices
     function, static = calls[platform]
-    results = jax.tree.leaves(function(static, *jax.tree.unflatten(tree, flat)))
-    found = [(x.shape, x.dtype) for x in results]
+    # Inside, nothing needs to know what varies over a mesh.
+    args = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in ctx.avals_in]
+    parts = getattr(ctx.module_context.axis_context, "num_devices", 1)
+    if parts != 1 and function is calls["cuda"][0] is not _mapped:
+      run = partitioned(_flat(calls[platform], tree), args, avals)
+      return mlir.lower_fun(run)(_of_avals(ctx, args), *flat)
+    jaxpr = jax.make_jaxpr(functools.partial(function, static))(
+      *jax.tree.unflatten(tree, args)
+    )
+    found = [(x.shape, x.dtype) for x in jaxpr.out_avals]
     wanted = [(x.shape, x.dtype) for x in avals]
     if found != wanted:
       raise TypeError(f"{function} returned {found}, not {wanted}.")
-    return results
+    run = core.jaxpr_as_fun(jaxpr)
+    return mlir.lower_fun(run)(_of_avals(ctx, args), *flat)
 
-  return rule
+  return lowering
 
 
-mlir.register_lowering(
-  _by_platform_p, mlir.lower_fun(_rule("cuda")), platform="cuda"
-)
-mlir.register_lowering(_by_platform_p, mlir.lower_fun(_rule("default")))
+def _of_avals(ctx, args):
+  avals = [jax.core.ShapedArray(x.shape, x.dtype) for x in args]
+  return ctx.replace(avals_in=avals)
+
+
+mlir.register_lowering(_by_platform_p, _lowering("cuda"), platform="cuda")
+mlir.register_lowering(_by_platform_p, _lowering("default"))
 
 
 @functools.lru_cache(maxsize=256)
@@ -98,7 +163,7 @@ def _impl(*flat, **params):
   kernel, function = (_innermost(params[name]) for name in ("cuda", "default"))
   portable = function is not kernel and not _on_nvidia(flat)
   if config.jax_disable_jit and portable:
-    return _rule("default")(*flat, **params)
+    return _flat(params["default"], params["tree"])(*flat)
   # To find the place of a NaN, jax would call this rule again, without end.
   with jax.disable_jit(False), jax.debug_nans(False), jax.debug_infs(False):
     results = _compiled(**params)(*flat)
@@ -108,7 +173,9 @@ def _impl(*flat, **params):
     infs = infs and any(jnp.isposinf(x).any() for x in floats)
   if nans and portable:
     with jax.debug_infs(False):  # Masks are -inf.
-      _rule("default")(*flat, **params)  # Raises at the step that makes it.
+      _flat(params["default"], params["tree"])(
+        *flat
+      )  # Raises at the step that makes it.
   if nans or infs:
     function = function if portable else kernel
     raise FloatingPointError(
@@ -144,7 +211,8 @@ def _mapped(static, *flat):
   return jax.vmap(one, in_axes=axes)(*flat)
 
 
-def _batch(args, axes, *, cuda, default, tree, avals):
+def _batch(args, axes, *, cuda, default, tree, avals, devices):
+  del devices
   size = next(
     x.shape[axis]
     for x, axis in zip(args, axes, strict=True)

@@ -174,7 +174,7 @@ def test_losses_hold_no_logits_of_the_sequence() -> None:
   length, vocabulary = LENGTH, 4096
 
   def loss(x: Any, head: Any, labels: Any) -> Any:
-    return token_losses(x, head, labels, chunk_logits=2**20).mean()
+    return token_losses(head, x, labels, chunk_logits=2**20).mean()
 
   float32 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
   compiled = (

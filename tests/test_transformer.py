@@ -353,7 +353,7 @@ def test_losses_chunk_by_chunk():
 
   def run(chunk_logits):
     def loss(x, head):
-      losses = token_losses(x, head, jnp.asarray(labels), chunk_logits)
+      losses = token_losses(head, x, jnp.asarray(labels), chunk_logits)
       return (weights * losses).sum()
 
     return jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(

@@ -430,7 +430,8 @@ def test_vmap(group: int) -> None:
   helpers.assert_close([x[:, 0] for x in one_by_one], whole, "float32")
 
 
-def test_shard_map_without_vma_checks() -> None:
+@pytest.mark.parametrize("check_vma", [False, True])
+def test_shard_map(check_vma: bool) -> None:
   query, key, value, ids, *_ = _inputs(batch=2, length=40)
   config = NSAConfig(16, 16, 16, 4)
   mesh = jax.make_mesh(
@@ -444,7 +445,7 @@ def test_shard_map_without_vma_checks() -> None:
 
   spec = PartitionSpec("batch")
   sharded = jax.shard_map(
-    op, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False
+    op, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=check_vma
   )
   arrays = (query, key, value, ids)
   helpers.assert_same_bits(jax.jit(sharded)(*arrays), jax.jit(op)(*arrays))

@@ -193,6 +193,13 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     nsa_jax.num_selection_blocks,
     {"length": 12, "config": CONFIG},
   ),
+  # layouts
+  "nsa_jax.Layout": (nsa_jax.Layout, {"data": "data"}),
+  "nsa_jax.zigzag": (nsa_jax.zigzag, {"x": _f32(1, 8), "shards": 2}),
+  "nsa_jax.restore_zigzag": (
+    nsa_jax.restore_zigzag,
+    {"x": _f32(1, 8), "shards": 2},
+  ),
   # phi
   "nsa_jax.compress_mean": (nsa_jax.compress_mean, PHI),
   "nsa_jax.compress_weighted": (

@@ -26,6 +26,7 @@ from nsa_jax.ops.nsa import native_sparse_attention
 from nsa_jax.ops.scope import keep
 from nsa_jax.precision import sum_dtype
 from nsa_jax.rope import apply_rope
+from nsa_jax.sharding import Layout, find_place, shard_order, text_order
 from nsa_jax.typing import KV, Array, AttentionName, CompressionName
 from pallas_kernels.interface import query_positions
 
@@ -131,6 +132,7 @@ def compress(
   parameters: Mapping[str, Array],
   x: Array,
   segment_ids: Array | None = None,
+  layout: Layout | None = None,
 ) -> Array:
   """phi: keys or values [B, S, K, H] to compressed blocks [B, C, K, H].
 
@@ -140,6 +142,7 @@ def compress(
     parameters: those that `phi_parameters` names.
     x: [B, S, K, H].
     segment_ids: int32 [B, S].
+    layout: as in `compress_mean`.
   """
   _checks.choice("kind", kind, get_args(CompressionName))
   x = _checks.array("x", x, 4, "[B, S, K, H]")
@@ -151,7 +154,9 @@ def compress(
       f"entries {sorted(known)} of `kind`={kind!r}."
     )
   function = getattr(compression, f"compress_{kind}")
-  return function(x, **parameters, config=config, segment_ids=segment_ids)
+  return function(
+    x, **parameters, config=config, segment_ids=segment_ids, layout=layout
+  )
 
 
 class Attended(NamedTuple):
@@ -312,30 +317,34 @@ def complete_positions(
   segment_ids: Array | None,
   alignment: int,
   name: str = "x",
+  layout: Layout | None = None,
 ) -> tuple[Array, Array | None]:
   """Validates positions and segments of tokens `x` [B, T, ...]; int32.
 
   By default positions restart at 0 at each segment start. Segments must start
-  at multiples of `alignment`.
+  at multiples of `alignment`. Both are in the order of `layout`.
   """
   alignment = _checks.static_int("alignment", alignment, 1)
   x = _checks.batch_and_length(name, x)
+  place = find_place(layout, name, x, "BT")
   rule = f"one entry per row and token of `{name}`"
   if segment_ids is not None:
     given = segment_ids
     segment_ids = _checks.integers(
       "segment_ids", segment_ids, x.shape[:2], rule
     )
-    _checks.segments(given, alignment)
+    known = _checks.concrete(given)
+    if known is not None:
+      _checks.segments(np.asarray(text_order(place, known)), alignment)
   if positions is not None:
     positions = _checks.integers("positions", positions, x.shape[:2], rule)
     return positions, segment_ids
   index = jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32), x.shape[:2])
-  if segment_ids is None:
-    return index, None
-  starts = segment_ids != jnp.roll(segment_ids, 1, axis=1)
-  first = jax.lax.cummax(jnp.where(starts, index, 0), axis=1)
-  return index - first, segment_ids
+  if segment_ids is not None:
+    in_order = text_order(place, segment_ids)
+    starts = in_order != jnp.roll(in_order, 1, axis=1)
+    index -= jax.lax.cummax(jnp.where(starts, index, 0), axis=1)
+  return shard_order(place, index), segment_ids
 
 
 def sparse_attention(
@@ -410,11 +419,14 @@ def sparse_attention(
     "compressed_query": query if config.rope_compressed == "none" else None,
     "select": config.select and functools.partial(config.select, x=x),
     "implementation": config.implementation,
+    "layout": config.layout,
   }
   held = None
   if decoding is None:
     stride = config.nsa.compression_stride
-    compressed = phi(tokens, positions[:, ::stride], segment_ids)
+    place = find_place(config.layout, "x", x, "BT")
+    in_order = text_order(place, positions)
+    compressed = phi(tokens, in_order[:, ::stride], segment_ids)
     heads, block_ids = native_sparse_attention(
       rotated_query,
       compressed,
@@ -484,7 +496,10 @@ def dense_attention(
     query, key = parts["query_norm"](query), parts["key_norm"](key)
   if config.rope is not None:
     query, key = (apply_rope(y, positions, config.rope) for y in (query, key))
-  call: dict[str, Any] = {"implementation": config.implementation}
+  call: dict[str, Any] = {
+    "implementation": config.implementation,
+    "layout": config.layout,
+  }
   held = None
   if decoding is None:
     call |= {"segment_ids": segment_ids, "return_lse": False}
@@ -521,7 +536,11 @@ def _tokens(config, x, positions, segment_ids, decoding):
   if decoding is not None and positions is None:
     positions = decoding.positions
   positions, segment_ids = complete_positions(
-    x, positions, segment_ids, config.nsa.selection_block
+    x,
+    positions,
+    segment_ids,
+    config.nsa.selection_block,
+    layout=config.layout,
   )
   if segment_ids is not None:
     # A NaN in the padding would reach the gradients of the projections.

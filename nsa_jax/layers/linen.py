@@ -18,6 +18,7 @@ from nsa_jax.config import (
 )
 from nsa_jax.layers import core
 from nsa_jax.rope import RopeConfig
+from nsa_jax.sharding import Layout
 from nsa_jax.typing import (
   Array,
   AttentionName,
@@ -65,6 +66,7 @@ class NativeSparseAttention(nn.Module):
     max_append: tokens that `cache.rewind` can remove. A call with at most this
       many tokens uses the decode kernels, a longer one runs as a prefill.
     select: as in `AttentionConfig`.
+    layout: as in `AttentionConfig`.
 
   Raises:
     ValueError: if an attribute or argument does not fit.
@@ -102,6 +104,7 @@ class NativeSparseAttention(nn.Module):
   decode: bool = False
   max_append: int = 1
   select: Selector | None = None
+  layout: Layout | None = None
 
   def __post_init__(self):
     check_config(self.config)
@@ -207,7 +210,11 @@ class NativeSparseAttention(nn.Module):
     parts = _parts(config, "nsa", dense, x.shape[-1])
     for name in core.COMPRESSIONS:
       parts[name] = CompressBlocks(
-        self.compression, self.config, self.param_dtype, name=name
+        self.compression,
+        self.config,
+        self.param_dtype,
+        self.layout,
+        name=name,
       )
     attended = core.sparse_attention(
       config,
@@ -299,6 +306,7 @@ class CompressBlocks(nn.Module):
     kind: "mlp", "linear", "weighted" or "mean".
     config: `compression_block` and `compression_stride` are read.
     param_dtype: dtype of the parameters.
+    layout: as in `compress_mean`.
 
   Example:
     >>> import jax, jax.numpy as jnp
@@ -313,6 +321,7 @@ class CompressBlocks(nn.Module):
   kind: CompressionName
   config: NSAConfig
   param_dtype: Dtype = jnp.float32
+  layout: Layout | None = None
 
   def __post_init__(self):
     _checks.choice("kind", self.kind, get_args(CompressionName))
@@ -330,7 +339,9 @@ class CompressBlocks(nn.Module):
       name: self.param(name, init, shape, self.param_dtype)
       for name, (init, shape) in table.items()
     }
-    return core.compress(self.kind, self.config, parameters, x, segment_ids)
+    return core.compress(
+      self.kind, self.config, parameters, x, segment_ids, self.layout
+    )
 
 
 def rms_norm(config: AttentionConfig, name: str) -> nn.RMSNorm:

@@ -29,6 +29,7 @@ from nsa_jax.models.config import TransformerConfig
 from nsa_jax.models.embedding import embed
 from nsa_jax.models.loss import logits_of, token_losses
 from nsa_jax.ops.scope import keep
+from nsa_jax.sharding import per_token
 from nsa_jax.typing import Array, AttentionName
 
 # Names that the ops give to results by `checkpoint_name`. If these are saved,
@@ -129,6 +130,7 @@ class TransformerLM(nn.Module):
         segment_ids,
         config.nsa.selection_block,
         name="tokens",
+        layout=config.layout,
       )
 
     if segment_ids is not None:
@@ -149,7 +151,12 @@ class TransformerLM(nn.Module):
       config.param_dtype,
     )
     # Out-of-range tokens give NaN instead of another token's embedding.
-    x = embed(embedding, tokens, config.dtype)
+    x = per_token(
+      config.layout,
+      lambda table, tokens: embed(table, tokens, config.dtype),
+      embedding,
+      tokens,
+    )
     x = self._blocks(x, positions, segment_ids, prefix_length)
     x = rms_norm(config, "final_norm")(x)
     head = embedding
@@ -163,7 +170,7 @@ class TransformerLM(nn.Module):
         )
       )
     if labels is not None:
-      return token_losses(x, head, labels)
+      return per_token(config.layout, token_losses, head, x, labels)
     return logits_of(x, head.astype(config.dtype))
 
   def _blocks(self, x, positions, segment_ids, prefix_length):

@@ -18,7 +18,7 @@ def logits_of(x: Array, head: Array) -> Array:
 
 @jax.named_scope("token_losses")
 def token_losses(
-  x: Array, head: Array, labels: Array, chunk_logits: int = CHUNK_LOGITS
+  head: Array, x: Array, labels: Array, chunk_logits: int = CHUNK_LOGITS
 ) -> Array:
   """-log softmax(x head^T)[label] in nats, chunk by chunk.
 
@@ -26,8 +26,8 @@ def token_losses(
   mapped call has a chunk of its own.
 
   Args:
-    x: [B, T, D].
     head: [vocabulary, D].
+    x: [B, T, D].
     labels: int32 [B, T]; others than [0, vocabulary) have loss 0 and no
       gradient.
     chunk_logits: maximum number of logits of a chunk.

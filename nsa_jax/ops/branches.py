@@ -10,10 +10,12 @@ from nsa_jax.config import NSAConfig, check_config
 from nsa_jax.ops.scope import Scope, keep, make_scope
 from nsa_jax.precision import sum_dtype
 from nsa_jax.reverse_mode import explain_forward_mode
+from nsa_jax.sharding import Layout, partitioned
 from nsa_jax.typing import Array, Implementation
 from pallas_kernels.interface import Spec
 
 
+@partitioned(key="B.K", value="B.K")
 def compressed_attention(
   query: ArrayLike,
   key: ArrayLike,
@@ -27,6 +29,7 @@ def compressed_attention(
   query_segment_ids: ArrayLike | None = None,
   tiles: Any = None,
   implementation: Implementation = None,
+  layout: Layout | None = None,
 ) -> tuple[Array, Array]:
   """Attention over the compressed blocks that end at or before t (Eq. 7).
 
@@ -42,6 +45,7 @@ def compressed_attention(
     query_segment_ids: as in `native_sparse_attention`.
     tiles: tile sizes of the kernels, a `BandTiling`; None for the heuristic.
     implementation: as in `native_sparse_attention`.
+    layout: as in `native_sparse_attention`.
 
   Returns:
     out [B, T, N, V] in the dtype of `query` and the natural-log lse [B, T, N]
@@ -78,6 +82,7 @@ def compressed_attention(
   return attend_branch("compressed", implementation, spec, arrays, scope)
 
 
+@partitioned()
 def selected_attention(
   query: ArrayLike,
   key: ArrayLike,
@@ -91,6 +96,7 @@ def selected_attention(
   query_segment_ids: ArrayLike | None = None,
   tiles: Any = None,
   implementation: Implementation = None,
+  layout: Layout | None = None,
 ) -> tuple[Array, Array]:
   """Attention over the tokens s <= t of the given blocks (Eq. 12).
 
@@ -110,6 +116,7 @@ def selected_attention(
     tiles: tile sizes of the kernels, a `SelectedTiling`; None for the
       heuristic.
     implementation: as in `native_sparse_attention`.
+    layout: as in `native_sparse_attention`.
 
   Returns:
     out and lse as in `compressed_attention`.
@@ -160,6 +167,7 @@ def window_attention(
   return_lse: Literal[True] = True,
   tiles: Any = None,
   implementation: Implementation = None,
+  layout: Layout | None = None,
 ) -> tuple[Array, Array]: ...
 
 
@@ -178,6 +186,7 @@ def window_attention(
   return_lse: Literal[False],
   tiles: Any = None,
   implementation: Implementation = None,
+  layout: Layout | None = None,
 ) -> Array: ...
 
 
@@ -196,9 +205,11 @@ def window_attention(
   return_lse: bool,
   tiles: Any = None,
   implementation: Implementation = None,
+  layout: Layout | None = None,
 ) -> Array | tuple[Array, Array]: ...
 
 
+@partitioned(key="BWK", value="BWK", segment_ids="BW")
 def window_attention(
   query: ArrayLike,
   key: ArrayLike,
@@ -213,6 +224,7 @@ def window_attention(
   return_lse: bool = True,
   tiles: Any = None,
   implementation: Implementation = None,
+  layout: Layout | None = None,
 ) -> Array | tuple[Array, Array]:
   """Attention over the last w tokens, max(0, t - w + 1) .. t.
 
@@ -231,6 +243,7 @@ def window_attention(
     return_lse: False returns out alone, which "cudnn" requires.
     tiles: tile sizes of the kernels, a `BandTiling`; None for the heuristic.
     implementation: as in `native_sparse_attention`, or "cudnn".
+    layout: as in `native_sparse_attention`.
 
   Returns:
     out and lse as in `compressed_attention`, or out alone.
@@ -278,6 +291,7 @@ def full_attention(
   query_segment_ids: ArrayLike | None = None,
   return_lse: Literal[True] = True,
   implementation: Implementation = None,
+  layout: Layout | None = None,
 ) -> tuple[Array, Array]: ...
 
 
@@ -293,6 +307,7 @@ def full_attention(
   query_segment_ids: ArrayLike | None = None,
   return_lse: Literal[False],
   implementation: Implementation = None,
+  layout: Layout | None = None,
 ) -> Array: ...
 
 
@@ -308,9 +323,11 @@ def full_attention(
   query_segment_ids: ArrayLike | None = None,
   return_lse: bool,
   implementation: Implementation = None,
+  layout: Layout | None = None,
 ) -> Array | tuple[Array, Array]: ...
 
 
+@partitioned()
 def full_attention(
   query: ArrayLike,
   key: ArrayLike,
@@ -322,6 +339,7 @@ def full_attention(
   query_segment_ids: ArrayLike | None = None,
   return_lse: bool = True,
   implementation: Implementation = None,
+  layout: Layout | None = None,
 ) -> Array | tuple[Array, Array]:
   """Attention over all tokens s <= t: the dense baseline.
 
@@ -338,6 +356,7 @@ def full_attention(
       None is "cudnn" where it can do the call: out alone, 16-bit inputs, T = S,
       no segments, and an NVIDIA GPU as the default device. Otherwise it is
       "xla", with memory linear in the length.
+    layout: as in `native_sparse_attention`.
 
   Returns:
     out and lse as in `compressed_attention`, or out alone.

@@ -18,6 +18,7 @@ from nsa_jax.config import NSAConfig, check_config
 from nsa_jax.ops import nsa
 from nsa_jax.ops.branches import attend_branch
 from nsa_jax.ops.scope import Scope, keep, make_scope
+from nsa_jax.sharding import Layout, partitioned
 from nsa_jax.typing import KV, Array, Implementation, Selector
 from pallas_kernels.interface import (
   DecodeArrays,
@@ -25,6 +26,16 @@ from pallas_kernels.interface import (
   Spec,
   query_positions,
 )
+
+# Axes of arguments whose tokens are not split over devices.
+CACHE_LETTERS = {
+  "query": "B.N",
+  "compressed_query": "B.N",
+  "gates": "B.N",
+  "bound": "B",
+  "cache": "B.K",
+  "prefill_window": "B.K",
+}
 
 
 @overload
@@ -42,6 +53,7 @@ def attend(
   return_block_ids: Literal[False] = False,
   tiles: Mapping[str, Any] | None = None,
   implementation: Implementation = None,
+  layout: Layout | None = None,
 ) -> Array: ...
 
 
@@ -60,6 +72,7 @@ def attend(
   return_block_ids: Literal[True],
   tiles: Mapping[str, Any] | None = None,
   implementation: Implementation = None,
+  layout: Layout | None = None,
 ) -> tuple[Array, Array]: ...
 
 
@@ -78,9 +91,11 @@ def attend(
   return_block_ids: bool,
   tiles: Mapping[str, Any] | None = None,
   implementation: Implementation = None,
+  layout: Layout | None = None,
 ) -> Array | tuple[Array, Array]: ...
 
 
+@partitioned(**CACHE_LETTERS)
 def attend(
   query: ArrayLike,
   cache: Cache,
@@ -95,6 +110,7 @@ def attend(
   return_block_ids: bool = False,
   tiles: Mapping[str, Any] | None = None,
   implementation: Implementation = None,
+  layout: Layout | None = None,
 ) -> Array | tuple[Array, Array]:
   """Native Sparse Attention of the newest tokens over the cache (Eq. 5).
 
@@ -123,6 +139,8 @@ def attend(
     implementation: "triton", "xla", "reference", or a sequence of names, as in
       `native_sparse_attention`. None is the decode kernels on NVIDIA GPUs and
       "xla" elsewhere; a call they cannot do runs the branches one by one.
+    layout: as in `native_sparse_attention`. Rows and heads are split, tokens
+      are not.
 
   Returns:
     out [B, T, N, V] in the dtype of `query`, or (out, block_ids) with block_ids
@@ -205,6 +223,7 @@ def attend(
   return (out, ids) if return_block_ids else out
 
 
+@partitioned(**CACHE_LETTERS)
 def attend_window(
   query: ArrayLike,
   cache: Cache,
@@ -215,6 +234,7 @@ def attend_window(
   prefill_window: KV | None = None,
   tiles: Any = None,
   implementation: Implementation = None,
+  layout: Layout | None = None,
 ) -> Array:
   """Window attention of the newest tokens over a cache of kind "window".
 
@@ -228,6 +248,7 @@ def attend_window(
       `max_append` queries.
     tiles: as in `window_attention`.
     implementation: as in `window_attention`.
+    layout: as in `attend`.
 
   Returns:
     out [B, T, N, V]; 0 at positions < 0 or >= `lengths`.
@@ -272,6 +293,7 @@ def attend_window(
   return attend_branch("window", implementation, spec, arrays, scope)[0]
 
 
+@partitioned(**CACHE_LETTERS)
 def attend_full(
   query: ArrayLike,
   cache: Cache,
@@ -279,6 +301,7 @@ def attend_full(
   query_offset: ArrayLike,
   scale: float | None = None,
   implementation: Implementation = None,
+  layout: Layout | None = None,
 ) -> Array:
   """Causal attention of the newest tokens over all tokens of their row.
 
@@ -288,6 +311,7 @@ def attend_full(
     query_offset: as in `attend`.
     scale: as in `attend`.
     implementation: as in `full_attention`.
+    layout: as in `attend`.
 
   Returns:
     out [B, T, N, V]; 0 at positions < 0 or >= `lengths`.

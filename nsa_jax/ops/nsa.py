@@ -1,5 +1,6 @@
 """Native Sparse Attention (Eq. 5), composed of its branches."""
 
+import functools
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple, overload
 
@@ -12,6 +13,7 @@ from nsa_jax.gating import gated_sum
 from nsa_jax.ops.branches import attend_branch, check_block_ids
 from nsa_jax.ops.scope import Scope, keep, make_scope
 from nsa_jax.ops.selection import select as select_best
+from nsa_jax.sharding import Layout, bind, bound_arrays, find_place, run
 from nsa_jax.typing import KV, Array, Implementation, Selector
 from pallas_kernels.interface import Spec
 
@@ -35,6 +37,7 @@ def native_sparse_attention(
   return_block_ids: Literal[False] = False,
   tiles: Mapping[str, Any] | None = None,
   implementation: Implementation = None,
+  layout: Layout | None = None,
 ) -> Array: ...
 
 
@@ -57,6 +60,7 @@ def native_sparse_attention(
   return_block_ids: Literal[True],
   tiles: Mapping[str, Any] | None = None,
   implementation: Implementation = None,
+  layout: Layout | None = None,
 ) -> tuple[Array, Array]: ...
 
 
@@ -79,6 +83,7 @@ def native_sparse_attention(
   return_block_ids: bool,
   tiles: Mapping[str, Any] | None = None,
   implementation: Implementation = None,
+  layout: Layout | None = None,
 ) -> Array | tuple[Array, Array]: ...
 
 
@@ -100,6 +105,7 @@ def native_sparse_attention(
   return_block_ids: bool = False,
   tiles: Mapping[str, Any] | None = None,
   implementation: Implementation = None,
+  layout: Layout | None = None,
 ) -> Array | tuple[Array, Array]:
   """Native Sparse Attention (arXiv 2502.11089, Eq. 5), causal.
 
@@ -143,6 +149,11 @@ def native_sparse_attention(
       window. None is "triton" on NVIDIA GPUs and "xla" elsewhere, in one traced
       program with reverse mode only; or "xla" alone, if the kernels cannot do
       the call.
+    layout: mesh axes over which the arrays are split, on the mesh of
+      `jax.set_mesh`. None reads them off the types if the mesh has Explicit
+      axes. With Auto axes None leaves the partition to XLA, which can do it for
+      rows and heads. Arrays bound to `select` by `functools.partial` are split
+      like queries.
 
   Returns:
     out [B, T, N, V] in the dtype of `query`, or (out, block_ids) with block_ids
@@ -198,14 +209,6 @@ def native_sparse_attention(
     )
   gates, compressed_query = check_queries(query, gates, compressed_query)
   spec = Spec(config, _checks.scale(scale, query), key_length)
-  scope = make_scope(
-    query,
-    key_length,
-    query_offset,
-    segment_ids,
-    query_segment_ids,
-    alignment=config.selection_block,
-  )
   _checks.selector(select)
   _checks.flag("return_block_ids", return_block_ids)
   if block_ids is not None:
@@ -215,18 +218,78 @@ def native_sparse_attention(
         "given."
       )
     block_ids = check_block_ids(block_ids, query, key, config)
-  out, block_ids = compose(
-    Arguments(
-      query, compressed_query, compressed, selected, window, gates, block_ids
-    ),
-    spec,
-    scope,
-    scope,
-    implementation,
-    select,
-    check_tiles(tiles),
+  arrays = Arguments(
+    query, compressed_query, compressed, selected, window, gates, block_ids
   )
-  return (out, block_ids) if return_block_ids else out
+  tiles = check_tiles(tiles)
+  place = find_place(layout, "query", query, "BTN")
+  if place is None:
+    scope = make_scope(
+      query,
+      key_length,
+      query_offset,
+      segment_ids,
+      query_segment_ids,
+      alignment=config.selection_block,
+    )
+    out, ids = compose(
+      arrays, spec, scope, scope, implementation, select, tiles
+    )
+  else:
+    same = query.shape[1] == key_length and query_offset is None
+    out, ids = run(
+      place,
+      functools.partial(_attend, spec, implementation, select, tiles),
+      arrays._asdict()
+      | {
+        "segment_ids": segment_ids,
+        "query_segment_ids": query_segment_ids,
+        "window_segment_ids": segment_ids if same else None,
+        "bound": bound_arrays(select),
+      },
+      key_length=key_length,
+      query_offset=query_offset,
+      alignment=config.selection_block,
+      halo=config.window if same else 0,
+    )
+  return (out, ids) if return_block_ids else out
+
+
+def _attend(
+  spec: Spec,
+  implementation: Implementation,
+  select: Any,
+  tiles: Mapping[str, Any],
+  *,
+  query_offset: Array,
+  segment_ids: Array | None = None,
+  query_segment_ids: Array | None = None,
+  window_segment_ids: Array | None = None,
+  key_offset: int | Array = 0,
+  bound: Mapping[str, Array] | None = None,
+  **arrays: Any,
+) -> tuple[Array, Array]:
+  """The op on one device; its window may have fewer keys, from `key_offset`."""
+  args = Arguments(**arrays)
+  scope = window_scope = make_scope(
+    args.query,
+    spec.key_length,
+    query_offset,
+    segment_ids,
+    query_segment_ids,
+    alignment=spec.config.selection_block,
+  )
+  if not isinstance(key_offset, int):
+    window_scope = make_scope(
+      args.query,
+      args.window.key.shape[1],
+      query_offset,
+      window_segment_ids,
+      query_segment_ids,
+      key_offset=key_offset,
+    )
+  select = bind(select, bound)
+  return compose(args, spec, scope, window_scope, implementation, select, tiles)
 
 
 class Arguments(NamedTuple):

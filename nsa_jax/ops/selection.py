@@ -10,11 +10,13 @@ from nsa_jax import _checks, dispatch, geometry
 from nsa_jax.config import NSAConfig, check_config
 from nsa_jax.ops.branches import check_compressed
 from nsa_jax.ops.scope import Scope, keep, make_scope
+from nsa_jax.sharding import Layout, partitioned
 from nsa_jax.typing import Array, Implementation
 from nsa_jax.xla.attention import first_candidates, top_n
 from pallas_kernels.interface import Spec
 
 
+@partitioned()
 def block_scores(
   query: ArrayLike,
   compressed_key: ArrayLike,
@@ -27,6 +29,7 @@ def block_scores(
   segment_ids: ArrayLike | None = None,
   query_segment_ids: ArrayLike | None = None,
   implementation: Implementation = None,
+  layout: Layout | None = None,
 ) -> Array:
   """Importance of every selection block (Eq. 8-10), for study and tests.
 
@@ -43,6 +46,7 @@ def block_scores(
     segment_ids: as in `native_sparse_attention`: int32 [B, S], per token.
     query_segment_ids: as in `native_sparse_attention`.
     implementation: as in `native_sparse_attention`.
+    layout: as in `native_sparse_attention`.
 
   Returns:
     [B, T, K, M], float32 (float64 for float64): the attention probabilities of
@@ -73,6 +77,7 @@ def block_scores(
   return keep(run(), scope.valid_queries)
 
 
+@partitioned()
 def select_blocks(
   query: ArrayLike,
   compressed_key: ArrayLike,
@@ -86,6 +91,7 @@ def select_blocks(
   query_segment_ids: ArrayLike | None = None,
   tiles: Any = None,
   implementation: Implementation = None,
+  layout: Layout | None = None,
 ) -> Array:
   """The n blocks each query reads (Eq. 8-11), the same for a whole group.
 
@@ -107,6 +113,7 @@ def select_blocks(
     tiles: tile sizes of the kernels, a `SelectionTiling`; None for the
       heuristic.
     implementation: as in `native_sparse_attention`.
+    layout: as in `native_sparse_attention`.
 
   Returns:
     int32 [B, T, K, n]: block ids strictly ascending, then -1.
@@ -135,6 +142,7 @@ def select_blocks(
   return select(implementation, spec, query, compressed_key, lse, scope)
 
 
+@partitioned()
 def block_ids_from_scores(
   scores: ArrayLike,
   *,
@@ -143,6 +151,7 @@ def block_ids_from_scores(
   query_offset: ArrayLike | None = None,
   segment_ids: ArrayLike | None = None,
   query_segment_ids: ArrayLike | None = None,
+  layout: Layout | None = None,
 ) -> Array:
   """Valid block ids from any scores (Eq. 11), as a selector must return.
 
@@ -159,6 +168,7 @@ def block_ids_from_scores(
     query_offset: as in `native_sparse_attention`.
     segment_ids: as in `native_sparse_attention`: int32 [B, S], per token.
     query_segment_ids: as in `native_sparse_attention`.
+    layout: as in `native_sparse_attention`.
 
   Returns:
     int32 [B, T, K, n]: block ids strictly ascending, then -1. No gradient

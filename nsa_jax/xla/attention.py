@@ -13,6 +13,7 @@ from nsa_jax.config import NSAConfig
 from nsa_jax.precision import einsum, sum_dtype
 from nsa_jax.typing import Array, Queries
 from nsa_jax.xla.chunks import chunk_queries, map_chunks
+from nsa_jax.xla.top_k import top_k
 from pallas_kernels.interface import (
   Spec,
   compressed_block_segments,
@@ -128,8 +129,7 @@ def top_n(
   )
   rank = jnp.where(forced[:, :, None], jnp.inf, rank)
   rank = jnp.where(candidate[:, :, None], rank, -jnp.inf)
-  # top_k keeps the lower index first among equals.
-  best, ids = jax.lax.top_k(rank, min(config.num_selected, num_blocks))
+  best, ids = top_k(rank, min(config.num_selected, num_blocks))
   ids = jnp.sort(jnp.where(best > -jnp.inf, ids, num_blocks), axis=-1)
   ids = jnp.where(ids < num_blocks, ids, -1).astype(jnp.int32)
   missing = config.num_selected - ids.shape[-1]
@@ -155,8 +155,6 @@ def selected(
     keys, values = (
       rearrange(x, "b m l k h -> b k m l h") for x in (keys, values)
     )
-  row = jnp.arange(batch)[:, None, None, None]
-  head = jnp.arange(kv_heads)[:, None]
   within = jnp.arange(block)[None, None, None, None]
   positions = queries.positions(batch, length)
   key_segments = queries.key_segments
@@ -171,14 +169,15 @@ def selected(
     readable &= token <= positions[:, :, None, None, None]
     if segments is not None:
       wanted = query_segments[:, :, None, None, None]
-      readable &= (segments[row, index] == wanted) & (wanted > 0)
+      readable &= (jax.vmap(_at)(segments, index) == wanted) & (wanted > 0)
     mask = readable.reshape(*readable.shape[:3], 1, -1)
 
     def gather(blocks):
-      chosen = (
-        blocks[row, head, index] if together else blocks[row, index, :, head]
-      )
-      chosen = chosen.astype(query.dtype)
+      # XLA partitions a mapped gather over batch and heads, but not a gather
+      # with indices of rows and heads.
+      axes = (0 if together else 2, 1)
+      of_row = jax.vmap(_at, in_axes=axes, out_axes=1)
+      chosen = jax.vmap(of_row)(blocks, index).astype(query.dtype)
       return chosen.reshape(*ids.shape[:3], keys_per_query, -1)
 
     return _attend(
@@ -353,6 +352,10 @@ def _shared(x):
   would stop growing.
   """
   return x.astype(sum_dtype(x.dtype))
+
+
+def _at(x, index):
+  return x[index]
 
 
 def _pad_to(x, block):

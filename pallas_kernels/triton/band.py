@@ -389,8 +389,8 @@ def forward(
   flat = flat_rows(query)
   place_spec, keys, segment_specs = per_head(key, segments)
   shapes = [
-    jax.ShapeDtypeStruct((len(flat), value_dim), query.dtype),
-    jax.ShapeDtypeStruct((len(flat),), jnp.float32),
+    common.out_shape((len(flat), value_dim), query.dtype),
+    common.out_shape((len(flat),), jnp.float32),
   ]
   out, lse = pl.pallas_call(
     functools.partial(

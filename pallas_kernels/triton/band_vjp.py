@@ -473,12 +473,12 @@ def _key_value_gradient(
       ],
       out_shape=[
         *(
-          jax.ShapeDtypeStruct(
+          common.out_shape(
             (schedule.splits, heads, num_keys, width), jnp.float32
           )
           for width in widths
         ),
-        jax.ShapeDtypeStruct((heads, *ds), inputs.query.dtype),
+        common.out_shape((heads, *ds), inputs.query.dtype),
       ],
       input_output_aliases={len(args) + i: i for i in range(len(before))},
     )(*args, *before)
@@ -542,7 +542,7 @@ def _query_gradient(
   tile = schedule.spec.tiles.dq
   batch, _, kv_heads, head_dim = inputs.key.shape
   place, keys, _ = per_head(inputs.key, ())
-  query = jax.ShapeDtypeStruct(inputs.query.shape, inputs.query.dtype)
+  query = common.out_shape(inputs.query.shape, inputs.query.dtype)
   args = (chunk, inputs.place, inputs.lse, ds, inputs.key)
   aliased = () if before is None else (before,)
   return pl.pallas_call(

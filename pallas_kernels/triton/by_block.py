@@ -300,13 +300,13 @@ def by_piece(
   def one(shape):
     return pl.BlockSpec((None, *shape), lambda p: (p, *[0] * len(shape)))
 
-  outs = [jax.ShapeDtypeStruct((pairs, *x), dtype) for x, dtype in per_pair]
+  outs = [common.out_shape((pairs, *x), dtype) for x, dtype in per_pair]
   grid = {
     "grid": (num_pieces,),
     "in_specs": [one((3,)), *map(common.whole, inputs)],
     "out_specs": [*map(one, per_piece), *map(common.whole, outs)],
     "out_shape": [
-      *(jax.ShapeDtypeStruct((num_pieces, *x), jnp.float32) for x in per_piece),
+      *(common.out_shape((num_pieces, *x), jnp.float32) for x in per_piece),
       *outs,
     ],
   }
@@ -345,7 +345,7 @@ def by_row(
     ],
     "out_specs": [rows_of(None, x) for x in parts],
     "out_shape": [
-      jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype) for x in parts
+      common.out_shape((rows, *x.shape[1:]), x.dtype) for x in parts
     ],
   }
   return Launch((chunk.ids, chunk.first_row, offset, *parts), grid)

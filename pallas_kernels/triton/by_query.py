@@ -147,7 +147,7 @@ def pair_lists(
     ],
     out_specs=[spec(None, width) for width in widths],
     out_shape=[
-      jax.ShapeDtypeStruct((batch, pairs, kv_heads, width), jnp.int32)
+      common.out_shape((batch, pairs, kv_heads, width), jnp.int32)
       for width in widths
     ],
   )(ids, offset)
@@ -510,8 +510,8 @@ def forward(
     ],
     out_specs=[specs.per_query(value_dim), specs.per_row],
     out_shape=[
-      jax.ShapeDtypeStruct((*grouped.shape[:4], value_dim), query.dtype),
-      jax.ShapeDtypeStruct(grouped.shape[:4], jnp.float32),
+      common.out_shape((*grouped.shape[:4], value_dim), query.dtype),
+      common.out_shape(grouped.shape[:4], jnp.float32),
     ],
   )(reads.offset, grouped, key, value, *specs.reads)
   return (

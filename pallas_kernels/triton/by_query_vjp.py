@@ -211,7 +211,7 @@ def _key_value_gradient(
   tile, lists = spec.tiles.dkv, chunk.lists
   num_pieces = lists.pieces.shape[0]
   block, widths = chunking.block, (key.shape[-1], value.shape[-1])
-  ds = jax.ShapeDtypeStruct((chunking.num_pairs, block, rows), key.dtype)
+  ds = common.out_shape((chunking.num_pairs, block, rows), key.dtype)
   inputs: tuple[jax.Array, ...] = (
     lists.items,
     chunk.first_row,
@@ -241,7 +241,7 @@ def _key_value_gradient(
       ],
       out_shape=[
         *(
-          jax.ShapeDtypeStruct((num_pieces, block, width), jnp.float32)
+          common.out_shape((num_pieces, block, width), jnp.float32)
           for width in widths
         ),
         ds,
@@ -335,6 +335,6 @@ def _query_gradient(
       *(_padded(x, rows) for x in aliased),
     ],
     out_specs=_padded(query, rows),
-    out_shape=jax.ShapeDtypeStruct(query.shape, query.dtype),
+    out_shape=common.out_shape(query.shape, query.dtype),
     input_output_aliases={len(args): 0} if aliased else {},
   )(*args, *aliased)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
+from jax.sharding import ManualAxisType
 
 # The softmax uses exp2, which is one instruction; the scale includes log2(e).
 LOG2E = math.log2(math.e)
@@ -35,6 +36,15 @@ def options(
   """
   params = plgpu.CompilerParams(num_warps=num_warps, num_stages=num_stages)
   return {"name": name, "compiler_params": params, "interpret": interpret}
+
+
+def out_shape(shape: Sequence[int], dtype: Any) -> jax.ShapeDtypeStruct:
+  """Shape and dtype of a result of `pl.pallas_call`.
+
+  Under `jax.shard_map` with `check_vma=True`, Pallas wants to know what it
+  varies over. Arguments of a kernel lost that in `platforms.by_platform`.
+  """
+  return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=ManualAxisType())
 
 
 def exp2(interpret: bool) -> Callable[[jax.Array], jax.Array]:

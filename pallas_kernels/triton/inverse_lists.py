@@ -168,5 +168,5 @@ def sum_pieces(
       pl.BlockSpec((num_pieces, rows, width), lambda o, r, c: (0, r, c)),
     ],
     out_specs=pl.BlockSpec((None, rows, width), lambda o, r, c: (o, r, c)),
-    out_shape=jax.ShapeDtypeStruct((owners, block, columns), dtype),
+    out_shape=common.out_shape((owners, block, columns), dtype),
   )(starts, partial)

@@ -363,7 +363,7 @@ def forward(
     ]
     * num_scores,
     out_shape=[
-      jax.ShapeDtypeStruct((batch, kv_heads, per_chunk, width), jnp.float32)
+      common.out_shape((batch, kv_heads, per_chunk, width), jnp.float32)
     ]
     * num_scores,
   )
@@ -388,7 +388,7 @@ def forward(
     out_specs=pl.BlockSpec(
       (None, tiling.rows, None, padded_n), lambda i, h, b: (b, i, h, 0)
     ),
-    out_shape=jax.ShapeDtypeStruct(
+    out_shape=common.out_shape(
       (batch, per_chunk, kv_heads, config.num_selected), jnp.int32
     ),
   )

@@ -4,7 +4,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from pallas_kernels.interface import Spec
 
@@ -18,7 +17,7 @@ _MAX_BLOCKS_OF_A_ROW = 2**14
 
 
 def check_where() -> None:
-  """Checks the visible devices and the mesh around the call.
+  """Checks the visible devices.
 
   Without a visible NVIDIA GPU (when lowering for another machine), one that the
   kernels support is assumed.
@@ -36,13 +35,6 @@ def check_where() -> None:
         f"{device.device_kind} has compute capability "
         f"{device.compute_capability}: the kernels take {_MIN_CAPABILITY} and "
         "newer"
-      )
-  for axis in jax.sharding.get_abstract_mesh().manual_axes:
-    # Under check_vma=False no type varies, not even that of an axis index.
-    if jax.typeof(lax.axis_index(axis)).manual_axis_type.varying:
-      raise NotImplementedError(
-        "the kernels do not track what varies over a mesh: pass "
-        "`check_vma=False` to `jax.shard_map`"
       )
 
 

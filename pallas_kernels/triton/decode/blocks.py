@@ -307,7 +307,7 @@ def read_blocks(
   def out_shapes(count):
     shape = count, batch, length, kv_heads, group
     return [
-      jax.ShapeDtypeStruct(x, jnp.float32)
+      common.out_shape(x, jnp.float32)
       for x in ((*shape, value_dim), shape, shape)
     ]
 
@@ -338,7 +338,7 @@ def read_blocks(
       *out_specs(counts[0], counts[1]),
     ],
     out_shape=[
-      jax.ShapeDtypeStruct(
+      common.out_shape(
         (batch, length, kv_heads, spec.config.num_selected), jnp.int32
       ),
       *out_shapes(counts[0]),

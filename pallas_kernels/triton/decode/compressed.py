@@ -179,7 +179,7 @@ def read_compressed(
   one = pl.BlockSpec((1,), lambda s, i, h, b: (b,))
 
   def floats(*shape):
-    return jax.ShapeDtypeStruct(shape, jnp.float32)
+    return common.out_shape(shape, jnp.float32)
 
   weights = []
   if num_tiles:

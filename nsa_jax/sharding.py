@@ -1,0 +1,682 @@
+"""Layouts: how the arrays of a call are split over the devices of a mesh.
+
+An op with a layout runs by `jax.shard_map`: every device calls the op with the
+batch rows, queries and heads that it holds. What its queries read of the
+keys on other devices is communicated first.
+"""
+
+import dataclasses
+import functools
+import inspect
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple, TypeAlias, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import AbstractMesh, AxisType
+from jax.sharding import PartitionSpec as P
+from jax.typing import ArrayLike
+
+from nsa_jax import _checks
+from nsa_jax.typing import Array
+
+# Name of one axis of a mesh, or of several that split an axis of an array
+# together.
+MeshAxes: TypeAlias = str | tuple[str, ...] | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+  """Mesh axes over which the arrays of a call are split; frozen and hashable.
+
+  The mesh is that of `jax.set_mesh`. If its axes are Explicit, the ops read the
+  layout off the types of their arguments and need none, except for `zigzag`.
+
+  Attributes:
+    data: over the batch B.
+    sequence: over the tokens: queries T, and keys S before they are gathered.
+    heads: over the key/value heads K, each with its group of query heads.
+    zigzag: rows are in the order of `zigzag`, which gives every device of the
+      sequence equal work. Needs T = S and queries at 0.
+
+  Raises:
+    ValueError: if a value breaks a rule.
+
+  Example:
+    >>> from nsa_jax import Layout
+    >>> Layout(data="data", sequence=("host", "gpu"))
+    Layout(data='data', sequence=('host', 'gpu'), heads=None, zigzag=False)
+  """
+
+  data: MeshAxes = None
+  sequence: MeshAxes = None
+  heads: MeshAxes = None
+  zigzag: bool = False
+
+  def __post_init__(self):
+    used: list[str] = []
+    for name in ("data", "sequence", "heads"):
+      axes = getattr(self, name)
+      if isinstance(axes, list):
+        axes = tuple(axes)
+        object.__setattr__(self, name, axes)
+      if not all(isinstance(axis, str) for axis in _names(axes)):
+        raise ValueError(
+          f"`{name}`={_checks.show(axes)} must be the name of a mesh axis, a "
+          "tuple of names, or None."
+        )
+      used += _names(axes)
+    if len(set(used)) < len(used):
+      raise ValueError(f"{self} must use a mesh axis once.")
+    _checks.flag("zigzag", self.zigzag)
+
+
+def _names(axes: Any) -> tuple[Any, ...]:
+  """A partition of an axis as a tuple of names."""
+  if axes is None:
+    return ()
+  return axes if isinstance(axes, tuple) else (axes,)
+
+
+def zigzag(x: ArrayLike, shards: int) -> Array:
+  """Orders tokens so that causal work is even over shards of the sequence.
+
+  The tokens are cut into 2 * shards chunks. Shard i gets chunks i and
+  2 * shards - 1 - i: an early one, whose queries read few keys, and a late one.
+
+  Args:
+    x: [B, T, ...], in the order of the text.
+    shards: devices along the sequence.
+
+  Returns:
+    [B, T, ...], in the order for `Layout(zigzag=True)`.
+
+  Raises:
+    ValueError: if T is not a multiple of 2 * shards.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> from nsa_jax import zigzag
+    >>> zigzag(jnp.arange(8)[None], 2).tolist()
+    [[0, 1, 6, 7, 2, 3, 4, 5]]
+  """
+  x, chunks = _chunks(x, shards)
+  early, late = jnp.split(chunks, 2, axis=1)
+  both = jnp.stack([early, jnp.flip(late, axis=1)], axis=2)
+  return both.reshape(x.shape)
+
+
+def restore_zigzag(x: ArrayLike, shards: int) -> Array:
+  """The inverse of `zigzag`: tokens in the order of the text.
+
+  Args:
+    x: [B, T, ...], in the order of `zigzag`.
+    shards: devices along the sequence.
+
+  Raises:
+    ValueError: if T is not a multiple of 2 * shards.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> from nsa_jax import restore_zigzag
+    >>> restore_zigzag(jnp.array([[0, 1, 6, 7, 2, 3, 4, 5]]), 2).tolist()
+    [[0, 1, 2, 3, 4, 5, 6, 7]]
+  """
+  x, chunks = _chunks(x, shards)
+  early, late = chunks[:, ::2], chunks[:, 1::2]
+  return jnp.concatenate([early, jnp.flip(late, axis=1)], axis=1).reshape(
+    x.shape
+  )
+
+
+def _chunks(x, shards):
+  """An array and its 2 * shards chunks, [B, 2 * shards, T', ...]."""
+  x = _checks.batch_and_length("x", x)
+  count = 2 * _checks.static_int("shards", shards, 1)
+  if x.shape[1] % count:
+    raise ValueError(
+      f"`x` of shape {x.shape} must have a multiple of {count} tokens, twice "
+      f"`shards`={shards}."
+    )
+  return x, x.reshape(x.shape[0], count, -1, *x.shape[2:])
+
+
+class Place(NamedTuple):
+  """A layout on a mesh, that fits the arrays of a call.
+
+  Attributes:
+    layout: over axes of the mesh.
+    mesh: an abstract mesh.
+  """
+
+  layout: Layout
+  mesh: Any
+
+  def size(self, axes: MeshAxes) -> int:
+    """Devices along some axes."""
+    return math.prod(self.mesh.shape[name] for name in _names(axes))
+
+  @property
+  def shards(self) -> int:
+    """Shards of the sequence."""
+    return self.size(self.layout.sequence)
+
+  @property
+  def pieces(self) -> int:
+    """Pieces of consecutive tokens per shard."""
+    return 2 if self.layout.zigzag else 1
+
+  def explicit(self, spec: Iterable[MeshAxes]) -> list[MeshAxes]:
+    """A partition over the Explicit axes of the mesh alone."""
+    types = dict(zip(self.mesh.axis_names, self.mesh.axis_types, strict=True))
+    kept = (
+      tuple(x for x in _names(axes) if types[x] == AxisType.Explicit)
+      for axes in spec
+    )
+    return [axes or None for axes in kept]
+
+  def spec(self, letters: str, shape: tuple[int, ...]) -> P:
+    """The partition of an array whose first axes are named by letters.
+
+    Keys whose number the shards do not divide are not split.
+    """
+    layout = self.layout
+    axes: list[MeshAxes] = [None] * len(shape)
+    for axis, letter in enumerate(letters[: len(shape)]):
+      if letter in "TSW":
+        whole = letter != "T" and shape[axis] % (self.shards * self.pieces)
+        axes[axis] = None if whole else layout.sequence
+      elif letter in "NK":
+        axes[axis] = layout.heads
+      elif letter == "B":
+        axes[axis] = layout.data
+    return P(*axes)
+
+
+def find_place(layout: Any, name: str, x: Array, letters: str) -> Place | None:
+  """Where the arrays of a call are; None if no mesh or layout is in use.
+
+  Args:
+    layout: the argument of the caller.
+    name: of the array, for messages.
+    x: an array of the call.
+    letters: its axes, such as "BTN".
+
+  Raises:
+    ValueError: if the layout does not fit the mesh or the array.
+  """
+  if layout is not None and not isinstance(layout, Layout):
+    raise ValueError(
+      f"`layout`={_checks.show(layout)} must be an nsa_jax.Layout or None."
+    )
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty and isinstance(x, jax.Array):
+    mesh = jax.typeof(x).sharding.mesh
+  manual = set() if mesh.empty else set(mesh.manual_axes)
+  if mesh.empty or manual == set(mesh.axis_names):
+    if layout is None or layout == Layout():
+      return None
+    where = "no mesh" if mesh.empty else f"the Manual axes {sorted(manual)}"
+    raise ValueError(
+      f"`layout`={layout} needs a mesh with these axes, but there is {where}: "
+      "call inside `jax.set_mesh(mesh)`, and outside `jax.shard_map`."
+    )
+  types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+  explicit = AxisType.Explicit in types.values()
+  if layout is None and not explicit:
+    return None
+  found = _of_type(x, letters, name) if explicit else Layout()
+  if layout is None:
+    layout = found
+  elif explicit and not any((layout.data, layout.sequence, layout.heads)):
+    layout = dataclasses.replace(found, zigzag=layout.zigzag)
+  place = Place(layout, mesh)
+  used = [
+    (axis, kind)
+    for kind in ("data", "sequence", "heads")
+    for axis in _names(getattr(layout, kind))
+  ]
+  for axis, kind in used:
+    if axis not in mesh.axis_names or axis in manual:
+      free = [axis for axis in mesh.axis_names if axis not in manual]
+      raise ValueError(
+        f"`layout.{kind}`={getattr(layout, kind)!r} must name axes of the mesh "
+        f"around the call: {free}."
+      )
+  check_fit(place, name, x, letters)
+  return place
+
+
+def text_order(place: Place | None, x: Any) -> Any:
+  """Numbers of tokens [B, T] in the order of the text, whole on every shard."""
+  if place is None:
+    return x
+  x = _whole(place, x)
+  return restore_zigzag(x, place.shards) if place.layout.zigzag else x
+
+
+def shard_order(place: Place | None, x: Array) -> Array:
+  """Numbers of tokens [B, T] from the order of the text to that of a layout."""
+  if place is None or not place.layout.zigzag:
+    return x
+  return zigzag(_whole(place, x), place.shards)
+
+
+def _whole(place, x):
+  """Does not split numbers of tokens [B, T] over the sequence."""
+  if not place.layout.sequence or isinstance(x, np.ndarray):
+    return x
+  spec = P(place.layout.data, None)
+  if AxisType.Explicit in place.mesh.axis_types:
+    return jax.reshard(x, P(*place.explicit(spec)))
+  return lax.with_sharding_constraint(x, spec)
+
+
+def check_fit(place: Place, name: str, x: Array, letters: str) -> None:
+  """Raises ValueError unless the layout divides the axes of an array."""
+  letters = letters[: jnp.ndim(x)]
+  kinds = {
+    "B": ("data", 1),
+    "T": ("sequence", place.pieces),
+    "N": ("heads", 1),
+    "K": ("heads", 1),
+  }
+  for axis, letter in enumerate(letters):
+    kind, pieces = kinds.get(letter, (None, 1))
+    axes = kind and getattr(place.layout, kind)
+    parts = place.size(axes) * pieces if axes else 1
+    if x.shape[axis] % parts:
+      twice = "twice " if pieces > 1 else ""
+      raise ValueError(
+        f"`{name}` of shape {x.shape} must have {letter} a multiple of "
+        f"{parts}, {twice}the devices of `layout.{kind}`={axes!r}."
+      )
+
+
+def _of_type(x: Array, letters: str, name: str) -> Layout:
+  """The layout of an array by the Explicit axes of its type."""
+  spec = (*jax.typeof(x).sharding.spec, *(None,) * x.ndim)
+  named = dict(zip(letters, spec, strict=False))
+  others = [axes for axes in spec[len(letters) : x.ndim] if axes is not None]
+  if others:
+    raise ValueError(
+      f"`{name}` of type {jax.typeof(x)} must be split over the axes "
+      f"{', '.join(letters)} only: `jax.reshard` it."
+    )
+  return Layout(
+    named.get("B"),
+    named.get("T", named.get("S")),
+    named.get("N", named.get("K")),
+  )
+
+
+# Axes of the arguments of the ops: "B" rows, "T" tokens of the queries, "S"
+# tokens of the keys, "N" and "K" heads. Any other letter is not split. "W" are
+# tokens of keys that only a window reads.
+LETTERS = {
+  "query": "BTN",
+  "compressed_query": "BTN",
+  "gates": "BTN",
+  "lse": "BTN",
+  "scores": "BTK",
+  "block_ids": "BTK",
+  "bound": "BT",
+  "key": "BSK",
+  "value": "BSK",
+  "selected": "BSK",
+  "compressed": "B.K",
+  "compressed_key": "B.K",
+  "window": "BWK",
+  "segment_ids": "BS",
+  "window_segment_ids": "BW",
+  "query_segment_ids": "BT",
+  "query_offset": "B",
+}
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def partitioned(**letters: str) -> Callable[[Function], Function]:
+  """Decorates an op: with a layout, it is called on every device.
+
+  Args:
+    **letters: axes of arguments that differ from `LETTERS`.
+  """
+  letters = LETTERS | letters
+
+  def decorate(op):
+    signature = inspect.signature(op)
+
+    @functools.wraps(op)
+    def call(*args, layout=None, **kwargs):
+      try:
+        given = signature.bind(*args, **kwargs).arguments
+      except TypeError:
+        return op(*args, **kwargs)  # Raises, with the name of the op.
+      name, first = next(iter(given.items()))
+      place = find_place(layout, name, first, letters[name])
+      if place is None:
+        return op(*args, **kwargs)
+      arrays = {k: given.pop(k) for k in letters.keys() & given.keys()}
+      function = functools.partial(op, **given)
+      _validate(function, arrays)
+      arrays["bound"] = bound_arrays(given.get("select"))
+      if arrays["bound"]:
+        function = functools.partial(_call_bound, op, given)
+      config: Any = given.get("config")
+      windowed = letters["key"] == "BWK"
+      key_length = given.get("key_length")
+      if key_length is None:
+        key_length = jax.tree.leaves(arrays.get("key", first))[0].shape[1]
+      return run(
+        place,
+        function,
+        arrays,
+        key_length=key_length,
+        query_offset=arrays.pop("query_offset", None),
+        alignment=1 if windowed or not config else config.selection_block,
+        halo=config.window if windowed and "key_offset" not in given else 0,
+        letters=letters,
+      )
+
+    return call
+
+  return decorate
+
+
+def bound_arrays(select: Any) -> dict[str, Array] | None:
+  """Arrays that `functools.partial` bound to keywords of a selector."""
+  if not isinstance(select, functools.partial):
+    return None
+  bound = {k: x for k, x in select.keywords.items() if isinstance(x, jax.Array)}
+  return bound or None
+
+
+def bind(select: Any, bound: Mapping[str, Array] | None) -> Any:
+  """A selector with other arrays in place of those of `bound_arrays`."""
+  if not bound:
+    return select
+  keywords = select.keywords | bound
+  return functools.partial(select.func, *select.args, **keywords)
+
+
+def _call_bound(op, given, *, bound, **arrays):
+  return op(**arrays, **given | {"select": bind(given["select"], bound)})
+
+
+def _validate(function, arrays):
+  """Lets an op check the arrays before they are split; shapes of its result."""
+
+  def shape(x):
+    return jax.ShapeDtypeStruct(jnp.shape(x), jnp.asarray(x).dtype)
+
+  with jax.sharding.use_abstract_mesh(AbstractMesh((), ())):
+    return jax.eval_shape(
+      lambda arrays: function(**arrays), jax.tree.map(shape, arrays)
+    )
+
+
+def run(
+  place: Place,
+  function: Callable[..., Any],
+  arrays: Mapping[str, Any],
+  *,
+  key_length: int,
+  query_offset: Any = None,
+  alignment: int = 1,
+  halo: int = 0,
+  letters: Mapping[str, str] = LETTERS,
+) -> Any:
+  """Calls function(**arrays, query_offset=...) on every device.
+
+  Args:
+    place: where the arrays are.
+    function: gets the rows, heads and queries of the device, of the latter one
+      piece at a time; and the keys, gathered. With `halo` also `key_offset`.
+      Its results have the axes B, T, N or K.
+    arrays: arrays or pytrees of arrays by name; None is left out.
+    key_length: S.
+    query_offset: as in `native_sparse_attention`.
+    alignment: each segment must start at a multiple of it.
+    halo: tokens before a piece that its window reads, for T = S and queries at
+      0. "W" is then these and the piece; without a halo it is "S".
+    letters: the axes of the arrays.
+  """
+  layout = place.layout
+  arrays = {name: x for name, x in arrays.items() if x is not None}
+  length, split = next(
+    (x.shape[1], "T" in letters[name])
+    for name, x in arrays.items()
+    if name in ("query", "scores")
+  )
+  if not split:
+    layout = dataclasses.replace(layout, sequence=None, zigzag=False)
+    place = place._replace(layout=layout)
+  if layout.zigzag and (length != key_length or query_offset is not None):
+    raise ValueError(
+      f"`layout`={layout} needs T = S and no `query_offset`: there are "
+      f"{length} queries and {key_length} keys."
+    )
+  offset = query_offset
+  if offset is None:
+    offset = key_length - length
+  if not isinstance(offset, int):
+    arrays["query_offset"] = jnp.asarray(offset)
+  for name, y in arrays.items():
+    for x in jax.tree.leaves(y):
+      check_fit(place, name, x, letters[name])
+  known = _checks.concrete(arrays.get("segment_ids"))
+  if known is not None and layout.zigzag:
+    known = np.asarray(restore_zigzag(known, place.shards))
+  _checks.segments(known, alignment)
+  piece = length // (place.shards * place.pieces)
+  if not layout.sequence or halo > piece or offset or length != key_length:
+    halo = 0
+  specs = {
+    name: jax.tree.map(
+      lambda x, name=name: place.spec(letters[name], x.shape), x
+    )
+    for name, x in arrays.items()
+  }
+
+  def gather(x, spec):
+    """Keys of all shards, in the order of the text."""
+    if len(spec) < 2 or spec[1] is None:
+      return x
+    x = lax.all_gather(x, layout.sequence, axis=1, tiled=True)
+    return restore_zigzag(x, place.shards) if layout.zigzag else x
+
+  def body(arrays):
+    first = arrays.pop("query_offset", offset)
+    shared = {
+      name: jax.tree.map(gather, x, specs[name])
+      for name, x in arrays.items()
+      if "T" not in letters[name] and not ("W" in letters[name] and halo)
+    }
+
+    def attend(i):
+      """The result for piece i of the shard."""
+      local = {}
+      for name in arrays.keys() - shared.keys():
+        cut = functools.partial(_piece, place, i)
+        if "W" in letters[name]:
+          cut = functools.partial(_piece_with_halo, place, i, halo)
+        local[name] = jax.tree.map(cut, arrays[name])
+      start = _first_token(place, i, piece)
+      if halo:
+        local["key_offset"] = start - halo
+      return function(**shared, **local, query_offset=first + start)
+
+    results = [attend(i) for i in range(place.pieces)]
+    return jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), *results)
+
+  out = P(layout.data, layout.sequence, layout.heads)
+  return _shard_map(place, body, (specs,), out)(arrays)
+
+
+def partitioned_phi(phi: Function) -> Function:
+  """Decorates phi, [B, S, K, H] -> [B, C, K, H'], likewise.
+
+  A device computes the blocks that begin in its tokens. The last of them also
+  need l - d tokens of the next piece. The blocks of all shards are gathered.
+  """
+  signature = inspect.signature(phi)
+
+  @functools.wraps(phi)
+  def call(*args, layout=None, **kwargs):
+    try:
+      given = signature.bind(*args, **kwargs).arguments
+    except TypeError:
+      return phi(*args, **kwargs)  # Raises, with the name of the function.
+    place = find_place(layout, "x", given["x"], "BSK")
+    if place is None:
+      return phi(*args, **kwargs)
+    config = given.pop("config")
+    function = functools.partial(phi, config=config)
+    whole = _validate(function, given)
+    blocks = _run_phi(
+      place,
+      function,
+      jnp.asarray(given.pop("x")),
+      given.pop("segment_ids", None),
+      given,
+      config,
+    )
+    return blocks[:, : whole.shape[1]]
+
+  return call  # type: ignore[return-value]
+
+
+def _run_phi(place, function, x, segment_ids, parameters, config):
+  layout = place.layout
+  piece = x.shape[1] // (place.shards * place.pieces)
+  halo = config.compression_block - config.compression_stride
+  # Otherwise a block may begin between two pieces or end behind the next.
+  local = piece % config.compression_stride == 0 and halo <= piece
+  check_fit(place, "x", x, "BSK")
+  arrays = {"x": x, "parameters": parameters, "segment_ids": segment_ids}
+  letters = {"x": "BSK", "parameters": "K", "segment_ids": "BS"}
+  specs = {
+    name: jax.tree.map(
+      lambda x, name=name: place.spec(letters[name], x.shape), y
+    )
+    for name, y in arrays.items()
+  }
+
+  def gather(x):
+    """Blocks or tokens of all shards, in the order of the text."""
+    x = lax.all_gather(x, layout.sequence, axis=1, tiled=True, to="invarying")
+    return restore_zigzag(x, place.shards) if layout.zigzag else x
+
+  def body(arrays):
+    x, segment_ids = arrays["x"], arrays["segment_ids"]
+
+    def phi(x, segment_ids):
+      return function(x, **arrays["parameters"], segment_ids=segment_ids)
+
+    if not layout.sequence:
+      return phi(x, segment_ids)
+    if not local:
+      return phi(*jax.tree.map(gather, (x, segment_ids)))
+    blocks = [
+      phi(
+        *jax.tree.map(
+          functools.partial(_piece_and_next, place, i, halo), (x, segment_ids)
+        )
+      )
+      for i in range(place.pieces)
+    ]
+    return gather(jnp.concatenate(blocks, axis=1))
+
+  out = P(layout.data, None, layout.heads)
+  return _shard_map(place, body, (specs,), out)(arrays)
+
+
+def per_token(
+  layout: Layout | None,
+  function: Callable[..., Array],
+  table: Array,
+  *arrays: Array,
+) -> Array:
+  """function(table, *arrays) for the tokens of every device.
+
+  Args:
+    layout: as in `native_sparse_attention`.
+    function: its result is [B, T, ...].
+    table: an array that all devices get; its gradient is summed over them.
+    *arrays: [B, T, ...].
+  """
+  place = find_place(layout, "tokens", arrays[0], "BT")
+  if place is None:
+    return function(table, *arrays)
+  check_fit(place, "tokens", arrays[0], "BT")
+  split = P(place.layout.data, place.layout.sequence)
+  specs = (P(), *(split for _ in arrays))
+  return _shard_map(place, function, specs, split)(table, *arrays)
+
+
+def _shard_map(place, body, specs, out):
+  manual = set(place.mesh.manual_axes)
+  names = set(place.mesh.axis_names) - manual
+
+  def reshard(spec, x):
+    return jax.reshard(x, P(*place.explicit(spec)))
+
+  def call(*args):
+    if AxisType.Explicit in place.mesh.axis_types:
+      args = jax.tree.map(
+        reshard, specs, args, is_leaf=lambda x: isinstance(x, P)
+      )
+    mapped = jax.shard_map(
+      body, mesh=place.mesh, in_specs=specs, out_specs=out, axis_names=names
+    )
+    return mapped(*args)
+
+  return jax.jit(call)
+
+
+def _first_token(place, i, piece):
+  """Position of the first token of piece i of this shard."""
+  if not place.layout.sequence:
+    return 0
+  shard = lax.axis_index(place.layout.sequence)
+  return piece * (2 * place.shards - 1 - shard if i else shard)
+
+
+def _piece(place, i, x):
+  """Piece i of the tokens of a shard."""
+  size = x.shape[1] // place.pieces
+  return lax.slice_in_dim(x, i * size, (i + 1) * size, axis=1)
+
+
+def _shift(place, x, by):
+  """What another shard holds; zeros at the ends of the sequence."""
+  count = place.shards
+  pairs = [(j, j + by) for j in range(count) if 0 <= j + by < count]
+  return lax.ppermute(x, place.layout.sequence, pairs)
+
+
+def _piece_with_halo(place, i, halo, x):
+  """Piece i with the `halo` tokens before it; zeros before the first token."""
+  pieces = [_piece(place, j, x) for j in range(place.pieces)]
+  ends = [y[:, y.shape[1] - halo :] for y in pieces]
+  # In zigzag order the late pieces of later shards come first.
+  before = _shift(place, ends[i], -1 if i else 1)
+  if i:
+    shard = lax.axis_index(place.layout.sequence)
+    before = jnp.where(shard == place.shards - 1, ends[0], before)
+  return jnp.concatenate([before, pieces[i]], axis=1)
+
+
+def _piece_and_next(place, i, halo, x):
+  """Piece i with the `halo` tokens after it; zeros after the last token."""
+  pieces = [_piece(place, j, x) for j in range(place.pieces)]
+  starts = [y[:, :halo] for y in pieces]
+  after = _shift(place, starts[i], 1 if i else -1)
+  if place.pieces > 1 and not i:
+    shard = lax.axis_index(place.layout.sequence)
+    after = jnp.where(shard == place.shards - 1, starts[1], after)
+  return jnp.concatenate([pieces[i], after], axis=1)
