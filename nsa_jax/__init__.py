@@ -28,6 +28,7 @@ from nsa_jax.ops.selection import (
   block_scores,
   select_blocks,
 )
+from nsa_jax.packing import PackedRow, PackedRows
 from nsa_jax.rope import RopeConfig, apply_rope
 from nsa_jax.sampling import generate
 from nsa_jax.typing import KV, Implementation
@@ -41,6 +42,8 @@ __all__ = [
   "Implementation",
   "NSAConfig",
   "NativeSparseAttention",
+  "PackedRow",
+  "PackedRows",
   "RopeConfig",
   "TransformerConfig",
   "TransformerLM",
