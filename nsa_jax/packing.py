@@ -62,7 +62,7 @@ class PackedRows(Iterator[PackedRow]):
   A document goes into the first open row that has room for it. If none has, and
   `open_rows` rows are open, the fullest is returned to make room; a row without
   room for another document is returned at once, and the rest when the documents
-  end. So the documents are streamed, and equal documents make equal rows.
+  end. So documents are streamed, and the same ones always make the same rows.
 
   The rows need not be in the order of the documents, but the pieces of a long
   document follow one another: shuffle what should not be trained on together.
