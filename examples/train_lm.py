@@ -4,12 +4,15 @@
     python examples/train_lm.py --corpus notes/ --steps 1000 --out runs/notes
     python examples/train_lm.py --corpus notes/ --steps 1000 --out runs/notes \
         --resume
+    python examples/train_lm.py --corpus notes/ --pack --out runs/packed
 
 The default corpus is the source of Python's standard library, which every
 Python installation contains. About one file in ten is held out for validation,
 and the validation loss is compared with that of a bigram model fitted to the
-same training bytes. Batches depend only on the seed and the step, so that a
-resumed run sees the same data as an uninterrupted one.
+same training bytes. Batches depend only on the seed and the step; with --pack,
+where a row holds files that do not read one another, the checkpoints hold what
+the next batch depends on. So a resumed run sees the same data as an
+uninterrupted one.
 
 The flags are in `lm/cli.py`, the text in `lm/data.py`, the training in
 `lm/train.py`, and the checkpoints in `lm/run.py`. `train_minimal.py` is the

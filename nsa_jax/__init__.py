@@ -28,6 +28,7 @@ from nsa_jax.ops.selection import (
   block_scores,
   select_blocks,
 )
+from nsa_jax.packing import PackedRow, PackedRows
 from nsa_jax.rope import RopeConfig, apply_rope
 from nsa_jax.sampling import generate
 from nsa_jax.sharding import Layout, restore_zigzag, zigzag
@@ -43,6 +44,8 @@ __all__ = [
   "Layout",
   "NSAConfig",
   "NativeSparseAttention",
+  "PackedRow",
+  "PackedRows",
   "RopeConfig",
   "TransformerConfig",
   "TransformerLM",

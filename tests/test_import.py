@@ -54,6 +54,12 @@ def test_only_the_modules_of_flax_import_flax() -> None:
   }
 
 
+def test_packing_needs_no_jax_of_its_own() -> None:
+  """It runs in processes that read data."""
+  own = sys.stdlib_module_names | {"numpy", "nsa_jax"}
+  assert _imports(ROOT / "nsa_jax/packing.py") <= own
+
+
 def test_the_kernels_import_jax_alone() -> None:
   for path in (ROOT / "pallas_kernels").rglob("*.py"):
     own = sys.stdlib_module_names | {"jax", "pallas_kernels"}

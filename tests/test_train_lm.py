@@ -11,6 +11,8 @@ import signal
 import socket
 import subprocess
 import sys
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,7 +26,7 @@ import pytest
 from examples import train_lm
 from examples.lm import UsageError, cli, data, load_model, terminal, train
 from examples.lm import run as runs
-from nsa_jax import NSAConfig, TransformerConfig
+from nsa_jax import NSAConfig, PackedRow, TransformerConfig
 from tests import tiny_run
 
 SCRIPT = Path(train_lm.__file__)
@@ -36,15 +38,15 @@ SMALL += ["--sample-bytes=8"]
 # Runs the script, and sends it SIGINT while it prepares its fourth step.
 INTERRUPT = """
 import os, signal, sys
-from examples.lm import cli, train
+from examples.lm import cli, data
 
-batch = train.training_batch
+batch = data.training_batch
 def interrupt(text, *, step, **kwargs):
   if step == 3:
     os.kill(os.getpid(), signal.SIGINT)
   return batch(text, step=step, **kwargs)
 
-train.training_batch = interrupt
+data.training_batch = interrupt
 sys.exit(cli.main(sys.argv[1:]))
 """
 
@@ -176,7 +178,7 @@ def test_scripts_need_their_own_folder_alone(
 def test_a_loss_that_is_not_finite_ends_the_run():
   args = cli.make_parser().parse_args(SMALL)
   text = np.zeros(1000, np.uint8)
-  windows = data.validation_windows(text, count=2, seq_len=384)
+  windows = data.RandomWindows(text, seed=0, batch_size=1, seq_len=384)
   run: Any = SimpleNamespace(metrics=[])
   losses = iter([2.0, np.inf, 2.0])
 
@@ -188,7 +190,7 @@ def test_a_loss_that_is_not_finite_ends_the_run():
 
   with pytest.raises(UsageError, match="is not finite at step 2; a lower"):
     train.run_steps(
-      args, run, 0, {"params": {}}, train_step, eval_step, text, windows
+      args, run, 0, {"params": {}}, train_step, eval_step, windows, []
     )
   assert run.metrics == [{"step": 1, "train_loss": 2.0}]
 
@@ -356,6 +358,145 @@ def test_batches_are_a_function_of_seed_and_step():
   windows = data.validation_windows(text, count=5, seq_len=16)
   assert windows[0, 0] == 0
   assert windows[-1, -1] == 199
+
+
+# -------------------------------------------------------------------- packing
+
+
+def write_files(folder: Path, sizes: Iterable[int]) -> str:
+  """Files of random bytes, so that a part of one is found in no other."""
+  rng = np.random.default_rng(0)
+  folder.mkdir()
+  for i, size in enumerate(sizes):
+    text = rng.integers(1, 256, size).astype(np.uint8)
+    (folder / f"{i}.txt").write_bytes(text.tobytes())
+  return str(folder)
+
+
+SIZES = [*range(20, 200, 7), *range(300, 600, 23)]
+
+
+def segments(rows: PackedRow) -> list[bytes]:
+  """The segments of rows [B, T], checked to be runs at multiples of 8."""
+  found = []
+  for tokens, _, ids, positions in zip(*rows, strict=True):
+    for i in range(1, ids.max() + 1):
+      places = np.flatnonzero(ids == i)
+      assert places[0] % 8 == 0
+      np.testing.assert_array_equal(places - places[0], positions[places])
+      np.testing.assert_array_equal(places - places[0], np.arange(len(places)))
+      found.append(tokens[places].astype(np.uint8).tobytes())
+  return found
+
+
+def test_the_parts_of_a_corpus_are_files(tmp_path):
+  path = write_files(tmp_path / "text", SIZES)
+  corpus = data.load_corpus(path, 2**20, 64)
+  files = [file.tobytes() for file in corpus.train_files()]
+  held_out = [file.tobytes() for file in corpus.validation_files()]
+  written = [file.read_bytes() for file in Path(path).iterdir()]
+  assert sorted(files + held_out) == sorted(written)
+
+  # Too few to hold one out: the file at nine tenths is cut in two.
+  few = write_files(tmp_path / "few", [100, 300, 600])
+  corpus = data.load_corpus(few, 2**20, 64)
+  sizes = [len(file) for file in corpus.train_files() if len(file)]
+  assert sizes == [100, 300, 500]
+  assert [len(file) for file in corpus.validation_files()][-1] == 100
+  assert corpus.digest() != corpus.digest(with_sizes=True)
+
+
+def test_no_packed_row_reads_across_files(tmp_path):
+  corpus = data.load_corpus(write_files(tmp_path / "text", SIZES), 2**20, 64)
+  files = [file.tobytes() for file in corpus.train_files()]
+  pieces = [file[i : i + 64] for file in files for i in range(0, len(file), 64)]
+
+  def start(seed=0):
+    return data.PackedFiles(
+      corpus.train_files(), seed=seed, batch_size=2, seq_len=64, alignment=8
+    )
+
+  batches = start()
+  read = [batches.read(step) for step in range(300)]
+  found = [segment for batch in read for segment in segments(batch)]
+  # Two epochs and more; every piece is there as often, but for open rows.
+  counts = Counter(found)
+  assert set(counts) == set(pieces)
+  assert max(counts.values()) - min(counts.values()) <= 2
+  assert min(counts.values()) >= 2
+  report = batches.rows.report
+  assert report.tokens == sum(map(len, found))
+  assert report.tokens + report.padding == 300 * 2 * 64
+  assert 0 < report.padding_fraction < 0.1
+  assert segments(start(seed=1).read(0)) != segments(read[0])
+
+  # The state goes on with the very same batches.
+  again = start()
+  for step in range(100):
+    again.read(step)
+  resumed = start()
+  resumed.set_state(json.loads(json.dumps(again.get_state())))
+  for step in range(100, 200):
+    for a, b in zip(resumed.read(step), read[step], strict=True):
+      np.testing.assert_array_equal(a, b)
+
+
+def test_validation_rows_are_packed_files(tmp_path):
+  corpus = data.load_corpus(write_files(tmp_path / "text", SIZES), 2**20, 64)
+  files = [file.tobytes() for file in corpus.validation_files()]
+  rows = data.validation_rows(
+    corpus.validation_files(), count=6, seq_len=64, alignment=8
+  )
+  assert rows.tokens.shape == (6, 64)
+  for segment in segments(rows):
+    assert any(segment in file for file in files)
+  predicted = data.num_predicted(rows)
+  assert predicted == (rows.labels >= 0).sum()
+  parts = data.split_batch(rows, 3)
+  assert sum(map(data.num_predicted, parts)) == predicted
+  np.testing.assert_array_equal(parts[1], [x[2:4] for x in rows])
+  # Uniform guesses: every predicted byte counts alike, padding does not.
+  one = data.bigram_loss(np.zeros(1, np.uint8), rows)
+  np.testing.assert_allclose(one, np.log(256))
+
+
+def test_packed_training_resumes_exactly(tmp_path, capsys, monkeypatch):
+  sample = tmp_path / "sample.txt"
+  monkeypatch.setattr(train, "model_config", lambda args: tiny_run.CONFIG)
+  monkeypatch.setattr(train, "write_sample", lambda *args: sample)
+  monkeypatch.setattr(train, "plot_losses", lambda *args: tmp_path / "plot.png")
+  args = [
+    *("--pack", "--attention=window", "--batch-size=2", "--seq-len=64"),
+    *("--steps=4", "--eval-batches=2", "--checkpoint-every=2"),
+    f"--corpus={write_files(tmp_path / 'text', SIZES)}",
+  ]
+  straight, resumed = tmp_path / "straight", tmp_path / "resumed"
+  assert cli.main([*args, f"--out={straight}"]) == 0
+  printed = capsys.readouterr().out
+  padding = re.search(r"^padding    \d+\.\d% of 8 packed rows$", printed, re.M)
+  assert padding
+
+  shutil.copytree(straight, resumed)
+  shutil.rmtree(resumed / "checkpoints" / "4")
+  assert cli.main([*args, f"--out={resumed}", "--resume"]) == 0
+  printed = capsys.readouterr().out
+  assert "steps 2 to 4" in printed
+  assert padding[0] in printed
+  assert (resumed / "metrics.jsonl").read_bytes() == (
+    straight / "metrics.jsonl"
+  ).read_bytes()
+  for a, b in zip(
+    leaves(checkpoint(resumed, 4)), leaves(checkpoint(straight, 4)), strict=True
+  ):
+    assert a.tobytes() == b.tobytes()
+
+  del args[0]
+  line = error_line(capsys, *args, f"--out={resumed}", "--resume")
+  assert "`pack` was True, now False" in line
+  # What a checkpoint says of the batches is checked as its arrays are.
+  saved = resumed / "checkpoints" / "4" / "data" / "metadata"
+  saved.write_text(saved.read_text().replace("1", "2"))
+  assert load_model(str(resumed))[2] == 2
 
 
 def test_bigram_loss_by_hand():
@@ -604,6 +745,7 @@ def test_resume_of_another_version(tmp_path):
   path = tmp_path / "checkpoints/3/config/metadata"
   saved = json.loads(path.read_text())
   del saved["model"]["normalize_qk"], saved["model"]["nsa"]["window"]
+  del saved["pack"]
   path.write_text(json.dumps(saved))
   run = tiny_run.open_run(tmp_path, True)
   # The default of NSAConfig, not of the preset.

@@ -23,7 +23,15 @@ import numpy as np
 import pytest
 
 import nsa_jax
-from nsa_jax import KV, NSAConfig, cache, compression, rope, sampling
+from nsa_jax import (
+  KV,
+  NSAConfig,
+  PackedRows,
+  cache,
+  compression,
+  rope,
+  sampling,
+)
 from nsa_jax.layers import core
 from nsa_jax.layers import linen as layers
 
@@ -140,6 +148,25 @@ def _apply(module: Any, *inputs: Any, **options: Any) -> Callable[..., Any]:
   return functools.partial(call, module)
 
 
+@functools.wraps(PackedRows)
+def _pack(*args: Any, **kwargs: Any) -> None:
+  """Reads all rows, because documents are checked when they are read."""
+  list(PackedRows(*args, **kwargs))
+
+
+def _resume(state: Any) -> None:
+  """Goes on from a state; for its own it must read a document again."""
+  rows = PackedRows([[1] * 9], length=4, alignment=4)
+  rows.set_state(state)
+  list(rows)
+
+
+def _packing_state() -> dict[str, Any]:
+  rows = PackedRows([[1] * 9], length=4, alignment=4)
+  next(rows)
+  return rows.get_state()
+
+
 LAYER = nsa_jax.NativeSparseAttention(
   2, 1, 4, config=CONFIG, compression="mean"
 )
@@ -200,6 +227,11 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     nsa_jax.restore_zigzag,
     {"x": _f32(1, 8), "shards": 2},
   ),
+  "nsa_jax.PackedRows": (
+    _pack,
+    {"documents": _ones(2, 12), "length": 16, "alignment": 4},
+  ),
+  "nsa_jax.PackedRows.set_state": (_resume, {"state": _packing_state()}),
   # phi
   "nsa_jax.compress_mean": (nsa_jax.compress_mean, PHI),
   "nsa_jax.compress_weighted": (
@@ -702,6 +734,7 @@ OTHERS = {
   "nsa_jax.EXPORT_DISABLED_CHECKS",
   "nsa_jax.Implementation",
   "nsa_jax.KV",
+  "nsa_jax.PackedRow",
   "nsa_jax.cache",
   "nsa_jax.cache.Cache",
   "nsa_jax.cache.Compress",
@@ -711,6 +744,7 @@ OTHERS = {
   "nsa_jax.layers.core.Attended",
   "nsa_jax.layers.core.Decoding",
   "nsa_jax.layers.core",
+  "nsa_jax.packing.PackingReport",
   "nsa_jax.sampling.Generated",
 }
 

@@ -76,6 +76,14 @@ def make_parser() -> argparse.ArgumentParser:
     help="read and use at most N bytes of the corpus (default: 64 MiB)",
   )
 
+  add(
+    "--pack",
+    action="store_true",
+    help="fill every sequence with files, or pieces of longer ones, that do "
+    "not read one another, each at a multiple of --selection-block (default: "
+    "windows of the text, which cross from one file to the next)",
+  )
+
   def recipe(name: str) -> str:
     values = [f"{getattr(r, name):g}" for r in RECIPES.values()]
     return f"(default: {', '.join(values)} for {', '.join(RECIPES)})"

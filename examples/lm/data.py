@@ -1,4 +1,9 @@
-"""Text: reading, splitting, batches, and a bigram model."""
+"""Text: reading, splitting, batches, and a bigram model.
+
+A batch is either windows of a text, int32 [batch_size, seq_len + 1], of which
+every byte but the first is predicted, or packed rows of files, a PackedRow of
+[batch_size, seq_len].
+"""
 
 import dataclasses
 import errno
@@ -8,12 +13,17 @@ import os
 import pathlib
 import stat
 import sysconfig
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 
+from nsa_jax import PackedRow, PackedRows
+
 from .flags import UsageError
 from .terminal import printable
+
+Batch: TypeAlias = np.ndarray | PackedRow
 
 CHUNK = 2**20  # bytes that are read at once
 HELD_OUT = 10  # About one file in HELD_OUT is for validation.
@@ -42,17 +52,40 @@ class Corpus:
     train: uint8 vector, the bytes to train on.
     validation: uint8 vector, the held-out bytes.
     skipped: why a file or folder of the corpus was skipped, by its path.
+    train_sizes: bytes of each file in `train`, in order.
+    validation_sizes: bytes of each file in `validation`, in order.
   """
 
   name: str
   train: np.ndarray
   validation: np.ndarray
   skipped: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  train_sizes: Sequence[int] = ()
+  validation_sizes: Sequence[int] = ()
 
-  def digest(self) -> str:
-    """A hash of both parts, 16 hexadecimal digits."""
-    parts = (self.train.tobytes(), b"|", self.validation.tobytes())
+  def digest(self, with_sizes: bool = False) -> str:
+    """A hash of both parts, 16 hexadecimal digits.
+
+    Args:
+      with_sizes: of the sizes of the files, too.
+    """
+    parts = [self.train.tobytes(), b"|", self.validation.tobytes()]
+    if with_sizes:
+      sizes = (list(self.train_sizes), list(self.validation_sizes))
+      parts.append(f"|{sizes}".encode())
     return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
+
+  def train_files(self) -> list[np.ndarray]:
+    """The files of `train`, as views of it."""
+    return _split(self.train, self.train_sizes)
+
+  def validation_files(self) -> list[np.ndarray]:
+    """The files of `validation`, as views of it."""
+    return _split(self.validation, self.validation_sizes)
+
+
+def _split(text: np.ndarray, sizes: Sequence[int]) -> list[np.ndarray]:
+  return np.split(text, np.cumsum(sizes, dtype=int)[:-1])
 
 
 def _rank(path: str) -> int:
@@ -155,8 +188,8 @@ def _read(
   paths: Sequence[str],
   max_bytes: int,
   skipped: dict[str, str],
-) -> bytes:
-  """The first `max_bytes` bytes of the files that are text, joined.
+) -> list[bytes]:
+  """The files that are text, up to `max_bytes` bytes of all of them.
 
   Nothing is read that is not used. Why a file is skipped is put in `skipped`.
   """
@@ -171,7 +204,21 @@ def _read(
       skipped[path] = str(error)
     except OSError as error:
       skipped[path] = _reason(error)
-  return b"".join(texts)
+  return texts
+
+
+def _cut(texts: Sequence[bytes], size: int) -> tuple[list[bytes], list[bytes]]:
+  """Splits texts after `size` bytes; the one that they end in is cut in two."""
+  first, second = [], []
+  for text in texts:
+    first.append(text[:size])
+    second.append(text[size:])
+    size -= len(first[-1])
+  return first, second
+
+
+def _num_bytes(texts: Iterable[bytes]) -> int:
+  return sum(map(len, texts))
 
 
 def describe_skipped(skipped: Mapping[str, str]) -> str:
@@ -215,35 +262,170 @@ def load_corpus(path: str | None, max_bytes: int, seq_len: int) -> Corpus:
         files, skipped = _list_files(folder, "", (".*", "__pycache__"))
       else:
         folder, files = folder.parent, [folder.name]
-    train = validation = b""
+    train: list[bytes] = []
+    validation: list[bytes] = []
     if len(files) > 1:
       kept, held_out = split_files(files)
       held_out_bytes = max_bytes // HELD_OUT
       validation = _read(folder, held_out, held_out_bytes, skipped)
-      if len(validation) > seq_len:
+      if _num_bytes(validation) > seq_len:
         train = _read(folder, kept, max_bytes - held_out_bytes, skipped)
-    if len(train) <= seq_len:
+    if _num_bytes(train) <= seq_len:
       ordered = sorted(files, key=os.fsencode)
-      text = _read(folder, ordered, max_bytes, skipped)
-      cut = len(text) - len(text) // HELD_OUT
-      train, validation = text[:cut], text[cut:]
+      texts = _read(folder, ordered, max_bytes, skipped)
+      size = _num_bytes(texts)
+      train, validation = _cut(texts, size - size // HELD_OUT)
   except OSError as error:
     raise UsageError(f"--corpus {path}: {error}.") from error
   note = f" Skipped {describe_skipped(skipped)}." if skipped else ""
-  if not train:
+  sizes = _num_bytes(train), _num_bytes(validation)
+  if not sizes[0]:
     raise UsageError(f"--corpus {name}: no text in it.{note}")
-  if min(len(train), len(validation)) <= seq_len:
+  if min(sizes) <= seq_len:
     raise UsageError(
-      f"--corpus {name}: too small: {len(train)} bytes for training and "
-      f"{len(validation)} for validation; --seq-len {seq_len} needs at least "
+      f"--corpus {name}: too small: {sizes[0]} bytes for training and "
+      f"{sizes[1]} for validation; --seq-len {seq_len} needs at least "
       f"{seq_len + 1} of each.{note}"
     )
   return Corpus(
     name,
-    np.frombuffer(train, np.uint8),
-    np.frombuffer(validation, np.uint8),
+    np.frombuffer(b"".join(train), np.uint8),
+    np.frombuffer(b"".join(validation), np.uint8),
     skipped,
+    [*map(len, train)],
+    [*map(len, validation)],
   )
+
+
+class Batches(Protocol):
+  """The batches to train on, with a state of JSON types for checkpoints."""
+
+  def read(self, step: int) -> Batch:
+    """The batch of a step; steps are read in order."""
+
+  def get_state(self) -> Any: ...
+
+  def set_state(self, state: Any) -> None: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class RandomWindows:
+  """Random windows of a text, by `training_batch`: without a state."""
+
+  text: np.ndarray
+  seed: int
+  batch_size: int
+  seq_len: int
+
+  def read(self, step: int) -> np.ndarray:
+    return training_batch(
+      self.text,
+      seed=self.seed,
+      step=step,
+      batch_size=self.batch_size,
+      seq_len=self.seq_len,
+    )
+
+  def get_state(self) -> None:
+    return None
+
+  def set_state(self, state: None) -> None:
+    pass
+
+
+class ShuffledPieces(Iterator[np.ndarray]):
+  """Pieces of files without end, in every epoch all of them in a new order.
+
+  Whole files would put neighbouring pieces of a long one into the same batch.
+
+  Args:
+    files: uint8 vectors.
+    size: bytes of a piece; the last one of a file may be shorter.
+    seed: of the orders.
+  """
+
+  def __init__(self, files: Iterable[np.ndarray], size: int, seed: int):
+    self._pieces = [
+      file[start : start + size]
+      for file in files
+      for start in range(0, len(file), size)
+    ]
+    self._seed = seed
+    self.set_state({"epoch": 0, "read": 0})
+
+  def __next__(self) -> np.ndarray:
+    if self._read == len(self._order):
+      self.set_state({"epoch": self._epoch + 1, "read": 0})
+    self._read += 1
+    return self._pieces[self._order[self._read - 1]]
+
+  def get_state(self) -> dict[str, int]:
+    return {"epoch": self._epoch, "read": self._read}
+
+  def set_state(self, state: Mapping[str, int]) -> None:
+    self._epoch, self._read = state["epoch"], state["read"]
+    rng = np.random.default_rng((self._seed, self._epoch))
+    self._order = rng.permutation(len(self._pieces))
+
+
+class PackedFiles:
+  """Batches of packed rows of shuffled pieces of files.
+
+  Args:
+    files: uint8 vectors.
+    seed: of the order of the pieces.
+    batch_size: rows of a batch.
+    seq_len: bytes of a row.
+    alignment: as in `PackedRows`.
+  """
+
+  def __init__(
+    self,
+    files: Iterable[np.ndarray],
+    *,
+    seed: int,
+    batch_size: int,
+    seq_len: int,
+    alignment: int,
+  ):
+    self._batch_size = batch_size
+    self.rows = PackedRows(
+      ShuffledPieces(files, seq_len, seed), length=seq_len, alignment=alignment
+    )
+
+  def read(self, step: int) -> PackedRow:
+    del step  # They are read in order.
+    return _stack([next(self.rows) for _ in range(self._batch_size)])
+
+  def get_state(self) -> dict[str, Any]:
+    return self.rows.get_state()
+
+  def set_state(self, state: Mapping[str, Any]) -> None:
+    self.rows.set_state(state)
+
+
+def _stack(rows: Iterable[PackedRow]) -> PackedRow:
+  return PackedRow(*(np.stack(x) for x in zip(*rows, strict=True)))
+
+
+def split_batch(batch: Batch, count: int) -> list[Batch]:
+  """A batch as `count` batches of equal size."""
+  if isinstance(batch, PackedRow):
+    parts = zip(*(np.split(x, count) for x in batch), strict=True)
+    return [PackedRow(*part) for part in parts]
+  return [*np.split(batch, count)]
+
+
+def inputs_and_labels(batch: Batch) -> tuple[np.ndarray, np.ndarray]:
+  """Bytes [B, T], and the byte after each one; -100 for none."""
+  if isinstance(batch, PackedRow):
+    return batch.tokens, batch.labels
+  return batch[:, :-1], batch[:, 1:]
+
+
+def num_predicted(batch: Batch) -> int:
+  """Number of bytes of a batch that are predicted."""
+  return int(np.count_nonzero(inputs_and_labels(batch)[1] >= 0))
 
 
 def training_batch(
@@ -267,15 +449,39 @@ def validation_windows(
   return data[start[:, None] + np.arange(seq_len + 1)].astype(np.int32)
 
 
-def bigram_loss(train: np.ndarray, windows: np.ndarray) -> float:
+def validation_rows(
+  files: Sequence[np.ndarray], *, count: int, seq_len: int, alignment: int
+) -> PackedRow:
+  """Evenly spaced packed rows, always the same: PackedRow of [count, seq_len].
+
+  Args:
+    files: uint8 vectors, which are packed in order.
+    count: number of rows; if there are fewer, some are there several times.
+    seq_len: bytes of a row.
+    alignment: as in `PackedRows`.
+  """
+
+  def rows() -> PackedRows:
+    return PackedRows(files, length=seq_len, alignment=alignment)
+
+  total = sum(1 for _ in rows())
+  chosen = np.linspace(0, total - 1, count).astype(np.int64)
+  wanted = set(chosen.tolist())
+  found = {i: row for i, row in enumerate(rows()) if i in wanted}
+  return _stack(found[i] for i in chosen.tolist())
+
+
+def bigram_loss(train: np.ndarray, batch: Batch) -> float:
   """Mean loss in nats per byte of a bigram model fitted to `train`.
 
   Args:
     train: uint8 [length]; its pairs are counted with add-one smoothing.
-    windows: [count, seq_len + 1]; the bigram model predicts the same bytes as
-      the language model.
+    batch: the bigram model predicts the same bytes of it as the language
+      model.
   """
   pairs = train[:-1].astype(np.int64) * 256 + train[1:]
   counts = np.bincount(pairs, minlength=256 * 256).reshape(256, 256) + 1.0
   log_prob = np.log(counts) - np.log(counts.sum(axis=1, keepdims=True))
-  return float(-log_prob[windows[:, :-1], windows[:, 1:]].mean())
+  inputs, labels = inputs_and_labels(batch)
+  predicted = labels >= 0
+  return float(-log_prob[inputs[predicted], labels[predicted]].mean())

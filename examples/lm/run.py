@@ -49,6 +49,7 @@ class Run:
     metrics_path: the file of the metrics, one JSON object per line.
     metrics: the losses so far, one entry per step.
     steps_before: `steps` of the checkpoint that was restored.
+    data_state: state of the batches in that checkpoint; None if they have none.
   """
 
   def __init__(self, out: str, config: dict[str, Any], resume: bool):
@@ -67,6 +68,7 @@ class Run:
     self.metrics_path = self.folder / "metrics.jsonl"
     self.metrics: list[dict[str, float]] = []
     self.steps_before: int = config["steps"]
+    self.data_state: Any = None
     self._config = config
     checkpoints = self.folder / "checkpoints"
     try:
@@ -101,8 +103,13 @@ class Run:
     """Step of the last checkpoint, or None."""
     return self._manager.latest_step()
 
-  def save(self, step: int, state: State) -> None:
+  def save(self, step: int, state: State, data_state: Any = None) -> None:
     """Writes the metrics and, unless it is there already, a checkpoint.
+
+    Args:
+      step: number of steps done.
+      state: the state after these steps.
+      data_state: that of the batches, of JSON types; None if they have none.
 
     Raises:
       UsageError: if they cannot be written; the last checkpoint stays.
@@ -118,13 +125,13 @@ class Run:
       temporary.replace(self.metrics_path)
       if step != last:
         _check_space(self.folder, state)
-        self._manager.save(
-          step,
-          args=ocp.args.Composite(
-            state=ocp.args.StandardSave(state),
-            config=ocp.args.JsonSave(self._config),
-          ),
-        )
+        items = {
+          "state": ocp.args.StandardSave(state),
+          "config": ocp.args.JsonSave(self._config),
+        }
+        if data_state is not None:
+          items["data"] = ocp.args.JsonSave(data_state)
+        self._manager.save(step, args=ocp.args.Composite(**items))
         _save_digests(self.folder / "checkpoints" / str(step))
 
     _, problem = _quietly(write)
@@ -155,14 +162,19 @@ class Run:
         none can be read.
     """
 
-    def read(step: int) -> State:
+    def read(step: int) -> tuple[State, Any]:
       self._check_config(_read_json(self._manager, step, "config"))
-      return self._manager.restore(
+      state = self._manager.restore(
         step, args=ocp.args.Composite(state=ocp.args.StandardRestore(like))
       ).state
+      has_data = (self.folder / "checkpoints" / str(step) / "data").is_dir()
+      data = _read_json(self._manager, step, "data") if has_data else None
+      return state, data
 
     try:
-      step, state, damaged = _read_newest(self._manager, self.folder, read)
+      step, (state, self.data_state), damaged = _read_newest(
+        self._manager, self.folder, read
+      )
       for other in damaged:  # Its step will be saved again.
         aside = self.folder / f"damaged-{other}"
         shutil.rmtree(aside, ignore_errors=True)
@@ -199,7 +211,7 @@ class Run:
     # What an older version did not have takes its default.
     fields = _model_config(saved, self.folder).to_dict()
     del fields["implementation"]
-    saved = saved | {"model": fields}
+    saved = {"pack": False} | saved | {"model": fields}
     self.steps_before = saved.get("steps", 0)
     if self.steps_before < current["steps"]:
       saved["steps"] = current["steps"]
@@ -292,10 +304,11 @@ def _digest(path: pathlib.Path) -> str:
 
 
 def _save_digests(checkpoint: pathlib.Path) -> None:
-  """Writes a hash of each file of the state into a checkpoint's folder."""
+  """Writes a hash of each file of the states into a checkpoint's folder."""
   digests = {
     path.relative_to(checkpoint).as_posix(): _digest(path)
-    for path in (checkpoint / "state").rglob("*")
+    for name in ("state", "data")
+    for path in (checkpoint / name).rglob("*")
     if path.is_file()
   }
   temporary = checkpoint / f"{DIGESTS}.tmp"
@@ -401,10 +414,10 @@ def run_config(
   # A run may continue on another machine with another implementation of the
   # same function.
   del fields["implementation"]
-  names = ("batch_size", "learning_rate", "seed", "seq_len", "steps")
+  names = ("batch_size", "learning_rate", "pack", "seed", "seq_len", "steps")
   return {
     "model": fields,
-    "corpus": corpus.digest(),
+    "corpus": corpus.digest(with_sizes=args.pack),
     **{name: getattr(args, name) for name in names},
   }
 

@@ -10,7 +10,7 @@ import pathlib
 import shlex
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import jax
@@ -21,6 +21,7 @@ import tqdm
 
 from nsa_jax import (
   NSAConfig,
+  PackedRow,
   TransformerConfig,
   TransformerLM,
   generate,
@@ -29,11 +30,17 @@ from nsa_jax import (
 from nsa_jax.typing import AttentionName
 
 from .data import (
+  Batch,
+  Batches,
   Corpus,
+  PackedFiles,
+  RandomWindows,
   bigram_loss,
   describe_skipped,
   load_corpus,
-  training_batch,
+  num_predicted,
+  split_batch,
+  validation_rows,
   validation_windows,
 )
 from .flags import STOPPED, UsageError
@@ -96,23 +103,30 @@ def make_optimizer(
   )
 
 
-def loss_fn(
-  model: TransformerLM, params: Params, windows: jax.Array
-) -> jax.Array:
-  """Mean cross-entropy in nats per byte, windows [B, T + 1]."""
-  losses = model.apply(
-    {"params": params}, windows[:, :-1], labels=windows[:, 1:]
-  )
+def loss_fn(model: TransformerLM, params: Params, batch: Any) -> jax.Array:
+  """Mean cross-entropy in nats per predicted byte of a Batch."""
+  if isinstance(batch, PackedRow):
+    losses = model.apply(
+      {"params": params},
+      batch.tokens,
+      positions=batch.positions,
+      segment_ids=batch.segment_ids,
+      labels=batch.labels,
+    )
+    # Files of one byte leave nothing to predict.
+    predicted = jnp.maximum((batch.labels >= 0).sum(), 1)
+    return jnp.sum(jnp.asarray(losses)) / predicted
+  losses = model.apply({"params": params}, batch[:, :-1], labels=batch[:, 1:])
   return jnp.mean(jnp.asarray(losses))
 
 
 def make_train_step(
   model: TransformerLM, optimizer: optax.GradientTransformation
 ) -> TrainStep:
-  """A function from a state and windows to the next state and the loss."""
+  """A function from a state and a Batch to the next state and the loss."""
 
-  def train_step(state, windows):
-    loss, grads = jax.value_and_grad(lambda p: loss_fn(model, p, windows))(
+  def train_step(state, batch):
+    loss, grads = jax.value_and_grad(lambda p: loss_fn(model, p, batch))(
       state["params"]
     )
     updates, opt_state = optimizer.update(
@@ -146,6 +160,29 @@ def model_config(args: argparse.Namespace) -> TransformerConfig:
   except ValueError as error:
     raise UsageError(str(error)) from error
   return dataclasses.replace(config, nsa=nsa)
+
+
+def open_data(
+  args: argparse.Namespace, config: NSAConfig, corpus: Corpus
+) -> tuple[Batches, Batch]:
+  """The batches to train on, and eval_batches * batch_size rows to evaluate."""
+  sizes = {"batch_size": args.batch_size, "seq_len": args.seq_len}
+  chosen = {
+    "count": args.eval_batches * args.batch_size,
+    "seq_len": args.seq_len,
+  }
+  if not args.pack:
+    return (
+      RandomWindows(corpus.train, args.seed, **sizes),
+      validation_windows(corpus.validation, **chosen),
+    )
+  alignment = config.selection_block
+  return (
+    PackedFiles(
+      corpus.train_files(), seed=args.seed, alignment=alignment, **sizes
+    ),
+    validation_rows(corpus.validation_files(), alignment=alignment, **chosen),
+  )
 
 
 def describe_growth(
@@ -189,12 +226,9 @@ def train(args: argparse.Namespace) -> int:
       "--num-selected, --selection-block and --window, make it sparse."
     )
   corpus = load_corpus(args.corpus, args.max_bytes, args.seq_len)
-  windows = validation_windows(
-    corpus.validation,
-    count=args.eval_batches * args.batch_size,
-    seq_len=args.seq_len,
-  )
-  bigram = bigram_loss(corpus.train, windows)
+  batches, validation_batch = open_data(args, config.nsa, corpus)
+  eval_batches = split_batch(validation_batch, args.eval_batches)
+  bigram = bigram_loss(corpus.train, validation_batch)
   model = TransformerLM(config)
   optimizer = make_optimizer(args.learning_rate, args.steps)
 
@@ -215,6 +249,7 @@ def train(args: argparse.Namespace) -> int:
       )
     if args.resume:
       step, state = run.restore(shapes)
+      batches.set_state(run.data_state)
     else:
       step, state = 0, init()
     if run.steps_before < args.steps:
@@ -240,11 +275,18 @@ def train(args: argparse.Namespace) -> int:
       f"{args.batch_size} x {args.seq_len} bytes each",
       flush=True,
     )
-    batch = (args.batch_size, args.seq_len + 1)
-    train_step, eval_step = compile_steps(model, optimizer, shapes, batch)
-    step, state, stopped_by = run_steps(
-      args, run, step, state, train_step, eval_step, corpus.train, windows
+    train_step, eval_step = compile_steps(
+      model, optimizer, shapes, eval_batches[0]
     )
+    step, state, stopped_by = run_steps(
+      args, run, step, state, train_step, eval_step, batches, eval_batches
+    )
+    if isinstance(batches, PackedFiles):
+      report = batches.rows.report
+      print(
+        f"padding    {report.padding_fraction:.1%} of {report.rows:,} packed "
+        "rows"
+      )
     if step < args.steps:
       print(
         f"stopped at step {step} of {args.steps}; continue with\n"
@@ -279,7 +321,7 @@ def compile_steps(
   model: TransformerLM,
   optimizer: optax.GradientTransformation,
   shapes: State,
-  batch: tuple[int, int],
+  batch: Batch,
 ) -> tuple[TrainStep, EvalStep]:
   """Compiles the training step and the evaluation step, and prints the time.
 
@@ -287,15 +329,15 @@ def compile_steps(
     model: the model.
     optimizer: its optimiser.
     shapes: shapes and dtypes of the state.
-    batch: shape of the windows, [B, T + 1].
+    batch: any batch; its shape counts.
   """
   started = time.perf_counter()
-  windows = jax.ShapeDtypeStruct(batch, jnp.int32)
+  like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch)
   train_step = jax.jit(make_train_step(model, optimizer), donate_argnums=0)
   eval_step = jax.jit(functools.partial(loss_fn, model))
   compiled = (
-    train_step.lower(shapes, windows).compile(),
-    eval_step.lower(shapes["params"], windows).compile(),
+    train_step.lower(shapes, like).compile(),
+    eval_step.lower(shapes["params"], like).compile(),
   )
   print(f"compiled   in {time.perf_counter() - started:.1f} s")
   return compiled
@@ -308,8 +350,8 @@ def run_steps(
   state: State,
   train_step: TrainStep,
   eval_step: EvalStep,
-  text: np.ndarray,
-  windows: np.ndarray,
+  batches: Batches,
+  eval_batches: Sequence[Batch],
 ) -> tuple[int, State, int]:
   """Trains from `step` on, to the last step or until a signal.
 
@@ -320,8 +362,8 @@ def run_steps(
     state: the state after these steps.
     train_step: compiled training step.
     eval_step: compiled evaluation step.
-    text: uint8 vector to train on.
-    windows: int32 [eval_batches * batch_size, seq_len + 1] to evaluate on.
+    batches: what to train on.
+    eval_batches: what to evaluate on.
 
   Returns:
     The last step, its state, and the signal that stopped training (0: none).
@@ -329,7 +371,7 @@ def run_steps(
   Raises:
     UsageError: if the loss is not finite.
   """
-  eval_batches = np.split(windows, args.eval_batches)
+  weights = [num_predicted(batch) for batch in eval_batches]
   pending: list[tuple[int, jax.Array]] = []  # losses still on the device
 
   def record() -> None:
@@ -347,15 +389,10 @@ def run_steps(
     StopRequest(f"\n{STOPPED}", wait=True) as request,
     tqdm.tqdm(total=args.steps, initial=step, unit="step") as bar,
   ):
-    mark, mark_time = step, time.perf_counter()
+    tokens, mark_time = 0, time.perf_counter()
     while step < args.steps and not request.signal:
-      batch = training_batch(
-        text,
-        seed=args.seed,
-        step=step,
-        batch_size=args.batch_size,
-        seq_len=args.seq_len,
-      )
+      batch = batches.read(step)
+      tokens += num_predicted(batch)
       state, loss = train_step(state, batch)
       step += 1
       pending.append((step, loss))
@@ -364,27 +401,29 @@ def run_steps(
       if step % 10 == 0 or last:
         record()
         now = time.perf_counter()
-        tokens = (step - mark) * args.batch_size * args.seq_len
         bar.set_postfix_str(
           f"loss {run.metrics[-1]['train_loss']:.3f}, "
           f"{tokens / (now - mark_time):,.0f} tokens/s"
         )
-        mark, mark_time = step, now
+        tokens, mark_time = 0, now
       # The speed excludes evaluation and checkpoints.
       pause = time.perf_counter()
       if step % args.eval_every == 0 or last:
         record()
         validation = float(
-          np.mean([eval_step(state["params"], b) for b in eval_batches])
+          np.average(
+            [float(eval_step(state["params"], b)) for b in eval_batches],
+            weights=weights,
+          )
         )
         run.metrics[-1]["validation_loss"] = validation
         bar.write(f"step {step}: validation {in_bits(validation)}")
       if step % args.checkpoint_every == 0 or last:
         record()
-        run.save(step, state)
+        run.save(step, state, batches.get_state())
       mark_time += time.perf_counter() - pause
     record()
-    run.save(step, state)
+    run.save(step, state, batches.get_state())
   return step, state, request.signal
 
 
