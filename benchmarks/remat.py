@@ -8,7 +8,8 @@ with 256k tokens: whether it runs, its time and its memory. Then bytes per token
 and layer, by the compiler's account: from two numbers of layers and two
 lengths, so that neither the parameters and their gradients nor what lives
 within one layer count. The losses of the first step and of the last, which
-depends on the gradients, are to agree between the policies.
+depends on the gradients, are to agree between the policies of a table; scanned
+layers start from other parameters than those one by one.
 
 `--quick` measures tiny models, on a CPU as well, where nothing goes to a host.
 """
@@ -44,6 +45,7 @@ QUICK: dict[str, Any] = {
   "compression": "mean",
   "nsa": NSAConfig(8, 4, 16, num_selected=4, window=16),
   "implementation": None,
+  "dtype": jnp.float32,  # XLA widens half precision on CPUs
 }
 
 
@@ -56,9 +58,11 @@ class Program(NamedTuple):
   length: int
 
 
-def configure(program: Program, **fields: Any) -> TransformerConfig:
+def configure(
+  program: Program, attention: str = "nsa", **fields: Any
+) -> TransformerConfig:
   return train_step.configure(
-    "nsa",
+    attention,
     num_layers=program.layers,
     remat=program.remat,
     scan_layers=program.scan,
