@@ -16,6 +16,7 @@ import nsa_jax
 from nsa_jax import NSAConfig, RopeConfig, TransformerConfig, TransformerLM
 from nsa_jax.models.loss import token_losses
 from nsa_jax.typing import RematName, RematPolicyName
+from tests import helpers
 
 NSA = NSAConfig(
   compression_block=4,
@@ -297,9 +298,11 @@ def test_offloaded_names_go_to_the_host(scan_layers, implementation):
     "offload_inputs": 1,
     "offload_all": attention + 1,
   }.items():
-    program = _gradient(remat=remat, **fields)
+    with helpers.h200():
+      program = _gradient(remat=remat, **fields)
     for platform, copies in {"cuda": count, "cpu": 0}.items():
-      text = program.lower(lowering_platforms=(platform,)).as_text()
+      with helpers.h200():
+        text = program.lower(lowering_platforms=(platform,)).as_text()
       for place in ("pinned_host", "device"):
         found = text.count(f'_xla_buffer_placement = "{place}"')
         assert found == copies, (remat, platform, place)
