@@ -16,6 +16,7 @@ from nsa_jax.geometry import num_compressed_blocks, num_selection_blocks
 from nsa_jax.layers.linen import NativeSparseAttention
 from nsa_jax.models.config import TransformerConfig
 from nsa_jax.models.linen import TransformerLM, unstack_layers
+from nsa_jax.models.remat import remat_policy
 from nsa_jax.ops.branches import (
   compressed_attention,
   full_attention,
@@ -63,6 +64,7 @@ __all__ = [
   "native_sparse_attention",
   "num_compressed_blocks",
   "num_selection_blocks",
+  "remat_policy",
   "restore_zigzag",
   "select_blocks",
   "selected_attention",

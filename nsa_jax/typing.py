@@ -31,6 +31,7 @@ __all__ = [
   "ImplementationName",
   "Queries",
   "RematName",
+  "RematPolicyName",
   "RopeCompressedName",
   "Selector",
 ]
@@ -46,7 +47,14 @@ Implementation: TypeAlias = (
 
 AttentionName: TypeAlias = Literal["nsa", "full", "window"]
 CompressionName: TypeAlias = Literal["mean", "weighted", "linear", "mlp"]
-RematName: TypeAlias = Literal["none", "full", "save_attention"]
+RematPolicyName: TypeAlias = Literal[
+  "full",
+  "save_attention",
+  "offload_attention",
+  "offload_inputs",
+  "offload_all",
+]
+RematName: TypeAlias = Literal["none", RematPolicyName]
 RopeCompressedName: TypeAlias = Literal["block", "tokens", "none"]
 
 # A custom selector; `native_sparse_attention` documents its arguments under

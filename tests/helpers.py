@@ -18,7 +18,7 @@ from jax.sharding import AbstractDevice, AbstractMesh
 import nsa_jax
 from nsa_jax import KV, NSAConfig, dispatch
 from pallas_kernels.interface import Spec
-from tests.oracle import BRANCHES, count_compressed
+from tests.oracle import count_compressed
 
 # Those that serve every call.
 IMPLEMENTATIONS = ("reference", "xla")
@@ -311,13 +311,9 @@ def remat_vjp(keep: bool, config: NSAConfig) -> Callable:
     keep: whether the values that the op names are saved.
     config: of the op.
   """
-  policies = jax.checkpoint_policies
-  names = (f"nsa_{b}_{x}" for b in BRANCHES for x in ("out", "lse"))
-  saved = policies.save_only_these_names(*names, "nsa_block_ids")
+  policy = nsa_jax.remat_policy("save_attention" if keep else "full")
 
-  @functools.partial(
-    jax.checkpoint, policy=saved if keep else policies.nothing_saveable
-  )
+  @functools.partial(jax.checkpoint, policy=policy)
   def attend(inputs: Any) -> Any:
     return nsa_jax.native_sparse_attention(**inputs, config=config)
 

@@ -15,6 +15,7 @@ from benchmarks import (
   harness,
   loss_curve,
   prefill,
+  remat,
   sweep_band,
   train_step,
   trained_ids,
@@ -32,6 +33,7 @@ COMMANDS = (
   prefill,
   trained_ids,
   cold_compile,
+  remat,
 )
 
 
@@ -39,8 +41,10 @@ COMMANDS = (
 def test_without_a_gpu_nothing_is_timed(module, tmp_path):
   if jax.default_backend() == "gpu":
     return
+  # Tiny models under remat are measured on any machine.
+  quick = [] if module is remat else ["--quick"]
   with pytest.raises(SystemExit, match="needs an NVIDIA GPU: JAX found 'cpu'"):
-    module.main(["--quick", f"--out={tmp_path}"])
+    module.main([*quick, f"--out={tmp_path}"])
   assert not list(tmp_path.iterdir())
 
 
@@ -355,6 +359,46 @@ def test_models_of_the_training_step_can_be_traced(attention):
   }
   step, shapes = train_step.jobs(configs, 64)[attention, "step"]
   assert jax.eval_shape(step, *shapes)[1].shape == ()
+
+
+# Remat policies.
+
+
+def test_quick_remat(tmp_path, monkeypatch):
+  for name, value in {"attention": "window", "implementation": "xla"}.items():
+    monkeypatch.setitem(remat.QUICK, name, value)  # compiles faster
+  monkeypatch.setattr(remat, "PLACES", {"scan": True})
+  remat.main(["--quick", f"--out={tmp_path}", "--policies", "save_attention"])
+  tables = json.loads((tmp_path / "remat.json").read_text())["tables"]
+  for rows in (tables[remat.LONG_TABLE], tables[remat.TABLE]):
+    (row,) = rows
+    assert (row["remat"], row["runs"]) == ("save_attention", "yes")
+    assert row["tokens/s"] > 0
+    assert 4 < row["last loss"] < row["first loss"] < 8
+  # The input of a block, and out of the window: `xla` needs no lse.
+  heads, width, head_dim = (
+    remat.QUICK[name] for name in ("num_heads", "model_dim", "head_dim")
+  )
+  want = 4 * (width + heads * head_dim)
+  assert row["bytes on the device"] == pytest.approx(want, rel=0.1)
+  assert row["bytes on the host"] == 0
+
+
+def test_bytes_by_a_second_difference():
+  def size(layers, length):
+    return 7 + 5 * layers + (3 * layers + 11) * length
+
+  sizes = {(n, t): float(size(n, t)) for n in (2, 4) for t in (64, 128)}
+  assert remat.slope(sizes) == 3
+
+
+def test_a_step_that_does_not_fit_is_a_row(capsys):
+  program = remat.Program("full", True, 2, 8)
+  row = remat.long_row(program, RuntimeError("too | large\nhere"), None)
+  assert row == {"remat": "full", "runs": "no: too / large"}
+  row = remat.table_row({program: ValueError("")}, "scan", None)
+  assert row["runs"] == "no: ValueError"
+  assert "too / large" in capsys.readouterr().out
 
 
 # Compilation from a cold start.

@@ -116,6 +116,35 @@ def test_remat_of_named_values_runs_no_forward_kernel_twice(
     assert counts == dict.fromkeys(counts, times)
 
 
+@pytest.mark.parametrize("scan_layers", [False, True])
+def test_offloaded_values_live_on_the_host(scan_layers: bool) -> None:
+  length, results = 128, {}
+  tokens = jax.random.randint(jax.random.key(0), (1, length), 0, 256)
+  for remat in ("save_attention", "offload_attention"):
+    config = nsa_jax.TransformerConfig.preset(
+      "tiny", scan_layers=scan_layers, remat=remat, implementation="triton"
+    )
+    model = nsa_jax.TransformerLM(config)
+    params = jax.jit(model.init)(jax.random.key(1), tokens)
+
+    def loss(params: Any, model: Any = model) -> Any:
+      return jnp.asarray(model.apply(params, tokens, labels=tokens)).mean()
+
+    program = jax.jit(jax.value_and_grad(loss)).lower(params).compile()
+    memory = program.memory_analysis()
+    assert memory is not None
+    heads = config.num_layers * length * config.num_heads
+    least = 3 * 4 * heads * config.head_dim if "offload" in remat else 0
+    if least:
+      assert memory.host_temp_size_in_bytes >= least
+    else:
+      assert memory.host_temp_size_in_bytes == 0
+    results[remat] = program(params)
+  helpers.assert_close(
+    results["offload_attention"], results["save_attention"], "float32"
+  )
+
+
 @pytest.mark.parametrize("platforms", [("cuda",), ("cpu", "cuda")])
 def test_exported_programs_run(platforms: tuple[str, ...]) -> None:
   step, args = helpers.training_step(None)

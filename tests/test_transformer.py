@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import re
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,8 @@ import pytest
 import nsa_jax
 from nsa_jax import NSAConfig, RopeConfig, TransformerConfig, TransformerLM
 from nsa_jax.models.loss import token_losses
+from nsa_jax.typing import RematName, RematPolicyName
+from tests import helpers
 
 NSA = NSAConfig(
   compression_block=4,
@@ -189,10 +192,17 @@ def test_every_parameter_learns():
     assert jnp.abs(grad).max() > 1e-5, path
 
 
-@pytest.mark.parametrize("remat", ["full", "save_attention"])
-def test_remat_changes_nothing(remat):
+# Each with one that offloads what it keeps.
+@pytest.mark.parametrize(
+  "remat, offload",
+  [("full", "offload_inputs"), ("save_attention", "offload_all")],
+)
+def test_remat_changes_nothing(remat, offload):
   params = _params(_config(**SMALL))
-  _assert_close(_loss_and_grads(remat=remat)(params), _loss_and_grads()(params))
+  kept = _loss_and_grads(remat=remat)(params)
+  _assert_close(kept, _loss_and_grads()(params))
+  moved = _loss_and_grads(remat=offload)(params)
+  jax.tree.map(np.testing.assert_array_equal, moved, kept)
 
 
 @pytest.mark.parametrize("remat", ["none", "save_attention"])
@@ -240,26 +250,78 @@ def _important_blocks(x, query, compressed_key, lse, scale, **call):
   return nsa_jax.block_ids_from_scores(scores, **call)
 
 
+def _gradient(**fields):
+  """The gradient of the loss, traced and not compiled."""
+  config = _config(**{"implementation": "xla", **fields})
+  loss = functools.partial(_loss, TransformerLM(config))
+  return jax.jit(jax.grad(loss)).trace(_shapes(config))
+
+
 @pytest.mark.parametrize("select", [None, _important_blocks])
 @pytest.mark.parametrize("scan_layers", [False, True])
-def test_save_attention_selects_once(scan_layers, select):
-  def selections(remat):
-    config = _config(
-      num_layers=1,
-      scan_layers=scan_layers,
-      remat=remat,
-      select=select,
-      implementation="xla",
-    )
-    model = TransformerLM(config)
-    jaxpr = jax.make_jaxpr(jax.grad(functools.partial(_loss, model)))(
-      _shapes(config)
-    )
-    return _count_primitives(jaxpr.jaxpr, "top_k")
+def test_kept_attention_selects_once(scan_layers, select):
+  for remat, selections in {
+    "none": 1,
+    "full": 2,
+    "save_attention": 1,
+    "offload_attention": 1,
+    "offload_inputs": 2,
+    "offload_all": 1,
+  }.items():
+    jaxpr = _gradient(
+      num_layers=1, scan_layers=scan_layers, remat=remat, select=select
+    ).jaxpr
+    assert _count_primitives(jaxpr.jaxpr, "top_k") == selections, remat
 
-  assert selections("none") == 1
-  assert selections("full") == 2
-  assert selections("save_attention") == 1
+
+# Named values of a block that a backward pass needs. That of the kernels takes
+# out and lse of three branches; jax differentiates `xla` and needs no lse.
+NEEDED = {None: 7, "xla": 4}
+
+
+@pytest.mark.parametrize("implementation", NEEDED)
+@pytest.mark.parametrize("scan_layers", [False, True])
+def test_offloaded_names_go_to_the_host(scan_layers, implementation):
+  """By the program for CUDA; one for a CPU has one memory."""
+  fields = {
+    "num_layers": 1,
+    "scan_layers": scan_layers,
+    "implementation": implementation,
+    # Sizes that the kernels take.
+    "head_dim": 16,
+    "nsa": NSAConfig(8, 4, 16, 3, 1, 1, 16),
+  }
+  attention = NEEDED[implementation]
+  for remat, count in {
+    "save_attention": 0,
+    "offload_attention": attention,
+    "offload_inputs": 1,
+    "offload_all": attention + 1,
+  }.items():
+    with helpers.h200():
+      program = _gradient(remat=remat, **fields)
+    for platform, copies in {"cuda": count, "cpu": 0}.items():
+      with helpers.h200():
+        text = program.lower(lowering_platforms=(platform,)).as_text()
+      for place in ("pinned_host", "device"):
+        found = text.count(f'_xla_buffer_placement = "{place}"')
+        assert found == copies, (remat, platform, place)
+
+
+def test_policies_are_values():
+  for name in get_args(RematPolicyName):
+    assert nsa_jax.remat_policy(name) is nsa_jax.remat_policy(name)
+  assert get_args(RematName) == ("none", *get_args(RematPolicyName))
+
+
+@pytest.mark.parametrize("name", ["none", None, True, ["full"]])
+def test_policy_message(name):
+  message = (
+    f"`name`={name!r} must be one of 'full', 'save_attention', "
+    "'offload_attention', 'offload_inputs', 'offload_all'."
+  )
+  with pytest.raises(ValueError, match=re.escape(message)):
+    nsa_jax.remat_policy(name)
 
 
 @pytest.mark.parametrize("remat", ["none", "save_attention"])
@@ -474,7 +536,8 @@ def test_configurations_are_values():
     ),
     (
       {"remat": True},
-      "`remat`=True must be one of 'none', 'full', 'save_attention'.",
+      "`remat`=True must be one of 'none', 'full', 'save_attention', "
+      "'offload_attention', 'offload_inputs', 'offload_all'.",
     ),
     ({"tie_embeddings": 0}, "`tie_embeddings`=0 must be True or False."),
     ({"scan_layers": None}, "`scan_layers`=None must be True or False."),

@@ -437,6 +437,7 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     nsa_jax.unstack_layers,
     {"model": STACKED, "params": _params(STACKED, IDS)["params"]},
   ),
+  "nsa_jax.remat_policy": (nsa_jax.remat_policy, {"name": "full"}),
   # sampling
   "nsa_jax.generate": (
     nsa_jax.generate,

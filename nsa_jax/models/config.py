@@ -26,8 +26,8 @@ class TransformerConfig(AttentionConfig):
       or a sequence with one of them per layer. `rope` and `normalize_qk` apply
       to every kind.
     tie_embeddings: the output head shares the weights of the embedding.
-    remat: "full" recomputes each block in the backward pass; "save_attention"
-      recomputes all but the results of the attention and of the selection.
+    remat: "none", or what is kept of each block, which the backward pass then
+      recomputes: a name of `remat_policy`.
     scan_layers: one compiled block for all layers, which then have the same
       kind of attention; parameters get a leading axis of size `num_layers`. So
       does a decode cache, which the scan copies at every step:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-from nsa_jax import _checks, dispatch
+from nsa_jax import _checks
 from nsa_jax.cache.state import Cache, check_batch
 from nsa_jax.layers import core
 from nsa_jax.layers.linen import (
@@ -28,21 +28,10 @@ from nsa_jax.layers.linen import (
 from nsa_jax.models.config import TransformerConfig
 from nsa_jax.models.embedding import embed
 from nsa_jax.models.loss import logits_of, token_losses
+from nsa_jax.models.remat import INPUT_NAME, remat_policy
 from nsa_jax.ops.scope import keep
 from nsa_jax.sharding import per_token
 from nsa_jax.typing import Array, AttentionName
-
-# Names that the ops give to results by `checkpoint_name`. If these are saved,
-# the selection is not recomputed, nor is the forward pass of a branch whose
-# implementation has its own backward rule.
-SAVED_NAMES = (
-  *(
-    f"nsa_{branch}_{result}"
-    for branch in dispatch.ATTENTION_OPS
-    for result in ("out", "lse")
-  ),
-  "nsa_block_ids",
-)
 
 
 class TransformerLM(nn.Module):
@@ -177,11 +166,10 @@ class TransformerLM(nn.Module):
     config = self.config
     block: Any = TransformerBlock
     if config.remat != "none" and not self.decode:
-      saved = SAVED_NAMES if config.remat == "save_attention" else ()
       block = nn.remat(
         block,
         prevent_cse=_prevent_cse(config),
-        policy=jax.checkpoint_policies.save_only_these_names(*saved),
+        policy=remat_policy(config.remat),
       )
     if config.scan_layers:
       block = nn.scan(
@@ -334,6 +322,7 @@ class TransformerBlock(nn.Module):
       )
       saved = jax.checkpoint_policies.save_only_these_names(*_MLP_NAMES)
       norm, mlp = recompute(_norm), recompute(_mlp, policy=saved)
+      x = checkpoint_name(x, INPUT_NAME)
     h = norm(self, x)
     x = x + self._attention()(
       h,
