@@ -103,10 +103,10 @@ def zigzag(x: ArrayLike, shards: int) -> Array:
     >>> zigzag(jnp.arange(8)[None], 2).tolist()
     [[0, 1, 6, 7, 2, 3, 4, 5]]
   """
-  x, chunks = _chunks(x, shards)
+  chunks = _chunks(x, shards)
   early, late = jnp.split(chunks, 2, axis=1)
   both = jnp.stack([early, jnp.flip(late, axis=1)], axis=2)
-  return both.reshape(x.shape)
+  return both.reshape(jnp.shape(x))
 
 
 def restore_zigzag(x: ArrayLike, shards: int) -> Array:
@@ -125,15 +125,14 @@ def restore_zigzag(x: ArrayLike, shards: int) -> Array:
     >>> restore_zigzag(jnp.array([[0, 1, 6, 7, 2, 3, 4, 5]]), 2).tolist()
     [[0, 1, 2, 3, 4, 5, 6, 7]]
   """
-  x, chunks = _chunks(x, shards)
+  chunks = _chunks(x, shards)
   early, late = chunks[:, ::2], chunks[:, 1::2]
-  return jnp.concatenate([early, jnp.flip(late, axis=1)], axis=1).reshape(
-    x.shape
-  )
+  both = jnp.concatenate([early, jnp.flip(late, axis=1)], axis=1)
+  return both.reshape(jnp.shape(x))
 
 
 def _chunks(x, shards):
-  """An array and its 2 * shards chunks, [B, 2 * shards, T', ...]."""
+  """The 2 * shards chunks of an array, [B, 2 * shards, T', ...]."""
   x = _checks.batch_and_length("x", x)
   count = 2 * _checks.static_int("shards", shards, 1)
   if x.shape[1] % count:
@@ -141,7 +140,7 @@ def _chunks(x, shards):
       f"`x` of shape {x.shape} must have a multiple of {count} tokens, twice "
       f"`shards`={shards}."
     )
-  return x, x.reshape(x.shape[0], count, -1, *x.shape[2:])
+  return x.reshape(x.shape[0], count, -1, *x.shape[2:])
 
 
 class Place(NamedTuple):
@@ -490,28 +489,29 @@ def run(
     return restore_zigzag(x, place.shards) if layout.zigzag else x
 
   def body(arrays):
-    first = arrays.pop("query_offset", offset)
-    shared = {
-      name: jax.tree.map(gather, x, specs[name])
-      for name, x in arrays.items()
-      if "T" not in letters[name] and not ("W" in letters[name] and halo)
-    }
+    local = {}
+    for name, x in arrays.items():
+      if "T" in letters[name]:
+        cut = functools.partial(_pieces, place)
+      elif "W" in letters[name] and halo:
+        cut = functools.partial(_pieces_and_before, place, halo)
+      else:
 
-    def attend(i):
-      """The result for piece i of the shard."""
-      local = {}
-      for name in arrays.keys() - shared.keys():
-        cut = functools.partial(_piece, place, i)
-        if "W" in letters[name]:
-          cut = functools.partial(_piece_with_halo, place, i, halo)
-        local[name] = jax.tree.map(cut, arrays[name])
-      start = _first_token(place, i, piece)
+        def cut(x, spec):
+          return _repeated(place, gather(x, spec))
+
+        local[name] = jax.tree.map(cut, x, specs[name])
+        continue
+      local[name] = jax.tree.map(cut, x)
+    first = local.pop("query_offset", offset)
+    if layout.sequence:
+      rows = jax.tree.leaves(local)[0].shape[0] // place.pieces
+      start = _first_tokens(place, piece, rows)
+      first += start
       if halo:
         local["key_offset"] = start - halo
-      return function(**shared, **local, query_offset=first + start)
-
-    results = [attend(i) for i in range(place.pieces)]
-    return jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), *results)
+    result = function(**local, query_offset=first)
+    return jax.tree.map(functools.partial(_joined, place), result)
 
   out = P(layout.data, layout.sequence, layout.heads)
   return _shard_map(place, body, (specs,), out)(arrays)
@@ -581,15 +581,8 @@ def _run_phi(place, function, x, segment_ids, parameters, config):
       return phi(x, segment_ids)
     if not local:
       return phi(*jax.tree.map(gather, (x, segment_ids)))
-    blocks = [
-      phi(
-        *jax.tree.map(
-          functools.partial(_piece_and_next, place, i, halo), (x, segment_ids)
-        )
-      )
-      for i in range(place.pieces)
-    ]
-    return gather(jnp.concatenate(blocks, axis=1))
+    cut = functools.partial(_pieces_and_after, place, halo)
+    return gather(_joined(place, phi(*jax.tree.map(cut, (x, segment_ids)))))
 
   out = P(layout.data, None, layout.heads)
   return _shard_map(place, body, (specs,), out)(arrays)
@@ -638,18 +631,34 @@ def _shard_map(place, body, specs, out):
   return jax.jit(call)
 
 
-def _first_token(place, i, piece):
-  """Position of the first token of piece i of this shard."""
-  if not place.layout.sequence:
-    return 0
+# The pieces of a shard are rows of a batch [B * pieces], so that one call does
+# both of a zigzag shard.
+
+
+def _pieces(place, x):
+  """[B, T, ...] -> [B * pieces, T / pieces, ...]."""
+  return x.reshape(-1, x.shape[1] // place.pieces, *x.shape[2:])
+
+
+def _joined(place, x):
+  """[B * pieces, T / pieces, ...] -> [B, T, ...]."""
+  return x.reshape(-1, x.shape[1] * place.pieces, *x.shape[2:])
+
+
+def _repeated(place, x):
+  """[B, ...] -> [B * pieces, ...]: the same for every piece."""
+  if place.pieces == 1 or not x.ndim:
+    return x
+  return jnp.repeat(x, place.pieces, axis=0)
+
+
+def _first_tokens(place, piece, rows):
+  """Position of the first token of every piece of this shard."""
   shard = lax.axis_index(place.layout.sequence)
-  return piece * (2 * place.shards - 1 - shard if i else shard)
-
-
-def _piece(place, i, x):
-  """Piece i of the tokens of a shard."""
-  size = x.shape[1] // place.pieces
-  return lax.slice_in_dim(x, i * size, (i + 1) * size, axis=1)
+  if place.pieces == 1:
+    return shard * piece
+  starts = jnp.stack([shard, 2 * place.shards - 1 - shard]) * piece
+  return jnp.tile(starts, rows)
 
 
 def _shift(place, x, by):
@@ -659,24 +668,36 @@ def _shift(place, x, by):
   return lax.ppermute(x, place.layout.sequence, pairs)
 
 
-def _piece_with_halo(place, i, halo, x):
-  """Piece i with the `halo` tokens before it; zeros before the first token."""
-  pieces = [_piece(place, j, x) for j in range(place.pieces)]
-  ends = [y[:, y.shape[1] - halo :] for y in pieces]
-  # In zigzag order the late pieces of later shards come first.
-  before = _shift(place, ends[i], -1 if i else 1)
-  if i:
-    shard = lax.axis_index(place.layout.sequence)
-    before = jnp.where(shard == place.shards - 1, ends[0], before)
-  return jnp.concatenate([before, pieces[i]], axis=1)
+def _pieces_and_before(place, halo, x):
+  """`_pieces` with `halo` tokens before each; zeros before the first token."""
+  x = _pieces(place, x)
+  ends = x[:, x.shape[1] - halo :]
+  if place.pieces == 1:
+    before = _shift(place, ends, 1)
+  else:
+    # The late pieces of later shards come first. The last shard has two
+    # neighbouring pieces.
+    early, late = ends[::2], ends[1::2]
+    last = lax.axis_index(place.layout.sequence) == place.shards - 1
+    before_late = jnp.where(last, early, _shift(place, late, -1))
+    before = _interleaved(_shift(place, early, 1), before_late)
+  return jnp.concatenate([before, x], axis=1)
 
 
-def _piece_and_next(place, i, halo, x):
-  """Piece i with the `halo` tokens after it; zeros after the last token."""
-  pieces = [_piece(place, j, x) for j in range(place.pieces)]
-  starts = [y[:, :halo] for y in pieces]
-  after = _shift(place, starts[i], 1 if i else -1)
-  if place.pieces > 1 and not i:
-    shard = lax.axis_index(place.layout.sequence)
-    after = jnp.where(shard == place.shards - 1, starts[1], after)
-  return jnp.concatenate([pieces[i], after], axis=1)
+def _pieces_and_after(place, halo, x):
+  """`_pieces` with `halo` tokens after each; zeros after the last token."""
+  x = _pieces(place, x)
+  starts = x[:, :halo]
+  if place.pieces == 1:
+    after = _shift(place, starts, -1)
+  else:
+    early, late = starts[::2], starts[1::2]
+    last = lax.axis_index(place.layout.sequence) == place.shards - 1
+    after_early = jnp.where(last, late, _shift(place, early, -1))
+    after = _interleaved(after_early, _shift(place, late, 1))
+  return jnp.concatenate([x, after], axis=1)
+
+
+def _interleaved(early, late):
+  """The rows of two arrays in turns."""
+  return jnp.stack([early, late], axis=1).reshape(-1, *early.shape[1:])

@@ -239,7 +239,9 @@ def native_sparse_attention(
     same = query.shape[1] == key_length and query_offset is None
     out, ids = run(
       place,
-      functools.partial(_attend, spec, implementation, select, tiles),
+      functools.partial(
+        _attend, spec, implementation, select, tiles, query_offset is None
+      ),
       arrays._asdict()
       | {
         "segment_ids": segment_ids,
@@ -260,6 +262,7 @@ def _attend(
   implementation: Implementation,
   select: Any,
   tiles: Mapping[str, Any],
+  inside: bool,
   *,
   query_offset: Array,
   segment_ids: Array | None = None,
@@ -278,6 +281,7 @@ def _attend(
     segment_ids,
     query_segment_ids,
     alignment=spec.config.selection_block,
+    inside=inside,
   )
   if not isinstance(key_offset, int):
     window_scope = make_scope(
@@ -287,6 +291,7 @@ def _attend(
       window_segment_ids,
       query_segment_ids,
       key_offset=key_offset,
+      inside=inside,
     )
   select = bind(select, bound)
   return compose(args, spec, scope, window_scope, implementation, select, tiles)

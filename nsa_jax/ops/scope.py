@@ -76,6 +76,7 @@ def make_scope(
   *,
   alignment: int = 1,
   key_offset: int | Array = 0,
+  inside: bool = False,
   name: str = "query",
 ) -> Scope:
   """Validates positions and segments of queries [B, T, N, H].
@@ -88,6 +89,8 @@ def make_scope(
     query_segment_ids: as in `native_sparse_attention`.
     alignment: each segment must start at a multiple of it.
     key_offset: position of the first key.
+    inside: the queries are known to be at positions of keys, and keys after
+      them to belong to other queries of the same call on other devices.
     name: what the caller calls `query`.
 
   Raises:
@@ -106,7 +109,7 @@ def make_scope(
     all_readable = key_offset >= 0 and stop - length <= query_offset < stop
     query_offset = min(max(query_offset, first - length), stop)
   else:
-    all_valid = all_readable = False
+    all_valid = all_readable = inside
     # A query far outside the keys is padding like one just outside, whose
     # position cannot overflow int32.
     query_offset = jnp.clip(query_offset, first - length, stop)
