@@ -496,12 +496,8 @@ def run(
       elif "W" in letters[name] and halo:
         cut = functools.partial(_pieces_and_before, place, halo)
       else:
-
-        def cut(x, spec):
-          return _repeated(place, gather(x, spec))
-
-        local[name] = jax.tree.map(cut, x, specs[name])
-        continue
+        x = jax.tree.map(gather, x, specs[name])
+        cut = functools.partial(_repeated, place)
       local[name] = jax.tree.map(cut, x)
     first = local.pop("query_offset", offset)
     if layout.sequence:
