@@ -124,8 +124,9 @@ def parameter_shardings(
     >>> shapes = jax.eval_shape(model.init, *arguments)
     >>> mesh = jax.make_mesh((1, 1), ("data", "heads"))
     >>> shardings = parameter_shardings(shapes, mesh)
-    >>> shardings["params"]["layer_0"]["attention"]["query"]["kernel"].spec
-    PartitionSpec('data', 'heads', None)
+    >>> layer = shardings["params"]["layer_0"]
+    >>> tuple(layer["attention"]["query"]["kernel"].spec)
+    ('data', 'heads', None)
     >>> params = jax.jit(model.init, out_shardings=shardings)(*arguments)
   """
   if not isinstance(mesh, Mesh | AbstractMesh):

@@ -22,8 +22,8 @@ from nsa_jax import Layout, PackedRow, parameter_shardings, zigzag
 
 from .data import Batch, inputs_and_labels
 from .flags import UsageError
+from .sharded import AXES
 
-AXES = ("data", "sequence", "heads")
 AGREE_EVERY = 10  # Steps after which processes ask one another for signals.
 
 
@@ -46,6 +46,9 @@ class Devices:
   def use(self) -> Any:
     """A context for everything that is compiled."""
     return contextlib.nullcontext()
+
+  def check(self, batch_size: int, seq_len: int, accumulate: int) -> None:
+    """Raises UsageError unless the devices divide a batch."""
 
   def shardings(self, tree: Any) -> Any:
     """Where every array of a state goes."""
@@ -116,6 +119,19 @@ class MeshDevices(Devices):
 
   def use(self) -> Any:
     return jax.set_mesh(self._mesh)
+
+  def check(self, batch_size: int, seq_len: int, accumulate: int) -> None:
+    if batch_size % (parts := self._sizes["data"] * accumulate):
+      raise UsageError(
+        f"--batch-size {batch_size} must be a multiple of {parts}, the devices "
+        "along data times --accumulate."
+      )
+    zigzag = self.layout is not None and self.layout.zigzag
+    if seq_len % (parts := self._sizes["sequence"] * (2 if zigzag else 1)):
+      raise UsageError(
+        f"--seq-len {seq_len} must be a multiple of {parts}, "
+        f"{'twice ' if zigzag else ''}the devices along sequence."
+      )
 
   def shardings(self, tree: Any) -> Any:
     return parameter_shardings(tree, self._mesh, self._rules)

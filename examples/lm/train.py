@@ -142,10 +142,12 @@ def _count(batch: Any) -> jax.Array:
   return jnp.maximum((labels >= 0).sum(), 1)
 
 
-def _accumulate(
-  model: TransformerLM, params: Params, batch: Any, count: int
+def loss_and_grads(
+  model: TransformerLM, params: Params, batch: Any, count: int = 1
 ) -> tuple[jax.Array, Params]:
   """Loss and gradients of a batch, `count` parts of it one after the other."""
+  if count == 1:
+    return jax.value_and_grad(lambda p: loss_fn(model, p, batch))(params)
   predicted = _count(batch)
   # Every part takes rows of every device: row i is in part i % count.
   parts = jax.tree.map(
@@ -177,12 +179,7 @@ def make_train_step(
   """
 
   def train_step(state, batch):
-    if accumulate > 1:
-      loss, grads = _accumulate(model, state["params"], batch, accumulate)
-    else:
-      loss, grads = jax.value_and_grad(lambda p: loss_fn(model, p, batch))(
-        state["params"]
-      )
+    loss, grads = loss_and_grads(model, state["params"], batch, accumulate)
     updates, opt_state = optimizer.update(
       grads, state["opt_state"], state["params"]
     )
@@ -312,6 +309,7 @@ def _train(
 
   # An unsupported call raises here, before the folder is created.
   shapes = jax.eval_shape(init)
+  devices.check(args.batch_size, args.seq_len, args.accumulate)
   try:
     shapes = jax.tree.map(
       lambda x, y: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=y),
