@@ -30,6 +30,7 @@ from nsa_jax.ops.selection import (
   select_blocks,
 )
 from nsa_jax.packing import PackedRow, PackedRows
+from nsa_jax.partitioning import PARAMETER_RULES, parameter_shardings
 from nsa_jax.rope import RopeConfig, apply_rope
 from nsa_jax.sampling import generate
 from nsa_jax.sharding import Layout, restore_zigzag, zigzag
@@ -40,6 +41,7 @@ __version__ = "0.1.0"
 __all__ = [
   "EXPORT_DISABLED_CHECKS",
   "KV",
+  "PARAMETER_RULES",
   "AttentionConfig",
   "Implementation",
   "Layout",
@@ -64,6 +66,7 @@ __all__ = [
   "native_sparse_attention",
   "num_compressed_blocks",
   "num_selection_blocks",
+  "parameter_shardings",
   "remat_policy",
   "restore_zigzag",
   "select_blocks",

@@ -114,6 +114,9 @@ class AttentionConfig:
     select: a custom selector, as in `native_sparse_attention`; it also gets the
       layer's input `x` [B, T, D].
     implementation: as in `native_sparse_attention`.
+    logical_axes: parameters come in boxes with the names of their axes, as of
+      `flax.linen.with_logical_partitioning`; the names are those of
+      `parameter_shardings`, which needs no boxes.
     layout: as in `native_sparse_attention`. Without `zigzag` or a `sequence`,
       XLA partitions the rest of a layer by what its inputs and parameters say.
 
@@ -136,6 +139,7 @@ class AttentionConfig:
   select: Selector | None = None
   implementation: Implementation = None
   layout: Layout | None = None
+  logical_axes: bool = False
 
   def __post_init__(self):
     names = ["num_heads", "num_kv_heads", "head_dim"]
@@ -158,7 +162,7 @@ class AttentionConfig:
           f"`rope`={_checks.show(self.rope)} must be a RopeConfig or None."
         )
       check_head_dim(self.head_dim)
-    for name in ("share_kv", "normalize_qk"):
+    for name in ("share_kv", "normalize_qk", "logical_axes"):
       _checks.flag(name, getattr(self, name))
     # Two spellings of one configuration must be equal and have one hash.
     dtypes = {"param_dtype": self.param_dtype}

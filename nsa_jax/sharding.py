@@ -63,18 +63,18 @@ class Layout:
       if isinstance(axes, list):
         axes = tuple(axes)
         object.__setattr__(self, name, axes)
-      if not all(isinstance(axis, str) for axis in _names(axes)):
+      if not all(isinstance(axis, str) for axis in axis_names(axes)):
         raise ValueError(
           f"`{name}`={_checks.show(axes)} must be the name of a mesh axis, a "
           "tuple of names, or None."
         )
-      used += _names(axes)
+      used += axis_names(axes)
     if len(set(used)) < len(used):
       raise ValueError(f"{self} must use a mesh axis once.")
     _checks.flag("zigzag", self.zigzag)
 
 
-def _names(axes: Any) -> tuple[Any, ...]:
+def axis_names(axes: Any) -> tuple[Any, ...]:
   """A partition of an axis as a tuple of names."""
   if axes is None:
     return ()
@@ -156,7 +156,7 @@ class Place(NamedTuple):
 
   def size(self, axes: MeshAxes) -> int:
     """Devices along some axes."""
-    return math.prod(self.mesh.shape[name] for name in _names(axes))
+    return math.prod(self.mesh.shape[name] for name in axis_names(axes))
 
   @property
   def shards(self) -> int:
@@ -172,7 +172,7 @@ class Place(NamedTuple):
     """A partition over the Explicit axes of the mesh alone."""
     types = dict(zip(self.mesh.axis_names, self.mesh.axis_types, strict=True))
     kept = (
-      tuple(x for x in _names(axes) if types[x] == AxisType.Explicit)
+      tuple(x for x in axis_names(axes) if types[x] == AxisType.Explicit)
       for axes in spec
     )
     return [axes or None for axes in kept]
@@ -236,7 +236,7 @@ def find_place(layout: Any, name: str, x: Array, letters: str) -> Place | None:
   used = [
     (axis, kind)
     for kind in ("data", "sequence", "heads")
-    for axis in _names(getattr(layout, kind))
+    for axis in axis_names(getattr(layout, kind))
   ]
   for axis, kind in used:
     if axis not in mesh.axis_names or axis in manual:
@@ -605,6 +605,63 @@ def per_token(
   split = P(place.layout.data, place.layout.sequence)
   specs = (P(), *(split for _ in arrays))
   return _shard_map(place, function, specs, split)(table, *arrays)
+
+
+def dot_general(
+  lhs: Array,
+  rhs: Array,
+  dimension_numbers: Any,
+  precision: Any = None,
+  preferred_element_type: Any = None,
+) -> Array:
+  """`lax.dot_general` of activations and a parameter, for any sharding of both.
+
+  On Explicit axes jax asks how a product is split. It stays where the
+  activations are: over their axes, and over those of the parameter that they do
+  not use. A sum over a split axis is an all-reduce; an axis of the parameter
+  that the activations use for another one, as in FSDP, is gathered.
+
+  Args:
+    lhs: the activations.
+    rhs: the parameter.
+    dimension_numbers: as in `lax.dot_general`, without batch dimensions.
+    precision: as in `lax.dot_general`.
+    preferred_element_type: as in `lax.dot_general`.
+  """
+  product = functools.partial(
+    lax.dot_general,
+    dimension_numbers=dimension_numbers,
+    precision=precision,
+    preferred_element_type=preferred_element_type,
+  )
+  types = jax.typeof(lhs).sharding, jax.typeof(rhs).sharding
+  meshes = [x.mesh for x in types if not x.mesh.empty]
+  if not any(AxisType.Explicit in mesh.axis_types for mesh in meshes):
+    return product(lhs, rhs)
+  (sums, kernel_sums), _ = dimension_numbers
+  of_lhs, of_rhs = (
+    [*x.spec, *(None,) * (y.ndim - len(x.spec))]
+    for x, y in zip(types, (lhs, rhs), strict=True)
+  )
+  used = {name for axes in of_lhs for name in axis_names(axes)}
+  split = [None if used & set(axis_names(axes)) else axes for axes in of_rhs]
+  for axis, kernel_axis in zip(sums, kernel_sums, strict=True):
+    split[kernel_axis] = of_lhs[axis]
+  kept = [axes for i, axes in enumerate(of_lhs) if i not in sums]
+  free = [axes for i, axes in enumerate(split) if i not in kernel_sums]
+  out = jax.NamedSharding(meshes[0], P(*kept, *free))
+  return product(lhs, jax.reshard(rhs, P(*split)), out_sharding=out)
+
+
+def constrain(layout: Layout | None, x: Array) -> Array:
+  """Keeps activations [B, T, D] where the tokens of a layout are.
+
+  On Auto axes XLA could as well move them to where a parameter is.
+  """
+  place = find_place(layout, "x", x, "BT")
+  if place is None or AxisType.Explicit in place.mesh.axis_types:
+    return x
+  return lax.with_sharding_constraint(x, place.spec("BT", x.shape))
 
 
 def _shard_map(place, body, specs, out):

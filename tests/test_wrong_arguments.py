@@ -227,6 +227,14 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     nsa_jax.restore_zigzag,
     {"x": _f32(1, 8), "shards": 2},
   ),
+  "nsa_jax.parameter_shardings": (
+    nsa_jax.parameter_shardings,
+    {
+      "tree": {"mlp_up": {"kernel": _f32(8, 8)}},
+      "mesh": jax.sharding.AbstractMesh((1,), ("data",)),
+      "rules": {"embed": "data"},
+    },
+  ),
   "nsa_jax.PackedRows": (
     _pack,
     {"documents": _ones(2, 12), "length": 16, "alignment": 4},
@@ -735,6 +743,7 @@ OTHERS = {
   "nsa_jax.EXPORT_DISABLED_CHECKS",
   "nsa_jax.Implementation",
   "nsa_jax.KV",
+  "nsa_jax.PARAMETER_RULES",
   "nsa_jax.PackedRow",
   "nsa_jax.cache",
   "nsa_jax.cache.Cache",

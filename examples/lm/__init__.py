@@ -1,8 +1,9 @@
 """A byte-level language model, shared by the commands in `examples/`.
 
-`data` reads text, `train` trains, `run` manages the folder of a run, `plot`
-draws its losses, `cli` is the command `train_lm.py`, and `flags` and `terminal`
-are shared with `generate.py`.
+`data` reads text, `train` trains, `devices` says where, `run` manages the
+folder of a run, `plot` draws its losses, `cli` and `sharded` are the commands
+`train_lm.py` and `train_sharded.py`, and `flags` and `terminal` are shared with
+`generate.py`.
 """
 
 # This package has two names. From the root of the repository, and for mypy, it

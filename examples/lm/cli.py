@@ -26,10 +26,10 @@ RECIPES = {
 }
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser(prog: str = "train_lm.py") -> argparse.ArgumentParser:
   """The flags; those of a Recipe default to None."""
   parser = Parser(
-    prog="train_lm.py",
+    prog=prog,
     description="Train a byte-level language model with Native Sparse "
     "Attention on real text.",
     epilog="Ctrl-C during training saves a checkpoint first, and a second one "
@@ -91,7 +91,7 @@ def make_parser() -> argparse.ArgumentParser:
   kinds: dict[str, tuple[Callable[[str], Any], str]] = {
     "steps": (int, "optimiser steps"),
     "seq-len": (int, "bytes in a sequence"),
-    "batch-size": (int, "sequences in a step"),
+    "batch-size": (int, "sequences in a step, of all devices"),
     "learning-rate": (float, "peak learning rate"),
   }
   for name, (kind, text) in kinds.items():
@@ -101,6 +101,14 @@ def make_parser() -> argparse.ArgumentParser:
       metavar="N" if kind is int else "X",
       help=f"{text} {recipe(name.replace('-', '_'))}",
     )
+  add(
+    "--accumulate",
+    type=positive(int),
+    default=1,
+    metavar="N",
+    help="compute the gradients of a step in N parts of its sequences, one "
+    "after the other, in the memory of one (default: 1)",
+  )
   for name, text in {
     "compression-block": "bytes in a compressed block",
     "compression-stride": "bytes between the starts of compressed blocks",
@@ -192,10 +200,21 @@ def main(argv: Sequence[str] | None = None) -> int:
   args = parser.parse_args(argv)
   prepare_output()
   with StopRequest(STOPPED):
-    return _run(parser, args)
+    return run(parser, args)
 
 
-def _run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
+def run(
+  parser: argparse.ArgumentParser,
+  args: argparse.Namespace,
+  connect: Callable[[argparse.Namespace], Any] | None = None,
+) -> int:
+  """Checks the flags and trains; returns the exit code.
+
+  Args:
+    parser: for messages.
+    args: the flags.
+    connect: makes the `Devices` of the flags; None for one device.
+  """
   # Imported late: jax takes seconds, in which Ctrl-C is handled already.
   from nsa_jax.sampling import MIN_TEMPERATURE
 
@@ -208,6 +227,11 @@ def _run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     parser.error(f"argument --seed: {args.seed} is not in [0, 2**32)")
   if args.seq_len < 2:
     parser.error(f"argument --seq-len: {args.seq_len} is not at least 2")
+  if args.batch_size % args.accumulate:
+    parser.error(
+      f"argument --accumulate: {args.accumulate} does not divide --batch-size "
+      f"{args.batch_size}"
+    )
   prompt_len = 1 if args.prompt is None else len(os.fsencode(args.prompt))
   if not 0 < prompt_len < args.seq_len:
     parser.error(
@@ -220,7 +244,7 @@ def _run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
       f"at least {MIN_TEMPERATURE}"
     )
   try:
-    return train(args)
+    return train(args, connect and connect(args))
   # The library's errors for unsupported arguments are one sentence.
   except (UsageError, NotImplementedError) as error:
     parser.error(str(error))

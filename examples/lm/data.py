@@ -25,6 +25,7 @@ from .terminal import printable
 
 Batch: TypeAlias = np.ndarray | PackedRow
 
+ALL = slice(None)  # rows of a batch
 CHUNK = 2**20  # bytes that are read at once
 HELD_OUT = 10  # About one file in HELD_OUT is for validation.
 NOT_TEXT = {  # Parts of the standard library without library source.
@@ -300,8 +301,8 @@ def load_corpus(path: str | None, max_bytes: int, seq_len: int) -> Corpus:
 class Batches(Protocol):
   """The batches to train on, with a state of JSON types for checkpoints."""
 
-  def read(self, step: int) -> Batch:
-    """The batch of a step; steps are read in order."""
+  def read(self, step: int, rows: slice = ALL) -> Batch:
+    """These rows of the batch of a step; steps are read in order."""
 
   def get_state(self) -> Any: ...
 
@@ -317,13 +318,14 @@ class RandomWindows:
   batch_size: int
   seq_len: int
 
-  def read(self, step: int) -> np.ndarray:
+  def read(self, step: int, rows: slice = ALL) -> np.ndarray:
     return training_batch(
       self.text,
       seed=self.seed,
       step=step,
       batch_size=self.batch_size,
       seq_len=self.seq_len,
+      rows=rows,
     )
 
   def get_state(self) -> None:
@@ -393,9 +395,10 @@ class PackedFiles:
       ShuffledPieces(files, seq_len, seed), length=seq_len, alignment=alignment
     )
 
-  def read(self, step: int) -> PackedRow:
+  def read(self, step: int, rows: slice = ALL) -> PackedRow:
     del step  # They are read in order.
-    return _stack([next(self.rows) for _ in range(self._batch_size)])
+    # Where a row begins depends on those before it: all are made.
+    return _stack([next(self.rows) for _ in range(self._batch_size)][rows])
 
   def get_state(self) -> dict[str, Any]:
     return self.rows.get_state()
@@ -416,6 +419,13 @@ def split_batch(batch: Batch, count: int) -> list[Batch]:
   return [*np.split(batch, count)]
 
 
+def take_rows(batch: Batch, rows: slice) -> Batch:
+  """Some rows of a batch."""
+  if isinstance(batch, PackedRow):
+    return PackedRow(*(x[rows] for x in batch))
+  return batch[rows]
+
+
 def inputs_and_labels(batch: Batch) -> tuple[np.ndarray, np.ndarray]:
   """Bytes [B, T], and the byte after each one; -100 for none."""
   if isinstance(batch, PackedRow):
@@ -429,15 +439,21 @@ def num_predicted(batch: Batch) -> int:
 
 
 def training_batch(
-  data: np.ndarray, *, seed: int, step: int, batch_size: int, seq_len: int
+  data: np.ndarray,
+  *,
+  seed: int,
+  step: int,
+  batch_size: int,
+  seq_len: int,
+  rows: slice = ALL,
 ) -> np.ndarray:
-  """The windows of one step, int32 [batch_size, seq_len + 1].
+  """The windows of one step, int32 [batch_size, seq_len + 1], or some of them.
 
   They depend only on the seed and the step, so that a checkpoint needs no state
-  of a reader.
+  of a reader, and no window is read but those of `rows`.
   """
   rng = np.random.default_rng((seed, step))
-  start = rng.integers(0, len(data) - seq_len, size=batch_size)
+  start = rng.integers(0, len(data) - seq_len, size=batch_size)[rows]
   return data[start[:, None] + np.arange(seq_len + 1)].astype(np.int32)
 
 

@@ -20,6 +20,7 @@ from typing import Any, TypeAlias, TypeVar
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
 try:
   import fcntl
@@ -42,7 +43,9 @@ class Run:
   """The folder of a run, with checkpoints, metrics, plot and sample.
 
   A checkpoint is written under a temporary name and then renamed, so that a run
-  can be killed at any time and resumed from its last checkpoint.
+  can be killed at any time and resumed from its last checkpoint. Of several
+  processes, which share the folder, each writes its part of the state; the
+  first one writes the rest.
 
   Attributes:
     folder: its path.
@@ -86,7 +89,7 @@ class Run:
       self._lock = (self.folder / "lock").open("a")
     except OSError as error:
       raise UsageError(f"--out {out}: {error}.") from error
-    if not _try_lock(self._lock.fileno()):
+    if _is_first() and not _try_lock(self._lock.fileno()):
       self._lock.close()
       raise UsageError(f"--out {out}: another process is training in it.")
     self._manager = ocp.CheckpointManager(
@@ -120,9 +123,10 @@ class Run:
       # The metrics are written first: resuming drops those after the last
       # checkpoint, but could not restore missing ones.
       lines = [json.dumps(line) + "\n" for line in self.metrics]
-      temporary = self.metrics_path.with_suffix(".tmp")
-      temporary.write_text("".join(lines))
-      temporary.replace(self.metrics_path)
+      if _is_first():
+        temporary = self.metrics_path.with_suffix(".tmp")
+        temporary.write_text("".join(lines))
+        temporary.replace(self.metrics_path)
       if step != last:
         _check_space(self.folder, state)
         items = {
@@ -132,7 +136,8 @@ class Run:
         if data_state is not None:
           items["data"] = ocp.args.JsonSave(data_state)
         self._manager.save(step, args=ocp.args.Composite(**items))
-        _save_digests(self.folder / "checkpoints" / str(step))
+        if _is_first():
+          _save_digests(self.folder / "checkpoints" / str(step))
 
     _, problem = _quietly(write)
     if problem:
@@ -152,7 +157,7 @@ class Run:
     A checkpoint that cannot be read is set aside, and the one before is taken.
 
     Args:
-      like: shapes and dtypes of the state.
+      like: shapes, dtypes and shardings of the state.
 
     Returns:
       The step of the checkpoint and its state.
@@ -175,10 +180,12 @@ class Run:
       step, (state, self.data_state), damaged = _read_newest(
         self._manager, self.folder, read
       )
-      for other in damaged:  # Its step will be saved again.
+      _meet("restored")
+      for other in damaged if _is_first() else ():  # It will be saved again.
         aside = self.folder / f"damaged-{other}"
         shutil.rmtree(aside, ignore_errors=True)
         (self.folder / "checkpoints" / str(other)).rename(aside)
+      _meet("set aside")
       if damaged:
         self._manager.reload()
       self.metrics = self._read_metrics(step)
@@ -210,7 +217,7 @@ class Run:
     current = dict(self._config)
     # What an older version did not have takes its default.
     fields = _model_config(saved, self.folder).to_dict()
-    del fields["implementation"]
+    del fields["implementation"], fields["layout"]
     saved = {"pack": False} | saved | {"model": fields}
     self.steps_before = saved.get("steps", 0)
     if self.steps_before < current["steps"]:
@@ -230,6 +237,16 @@ class Run:
     """Closes the checkpoint manager, and unlocks the folder."""
     self._manager.close()
     self._lock.close()
+
+
+def _is_first() -> bool:
+  return jax.process_index() == 0
+
+
+def _meet(name: str) -> None:
+  """Waits for the other processes, if any."""
+  if jax.process_count() > 1:
+    multihost_utils.sync_global_devices(name)
 
 
 def _try_lock(fd: int) -> bool:
@@ -267,7 +284,7 @@ def _quietly(call: Callable[[], T]) -> tuple[T | None, str]:
     except UsageError:
       raise
     except Exception as error:
-      problem = _brief(error)
+      problem = brief(error)
     # The coroutines that Orbax has abandoned complain when they are collected.
     gc.collect()
     return None, problem
@@ -277,7 +294,7 @@ def _quietly(call: Callable[[], T]) -> tuple[T | None, str]:
       logger.setLevel(level)
 
 
-def _brief(error: Exception) -> str:
+def brief(error: Exception) -> str:
   """What an error says, in less than a line."""
   if isinstance(error, OSError):
     return str(error)
@@ -412,8 +429,8 @@ def run_config(
   """The settings that must be equal to resume a run, as JSON types."""
   fields = model.to_dict()
   # A run may continue on another machine with another implementation of the
-  # same function.
-  del fields["implementation"]
+  # same function, and on other devices.
+  del fields["implementation"], fields["layout"]
   names = ("batch_size", "learning_rate", "pack", "seed", "seq_len", "steps")
   return {
     "model": fields,

@@ -40,12 +40,14 @@ from .data import (
   load_corpus,
   num_predicted,
   split_batch,
+  take_rows,
   validation_rows,
   validation_windows,
 )
+from .devices import Devices
 from .flags import STOPPED, UsageError
 from .plot import plot_losses
-from .run import Params, Run, State, run_config
+from .run import Params, Run, State, brief, run_config
 from .terminal import StopRequest, make_printer, printable, warn
 
 TrainStep: TypeAlias = Callable[[State, Any], tuple[State, jax.Array]]
@@ -103,8 +105,20 @@ def make_optimizer(
   )
 
 
-def loss_fn(model: TransformerLM, params: Params, batch: Any) -> jax.Array:
-  """Mean cross-entropy in nats per predicted byte of a Batch."""
+def loss_fn(
+  model: TransformerLM,
+  params: Params,
+  batch: Any,
+  predicted: jax.Array | None = None,
+) -> jax.Array:
+  """Mean cross-entropy in nats per predicted byte of a Batch.
+
+  Args:
+    model: the model.
+    params: its parameters.
+    batch: a Batch.
+    predicted: number of predicted bytes, if it is that of a larger batch.
+  """
   if isinstance(batch, PackedRow):
     losses = model.apply(
       {"params": params},
@@ -113,22 +127,59 @@ def loss_fn(model: TransformerLM, params: Params, batch: Any) -> jax.Array:
       segment_ids=batch.segment_ids,
       labels=batch.labels,
     )
-    # Files of one byte leave nothing to predict.
-    predicted = jnp.maximum((batch.labels >= 0).sum(), 1)
+    if predicted is None:
+      predicted = _count(batch)
     return jnp.sum(jnp.asarray(losses)) / predicted
   losses = model.apply({"params": params}, batch[:, :-1], labels=batch[:, 1:])
-  return jnp.mean(jnp.asarray(losses))
+  if predicted is None:
+    return jnp.mean(jnp.asarray(losses))
+  return jnp.sum(jnp.asarray(losses)) / predicted
+
+
+def _count(batch: Any) -> jax.Array:
+  """Number of predicted bytes; 1 where files of one byte leave none."""
+  labels = batch.labels if isinstance(batch, PackedRow) else batch[:, 1:]
+  return jnp.maximum((labels >= 0).sum(), 1)
+
+
+def loss_and_grads(
+  model: TransformerLM, params: Params, batch: Any, count: int = 1
+) -> tuple[jax.Array, Params]:
+  """Loss and gradients of a batch, `count` parts of it one after the other."""
+  if count == 1:
+    return jax.value_and_grad(lambda p: loss_fn(model, p, batch))(params)
+  predicted = _count(batch)
+  # Every part takes rows of every device: row i is in part i % count.
+  parts = jax.tree.map(
+    lambda x: x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1), batch
+  )
+
+  def add(total, part):
+    new = jax.value_and_grad(
+      lambda params: loss_fn(model, params, part, predicted)
+    )(params)
+    return jax.tree.map(jnp.add, total, new), None
+
+  zeros = jnp.zeros(()), jax.tree.map(jnp.zeros_like, params)
+  return jax.lax.scan(add, zeros, parts)[0]
 
 
 def make_train_step(
-  model: TransformerLM, optimizer: optax.GradientTransformation
+  model: TransformerLM,
+  optimizer: optax.GradientTransformation,
+  accumulate: int = 1,
 ) -> TrainStep:
-  """A function from a state and a Batch to the next state and the loss."""
+  """A function from a state and a Batch to the next state and the loss.
+
+  Args:
+    model: the model.
+    optimizer: its optimiser.
+    accumulate: parts of the batch whose gradients are computed one after the
+      other, each with the memory of a part.
+  """
 
   def train_step(state, batch):
-    loss, grads = jax.value_and_grad(lambda p: loss_fn(model, p, batch))(
-      state["params"]
-    )
+    loss, grads = loss_and_grads(model, state["params"], batch, accumulate)
     updates, opt_state = optimizer.update(
       grads, state["opt_state"], state["params"]
     )
@@ -201,11 +252,12 @@ def describe_growth(
   )
 
 
-def train(args: argparse.Namespace) -> int:
+def train(args: argparse.Namespace, devices: Devices | None = None) -> int:
   """Trains with the given flags, then writes a sample and a plot.
 
   Args:
     args: the parsed flags of `train_lm.py`, with the defaults of the preset.
+    devices: where; one device by default.
 
   Returns:
     The exit code: 0, or 128 + the signal that stopped the run.
@@ -215,10 +267,27 @@ def train(args: argparse.Namespace) -> int:
       used, or the loss is not finite.
     NotImplementedError: if the implementation cannot do this attention.
   """
+  devices = devices or Devices()
+  try:
+    with contextlib.ExitStack() as mesh:
+      mesh.enter_context(devices.use())
+      return _train(args, devices, mesh)
+  except jax.errors.JaxRuntimeError as error:
+    if jax.process_count() == 1:
+      raise
+    raise UsageError(
+      "another process has ended, or cannot be reached: "
+      f"{brief(error)}; --resume continues from the last checkpoint."
+    ) from error
+
+
+def _train(
+  args: argparse.Namespace, devices: Devices, mesh: contextlib.ExitStack
+) -> int:
   started = time.perf_counter()
   config = model_config(args)
   fraction = read_fraction(args.attention, config.nsa, args.seq_len)
-  if args.attention == "nsa" and fraction >= 0.5:
+  if args.attention == "nsa" and fraction >= 0.5 and devices.first:
     warn(
       f"--seq-len {args.seq_len} is short for this attention: the last query "
       f"reads {fraction:.1%} of the keys, all branches together, where sparse "
@@ -229,17 +298,32 @@ def train(args: argparse.Namespace) -> int:
   batches, validation_batch = open_data(args, config.nsa, corpus)
   eval_batches = split_batch(validation_batch, args.eval_batches)
   bigram = bigram_loss(corpus.train, validation_batch)
-  model = TransformerLM(config)
+  alone = TransformerLM(config)
+  model = TransformerLM(dataclasses.replace(config, layout=devices.layout))
   optimizer = make_optimizer(args.learning_rate, args.steps)
 
-  @jax.jit
   def init() -> State:
     tokens = jnp.zeros((1, args.seq_len), jnp.int32)
-    params = model.init(jax.random.key(args.seed), tokens)["params"]
+    params = alone.init(jax.random.key(args.seed), tokens)["params"]
     return {"params": params, "opt_state": optimizer.init(params)}
 
   # An unsupported call raises here, before the folder is created.
   shapes = jax.eval_shape(init)
+  devices.check(args.batch_size, args.seq_len, args.accumulate)
+  try:
+    shapes = jax.tree.map(
+      lambda x, y: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=y),
+      shapes,
+      devices.shardings(shapes),
+    )
+    example = devices.put(
+      take_rows(eval_batches[0], devices.rows(args.batch_size)),
+      args.batch_size,
+    )
+    step_fn = make_train_step(model, optimizer, args.accumulate)
+    jax.eval_shape(step_fn, shapes, example)
+  except ValueError as error:
+    raise UsageError(str(error)) from error
   saved = run_config(args, config, corpus)
   with contextlib.closing(Run(args.out, saved, args.resume)) as run:
     if run.last_step is not None and not args.resume:
@@ -251,12 +335,12 @@ def train(args: argparse.Namespace) -> int:
       step, state = run.restore(shapes)
       batches.set_state(run.data_state)
     else:
-      step, state = 0, init()
-    if run.steps_before < args.steps:
+      shardings = jax.tree.map(lambda x: x.sharding, shapes)
+      step, state = 0, jax.jit(init, out_shardings=shardings)()
+    if run.steps_before < args.steps and devices.first:
       warn(describe_growth(args, run.steps_before, step))
 
     count = sum(x.size for x in jax.tree.leaves(shapes["params"]))
-    device = jax.devices()[0]
     skipped = (
       f"skipped    {describe_skipped(corpus.skipped)}\n"
       if corpus.skipped
@@ -267,7 +351,7 @@ def train(args: argparse.Namespace) -> int:
       f"training, {len(corpus.validation):,} for validation\n"
       f"{skipped}"
       f"model      {args.preset}, {count:,} parameters, {args.attention} "
-      f"attention, {args.dtype}, on {device.device_kind}\n"
+      f"attention, {args.dtype}, on {devices.text}\n"
       f"sparsity   the last query of {args.seq_len} reads {fraction:.1%} of "
       f"the keys\n"
       f"bigram     {in_bits(bigram)} on the validation text\n"
@@ -276,10 +360,18 @@ def train(args: argparse.Namespace) -> int:
       flush=True,
     )
     train_step, eval_step = compile_steps(
-      model, optimizer, shapes, eval_batches[0]
+      model, step_fn, shapes, example, devices.whole
     )
     step, state, stopped_by = run_steps(
-      args, run, step, state, train_step, eval_step, batches, eval_batches
+      args,
+      run,
+      step,
+      state,
+      train_step,
+      eval_step,
+      batches,
+      eval_batches,
+      devices,
     )
     if isinstance(batches, PackedFiles):
       report = batches.rows.report
@@ -293,8 +385,12 @@ def train(args: argparse.Namespace) -> int:
         f"  {resume_command()}"
       )
       return 128 + stopped_by
+    params = devices.gather(state["params"])
+    mesh.close()  # One process samples, on one device.
+    if not devices.first:
+      return 0
     try:
-      sample_path = write_sample(args, model, state["params"], corpus, run)
+      sample_path = write_sample(args, alone, params, corpus, run)
       plot_path = plot_losses(
         run, bigram, f"{args.preset} preset, {args.attention} attention"
       )
@@ -319,25 +415,27 @@ def train(args: argparse.Namespace) -> int:
 
 def compile_steps(
   model: TransformerLM,
-  optimizer: optax.GradientTransformation,
+  train_step: TrainStep,
   shapes: State,
-  batch: Batch,
+  batch: Any,
+  whole: Any,
 ) -> tuple[TrainStep, EvalStep]:
   """Compiles the training step and the evaluation step, and prints the time.
 
   Args:
     model: the model.
-    optimizer: its optimiser.
-    shapes: shapes and dtypes of the state.
-    batch: any batch; its shape counts.
+    train_step: the function of a state and a batch.
+    shapes: shapes, dtypes and shardings of the state.
+    batch: any batch, as the devices get it.
+    whole: sharding of the losses.
   """
   started = time.perf_counter()
-  like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch)
-  train_step = jax.jit(make_train_step(model, optimizer), donate_argnums=0)
-  eval_step = jax.jit(functools.partial(loss_fn, model))
+  shardings = jax.tree.map(lambda x: x.sharding, shapes)
+  step = jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, whole))
+  eval_step = jax.jit(functools.partial(loss_fn, model), out_shardings=whole)
   compiled = (
-    train_step.lower(shapes, like).compile(),
-    eval_step.lower(shapes["params"], like).compile(),
+    step.lower(shapes, batch).compile(),
+    eval_step.lower(shapes["params"], batch).compile(),
   )
   print(f"compiled   in {time.perf_counter() - started:.1f} s")
   return compiled
@@ -352,6 +450,7 @@ def run_steps(
   eval_step: EvalStep,
   batches: Batches,
   eval_batches: Sequence[Batch],
+  devices: Devices | None = None,
 ) -> tuple[int, State, int]:
   """Trains from `step` on, to the last step or until a signal.
 
@@ -364,6 +463,7 @@ def run_steps(
     eval_step: compiled evaluation step.
     batches: what to train on.
     eval_batches: what to evaluate on.
+    devices: where; one device by default.
 
   Returns:
     The last step, its state, and the signal that stopped training (0: none).
@@ -371,8 +471,14 @@ def run_steps(
   Raises:
     UsageError: if the loss is not finite.
   """
+  devices = devices or Devices()
+  size = args.batch_size
+  rows = devices.rows(size)
   weights = [num_predicted(batch) for batch in eval_batches]
   pending: list[tuple[int, jax.Array]] = []  # losses still on the device
+
+  def evaluated(batch: Batch) -> Any:
+    return devices.put(take_rows(batch, rows), size)
 
   def record() -> None:
     for at, loss in pending:
@@ -387,13 +493,15 @@ def run_steps(
 
   with (
     StopRequest(f"\n{STOPPED}", wait=True) as request,
-    tqdm.tqdm(total=args.steps, initial=step, unit="step") as bar,
+    tqdm.tqdm(
+      total=args.steps, initial=step, unit="step", disable=not devices.first
+    ) as bar,
   ):
-    tokens, mark_time = 0, time.perf_counter()
-    while step < args.steps and not request.signal:
-      batch = batches.read(step)
-      tokens += num_predicted(batch)
-      state, loss = train_step(state, batch)
+    tokens, mark_time, stopped_by = 0, time.perf_counter(), 0
+    while step < args.steps and not stopped_by:
+      batch = batches.read(step, rows)
+      tokens += num_predicted(batch) * size // (rows.stop - rows.start)
+      state, loss = train_step(state, devices.put(batch, size))
       step += 1
       pending.append((step, loss))
       bar.update()
@@ -412,7 +520,10 @@ def run_steps(
         record()
         validation = float(
           np.average(
-            [float(eval_step(state["params"], b)) for b in eval_batches],
+            [
+              float(eval_step(state["params"], evaluated(batch)))
+              for batch in eval_batches
+            ],
             weights=weights,
           )
         )
@@ -422,9 +533,10 @@ def run_steps(
         record()
         run.save(step, state, batches.get_state())
       mark_time += time.perf_counter() - pause
+      stopped_by = devices.any(step, request.signal)
     record()
     run.save(step, state, batches.get_state())
-  return step, state, request.signal
+  return step, state, stopped_by
 
 
 def write_sample(

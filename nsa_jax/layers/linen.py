@@ -2,10 +2,12 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, get_args
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from flax.typing import Dtype, Initializer, PrecisionLike
 
@@ -17,8 +19,9 @@ from nsa_jax.config import (
   check_config,
 )
 from nsa_jax.layers import core
+from nsa_jax.partitioning import parameter_axes
 from nsa_jax.rope import RopeConfig
-from nsa_jax.sharding import Layout
+from nsa_jax.sharding import Layout, dot_general
 from nsa_jax.typing import (
   Array,
   AttentionName,
@@ -27,6 +30,26 @@ from nsa_jax.typing import (
   RopeCompressedName,
   Selector,
 )
+
+_LECUN = nn.initializers.lecun_normal()
+# Keys of a mapping in `kernel_init`.
+_PROJECTIONS = ("query", "key", "value", "gate", "out")
+
+
+def _check_kernel_init(value):
+  inits = value if isinstance(value, Mapping) else {"": value}
+  for name, init in inits.items():
+    if name and name not in (*_PROJECTIONS, "phi"):
+      raise ValueError(
+        f"`kernel_init` has {_checks.show(name)}, which must be one of "
+        f"{[*_PROJECTIONS, 'phi']}."
+      )
+    if not callable(init):
+      entry = f"[{name!r}]" if name else ""
+      raise ValueError(
+        f"`kernel_init`{entry}={_checks.show(init)} must be an initialiser "
+        "function."
+      )
 
 
 class NativeSparseAttention(nn.Module):
@@ -52,8 +75,10 @@ class NativeSparseAttention(nn.Module):
     dtype: as in `AttentionConfig`.
     param_dtype: as in `AttentionConfig`.
     precision: of the projections, as in `nn.DenseGeneral`.
-    kernel_init: initialiser of all projections; `nn.with_partitioning` works.
-      The parameters of phi have their own initialisers and no partitioning.
+    kernel_init: initialiser of all projections, or a mapping from "query",
+      "key", "value", "gate" and "out" to initialisers, and from "phi" to that
+      of the kernels in phi: "w1" and "w2" [K, _, _], or "weight" of "linear".
+      `nn.with_partitioning` works. What is missing has its default.
     use_bias: the projections have biases.
     implementation: as in `AttentionConfig`.
     decode: append to a decode cache and attend over it. `init` with
@@ -67,6 +92,7 @@ class NativeSparseAttention(nn.Module):
       many tokens uses the decode kernels, a longer one runs as a prefill.
     select: as in `AttentionConfig`.
     layout: as in `AttentionConfig`.
+    logical_axes: as in `AttentionConfig`.
 
   Raises:
     ValueError: if an attribute or argument does not fit.
@@ -98,13 +124,14 @@ class NativeSparseAttention(nn.Module):
   dtype: Dtype | None = None
   param_dtype: Dtype = jnp.float32
   precision: PrecisionLike = None
-  kernel_init: Initializer = nn.initializers.lecun_normal()
+  kernel_init: Initializer | Mapping[str, Initializer] = _LECUN
   use_bias: bool = False
   implementation: Implementation = None
   decode: bool = False
   max_append: int = 1
   select: Selector | None = None
   layout: Layout | None = None
+  logical_axes: bool = False
 
   def __post_init__(self):
     check_config(self.config)
@@ -112,11 +139,7 @@ class NativeSparseAttention(nn.Module):
     _checks.flag("use_bias", self.use_bias)
     _checks.flag("decode", self.decode)
     _checks.static_int("max_append", self.max_append, 1)
-    if not callable(self.kernel_init):
-      raise ValueError(
-        f"`kernel_init`={_checks.show(self.kernel_init)} must be an "
-        "initialiser function."
-      )
+    _check_kernel_init(self.kernel_init)
     _checks.precision(self.precision)
     super().__post_init__()
 
@@ -202,18 +225,22 @@ class NativeSparseAttention(nn.Module):
       dtype=self.dtype,
       param_dtype=self.param_dtype,
       precision=self.precision,
-      kernel_init=self.kernel_init,
     )
     # The ids are computed only if the collection is requested.
     collected = self.is_mutable_collection("intermediates")
     decoding = begin_decoding(self, x, segment_ids, prefix_length)
-    parts = _parts(config, "nsa", dense, x.shape[-1])
+    inits = self.kernel_init
+    if not isinstance(inits, Mapping):
+      inits = dict.fromkeys(_PROJECTIONS, inits)
+    parts = _parts(config, "nsa", dense, x.shape[-1], inits)
     for name in core.COMPRESSIONS:
       parts[name] = CompressBlocks(
         self.compression,
         self.config,
         self.param_dtype,
         self.layout,
+        inits.get("phi"),
+        self.logical_axes,
         name=name,
       )
     attended = core.sparse_attention(
@@ -307,6 +334,9 @@ class CompressBlocks(nn.Module):
     config: `compression_block` and `compression_stride` are read.
     param_dtype: dtype of the parameters.
     layout: as in `compress_mean`.
+    kernel_init: of "w1" and "w2", or of "weight" of "linear"; by default those
+      of `core.phi_parameters`.
+    logical_axes: as in `AttentionConfig`.
 
   Example:
     >>> import jax, jax.numpy as jnp
@@ -322,11 +352,16 @@ class CompressBlocks(nn.Module):
   config: NSAConfig
   param_dtype: Dtype = jnp.float32
   layout: Layout | None = None
+  kernel_init: Initializer | None = None
+  logical_axes: bool = False
 
   def __post_init__(self):
     _checks.choice("kind", self.kind, get_args(CompressionName))
     check_config(self.config)
     _checks.dtype("param_dtype", self.param_dtype)
+    if self.kernel_init is not None:
+      _check_kernel_init(self.kernel_init)
+    _checks.flag("logical_axes", self.logical_axes)
     super().__post_init__()
 
   @nn.compact
@@ -335,10 +370,14 @@ class CompressBlocks(nn.Module):
     x = _checks.array("x", x, 4, "[B, S, K, H]")
     _checks.not_empty("x", x, axes=(2, 3))
     table = core.phi_parameters(self.kind, self.config, *x.shape[2:])
-    parameters = {
-      name: self.param(name, init, shape, self.param_dtype)
-      for name, (init, shape) in table.items()
-    }
+    parameters = {}
+    for name, (init, shape) in table.items():
+      kernel = name in ("w1", "w2") or (name == "weight" and len(shape) == 3)
+      if kernel and self.kernel_init is not None:
+        init = self.kernel_init
+      if self.logical_axes:
+        init = named("compress_key", name, init, len(shape))
+      parameters[name] = self.param(name, init, shape, self.param_dtype)
     return core.compress(
       self.kind, self.config, parameters, x, segment_ids, self.layout
     )
@@ -346,9 +385,81 @@ class CompressBlocks(nn.Module):
 
 def rms_norm(config: AttentionConfig, name: str) -> nn.RMSNorm:
   """RMSNorm with statistics and scaling in float32, for any `dtype`."""
+  init = nn.initializers.ones
   return nn.RMSNorm(
-    dtype=config.dtype, param_dtype=config.param_dtype, name=name
+    dtype=config.dtype,
+    param_dtype=config.param_dtype,
+    scale_init=named(name, "scale", init) if config.logical_axes else init,
+    name=name,
   )
+
+
+def projection_options(
+  config: AttentionConfig, name: str, kernel_init: Initializer = _LECUN
+) -> dict[str, Any]:
+  """Keyword arguments of a linear map that has the sharding of its kernel."""
+  bias_init: Initializer = nn.initializers.zeros
+  if config.logical_axes:
+    kernel_init = named(name, "kernel", kernel_init)
+    bias_init = named(name, "bias", bias_init)
+  return {
+    "kernel_init": kernel_init,
+    "bias_init": bias_init,
+    "dot_general": dot_general,
+    "name": name,
+  }
+
+
+def named(
+  module: str, name: str, init: Initializer, ndim: int | None = None
+) -> Initializer:
+  """An initialiser that puts a parameter in a box with the names of its axes.
+
+  What an initialiser has put in a box already stays as it is.
+
+  Args:
+    module: as in `parameter_axes`.
+    name: as in `parameter_axes`.
+    init: initialiser of the parameter.
+    ndim: as in `parameter_axes`.
+  """
+  axes = parameter_axes(module, name, ndim)
+
+  def box(*args: Any, **kwargs: Any) -> Any:
+    x = init(*args, **kwargs)
+    if isinstance(x, nn.meta.AxisMetadata) or axes is None:
+      return x
+    return nn.LogicallyPartitioned(x, axes)
+
+  return box
+
+
+class _Flat(nn.meta.AxisMetadata[Any]):
+  """A box around a kernel that `nn.DenseGeneral` will give its shape.
+
+  It initialises kernels flattened to two axes, and takes them out of the box by
+  `unbox`. In a mesh that constrains the two axes by the names of all of them.
+  """
+
+  def __init__(self, box):
+    self._box = box
+
+  def unbox(self, apply_constraint=True):
+    return self._box.unbox(apply_constraint=False)
+
+  def replace_boxed(self, val):
+    return self._box.replace_boxed(val)
+
+  def add_axis(self, index, params):
+    raise NotImplementedError
+
+  def remove_axis(self, index, params):
+    raise NotImplementedError
+
+
+def _flat(init, key, shape, dtype):
+  x = init(key, shape, dtype)
+  return _Flat(x) if isinstance(x, nn.meta.AxisMetadata) else x
 
 
 def _parts(
@@ -356,21 +467,31 @@ def _parts(
   kind: AttentionName,
   dense: Callable[..., Any],
   width: int,
+  inits: Mapping[str, Initializer] = MappingProxyType({}),
 ) -> dict[str, Any]:
   """The submodules for `core`, by name."""
+
+  def project(name, features, **options):
+    init = inits.get(name.split("_")[0], _LECUN)
+    options |= projection_options(config, name, init)
+    for each in ("kernel_init", "bias_init"):
+      options[each] = functools.partial(_flat, options[each])
+    return dense(features, **options)
+
   parts: dict[str, Any] = {
-    name: dense(shape, name=name)
+    name: project(name, shape)
     for name, shape in core.projections(config, kind).items()
   }
   for name in core.norms(config, kind):
     parts[name] = rms_norm(config, name)
-  return parts | {"out": dense(width, axis=(-2, -1), name="out")}
+  return parts | {"out": project("out", width, axis=(-2, -1))}
 
 
 def check_width(module: nn.Module, x: Array) -> None:
   """Checks x [B, T, D] against the parameters; flax names only them."""
   query = module.variables.get("params", {}).get("query", {})
-  width = jnp.shape(nn.meta.unbox(query.get("kernel", 0)))[:1]
+  kernels = jax.tree.leaves(query.get("kernel"))  # It may be in a box.
+  width = jnp.shape(kernels[0])[:1] if kernels else ()
   if width and width != x.shape[-1:]:
     raise ValueError(
       f"`x` of shape {x.shape} must have D={width[0]}, as the parameters have."

@@ -10,6 +10,7 @@ import numpy as np
 from nsa_jax import _checks
 from nsa_jax.config import AttentionConfig, NSAConfig
 from nsa_jax.rope import RopeConfig
+from nsa_jax.sharding import Layout
 from nsa_jax.typing import AttentionName, RematName
 
 
@@ -121,7 +122,8 @@ class TransformerConfig(AttentionConfig):
 
     Returns:
       A dictionary of strings, numbers, booleans, None, lists and dictionaries:
-      a dtype is its name, `nsa` and `rope` are dictionaries of their fields.
+      a dtype is its name; `nsa`, `rope` and `layout` are dictionaries of their
+      fields.
 
     Raises:
       ValueError: if `select` is not None, since JSON has no functions.
@@ -156,9 +158,9 @@ class TransformerConfig(AttentionConfig):
         later versions can read what earlier ones wrote.
 
     Raises:
-      ValueError: if `fields` (or `nsa` or `rope` in it) is not a dictionary,
-        has an unknown field or lacks one without a default, or if a value
-        breaks a rule.
+      ValueError: if `fields` (or `nsa`, `rope` or `layout` in it) is not a
+        dictionary, has an unknown field or lacks one without a default, or if a
+        value breaks a rule.
 
     Example:
       >>> from nsa_jax import TransformerConfig
@@ -171,8 +173,9 @@ class TransformerConfig(AttentionConfig):
     values = dict(fields)
     if "nsa" in values:
       values["nsa"] = _nested(NSAConfig, "nsa", values["nsa"])
-    if values.get("rope") is not None:
-      values["rope"] = _nested(RopeConfig, "rope", values["rope"])
+    for name, kind in (("rope", RopeConfig), ("layout", Layout)):
+      if values.get(name) is not None:
+        values[name] = _nested(kind, name, values[name])
     for field in dataclasses.fields(cls):
       if field.name not in values and field.default is dataclasses.MISSING:
         raise ValueError(f"`{field.name}` is missing and has no default.")

@@ -23,6 +23,8 @@ from nsa_jax.layers.linen import (
   DenseAttention,
   NativeSparseAttention,
   layer_fields,
+  named,
+  projection_options,
   rms_norm,
 )
 from nsa_jax.models.config import TransformerConfig
@@ -30,7 +32,7 @@ from nsa_jax.models.embedding import embed
 from nsa_jax.models.loss import logits_of, token_losses
 from nsa_jax.models.remat import INPUT_NAME, remat_policy
 from nsa_jax.ops.scope import keep
-from nsa_jax.sharding import per_token
+from nsa_jax.sharding import constrain, per_token
 from nsa_jax.typing import Array, AttentionName
 
 
@@ -132,13 +134,7 @@ class TransformerLM(nn.Module):
         "one entry per row and token of `tokens`",
       )
       tokens = keep(tokens, ids > 0)
-    shape = (config.vocab_size, config.model_dim)
-    embedding = self.param(
-      "embedding",
-      nn.initializers.normal(config.model_dim**-0.5),
-      shape,
-      config.param_dtype,
-    )
+    embedding = self._table("embedding")
     # Out-of-range tokens give NaN instead of another token's embedding.
     x = per_token(
       config.layout,
@@ -150,17 +146,19 @@ class TransformerLM(nn.Module):
     x = rms_norm(config, "final_norm")(x)
     head = embedding
     if not config.tie_embeddings:
-      head = jnp.asarray(
-        self.param(
-          "head",
-          nn.initializers.normal(config.model_dim**-0.5),
-          shape,
-          config.param_dtype,
-        )
-      )
+      head = jnp.asarray(self._table("head"))
     if labels is not None:
       return per_token(config.layout, token_losses, head, x, labels)
     return logits_of(x, head.astype(config.dtype))
+
+  def _table(self, name):
+    """A parameter with a row per token of the vocabulary."""
+    config = self.config
+    init: Any = nn.initializers.normal(config.model_dim**-0.5)
+    if config.logical_axes:
+      init = named("", name, init)
+    shape = (config.vocab_size, config.model_dim)
+    return self.param(name, init, shape, config.param_dtype)
 
   def _blocks(self, x, positions, segment_ids, prefix_length):
     config = self.config
@@ -252,8 +250,19 @@ def unstack_layers(
         f"a leading axis of size `num_layers`={config.num_layers}, not "
         f"{_checks.show(x)}."
       )
+
+  def layer(x: Any, i: int) -> Any:
+    if not isinstance(x, nn.meta.AxisMetadata):
+      return x[i]
+    own: Any = x.remove_axis(0, {nn.PARTITION_NAME: "layers"})
+    return own.replace_boxed(own.unbox(apply_constraint=False)[i])
+
   for i in range(config.num_layers):
-    single[f"layer_{i}"] = jax.tree.map(lambda x, i=i: x[i], stacked)
+    single[f"layer_{i}"] = jax.tree.map(
+      functools.partial(layer, i=i),
+      stacked,
+      is_leaf=lambda x: isinstance(x, nn.meta.AxisMetadata),
+    )
   config = dataclasses.replace(config, scan_layers=False)
   return model.clone(config=config), single
 
@@ -285,10 +294,13 @@ def _mlp(block: "TransformerBlock", x: Array) -> Array:
   )
   h = rms_norm(config, "mlp_norm")(x)
   gate, up = (
-    checkpoint_name(dense(config.mlp_dim, name=name)(h), name)
+    checkpoint_name(
+      dense(config.mlp_dim, **projection_options(config, name))(h), name
+    )
     for name in _MLP_NAMES
   )
-  return dense(config.model_dim, name="mlp_down")(nn.silu(gate) * up)
+  down = dense(config.model_dim, **projection_options(config, "mlp_down"))
+  return down(nn.silu(gate) * up)
 
 
 class TransformerBlock(nn.Module):
@@ -323,6 +335,7 @@ class TransformerBlock(nn.Module):
       saved = jax.checkpoint_policies.save_only_these_names(*_MLP_NAMES)
       norm, mlp = recompute(_norm), recompute(_mlp, policy=saved)
       x = checkpoint_name(x, INPUT_NAME)
+    x = constrain(self.config.layout, x)
     h = norm(self, x)
     x = x + self._attention()(
       h,
@@ -330,7 +343,8 @@ class TransformerBlock(nn.Module):
       segment_ids=segment_ids,
       prefix_length=self.prefix_length,
     )
-    return x + mlp(self, x), None
+    x = constrain(self.config.layout, x)
+    return constrain(self.config.layout, x + mlp(self, x)), None
 
   def _attention(self):
     config = self.config

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from nsa_jax.precision import sum_dtype
+from nsa_jax.sharding import dot_general
 from nsa_jax.typing import Array
 from nsa_jax.xla.chunks import map_chunks
 
@@ -13,7 +14,9 @@ CHUNK_LOGITS = 2**26
 
 def logits_of(x: Array, head: Array) -> Array:
   """x head^T, float32: [B, T, D], [vocabulary, D] -> [B, T, vocabulary]."""
-  return jnp.einsum("btd,vd->btv", x, head, preferred_element_type=jnp.float32)
+  return dot_general(
+    x, head, (((2,), (1,)), ((), ())), preferred_element_type=jnp.float32
+  )
 
 
 @jax.named_scope("token_losses")
