@@ -473,7 +473,8 @@ def run(
     known = np.asarray(restore_zigzag(known, place.shards))
   _checks.segments(known, alignment)
   piece = length // (place.shards * place.pieces)
-  if not layout.sequence or halo > piece or offset or length != key_length:
+  at_start = isinstance(offset, int) and not offset and length == key_length
+  if not (layout.sequence and at_start and halo <= piece):
     halo = 0
   specs = {
     name: jax.tree.map(
@@ -616,6 +617,33 @@ def per_token(
   split = P(place.layout.data, place.layout.sequence)
   specs = (P(), *(split for _ in arrays))
   return _shard_map(place, function, specs, split)(table, *arrays)
+
+
+def sum_over_shards(
+  lhs: Array, rhs: Array, dimension_numbers: Any, **options: Any
+) -> Array:
+  """`lax.dot_general` of a projection whose inputs may be split.
+
+  If Explicit axes split an axis that is summed over, jax asks for the partition
+  of the result: here it is not split over them.
+
+  Args:
+    lhs: the inputs, without batch axes as `dot_general` has them.
+    rhs: the kernel.
+    dimension_numbers: as in `lax.dot_general`.
+    **options: others of `lax.dot_general`.
+  """
+  (axes, kernel_axes), _ = dimension_numbers
+
+  def spec(x, summed):
+    given = (*jax.typeof(x).sharding.spec, *(None,) * x.ndim)[: x.ndim]
+    return [(i in summed, axis) for i, axis in enumerate(given)]
+
+  both = spec(lhs, axes) + spec(rhs, kernel_axes)
+  if any(summed and axis for summed, axis in both):
+    kept = P(*(axis for summed, axis in both if not summed))
+    options["out_sharding"] = kept
+  return lax.dot_general(lhs, rhs, dimension_numbers, **options)
 
 
 def _shard_map(place, body, specs, out):

@@ -18,7 +18,7 @@ from nsa_jax.config import (
 )
 from nsa_jax.layers import core
 from nsa_jax.rope import RopeConfig
-from nsa_jax.sharding import Layout
+from nsa_jax.sharding import Layout, sum_over_shards
 from nsa_jax.typing import (
   Array,
   AttentionName,
@@ -364,7 +364,8 @@ def _parts(
   }
   for name in core.norms(config, kind):
     parts[name] = rms_norm(config, name)
-  return parts | {"out": dense(width, axis=(-2, -1), name="out")}
+  out = dense(width, axis=(-2, -1), name="out", dot_general=sum_over_shards)
+  return parts | {"out": out}
 
 
 def check_width(module: nn.Module, x: Array) -> None:

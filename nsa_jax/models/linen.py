@@ -30,7 +30,7 @@ from nsa_jax.models.embedding import embed
 from nsa_jax.models.loss import logits_of, token_losses
 from nsa_jax.models.remat import INPUT_NAME, remat_policy
 from nsa_jax.ops.scope import keep
-from nsa_jax.sharding import per_token
+from nsa_jax.sharding import per_token, sum_over_shards
 from nsa_jax.typing import Array, AttentionName
 
 
@@ -288,7 +288,8 @@ def _mlp(block: "TransformerBlock", x: Array) -> Array:
     checkpoint_name(dense(config.mlp_dim, name=name)(h), name)
     for name in _MLP_NAMES
   )
-  return dense(config.model_dim, name="mlp_down")(nn.silu(gate) * up)
+  down = dense(config.model_dim, name="mlp_down", dot_general=sum_over_shards)
+  return down(nn.silu(gate) * up)
 
 
 class TransformerBlock(nn.Module):
