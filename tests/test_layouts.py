@@ -515,3 +515,85 @@ def _placed(case: Case, letters: str, keys: int) -> str:
   if letters.startswith("BS") and keys % case.shards:
     letters = letters.replace("S", ".")
   return letters.replace("S", "T").replace("K", "N")
+
+
+# ------------------------------------------------------ what is communicated
+
+
+def _model_program(case: Case, length: int, **overrides: Any) -> Any:
+  """The compiled loss and gradients of a model on the mesh around the call."""
+  params = _place_parameters(case, _parameters(**overrides))
+  arrays = case.put(_batch(length, packed=False), "BT")
+  step = _step(_model(case.argument, **overrides))
+  return step.lower(params, *arrays).compile()
+
+
+@pytest.mark.parametrize("types", ["Auto", "Explicit"])
+def test_data_parallelism_reduces_gradients_once(types: str) -> None:
+  case = Case.make("data", types)
+  with case.mesh():
+    found = collectives(_model_program(case, 64))
+  ((kind, size),) = found
+  assert kind == "all-reduce"
+  _assert_of_parameters(size)
+
+
+def _assert_of_parameters(size: int) -> None:
+  """Bytes of all gradients; of the tied embedding one from each of its uses."""
+  params = _parameters()["params"]
+  every = sum(x.nbytes for x in jax.tree.leaves(params))
+  # That of the positions in phi is a product with that of the bias.
+  positions = sum(
+    params["layer_0"]["attention"][name]["position"].nbytes
+    for name in ("compress_key", "compress_value")
+  )
+  tied = params["embedding"].nbytes
+  assert every - positions <= size <= every + tied
+
+
+@pytest.mark.parametrize("types", ["Auto", "Explicit"])
+def test_heads_cost_what_those_of_a_dense_layer_cost(types: str) -> None:
+  """One sum of outputs, and one of cotangents: of each projection's input."""
+  case = Case.make("heads", types)
+  found, projections = {}, {"nsa": 8, "full": 3}
+  with case.mesh():
+    for kind in projections:
+      found[kind] = collectives(_model_program(case, 64, attention=kind))
+  tokens = 8 * 64 * 32 * 4  # [B, T, D]
+  for kind, count in projections.items():
+    sizes = [("all-reduce", tokens), ("all-reduce", count * tokens)]
+    assert found[kind] == sizes
+
+
+@pytest.mark.parametrize("types", ["Auto", "Explicit"])
+@pytest.mark.parametrize("zigzag", [False, True])
+def test_what_the_sequence_communicates(types: str, zigzag: bool) -> None:
+  """Selected keys and blocks are gathered; of the window, w tokens."""
+  case = Case.make("sequence", types, zigzag)
+  length, pieces = 128, 2 if zigzag else 1
+  with case.mesh():
+    program = _model_program(case, length)
+  token = 2 * 8 * 2 * 16 * 4  # a key and a value, [B, 1, K, H]
+  blocks = length // CONFIG.compression_stride
+  halo = CONFIG.window + CONFIG.compression_block - CONFIG.compression_stride
+  found = _bytes(program)
+  _assert_of_parameters(found.pop("all-reduce") - (blocks - 1) * token)
+  assert found == {
+    "all-gather": (length + blocks) * token,
+    "collective-permute": 2 * pieces * halo * token,
+    "reduce-scatter": length // case.shards * token,
+  }
+  assert _counts(program) == {
+    "all-gather": 4,
+    "collective-permute": 8 * pieces,
+    "reduce-scatter": 2,
+    "all-reduce": 2,
+  }
+
+
+@pytest.mark.parametrize("types", ["Auto", "Explicit"])
+def test_a_window_gathers_nothing(types: str) -> None:
+  case = Case.make("data_sequence", types)
+  with case.mesh():
+    found = _counts(_model_program(case, 128, attention="window"))
+  assert found.keys() == {"collective-permute", "all-reduce"}
