@@ -16,12 +16,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import AbstractMesh, AxisType
+from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.typing import ArrayLike
 
 from nsa_jax import _checks
 from nsa_jax.typing import Array
+from pallas_kernels.platforms import vary_alike
 
 # Name of one axis of a mesh, or of several that split an axis of an array
 # together.
@@ -232,6 +233,8 @@ def find_place(layout: Any, name: str, x: Array, letters: str) -> Place | None:
     layout = found
   elif explicit and not any((layout.data, layout.sequence, layout.heads)):
     layout = dataclasses.replace(found, zigzag=layout.zigzag)
+  if not layout.sequence:  # Of one shard, `zigzag` is the order of the text.
+    layout = dataclasses.replace(layout, zigzag=False)
   place = Place(layout, mesh)
   used = [
     (axis, kind)
@@ -261,7 +264,7 @@ def shard_order(place: Place | None, x: Array) -> Array:
   """Numbers of tokens [B, T] from the order of the text to that of a layout."""
   if place is None or not place.layout.zigzag:
     return x
-  return zigzag(_whole(place, x), place.shards)
+  return _whole(place, zigzag(_whole(place, x), place.shards))
 
 
 def _whole(place, x):
@@ -270,7 +273,7 @@ def _whole(place, x):
     return x
   spec = P(place.layout.data, None)
   if AxisType.Explicit in place.mesh.axis_types:
-    return jax.reshard(x, P(*place.explicit(spec)))
+    return jax.reshard(x, NamedSharding(place.mesh, P(*place.explicit(spec))))
   return lax.with_sharding_constraint(x, spec)
 
 
@@ -472,7 +475,8 @@ def run(
     known = np.asarray(restore_zigzag(known, place.shards))
   _checks.segments(known, alignment)
   piece = length // (place.shards * place.pieces)
-  if not layout.sequence or halo > piece or offset or length != key_length:
+  at_start = isinstance(offset, int) and not offset and length == key_length
+  if not (layout.sequence and at_start and halo <= piece):
     halo = 0
   specs = {
     name: jax.tree.map(
@@ -489,6 +493,7 @@ def run(
     return restore_zigzag(x, place.shards) if layout.zigzag else x
 
   def body(arrays):
+    arrays = vary_alike(arrays)  # Sums a gradient over devices once.
     local = {}
     for name, x in arrays.items():
       if "T" in letters[name]:
@@ -568,6 +573,7 @@ def _run_phi(place, function, x, segment_ids, parameters, config):
     return restore_zigzag(x, place.shards) if layout.zigzag else x
 
   def body(arrays):
+    arrays = vary_alike(arrays)  # Sums a gradient over devices once.
     x, segment_ids = arrays["x"], arrays["segment_ids"]
 
     def phi(x, segment_ids):
@@ -665,20 +671,15 @@ def constrain(layout: Layout | None, x: Array) -> Array:
 
 
 def _shard_map(place, body, specs, out):
-  manual = set(place.mesh.manual_axes)
-  names = set(place.mesh.axis_names) - manual
-
   def reshard(spec, x):
-    return jax.reshard(x, P(*place.explicit(spec)))
+    return jax.reshard(x, NamedSharding(place.mesh, P(*place.explicit(spec))))
 
   def call(*args):
     if AxisType.Explicit in place.mesh.axis_types:
       args = jax.tree.map(
         reshard, specs, args, is_leaf=lambda x: isinstance(x, P)
       )
-    mapped = jax.shard_map(
-      body, mesh=place.mesh, in_specs=specs, out_specs=out, axis_names=names
-    )
+    mapped = jax.shard_map(body, mesh=place.mesh, in_specs=specs, out_specs=out)
     return mapped(*args)
 
   return jax.jit(call)
@@ -716,9 +717,15 @@ def _first_tokens(place, piece, rows):
 
 def _shift(place, x, by):
   """What another shard holds; zeros at the ends of the sequence."""
-  count = place.shards
-  pairs = [(j, j + by) for j in range(count) if 0 <= j + by < count]
-  return lax.ppermute(x, place.layout.sequence, pairs)
+  names, count = axis_names(place.layout.sequence), place.shards
+  # `lax.ppermute` numbers the devices of several axes in the order of the mesh.
+  order = [name for name in place.mesh.axis_names if name in names]
+  numbers = np.arange(count).reshape([place.mesh.shape[x] for x in order])
+  numbers = numbers.transpose([order.index(x) for x in names]).flatten()
+  pairs = [
+    (numbers[j], numbers[j + by]) for j in range(count) if 0 <= j + by < count
+  ]
+  return lax.ppermute(x, tuple(order), pairs)
 
 
 def _pieces_and_before(place, halo, x):

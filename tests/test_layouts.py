@@ -1,0 +1,599 @@
+"""Layouts: the same numbers as on one device, and what is communicated.
+
+Eight virtual CPU devices (conftest.py).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import itertools
+import math
+import re
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+import nsa_jax
+from nsa_jax import (
+  KV,
+  Layout,
+  NSAConfig,
+  TransformerConfig,
+  TransformerLM,
+  restore_zigzag,
+  zigzag,
+)
+from tests import helpers
+from tests.helpers import Dims
+
+CONFIG = NSAConfig(8, 4, 16, 3, 1, 1, 10)
+KERNELS = ("triton", "xla")  # "xla" for full attention, which has no kernel.
+SIZES = {
+  "data": {"data": 2},
+  "heads": {"heads": 2},
+  "sequence": {"sequence": 4},
+  "data_heads": {"data": 4, "heads": 2},
+  "data_sequence": {"data": 2, "sequence": 4},
+  "all": {"data": 2, "sequence": 2, "heads": 2},
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+  """A layout on a mesh of its own.
+
+  Attributes:
+    layout: its mesh axes have the names of its fields.
+    types: of the mesh axes.
+    sizes: devices by mesh axis.
+  """
+
+  layout: Layout
+  types: str
+  sizes: tuple[tuple[str, int], ...]
+
+  @classmethod
+  def make(cls, kind: str, types: str, zigzag: bool = False) -> Case:
+    sizes = SIZES[kind]
+    names: dict[str, Any] = {name: name for name in sizes}
+    return cls(Layout(**names, zigzag=zigzag), types, tuple(sizes.items()))
+
+  @contextlib.contextmanager
+  def mesh(self) -> Iterator[Any]:
+    names, shape = zip(*self.sizes, strict=True)
+    kinds = (getattr(AxisType, self.types),) * len(names)
+    devices = jax.devices()[: math.prod(shape)]
+    mesh = jax.make_mesh(shape, names, axis_types=kinds, devices=devices)
+    with jax.set_mesh(mesh):
+      yield mesh
+
+  @property
+  def argument(self) -> Layout | None:
+    """What a caller passes: with Explicit axes only `zigzag`, if at all."""
+    if self.types == "Auto":
+      return self.layout
+    return Layout(zigzag=True) if self.layout.zigzag else None
+
+  @property
+  def shards(self) -> int:
+    return dict(self.sizes).get("sequence", 1)
+
+  def put(self, tree: Any, letters: str = "BTN") -> Any:
+    """Arrays on the mesh, tokens in the order of the layout."""
+    layout = self.layout
+    axes = {"B": layout.data, "T": layout.sequence, "N": layout.heads}
+    spec = P(*(axes.get(letter) for letter in letters))
+    if letters[1:2] == "T" and layout.zigzag:
+      tree = jax.tree.map(lambda x: np.asarray(zigzag(x, self.shards)), tree)
+    return jax.device_put(tree, spec)
+
+  def restore(self, tree: Any) -> Any:
+    """Arrays [B, T, ...] on the host, tokens in the order of the text."""
+    tree = jax.device_get(tree)
+    if not self.layout.zigzag:
+      return tree
+    return jax.tree.map(
+      lambda x: np.asarray(restore_zigzag(x, self.shards)), tree
+    )
+
+
+def _case_name(x: Any) -> str | None:
+  return x if isinstance(x, str) else None
+
+
+def collectives(program: Any) -> list[tuple[str, int]]:
+  """Kind and bytes of the results of every collective of a compiled program.
+
+  The results of one that XLA has fused count together.
+  """
+  sizes = {"f32": 4, "s32": 4, "bf16": 2, "pred": 1}
+  kinds = "all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter"
+  found = []
+  for results, kind in re.findall(
+    rf"= (\(.*?\)|\S+) ({kinds})(?:-start)?\(", program.as_text()
+  ):
+    arrays = re.findall(r"(\w+)\[([\d,]*)\]", results)
+    count = sum(
+      sizes[dtype] * math.prod(int(x) for x in shape.split(",") if x)
+      for dtype, shape in arrays
+    )
+    found.append((kind, count))
+  return found
+
+
+def _counts(program: Any) -> dict[str, int]:
+  return dict(Counter(kind for kind, _ in collectives(program)))
+
+
+def _bytes(program: Any) -> dict[str, int]:
+  total: Counter[str] = Counter()
+  for kind, size in collectives(program):
+    total[kind] += size
+  return dict(total)
+
+
+def _assert_gradients(actual: Any, expected: Any) -> None:
+  """Equal to float32 rounding of the largest gradient of the tree.
+
+  A gradient may be a sum of large terms that is 0: that of the positions of phi
+  shifts all keys alike, which the softmax does not see.
+  """
+  largest = max(np.abs(x).max() for x in jax.tree.leaves(expected))
+  scaled = (
+    jax.tree.map(lambda x: np.asarray(x) / largest, tree)
+    for tree in (actual, expected)
+  )
+  helpers.assert_close(*scaled, "float32")
+
+
+# ------------------------------------------------------------------ the model
+
+
+def _model(layout: Layout | None, **overrides: Any) -> TransformerLM:
+  options: dict[str, Any] = {
+    "vocab_size": 32,
+    "num_layers": 1,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "head_dim": 16,
+    "model_dim": 32,
+    "mlp_dim": 32,
+    "nsa": CONFIG,
+    "implementation": "xla",
+  }
+  return TransformerLM(TransformerConfig(**options | overrides, layout=layout))
+
+
+def _batch(length: int, packed: bool, rows: int = 8) -> tuple[Any, ...]:
+  """Tokens, labels and segment ids."""
+  rng = np.random.default_rng(0)
+  tokens = helpers.int32(rng.integers(0, 32, (rows, length)))
+  labels = np.roll(tokens, -1, axis=1)
+  dims = Dims(CONFIG, batch=rows, keys=length)
+  return tokens, labels, helpers.packed_segments(dims) if packed else None
+
+
+@functools.cache
+def _parameters(**overrides: Any) -> Any:
+  tokens, *_ = _batch(16, packed=False, rows=1)
+  return jax.jit(_model(None, **overrides).init)(jax.random.key(0), tokens)
+
+
+def _step(model: TransformerLM) -> Any:
+  """f(params, tokens, labels, segment_ids) -> losses [B, T], gradients."""
+
+  @jax.jit
+  def step(params: Any, tokens: Any, labels: Any, segment_ids: Any) -> Any:
+    def loss(params: Any) -> Any:
+      losses = model.apply(
+        params, tokens, labels=labels, segment_ids=segment_ids
+      )
+      return losses.mean(), losses
+
+    return jax.grad(loss, has_aux=True)(params)[::-1]
+
+  return step
+
+
+@functools.cache
+def _on_one_device(length: int, packed: bool, **overrides: Any) -> Any:
+  params = _parameters(**overrides)
+  step = _step(_model(None, **overrides))
+  return jax.device_get(step(params, *_batch(length, packed)))
+
+
+def _head_spec(path: Any, x: Any) -> P:
+  """The partition of a parameter over heads."""
+  names = [entry.key for entry in path]
+  if names[-2] == "out" or names[-2].startswith("compress_"):
+    return P("heads")
+  if "attention" in names and x.ndim == 3:  # [D, N, H]
+    return P(None, "heads")
+  return P()
+
+
+def _place_parameters(case: Case, params: Any) -> Any:
+  if not case.layout.heads:
+    return jax.device_put(params, P())
+  specs = jax.tree_util.tree_map_with_path(_head_spec, params)
+  return jax.device_put(params, specs)
+
+
+def _check_model(
+  case: Case, length: int, packed: bool, implementation: Any, **overrides: Any
+) -> None:
+  losses, grads = _on_one_device(length, packed, **overrides)
+  params = _parameters(**overrides)
+  with case.mesh():
+    model = _model(case.argument, implementation=implementation, **overrides)
+    arrays = case.put(_batch(length, packed), "BT")
+    found = _step(model)(_place_parameters(case, params), *arrays)
+    helpers.assert_close(case.restore(found[0]), losses, "float32")
+    _assert_gradients(jax.device_get(found[1]), grads)
+
+
+FACTORS: dict[str, Any] = {
+  "layout": [(kind, False) for kind in SIZES]
+  + [(kind, True) for kind in ("sequence", "data_sequence", "all")],
+  "types": ["Auto", "Explicit"],
+  # Pieces of 16 tokens and more; then of 7, 14 and 28: not a multiple of the
+  # stride, and in the order of `zigzag` shorter than the window.
+  "length": [128, 56],
+  "packed": [False, True],
+  "sparse": [True, False],
+  "share_kv": [False, True],
+}
+
+
+def _check_case(case: dict[str, Any], implementation: Any = "xla") -> None:
+  kind, zigzag = case["layout"]
+  options: dict[str, Any] = {"attention": "nsa"}
+  if not case["sparse"]:
+    options = {"attention": ("full", "window"), "num_layers": 2}
+  elif case["share_kv"]:
+    options |= {
+      "share_kv": True,
+      "compression": "linear",
+      "normalize_qk": True,
+      "rope_compressed": "tokens",
+    }
+  _check_model(
+    Case.make(kind, case["types"], zigzag),
+    case["length"],
+    case["packed"],
+    implementation,
+    **options,
+  )
+
+
+@pytest.mark.parametrize("case", helpers.pairwise(FACTORS), ids=str)
+def test_a_model_equals_one_device(case: dict[str, Any]) -> None:
+  _check_case(case)
+
+
+@pytest.mark.parametrize(
+  "layout, types, packed",
+  [
+    (("all", True), "Explicit", True),
+    pytest.param(("all", False), "Auto", False, marks=pytest.mark.slow),
+  ],
+)
+def test_a_model_of_kernels(layout: Any, types: str, packed: bool) -> None:
+  _check_model(Case.make(layout[0], types, layout[1]), 56, packed, KERNELS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("implementation", ["xla", KERNELS])
+@pytest.mark.parametrize(
+  "values", [*itertools.product(*FACTORS.values())], ids=str
+)
+def test_every_model_equals_one_device(
+  values: Any, implementation: Any
+) -> None:
+  case = dict(zip(FACTORS, values, strict=True))
+  if not case["sparse"] and case["share_kv"]:
+    pytest.skip("dense layers have no such option")
+  _check_case(case, implementation)
+
+
+# ---------------------------------------------------------------- public ops
+
+
+def _arrays(queries: int, keys: int, rows: int = 4) -> dict[str, Any]:
+  """Arguments of `_all_ops` by their axes."""
+  rng = np.random.default_rng(0)
+  heads, width, block = 2, 16, CONFIG.compression_block
+
+  def normal(*shape: int) -> Any:
+    return helpers.normal(rng, shape, "float32")
+
+  dims = Dims(CONFIG, batch=rows, keys=keys)
+  segments = helpers.packed_segments(dims)
+  blocks = nsa_jax.num_selection_blocks(keys, CONFIG)
+  size = block * width
+  return {
+    "BTN": {
+      "query": normal(rows, queries, 2 * heads, width),
+      "compressed_query": normal(rows, queries, 2 * heads, width),
+      "gates": rng.uniform(size=(rows, queries, 2 * heads, 3)).astype("f4"),
+      "scores": normal(rows, queries, heads, blocks),
+    },
+    "BSK": {
+      "key": normal(rows, keys, heads, width),
+      "value": normal(rows, keys, heads, width),
+    },
+    "K": {
+      "weight": normal(heads, block),
+      "position": normal(heads, block, width),
+      "linear": normal(heads, size, width) * size**-0.5,
+      "w1": normal(heads, size, 32) * size**-0.5,
+      "b1": normal(heads, 32),
+      "w2": normal(heads, 32, width) * 32**-0.5,
+      "b2": normal(heads, width),
+    },
+    "BS": {"segment_ids": segments},
+    "BT": {"bound": rng.integers(0, 2, (rows, queries, 1, 1)).astype("i4")},
+    "B": {"offset": helpers.int32([keys - queries, 3, 0, 2][:rows])},
+  }
+
+
+def _by_parity(*, query: Any, selected_key: Any, parity: Any, **_: Any) -> Any:
+  """A selector: block 0 or 1, as an array bound to it says."""
+  heads = selected_key.shape[2]
+  return jnp.broadcast_to(parity, (*query.shape[:2], heads, 1))
+
+
+def _all_ops(
+  arrays: Any, layout: Layout | None, implementation: Any, offsets: bool
+) -> dict[str, Any]:
+  """Results of every op, from arrays on one device or on many."""
+  x: dict[str, Any] = {}
+  for group in arrays.values():
+    x |= group
+  keys = x["key"].shape[1]
+  phi: dict[str, Any] = {
+    "config": CONFIG,
+    "segment_ids": x["segment_ids"],
+    "layout": layout,
+  }
+  call = phi | {"implementation": implementation}
+  if offsets:
+    call["query_offset"] = x["offset"]
+  length: dict[str, Any] = {"key_length": keys}
+  query, key, value = x["query"], x["key"], x["value"]
+  mlp = [x[name] for name in ("position", "w1", "b1", "w2", "b2")]
+  blocks = KV(
+    nsa_jax.compress_mlp(key, *mlp, **phi),
+    nsa_jax.compress_linear(value, x["position"], x["linear"], **phi),
+  )
+  pair = KV(key, value)
+  out, lse = nsa_jax.compressed_attention(query, *blocks, **call, **length)
+  chosen = nsa_jax.select_blocks(query, blocks.key, lse, **call, **length)
+  others = {k: v for k, v in call.items() if k != "implementation"}
+  dense = {k: v for k, v in call.items() if k != "config"}
+  if implementation == "triton":
+    dense["implementation"] = "xla"
+  whole = functools.partial(
+    nsa_jax.native_sparse_attention,
+    query,
+    blocks,
+    pair,
+    pair,
+    x["gates"],
+    **call,
+  )
+  return {
+    "compress_mean": nsa_jax.compress_mean(key, **phi),
+    "compress_weighted": nsa_jax.compress_weighted(key, x["weight"], **phi),
+    "compress_linear": blocks.value,
+    "compress_mlp": blocks.key,
+    "compressed_attention": (out, lse),
+    "select_blocks": chosen,
+    "block_scores": nsa_jax.block_scores(
+      query, blocks.key, lse, **call | {"implementation": "xla"}, **length
+    ),
+    "block_ids_from_scores": nsa_jax.block_ids_from_scores(
+      x["scores"], **others, **length
+    ),
+    "selected_attention": nsa_jax.selected_attention(
+      query, key, value, chosen, **call
+    )[0],
+    "window_attention": nsa_jax.window_attention(query, key, value, **call)[0],
+    "full_attention": nsa_jax.full_attention(query, key, value, **dense)[0],
+    "native_sparse_attention": whole(return_block_ids=True),
+    "compressed_query": whole(compressed_query=x["compressed_query"]),
+    "block_ids": whole(block_ids=chosen),
+    "select": whole(select=functools.partial(_by_parity, parity=x["bound"])),
+  }
+
+
+def _loss(results: dict[str, Any]) -> Any:
+  """A sum with different weights over all floats."""
+  total = jnp.zeros(())
+  for x in jax.tree.leaves(results):
+    if jnp.issubdtype(x.dtype, jnp.floating):
+      total += jnp.sin(jnp.where(jnp.isfinite(x), x, 0)).sum()
+  return total
+
+
+def _run_ops(
+  arrays: Any,
+  layout: Layout | None,
+  implementation: str,
+  offsets: bool,
+  gradients: bool,
+) -> Any:
+  """Results by op, and gradients by axes."""
+  if not gradients:
+    return _all_ops(arrays, layout, implementation, offsets), None
+  floats = {k: arrays[k] for k in ("BTN", "BSK", "K")}
+  rest = {k: v for k, v in arrays.items() if k not in floats}
+
+  def loss(floats: Any) -> Any:
+    results = _all_ops(floats | rest, layout, implementation, offsets)
+    return _loss(results), results
+
+  grads, results = jax.grad(loss, has_aux=True)(floats)
+  return results, grads
+
+
+def _jit_ops(*args: Any) -> Any:
+  return jax.jit(lambda arrays: _run_ops(arrays, *args))
+
+
+@functools.cache
+def _ops_on_one_device(
+  queries: int, keys: int, offsets: bool, gradients: bool
+) -> Any:
+  run = _jit_ops(None, "xla", offsets, gradients)
+  return jax.device_get(run(_arrays(queries, keys)))
+
+
+@pytest.mark.parametrize(
+  "gradients", [False, pytest.param(True, marks=pytest.mark.slow)]
+)
+@pytest.mark.parametrize(
+  "kind, types, zigzag, queries, keys, offsets, implementation",
+  [
+    ("all", "Auto", False, 64, 64, False, "xla"),
+    ("all", "Explicit", True, 56, 56, False, "xla"),
+    ("data_sequence", "Auto", False, 20, 57, False, "xla"),
+    ("all", "Explicit", False, 20, 56, True, "triton"),
+    *(
+      pytest.param(*values, marks=pytest.mark.slow)
+      for values in (
+        ("data_sequence", "Explicit", False, 20, 56, True, "xla"),
+        ("data_sequence", "Auto", True, 56, 56, False, "xla"),
+        ("data_heads", "Explicit", False, 1, 50, True, "xla"),
+      )
+    ),
+  ],
+)
+def test_every_op_equals_one_device(
+  kind: str,
+  types: str,
+  zigzag: bool,
+  queries: int,
+  keys: int,
+  offsets: bool,
+  implementation: str,
+  gradients: bool,
+) -> None:
+  case = Case.make(kind, types, zigzag)
+  expected, expected_grads = _ops_on_one_device(
+    queries, keys, offsets, gradients
+  )
+  with case.mesh():
+    placed = {
+      letters: case.put(group, _placed(case, letters, keys))
+      for letters, group in _arrays(queries, keys).items()
+    }
+    run = _jit_ops(case.argument, implementation, offsets, gradients)
+    results, grads = jax.device_get(run(placed))
+  for name, want in expected.items():
+    found = results[name]
+    if not name.startswith("compress_"):
+      found = case.restore(found)
+    helpers.assert_close(found, want, "float32", what=f"{name}: ")
+  if gradients:
+    for letters in ("BTN", "BSK"):
+      grads[letters] = case.restore(grads[letters])
+    _assert_gradients(grads, expected_grads)
+
+
+def _placed(case: Case, letters: str, keys: int) -> str:
+  """Axes in the letters of `Case.put`; not all keys can be split."""
+  if letters.startswith("BS") and keys % case.shards:
+    letters = letters.replace("S", ".")
+  return letters.replace("S", "T").replace("K", "N")
+
+
+# ------------------------------------------------------ what is communicated
+
+
+def _model_program(case: Case, length: int, **overrides: Any) -> Any:
+  """The compiled loss and gradients of a model on the mesh around the call."""
+  params = _place_parameters(case, _parameters(**overrides))
+  arrays = case.put(_batch(length, packed=False), "BT")
+  step = _step(_model(case.argument, **overrides))
+  return step.lower(params, *arrays).compile()
+
+
+@pytest.mark.parametrize("types", ["Auto", "Explicit"])
+def test_data_parallelism_reduces_gradients_once(types: str) -> None:
+  case = Case.make("data", types)
+  with case.mesh():
+    found = collectives(_model_program(case, 64))
+  ((kind, size),) = found
+  assert kind == "all-reduce"
+  _assert_of_parameters(size)
+
+
+def _assert_of_parameters(size: int) -> None:
+  """Bytes of all gradients; of the tied embedding one from each of its uses."""
+  params = _parameters()["params"]
+  every = sum(x.nbytes for x in jax.tree.leaves(params))
+  # That of the positions in phi is a product with that of the bias.
+  positions = sum(
+    params["layer_0"]["attention"][name]["position"].nbytes
+    for name in ("compress_key", "compress_value")
+  )
+  tied = params["embedding"].nbytes
+  assert every - positions <= size <= every + tied
+
+
+@pytest.mark.parametrize("types", ["Auto", "Explicit"])
+def test_heads_cost_what_those_of_a_dense_layer_cost(types: str) -> None:
+  """One sum of outputs, and one of cotangents: of each projection's input."""
+  case = Case.make("heads", types)
+  found, projections = {}, {"nsa": 8, "full": 3}
+  with case.mesh():
+    for kind in projections:
+      found[kind] = collectives(_model_program(case, 64, attention=kind))
+  tokens = 8 * 64 * 32 * 4  # [B, T, D]
+  for kind, count in projections.items():
+    sizes = [("all-reduce", tokens), ("all-reduce", count * tokens)]
+    assert found[kind] == sizes
+
+
+@pytest.mark.parametrize("types", ["Auto", "Explicit"])
+@pytest.mark.parametrize("zigzag", [False, True])
+def test_what_the_sequence_communicates(types: str, zigzag: bool) -> None:
+  """Selected keys and blocks are gathered; of the window, w tokens."""
+  case = Case.make("sequence", types, zigzag)
+  length, pieces = 128, 2 if zigzag else 1
+  with case.mesh():
+    program = _model_program(case, length)
+  token = 2 * 8 * 2 * 16 * 4  # a key and a value, [B, 1, K, H]
+  blocks = length // CONFIG.compression_stride
+  halo = CONFIG.window + CONFIG.compression_block - CONFIG.compression_stride
+  found = _bytes(program)
+  _assert_of_parameters(found.pop("all-reduce") - (blocks - 1) * token)
+  assert found == {
+    "all-gather": (length + blocks) * token,
+    "collective-permute": 2 * pieces * halo * token,
+    "reduce-scatter": length // case.shards * token,
+  }
+  assert _counts(program) == {
+    "all-gather": 4,
+    "collective-permute": 8 * pieces,
+    "reduce-scatter": 2,
+    "all-reduce": 2,
+  }
+
+
+@pytest.mark.parametrize("types", ["Auto", "Explicit"])
+def test_a_window_gathers_nothing(types: str) -> None:
+  case = Case.make("data_sequence", types)
+  with case.mesh():
+    found = _counts(_model_program(case, 128, attention="window"))
+  assert found.keys() == {"collective-permute", "all-reduce"}
