@@ -75,6 +75,13 @@ class Layout:
     _checks.flag("zigzag", self.zigzag)
 
 
+def decoding_layout(layout: Layout | None) -> Layout | None:
+  """A layout for tokens that are appended to a cache: they are not split."""
+  if layout is None:
+    return None
+  return dataclasses.replace(layout, sequence=None, zigzag=False)
+
+
 def _names(axes: Any) -> tuple[Any, ...]:
   """A partition of an axis as a tuple of names."""
   if axes is None:
@@ -104,10 +111,10 @@ def zigzag(x: ArrayLike, shards: int) -> Array:
     >>> zigzag(jnp.arange(8)[None], 2).tolist()
     [[0, 1, 6, 7, 2, 3, 4, 5]]
   """
-  x, chunks = _chunks(x, shards)
+  array, chunks = _chunks(x, shards)
   early, late = jnp.split(chunks, 2, axis=1)
   both = jnp.stack([early, jnp.flip(late, axis=1)], axis=2)
-  return both.reshape(x.shape)
+  return both.reshape(array.shape)
 
 
 def restore_zigzag(x: ArrayLike, shards: int) -> Array:
@@ -126,11 +133,10 @@ def restore_zigzag(x: ArrayLike, shards: int) -> Array:
     >>> restore_zigzag(jnp.array([[0, 1, 6, 7, 2, 3, 4, 5]]), 2).tolist()
     [[0, 1, 2, 3, 4, 5, 6, 7]]
   """
-  x, chunks = _chunks(x, shards)
+  array, chunks = _chunks(x, shards)
   early, late = chunks[:, ::2], chunks[:, 1::2]
-  return jnp.concatenate([early, jnp.flip(late, axis=1)], axis=1).reshape(
-    x.shape
-  )
+  both = jnp.concatenate([early, jnp.flip(late, axis=1)], axis=1)
+  return both.reshape(array.shape)
 
 
 def _chunks(x, shards):
@@ -494,7 +500,8 @@ def run(
     return restore_zigzag(x, place.shards) if layout.zigzag else x
 
   def body(arrays):
-    arrays = vary_alike(arrays)  # Sums a gradient over devices once.
+    # Once: every use would sum its gradient over devices.
+    arrays = vary_alike(arrays)
     first = arrays.pop("query_offset", offset)
     shared = {
       name: jax.tree.map(gather, x, specs[name])
@@ -571,22 +578,27 @@ def _run_phi(place, function, x, segment_ids, parameters, config):
     for name, y in arrays.items()
   }
 
+  split = specs["x"][1] is not None
+
   def gather(x):
     """Blocks or tokens of all shards, in the order of the text."""
     x = lax.all_gather(x, layout.sequence, axis=1, tiled=True, to="invarying")
     return restore_zigzag(x, place.shards) if layout.zigzag else x
 
   def body(arrays):
-    arrays = vary_alike(arrays)  # Sums a gradient over devices once.
     x, segment_ids = arrays["x"], arrays["segment_ids"]
+    if split and not local:
+      x, segment_ids = jax.tree.map(gather, (x, segment_ids))
+    # Once: every use would sum its gradient over devices.
+    x, segment_ids, parameters = vary_alike(
+      (x, segment_ids, arrays["parameters"])
+    )
 
     def phi(x, segment_ids):
-      return function(x, **arrays["parameters"], segment_ids=segment_ids)
+      return function(x, **parameters, segment_ids=segment_ids)
 
-    if not layout.sequence:
+    if not (split and local):
       return phi(x, segment_ids)
-    if not local:
-      return phi(*jax.tree.map(gather, (x, segment_ids)))
     blocks = [
       phi(
         *jax.tree.map(
@@ -622,6 +634,16 @@ def per_token(
   split = P(place.layout.data, place.layout.sequence)
   specs = (P(), *(split for _ in arrays))
   return _shard_map(place, function, specs, split)(table, *arrays)
+
+
+def explicit_sharding(x: Array) -> NamedSharding | None:
+  """The sharding in the type of an array, where jax asks for one.
+
+  None without Explicit axes, where XLA finds that of a gather or a scatter.
+  """
+  sharding: Any = jax.typeof(x).sharding
+  explicit = AxisType.Explicit in sharding.mesh.axis_types
+  return sharding if explicit else None
 
 
 def sum_over_shards(

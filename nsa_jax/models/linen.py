@@ -30,7 +30,7 @@ from nsa_jax.models.embedding import embed
 from nsa_jax.models.loss import logits_of, token_losses
 from nsa_jax.models.remat import INPUT_NAME, remat_policy
 from nsa_jax.ops.scope import keep
-from nsa_jax.sharding import per_token, sum_over_shards
+from nsa_jax.sharding import decoding_layout, per_token, sum_over_shards
 from nsa_jax.typing import Array, AttentionName
 
 
@@ -96,6 +96,9 @@ class TransformerLM(nn.Module):
       ValueError: if an argument does not fit.
     """
     config = self.config
+    layout = config.layout
+    if self.decode:
+      layout = decoding_layout(layout)
     shape = _checks.array("tokens", tokens, 2, "[B, T]").shape
     tokens = _checks.integers("tokens", tokens, shape)
     _checks.not_empty("tokens", tokens)
@@ -119,7 +122,7 @@ class TransformerLM(nn.Module):
         segment_ids,
         config.nsa.selection_block,
         name="tokens",
-        layout=config.layout,
+        layout=layout,
       )
 
     if segment_ids is not None:
@@ -141,7 +144,7 @@ class TransformerLM(nn.Module):
     )
     # Out-of-range tokens give NaN instead of another token's embedding.
     x = per_token(
-      config.layout,
+      layout,
       lambda table, tokens: embed(table, tokens, config.dtype),
       embedding,
       tokens,
@@ -159,7 +162,7 @@ class TransformerLM(nn.Module):
         )
       )
     if labels is not None:
-      return per_token(config.layout, token_losses, head, x, labels)
+      return per_token(layout, token_losses, head, x, labels)
     return logits_of(x, head.astype(config.dtype))
 
   def _blocks(self, x, positions, segment_ids, prefix_length):
