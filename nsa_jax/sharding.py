@@ -75,6 +75,13 @@ class Layout:
     _checks.flag("zigzag", self.zigzag)
 
 
+def decoding_layout(layout: Layout | None) -> Layout | None:
+  """A layout for tokens that are appended to a cache: they are not split."""
+  if layout is None:
+    return None
+  return dataclasses.replace(layout, sequence=None, zigzag=False)
+
+
 def axis_names(axes: Any) -> tuple[Any, ...]:
   """A partition of an axis as a tuple of names."""
   if axes is None:
@@ -493,7 +500,8 @@ def run(
     return restore_zigzag(x, place.shards) if layout.zigzag else x
 
   def body(arrays):
-    arrays = vary_alike(arrays)  # Sums a gradient over devices once.
+    # Once: every use would sum its gradient over devices.
+    arrays = vary_alike(arrays)
     local = {}
     for name, x in arrays.items():
       if "T" in letters[name]:
@@ -567,22 +575,27 @@ def _run_phi(place, function, x, segment_ids, parameters, config):
     for name, y in arrays.items()
   }
 
+  split = specs["x"][1] is not None
+
   def gather(x):
     """Blocks or tokens of all shards, in the order of the text."""
     x = lax.all_gather(x, layout.sequence, axis=1, tiled=True, to="invarying")
     return restore_zigzag(x, place.shards) if layout.zigzag else x
 
   def body(arrays):
-    arrays = vary_alike(arrays)  # Sums a gradient over devices once.
     x, segment_ids = arrays["x"], arrays["segment_ids"]
+    if split and not local:
+      x, segment_ids = jax.tree.map(gather, (x, segment_ids))
+    # Once: every use would sum its gradient over devices.
+    x, segment_ids, parameters = vary_alike(
+      (x, segment_ids, arrays["parameters"])
+    )
 
     def phi(x, segment_ids):
-      return function(x, **arrays["parameters"], segment_ids=segment_ids)
+      return function(x, **parameters, segment_ids=segment_ids)
 
-    if not layout.sequence:
+    if not (split and local):
       return phi(x, segment_ids)
-    if not local:
-      return phi(*jax.tree.map(gather, (x, segment_ids)))
     cut = functools.partial(_pieces_and_after, place, halo)
     return gather(_joined(place, phi(*jax.tree.map(cut, (x, segment_ids)))))
 
@@ -611,6 +624,16 @@ def per_token(
   split = P(place.layout.data, place.layout.sequence)
   specs = (P(), *(split for _ in arrays))
   return _shard_map(place, function, specs, split)(table, *arrays)
+
+
+def explicit_sharding(x: Array) -> NamedSharding | None:
+  """The sharding in the type of an array, where jax asks for one.
+
+  None without Explicit axes, where XLA finds that of a gather or a scatter.
+  """
+  sharding: Any = jax.typeof(x).sharding
+  explicit = AxisType.Explicit in sharding.mesh.axis_types
+  return sharding if explicit else None
 
 
 def dot_general(

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import nsa_jax
@@ -32,6 +32,7 @@ from nsa_jax import (
   restore_zigzag,
   zigzag,
 )
+from nsa_jax.xla.top_k import top_k
 from tests import helpers
 from tests.helpers import Dims
 
@@ -148,11 +149,10 @@ def _assert_gradients(actual: Any, expected: Any) -> None:
   shifts all keys alike, which the softmax does not see.
   """
   largest = max(np.abs(x).max() for x in jax.tree.leaves(expected))
-  scaled = (
-    jax.tree.map(lambda x: np.asarray(x) / largest, tree)
-    for tree in (actual, expected)
+  actual, expected = jax.tree.map(
+    lambda x: np.asarray(x) / largest, (actual, expected)
   )
-  helpers.assert_close(*scaled, "float32")
+  helpers.assert_close(actual, expected, "float32")
 
 
 # ------------------------------------------------------------------ the model
@@ -194,7 +194,7 @@ def _step(model: TransformerLM) -> Any:
   @jax.jit
   def step(params: Any, tokens: Any, labels: Any, segment_ids: Any) -> Any:
     def loss(params: Any) -> Any:
-      losses = model.apply(
+      losses: Any = model.apply(
         params, tokens, labels=labels, segment_ids=segment_ids
       )
       return losses.mean(), losses
@@ -275,7 +275,15 @@ def _check_case(case: dict[str, Any], implementation: Any = "xla") -> None:
   )
 
 
-@pytest.mark.parametrize("case", helpers.pairwise(FACTORS), ids=str)
+def _some_slow(cases: Any) -> list[Any]:
+  """Every second case in the fast tier."""
+  return [
+    pytest.param(case, marks=[pytest.mark.slow] * (i % 2))
+    for i, case in enumerate(cases)
+  ]
+
+
+@pytest.mark.parametrize("case", _some_slow(helpers.pairwise(FACTORS)), ids=str)
 def test_a_model_equals_one_device(case: dict[str, Any]) -> None:
   _check_case(case)
 
@@ -376,7 +384,9 @@ def _all_ops(
     nsa_jax.compress_linear(value, x["position"], x["linear"], **phi),
   )
   pair = KV(key, value)
-  out, lse = nsa_jax.compressed_attention(query, *blocks, **call, **length)
+  out, lse = nsa_jax.compressed_attention(
+    query, blocks.key, blocks.value, **call, **length
+  )
   chosen = nsa_jax.select_blocks(query, blocks.key, lse, **call, **length)
   others = {k: v for k, v in call.items() if k != "implementation"}
   dense = {k: v for k, v in call.items() if k != "config"}
@@ -528,7 +538,10 @@ def _model_program(case: Case, length: int, **overrides: Any) -> Any:
   return step.lower(params, *arrays).compile()
 
 
-@pytest.mark.parametrize("types", ["Auto", "Explicit"])
+TYPES = ["Auto", pytest.param("Explicit", marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("types", TYPES)
 def test_data_parallelism_reduces_gradients_once(types: str) -> None:
   case = Case.make("data", types)
   with case.mesh():
@@ -551,7 +564,7 @@ def _assert_of_parameters(size: int) -> None:
   assert every - positions <= size <= every + tied
 
 
-@pytest.mark.parametrize("types", ["Auto", "Explicit"])
+@pytest.mark.parametrize("types", TYPES)
 def test_heads_cost_what_those_of_a_dense_layer_cost(types: str) -> None:
   """One sum of outputs, and one of cotangents: of each projection's input."""
   case = Case.make("heads", types)
@@ -565,8 +578,15 @@ def test_heads_cost_what_those_of_a_dense_layer_cost(types: str) -> None:
     assert found[kind] == sizes
 
 
-@pytest.mark.parametrize("types", ["Auto", "Explicit"])
-@pytest.mark.parametrize("zigzag", [False, True])
+@pytest.mark.parametrize(
+  "types, zigzag",
+  [
+    ("Auto", False),
+    ("Explicit", True),
+    pytest.param("Explicit", False, marks=pytest.mark.slow),
+    pytest.param("Auto", True, marks=pytest.mark.slow),
+  ],
+)
 def test_what_the_sequence_communicates(types: str, zigzag: bool) -> None:
   """Selected keys and blocks are gathered; of the window, w tokens."""
   case = Case.make("sequence", types, zigzag)
@@ -591,9 +611,410 @@ def test_what_the_sequence_communicates(types: str, zigzag: bool) -> None:
   }
 
 
-@pytest.mark.parametrize("types", ["Auto", "Explicit"])
+@pytest.mark.parametrize("types", TYPES)
 def test_a_window_gathers_nothing(types: str) -> None:
   case = Case.make("data_sequence", types)
   with case.mesh():
     found = _counts(_model_program(case, 128, attention="window"))
   assert found.keys() == {"collective-permute", "all-reduce"}
+
+
+# ----------------------------------------- kernels where nothing is said
+
+
+@pytest.mark.parametrize(
+  "spec",
+  [
+    P("data", None, "heads"),
+    pytest.param(P("data"), marks=pytest.mark.slow),
+    pytest.param(P(None, None, "heads"), marks=pytest.mark.slow),
+  ],
+  ids=str,
+)
+def test_kernels_without_a_layout_gather_nothing(spec: P) -> None:
+  """XLA partitions calls of kernels over rows and heads by itself."""
+  dims = Dims(CONFIG, batch=4, queries=20, keys=20, value_dim=16)
+  inputs = helpers.make_inputs(dims, "float32")
+  dout = helpers.make_cotangent(dims, "float32")
+  expected = helpers.native_vjp("xla", CONFIG)(inputs, {}, dout)
+  with Case.make("data_heads", "Auto").mesh():
+    args = jax.device_put((inputs, {}, dout), spec)
+    run: Any = helpers.native_vjp("triton", CONFIG)
+    program = run.lower(*args).compile()
+    assert collectives(program) == []
+    out, ids, grads = program(*args)
+    assert out.sharding.spec == spec
+  np.testing.assert_array_equal(ids, expected[1])
+  helpers.assert_close(out, expected[0], "float32")
+  _assert_gradients(grads, expected[2])
+
+
+def test_kernels_in_a_shard_map_of_the_caller() -> None:
+  """check_vma=True: gradients of keys that all devices share are summed."""
+  dims = Dims(CONFIG, batch=1, queries=20, keys=20, value_dim=16)
+  inputs = helpers.make_inputs(dims, "float32")
+  dout = helpers.make_cotangent(dims, "float32")
+  expected = helpers.native_vjp("xla", CONFIG)(inputs, {}, dout)
+  rows = {"query": P(None, "sequence"), "gates": P(None, "sequence")}
+
+  def attend(inputs: Any) -> Any:
+    length = inputs["query"].shape[1]
+    return nsa_jax.native_sparse_attention(
+      **inputs,
+      query_offset=jax.lax.axis_index("sequence") * length,
+      config=CONFIG,
+      implementation="triton",
+    )
+
+  with Case.make("sequence", "Auto").mesh():
+    mapped = jax.shard_map(
+      attend,
+      in_specs=({name: rows.get(name, P()) for name in inputs},),
+      out_specs=P(None, "sequence"),
+    )
+    out, pullback = jax.vjp(jax.jit(mapped), inputs)
+    grads = jax.jit(pullback)(dout)[0]
+  helpers.assert_close(out, expected[0], "float32")
+  _assert_gradients(grads, expected[2])
+
+
+def test_the_largest_in_rounds() -> None:
+  """Where XLA partitions a program, with ties, infinities and n = M."""
+  rng = np.random.default_rng(0)
+  x = helpers.float32(rng.integers(0, 4, (8, 3, 7)))
+  x[0, 0, 2], x[1, 1, 3] = np.inf, -np.inf
+  with Case.make("data", "Auto").mesh():
+    for n in (1, 3, 6):
+      run = jax.jit(functools.partial(top_k, n=n))
+      args = jax.device_put(x, P("data"))
+      assert collectives(run.lower(args).compile()) == []
+      best, ids = run(args)
+      wanted = jax.lax.top_k(x, n)
+      np.testing.assert_array_equal(best, wanted[0])
+      np.testing.assert_array_equal(ids, wanted[1])
+      mapped = jax.jit(jax.vmap(functools.partial(top_k, n=n), in_axes=1))
+      np.testing.assert_array_equal(
+        mapped(args)[1], jnp.moveaxis(wanted[1], 1, 0)
+      )
+
+
+# ------------------------------------------------------------ ways to call
+
+
+def _window(x: Any, layout: Layout | None = None, **options: Any) -> Any:
+  """The cheapest op: [B, T, N, H] is query, keys and values."""
+  return nsa_jax.window_attention(
+    x, x, x, config=CONFIG, implementation="xla", layout=layout, **options
+  )[0]
+
+
+@pytest.fixture(scope="module")
+def tokens() -> Any:
+  return helpers.normal(np.random.default_rng(0), (4, 48, 2, 16), "float32")
+
+
+MESHES: list[Any] = [
+  # sizes, types, layout, partition of x
+  ("an axis that is not used", (2, 2), "AA", Layout("a"), P("a")),
+  ("two axes", (2, 2), "AA", Layout(sequence=("a", "b")), P(None, ("a", "b"))),
+  ("two axes, turned", (2, 2), "AA", Layout(sequence=("b", "a")), P()),
+  ("two Explicit axes", (2, 2), "EE", None, P(None, ("b", "a"))),
+  ("two kinds", (2, 2), "EA", Layout("a", "b"), P("a")),
+  ("two kinds, no layout", (2, 2), "EA", None, P("a")),
+  ("axes of one device", (1, 1), "EE", Layout(None, "a", "b"), P()),
+  ("arrays elsewhere", (2, 2), "AA", Layout("a", "b"), P("b", "a")),
+  ("pieces below the window", (2, 4), "AA", Layout(None, ("a", "b")), P()),
+]
+
+
+@pytest.mark.parametrize(
+  "sizes, types, layout, spec",
+  [case[1:] for case in MESHES],
+  ids=[case[0] for case in MESHES],
+)
+def test_meshes(
+  sizes: Any, types: str, layout: Any, spec: P, tokens: Any
+) -> None:
+  kinds = {"A": AxisType.Auto, "E": AxisType.Explicit}
+  mesh = jax.make_mesh(
+    sizes,
+    ("a", "b"),
+    axis_types=tuple(kinds[x] for x in types),
+    devices=jax.devices()[: math.prod(sizes)],
+  )
+  expected = _window(tokens)
+  with jax.set_mesh(mesh):
+    x = jax.device_put(tokens, spec)
+    found = jax.jit(functools.partial(_window, layout=layout))(x)
+  helpers.assert_close(found, expected, "float32")
+
+
+@pytest.mark.parametrize("jit", [True, False])
+def test_explicit_arrays_need_no_set_mesh(jit: bool, tokens: Any) -> None:
+  with Case.make("data_sequence", "Explicit").mesh() as mesh:
+    pass
+  x = jax.device_put(tokens, NamedSharding(mesh, P("data", "sequence")))
+  out = (jax.jit(_window) if jit else _window)(x)
+  assert out.sharding.spec[:2] == ("data", "sequence")
+  helpers.assert_close(out, _window(tokens), "float32")
+
+
+@pytest.mark.parametrize("types", ["Auto", "Explicit"])
+def test_zigzag_without_a_sequence_is_the_order_of_the_text(
+  types: str, tokens: Any
+) -> None:
+  case = Case.make("data", types)
+  with case.mesh():
+    layout = dataclasses.replace(case.argument or Layout(), zigzag=True)
+    found = jax.jit(functools.partial(_window, layout=layout))(
+      jax.device_put(tokens[:, :47], P("data"))
+    )
+  helpers.assert_close(found, _window(tokens[:, :47]), "float32")
+
+
+@pytest.mark.parametrize("types", ["Auto", "Explicit"])
+def test_vmap_grad_and_remat(types: str, tokens: Any) -> None:
+  def loss(x: Any, layout: Any) -> Any:
+    return (_window(x, layout) ** 2).sum()
+
+  def every(x: Any, layout: Any = None) -> Any:
+    one = functools.partial(loss, layout=layout)
+    both = jax.vmap(one)
+    return (
+      jax.vmap(jax.grad(one))(x),
+      jax.grad(lambda x: both(x).sum())(x),
+      jax.grad(lambda x: jax.checkpoint(both)(x).sum())(x),
+    )
+
+  two = np.stack([tokens, tokens[::-1]])
+  expected = jax.jit(every)(two)
+  case = Case.make("data_sequence", types)
+  with case.mesh():
+    x = jax.device_put(two, P(None, "data", "sequence"))
+    found = jax.jit(functools.partial(every, layout=case.argument))(x)
+  helpers.assert_close(found, expected, "float32", gradient=1)
+
+
+@pytest.mark.parametrize(
+  "kind, types, zigzag",
+  [
+    ("data_sequence", "Explicit", True),
+    *(
+      pytest.param(*values, marks=pytest.mark.slow)
+      for values in (
+        ("data", "Auto", False),
+        ("heads", "Explicit", False),
+        ("sequence", "Auto", False),
+        ("all", "Auto", True),
+      )
+    ),
+  ],
+)
+def test_programs_for_cuda(kind: str, types: str, zigzag: bool) -> None:
+  """Lowered and exported without a GPU; the default holds the kernels."""
+  case = Case.make(kind, types, zigzag)
+  dims = Dims(CONFIG, batch=4, queries=64, keys=64, value_dim=16)
+  inputs = helpers.make_inputs(dims, "float32")
+
+  def loss(inputs: Any, implementation: Any) -> Any:
+    out = nsa_jax.native_sparse_attention(
+      **inputs,
+      config=CONFIG,
+      implementation=implementation,
+      layout=case.argument,
+    )
+    return out.sum()
+
+  count = {}
+  with case.mesh():
+    args = {
+      name: case.put(x, "B.N" if name == "compressed" else "BTN")
+      for name, x in inputs.items()
+    }
+    for name in (None, "triton"):
+      run = jax.jit(jax.grad(functools.partial(loss, implementation=name)))
+      text = run.trace(args).lower(lowering_platforms=("cuda",)).as_text()
+      count[name] = text.count("@__gpu$xla.gpu.triton(")
+    exported = jax.export.export(
+      jax.jit(functools.partial(loss, implementation=None)),
+      platforms=("cpu", "cuda"),
+      disabled_checks=nsa_jax.EXPORT_DISABLED_CHECKS,
+    )(args)
+    program = jax.export.deserialize(exported.serialize())
+    out = jax.jit(program.call)(args)
+  assert count[None] == count["triton"] > 0
+  expected = helpers.native("xla", CONFIG)(inputs, {})[0].sum()
+  np.testing.assert_allclose(out, expected, rtol=1e-5)
+
+
+# ------------------------------------------------------------------ decoding
+
+
+@pytest.mark.parametrize(
+  "kind, types, zigzag",
+  [
+    ("data_heads", "Explicit", False),
+    # That of training: tokens of a step are not split.
+    ("data_sequence", "Auto", True),
+    pytest.param("data_heads", "Auto", False, marks=pytest.mark.slow),
+    pytest.param("data_sequence", "Explicit", True, marks=pytest.mark.slow),
+  ],
+)
+@pytest.mark.parametrize(
+  "attention",
+  [
+    "nsa",
+    *(pytest.param(x, marks=pytest.mark.slow) for x in ("full", "window")),
+  ],
+)
+def test_decoding(kind: str, types: str, zigzag: bool, attention: Any) -> None:
+  """A prompt and two steps equal one pass over the tokens."""
+  params = _parameters(attention=attention)
+  tokens, *_ = _batch(18, packed=False)
+  model = _model(None, attention=attention)
+  expected = jax.jit(model.apply)(params, tokens)
+  case = Case.make(kind, types, zigzag)
+  model = _model(case.argument, attention=attention).clone(decode=True)
+  plain = _model(None, attention=attention).clone(decode=True)
+  shapes = jax.eval_shape(plain.init, jax.random.key(0), tokens)["cache"]
+
+  def empty(x: Any) -> Any:
+    spec = P(case.layout.data, *(None, case.layout.heads)[: x.ndim - 1])
+    return jax.device_put(np.zeros(x.shape, x.dtype), spec)
+
+  @jax.jit
+  def step(params: Any, cache: Any, tokens: Any) -> Any:
+    logits, new = model.apply(
+      {**params, "cache": cache}, tokens, mutable=["cache"]
+    )
+    return logits, new["cache"]
+
+  with case.mesh():
+    cache = jax.tree.map(empty, shapes)
+    params = _place_parameters(case, params)
+    for start, stop in ((0, 16), (16, 17), (17, 18)):
+      part = jax.device_put(tokens[:, start:stop], P(case.layout.data))
+      logits, cache = step(params, cache, part)
+      helpers.assert_close(
+        jax.device_get(logits), expected[:, start:stop], "float32"
+      )
+
+
+# ------------------------------------------------------------------ messages
+
+
+def _explicit(spec: P, *shape: int) -> Any:
+  return jax.device_put(jnp.zeros(shape), spec)
+
+
+def _in_shard_map() -> Any:
+  return jax.shard_map(
+    lambda x: _window(x, Layout("data")), in_specs=P("data"), out_specs=P()
+  )(jnp.zeros((4, 8, 2, 16)))
+
+
+X = (4, 8, 2, 16)
+# Axes of the mesh (those of "all"), the call, the message.
+MESSAGES: list[Any] = [
+  (
+    "Auto",
+    lambda: _window(jnp.zeros(X), "data"),  # type: ignore[arg-type]
+    "`layout`='data' must be an nsa_jax.Layout or None.",
+  ),
+  (
+    "Auto",
+    lambda: _window(jnp.zeros(X), Layout("rows")),
+    "`layout.data`='rows' must name axes of the mesh around the call: "
+    "['data', 'sequence', 'heads'].",
+  ),
+  (
+    "Auto",
+    _in_shard_map,
+    "`layout`=Layout(data='data', sequence=None, heads=None, zigzag=False) "
+    "needs a mesh with these axes, but there is the Manual axes ['data', "
+    "'heads', 'sequence']: call inside `jax.set_mesh(mesh)`, and outside "
+    "`jax.shard_map`.",
+  ),
+  (
+    "Auto",
+    lambda: _window(jnp.zeros((3, 8, 2, 16)), Layout("data")),
+    "`query` of shape (3, 8, 2, 16) must have B a multiple of 2, the devices "
+    "of `layout.data`='data'.",
+  ),
+  (
+    "Auto",
+    lambda: _window(jnp.zeros((4, 7, 2, 16)), Layout(None, "sequence")),
+    "`query` of shape (4, 7, 2, 16) must have T a multiple of 2, the devices "
+    "of `layout.sequence`='sequence'.",
+  ),
+  (
+    "Auto",
+    lambda: _window(
+      jnp.zeros((4, 6, 2, 16)), Layout(None, "sequence", zigzag=True)
+    ),
+    "`query` of shape (4, 6, 2, 16) must have T a multiple of 4, twice the "
+    "devices of `layout.sequence`='sequence'.",
+  ),
+  (
+    "Auto",
+    lambda: nsa_jax.full_attention(
+      jnp.zeros(X), *jnp.zeros((2, 4, 8, 1, 16)), layout=Layout(heads="heads")
+    ),
+    "`key` of shape (4, 8, 1, 16) must have K a multiple of 2, the devices of "
+    "`layout.heads`='heads'.",
+  ),
+  (
+    "Auto",
+    lambda: nsa_jax.full_attention(
+      jnp.zeros(X),
+      *jnp.zeros((2, 4, 16, 2, 16)),
+      layout=Layout(None, "sequence", zigzag=True),
+    ),
+    "`layout`=Layout(data=None, sequence='sequence', heads=None, zigzag=True) "
+    "needs T = S and no `query_offset`: there are 8 queries and 16 keys.",
+  ),
+  (
+    "Explicit",
+    lambda: _window(_explicit(P(None, None, None, "data"), *X)),
+    "`query` of type float32[4,8,2,16@data] must be split over the axes B, T, "
+    "N only: `jax.reshard` it.",
+  ),
+  (
+    "Auto",
+    lambda: Layout(3),  # type: ignore[arg-type]
+    "`data`=3 must be the name of a mesh axis, a tuple of names, or None.",
+  ),
+  (
+    "Auto",
+    lambda: Layout("data", ("heads", "data")),
+    "Layout(data='data', sequence=('heads', 'data'), heads=None, zigzag=False) "
+    "must use a mesh axis once.",
+  ),
+  (
+    "Auto",
+    lambda: zigzag(jnp.zeros((1, 6)), 2),
+    "`x` of shape (1, 6) must have a multiple of 4 tokens, twice `shards`=2.",
+  ),
+]
+
+
+@pytest.mark.parametrize(
+  "types, call, message", MESSAGES, ids=range(len(MESSAGES))
+)
+def test_messages(types: str, call: Any, message: str) -> None:
+  with (
+    Case.make("all", types).mesh(),
+    pytest.raises(ValueError, match=re.escape(message)) as info,
+  ):
+    call()
+  assert str(info.value) == message
+
+
+def test_a_layout_needs_a_mesh() -> None:
+  message = (
+    "`layout`=Layout(data='data', sequence=None, heads=None, zigzag=False) "
+    "needs a mesh with these axes, but there is no mesh: call inside "
+    "`jax.set_mesh(mesh)`, and outside `jax.shard_map`."
+  )
+  with pytest.raises(ValueError, match=re.escape(message)):
+    _window(jnp.zeros(X), Layout("data"))

@@ -27,6 +27,7 @@ from jax import export
 
 from nsa_jax import _checks, geometry
 from nsa_jax.config import NSAConfig, check_config
+from nsa_jax.sharding import explicit_sharding
 from nsa_jax.typing import KV, Array, AttentionName
 from pallas_kernels.interface import query_positions
 
@@ -708,7 +709,11 @@ def _write(held, new, rows, valid):
 
   def one(held, new):
     return held.at[index].set(
-      new, mode="drop", unique_indices=True, wrap_negative_indices=False
+      new,
+      mode="drop",
+      unique_indices=True,
+      wrap_negative_indices=False,
+      out_sharding=explicit_sharding(held),
     )
 
   return jax.tree.map(one, held, new)
@@ -737,7 +742,11 @@ def take_rows(pair: KV, rows: Array) -> KV:
   index = jnp.arange(rows.shape[0])[:, None], rows
 
   def one(x):
-    return x.at[index].get(mode="clip", wrap_negative_indices=False)
+    return x.at[index].get(
+      mode="clip",
+      wrap_negative_indices=False,
+      out_sharding=explicit_sharding(x),
+    )
 
   return jax.tree.map(one, pair)
 

@@ -21,7 +21,7 @@ from nsa_jax.config import (
 from nsa_jax.layers import core
 from nsa_jax.partitioning import parameter_axes
 from nsa_jax.rope import RopeConfig
-from nsa_jax.sharding import Layout, dot_general
+from nsa_jax.sharding import Layout, decoding_layout, dot_general
 from nsa_jax.typing import (
   Array,
   AttentionName,
@@ -147,9 +147,10 @@ class NativeSparseAttention(nn.Module):
   def attention(self) -> AttentionConfig:
     """The options that are independent of the module system."""
     names = (field.name for field in dataclasses.fields(AttentionConfig))
-    return AttentionConfig(
-      **{name: getattr(self, _FIELDS.get(name, name)) for name in names}
-    )
+    options = {name: getattr(self, _FIELDS.get(name, name)) for name in names}
+    if self.decode:
+      options["layout"] = decoding_layout(self.layout)
+    return AttentionConfig(**options)
 
   @nn.compact
   def __call__(
@@ -238,7 +239,7 @@ class NativeSparseAttention(nn.Module):
         self.compression,
         self.config,
         self.param_dtype,
-        self.layout,
+        config.layout,
         inits.get("phi"),
         self.logical_axes,
         name=name,
@@ -305,6 +306,9 @@ class DenseAttention(nn.Module):
   ) -> Array:
     """Attends causally within segments, [B, T, D] to [B, T, D]."""
     config = self.config
+    if self.decode:
+      layout = decoding_layout(config.layout)
+      config = dataclasses.replace(config, layout=layout)
     x = _checks.layer_input(x)
     check_width(self, x)
     dense = functools.partial(

@@ -32,7 +32,7 @@ from nsa_jax.models.embedding import embed
 from nsa_jax.models.loss import logits_of, token_losses
 from nsa_jax.models.remat import INPUT_NAME, remat_policy
 from nsa_jax.ops.scope import keep
-from nsa_jax.sharding import constrain, per_token
+from nsa_jax.sharding import constrain, decoding_layout, per_token
 from nsa_jax.typing import Array, AttentionName
 
 
@@ -98,6 +98,9 @@ class TransformerLM(nn.Module):
       ValueError: if an argument does not fit.
     """
     config = self.config
+    layout = config.layout
+    if self.decode:
+      layout = decoding_layout(layout)
     shape = _checks.array("tokens", tokens, 2, "[B, T]").shape
     tokens = _checks.integers("tokens", tokens, shape)
     _checks.not_empty("tokens", tokens)
@@ -121,7 +124,7 @@ class TransformerLM(nn.Module):
         segment_ids,
         config.nsa.selection_block,
         name="tokens",
-        layout=config.layout,
+        layout=layout,
       )
 
     if segment_ids is not None:
@@ -137,7 +140,7 @@ class TransformerLM(nn.Module):
     embedding = self._table("embedding")
     # Out-of-range tokens give NaN instead of another token's embedding.
     x = per_token(
-      config.layout,
+      layout,
       lambda table, tokens: embed(table, tokens, config.dtype),
       embedding,
       tokens,
@@ -148,7 +151,7 @@ class TransformerLM(nn.Module):
     if not config.tie_embeddings:
       head = jnp.asarray(self._table("head"))
     if labels is not None:
-      return per_token(config.layout, token_losses, head, x, labels)
+      return per_token(layout, token_losses, head, x, labels)
     return logits_of(x, head.astype(config.dtype))
 
   def _table(self, name):
@@ -325,8 +328,10 @@ class TransformerBlock(nn.Module):
     self, x: Array, positions: Array | None, segment_ids: Array | None
   ) -> tuple[Array, None]:
     """Maps [B, T, D] to [B, T, D]; the None is for `nn.scan` to stack."""
-    norm, mlp = _norm, _mlp
-    if not self.decode:
+    norm, mlp, layout = _norm, _mlp, self.config.layout
+    if self.decode:
+      layout = decoding_layout(layout)
+    else:
       # Left to itself, the backward pass keeps every step of norms and SwiGLU,
       # in float32 or as wide as the hidden layer: more than twice its needs.
       recompute = functools.partial(
@@ -335,7 +340,7 @@ class TransformerBlock(nn.Module):
       saved = jax.checkpoint_policies.save_only_these_names(*_MLP_NAMES)
       norm, mlp = recompute(_norm), recompute(_mlp, policy=saved)
       x = checkpoint_name(x, INPUT_NAME)
-    x = constrain(self.config.layout, x)
+    x = constrain(layout, x)
     h = norm(self, x)
     x = x + self._attention()(
       h,
@@ -343,8 +348,8 @@ class TransformerBlock(nn.Module):
       segment_ids=segment_ids,
       prefix_length=self.prefix_length,
     )
-    x = constrain(self.config.layout, x)
-    return constrain(self.config.layout, x + mlp(self, x)), None
+    x = constrain(layout, x)
+    return constrain(layout, x + mlp(self, x)), None
 
   def _attention(self):
     config = self.config
