@@ -271,7 +271,7 @@ def test_kept_attention_selects_once(scan_layers, select):
     jaxpr = _gradient(
       num_layers=1, scan_layers=scan_layers, remat=remat, select=select
     ).jaxpr
-    assert _count_primitives(jaxpr.jaxpr, "top_k") == selections, remat
+    assert _count_primitives(jaxpr.jaxpr, "nsa_top_k") == selections, remat
 
 
 # Named values of a block that a backward pass needs. That of the kernels takes

@@ -135,9 +135,9 @@ class NativeSparseAttention(nn.Module):
 
   def __post_init__(self):
     check_config(self.config)
+    _checks.flag("decode", self.decode)
     _ = self.attention  # Validates the options.
     _checks.flag("use_bias", self.use_bias)
-    _checks.flag("decode", self.decode)
     _checks.static_int("max_append", self.max_append, 1)
     _check_kernel_init(self.kernel_init)
     _checks.precision(self.precision)
