@@ -19,7 +19,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, NamedSharding
+from jax import export
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import nsa_jax
@@ -276,9 +277,9 @@ def _check_case(case: dict[str, Any], implementation: Any = "xla") -> None:
 
 
 def _some_slow(cases: Any) -> list[Any]:
-  """Every second case in the fast tier."""
+  """Every third case in the fast tier."""
   return [
-    pytest.param(case, marks=[pytest.mark.slow] * (i % 2))
+    pytest.param(case, marks=[pytest.mark.slow] * (i % 3 > 0))
     for i, case in enumerate(cases)
   ]
 
@@ -474,13 +475,13 @@ def _ops_on_one_device(
 @pytest.mark.parametrize(
   "kind, types, zigzag, queries, keys, offsets, implementation",
   [
-    ("all", "Auto", False, 64, 64, False, "xla"),
     ("all", "Explicit", True, 56, 56, False, "xla"),
     ("data_sequence", "Auto", False, 20, 57, False, "xla"),
     ("all", "Explicit", False, 20, 56, True, "triton"),
     *(
       pytest.param(*values, marks=pytest.mark.slow)
       for values in (
+        ("all", "Auto", False, 64, 64, False, "xla"),
         ("data_sequence", "Explicit", False, 20, 56, True, "xla"),
         ("data_sequence", "Auto", True, 56, 56, False, "xla"),
         ("data_heads", "Explicit", False, 1, 50, True, "xla"),
@@ -814,9 +815,33 @@ def test_programs_for_cuda(kind: str, types: str, zigzag: bool) -> None:
   """Lowered and exported without a GPU; the default holds the kernels."""
   case = Case.make(kind, types, zigzag)
   dims = Dims(CONFIG, batch=4, queries=64, keys=64, value_dim=16)
-  inputs = helpers.make_inputs(dims, "float32")
+  names, sizes = zip(*case.sizes, strict=True)
+  device = AbstractDevice(
+    device_kind="NVIDIA H200", num_cores=132, platform="gpu"
+  )
+  mesh = AbstractMesh(
+    sizes,
+    names,
+    axis_types=(getattr(AxisType, types),) * len(names),
+    abstract_device=device,
+  )
+  layout = case.layout
 
-  def loss(inputs: Any, implementation: Any) -> Any:
+  def shape(axes: Any, x: Any) -> Any:
+    sharding = NamedSharding(mesh, P(layout.data, axes, layout.heads))
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+  args = {
+    name: jax.tree.map(
+      functools.partial(
+        shape, None if name == "compressed" else layout.sequence
+      ),
+      x,
+    )
+    for name, x in helpers.make_inputs(dims, "float32").items()
+  }
+
+  def loss(implementation: Any, inputs: Any) -> Any:
     out = nsa_jax.native_sparse_attention(
       **inputs,
       config=CONFIG,
@@ -826,25 +851,19 @@ def test_programs_for_cuda(kind: str, types: str, zigzag: bool) -> None:
     return out.sum()
 
   count = {}
-  with case.mesh():
-    args = {
-      name: case.put(x, "B.N" if name == "compressed" else "BTN")
-      for name, x in inputs.items()
-    }
+  with jax.sharding.use_abstract_mesh(mesh):
     for name in (None, "triton"):
-      run = jax.jit(jax.grad(functools.partial(loss, implementation=name)))
+      run = jax.jit(jax.grad(functools.partial(loss, name)))
       text = run.trace(args).lower(lowering_platforms=("cuda",)).as_text()
-      count[name] = text.count("@__gpu$xla.gpu.triton(")
-    exported = jax.export.export(
-      jax.jit(functools.partial(loss, implementation=None)),
+      count[name] = text.count("xla.gpu.triton")
+    exported = export.export(
+      jax.jit(functools.partial(loss, None)),
       platforms=("cpu", "cuda"),
       disabled_checks=nsa_jax.EXPORT_DISABLED_CHECKS,
     )(args)
-    program = jax.export.deserialize(exported.serialize())
-    out = jax.jit(program.call)(args)
   assert count[None] == count["triton"] > 0
-  expected = helpers.native("xla", CONFIG)(inputs, {})[0].sum()
-  np.testing.assert_allclose(out, expected, rtol=1e-5)
+  program = export.deserialize(exported.serialize())
+  assert program.nr_devices == math.prod(sizes)
 
 
 # ------------------------------------------------------------------ decoding
