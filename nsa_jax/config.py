@@ -119,6 +119,7 @@ class AttentionConfig:
       `parameter_shardings`, which needs no boxes.
     layout: as in `native_sparse_attention`. Without `zigzag` or a `sequence`,
       XLA partitions the rest of a layer by what its inputs and parameters say.
+      Tokens appended to a cache are not split.
 
   Raises:
     ValueError: if a value breaks a rule.

@@ -369,7 +369,7 @@ def partitioned(**letters: str) -> Callable[[Function], Function]:
       place = find_place(layout, name, first, letters[name])
       if place is None:
         return op(*args, **kwargs)
-      arrays = {k: given.pop(k) for k in letters.keys() & given.keys()}
+      arrays = {k: given.pop(k) for k in [*given] if k in letters}
       function = functools.partial(op, **given)
       _validate(function, arrays)
       arrays["bound"] = bound_arrays(given.get("select"))

@@ -90,7 +90,10 @@ def vary_alike(arrays: Any) -> Any:
 
   def one(x):
     missing = axes - jax.typeof(x).manual_axis_type.varying
-    return jax.lax.pcast(x, tuple(missing), to="varying") if missing else x
+    if not missing:
+      return x
+    # In an order that is the same in every process.
+    return jax.lax.pcast(x, tuple(sorted(missing)), to="varying")
 
   return jax.tree.map(one, arrays) if axes else arrays
 
