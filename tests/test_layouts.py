@@ -255,6 +255,15 @@ FACTORS: dict[str, Any] = {
 }
 
 
+# Dense layers have no `share_kv`.
+EVERY_CASE = [
+  case
+  for values in itertools.product(*FACTORS.values())
+  if (case := dict(zip(FACTORS, values, strict=True)))["sparse"]
+  or not case["share_kv"]
+]
+
+
 def _check_case(case: dict[str, Any], implementation: Any = "xla") -> None:
   kind, zigzag = case["layout"]
   options: dict[str, Any] = {"attention": "nsa"}
@@ -302,15 +311,10 @@ def test_a_model_of_kernels(layout: Any, types: str, packed: bool) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("implementation", ["xla", KERNELS])
-@pytest.mark.parametrize(
-  "values", [*itertools.product(*FACTORS.values())], ids=str
-)
+@pytest.mark.parametrize("case", EVERY_CASE, ids=str)
 def test_every_model_equals_one_device(
-  values: Any, implementation: Any
+  case: dict[str, Any], implementation: Any
 ) -> None:
-  case = dict(zip(FACTORS, values, strict=True))
-  if not case["sparse"] and case["share_kv"]:
-    pytest.skip("dense layers have no such option")
   _check_case(case, implementation)
 
 

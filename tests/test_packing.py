@@ -1,6 +1,5 @@
 """Packed rows: nothing is lost, moved or read across documents."""
 
-import importlib.util
 import itertools
 import json
 from collections.abc import Iterator
@@ -491,9 +490,6 @@ def test_the_layer_gives_each_document_what_it_has_alone(compression):
 # ------------------------------------------------------------------------ grain
 
 
-@pytest.mark.skipif(
-  importlib.util.find_spec("grain") is None, reason="grain is not installed"
-)
 class TestGrain:
   """What the guide says of grain."""
 
