@@ -2,21 +2,26 @@
 
     python -m benchmarks.sharded
     python -m benchmarks.sharded --processes 2
+    python -m benchmarks.sharded --lengths 65536 262144 --train 1048576
 
 Forward and backward of phi and the op, bfloat16, 64 query and 4 key/value heads
-of 128, in the layouts data (two rows), heads and sequence. With `--processes`
-every GPU has a process of its own.
+of 128, with the rows, the heads or the sequence split, and with several of them
+where there are more than two GPUs. How many times faster a layout is than one
+GPU is per row. `--processes` gives every GPU a process of its own. `--train`
+adds training steps of the `base` preset with one long row.
 """
 
 import argparse
+import dataclasses
 import functools
 import math
 import os
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,19 +31,50 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import nsa_jax
-from benchmarks import harness
-from nsa_jax import KV, Layout, NSAConfig
+from benchmarks import harness, train_step
+from examples.lm import data, train
+from examples.lm.devices import MeshDevices
+from nsa_jax import KV, Layout, NSAConfig, TransformerLM
+from nsa_jax.typing import RematName
 
-LENGTHS = (32768, 65536, 131072)
-LONG = 2**20
+LENGTHS = (32768, 65536, 131072, 2**20)
+CHECKED = 32768  # Results of up to so many tokens are compared.
 CONFIG = NSAConfig()
 HEAD_DIM = 128
-LAYOUTS = {
-  "data": Layout(data="gpu"),
-  "heads": Layout(heads="gpu"),
-  "sequence": Layout(sequence="gpu"),
-  "sequence, zigzag": Layout(sequence="gpu", zigzag=True),
-}
+ONE = "one GPU"
+REMATS: tuple[RematName, ...] = ("full", "save_attention")
+
+
+class Split(NamedTuple):
+  """A layout and the devices along its mesh axes, named as its fields."""
+
+  layout: Layout
+  sizes: dict[str, int]
+
+
+def splits(count: int) -> dict[str, Split]:
+  """The ways to split over so many devices, by name."""
+  half = count // 2
+  every: list[tuple[dict[str, int], bool]] = [
+    ({"data": count}, False),
+    ({"heads": count}, False),
+    ({"sequence": count}, False),
+    ({"sequence": count}, True),
+  ]
+  if count > 2:
+    every += [
+      ({"data": 2, "heads": half}, False),
+      ({"data": 2, "sequence": half}, True),
+      ({"heads": 2, "sequence": half}, True),
+    ]
+  if count > 4:
+    every += [({"data": 2, "heads": 2, "sequence": count // 4}, True)]
+  found = {}
+  for sizes, zigzag in every:
+    name = " x ".join(sizes) + ", zigzag" * zigzag
+    axes: dict[str, Any] = {axis: axis for axis in sizes}
+    found[name] = Split(Layout(**axes, zigzag=zigzag), sizes)
+  return found
 
 
 def run(args: Any, dout: Any, layout: Layout | None) -> Any:
@@ -59,11 +95,11 @@ def run(args: Any, dout: Any, layout: Layout | None) -> Any:
   return out, pullback(dout)
 
 
-def tokens_in(layout: Layout | None, order: Callable[..., Any], x: Any) -> Any:
+def tokens_in(split: Split, order: Callable[..., Any], x: Any) -> Any:
   """Reorders the arrays [B, T, N, ...] of a pytree for a zigzag layout."""
-  if layout is None or not layout.zigzag:
+  if not split.layout.zigzag:
     return x
-  shards = len(jax.devices())
+  shards = split.sizes["sequence"]
   return jax.tree.map(lambda x: order(x, shards) if x.ndim == 4 else x, x)
 
 
@@ -73,7 +109,7 @@ def arrays(
   length: int,
   heads: int,
   kv_heads: int,
-  layout: Layout | None,
+  split: Split,
 ) -> Any:
   """Random arguments of `run`."""
   keys = iter(jax.random.split(jax.random.key(seed), 9))
@@ -88,7 +124,7 @@ def arrays(
   block = CONFIG.compression_block
   weight = jnp.full((kv_heads, block), 1 / block, jnp.float32)
   args = (query, *pairs, gates, weight), dout
-  return tokens_in(layout, nsa_jax.zigzag, args)
+  return tokens_in(split, nsa_jax.zigzag, args)
 
 
 def shardings(mesh: Any, layout: Layout) -> Any:
@@ -98,99 +134,227 @@ def shardings(mesh: Any, layout: Layout) -> Any:
   return (*(split,) * 5, weight), split
 
 
-def moved_mib(text: str, devices: int) -> dict[str, float]:
+def received_mib(text: str, devices: int) -> dict[str, float]:
   """MiB that a device receives in every kind of collective of a program."""
   sizes = {"bf16": 2, "f32": 4, "s32": 4, "pred": 1, "u32": 4}
-  others = devices - 1
-  factor = {
-    "all-gather": others / devices,
-    "reduce-scatter": others,
-    "all-reduce": 2 * others / devices,
-    "collective-permute": 1,
-    "all-to-all": others / devices,
-  }
-  total = dict.fromkeys(factor, 0.0)
+  kinds = "all-gather|reduce-scatter|all-reduce|collective-permute|all-to-all"
+  total: dict[str, float] = {}
   for line in text.splitlines():
-    found = re.search(
-      r"= (.*?) (all-gather|reduce-scatter|all-reduce|collective-permute|"
-      r"all-to-all)(-start)?\(",
-      line,
-    )
+    found = re.search(rf"= (.*?) ({kinds})(-start)?\(", line)
     if not found:
       continue
-    shapes = re.findall(r"(\w+)\[([\d,]*)\]", found[1])
-    if found[3]:  # The results of a start are its operands and its results.
+    results, kind, start = found.groups()
+    shapes = re.findall(r"(\w+)\[([\d,]*)\]", results)
+    if start:  # The results of a start are its operands and its results.
       shapes = shapes[len(shapes) // 2 :]
-    elements = sum(
-      sizes.get(kind, 4) * math.prod(int(x) for x in dims.split(",") if x)
-      for kind, dims in shapes
+    size = sum(
+      sizes[dtype] * math.prod(int(x) for x in dims.split(",") if x)
+      for dtype, dims in shapes
     )
-    total[found[2]] += factor[found[2]] * elements / 2**20
-  return {kind: mib for kind, mib in total.items() if mib}
+    group = group_size(line) or devices
+    others = group - 1
+    factor = {
+      "all-gather": others / group,
+      "reduce-scatter": others,
+      "all-reduce": 2 * others / group,
+      "collective-permute": 1,
+      "all-to-all": others / group,
+    }
+    total[kind] = total.get(kind, 0) + factor[kind] * size / 2**20
+  return total
+
+
+def group_size(line: str) -> int | None:
+  """Devices of a group of a collective; None if all are one group."""
+  found = re.search(r"replica_groups=\[\d+,(\d+)\]", line)
+  if found:
+    return int(found[1])
+  found = re.search(r"replica_groups=\{\{([\d,]+)\}", line)
+  return found and len(found[1].split(","))
+
+
+class OnMesh(NamedTuple):
+  """A function to compile for a mesh, in any thread."""
+
+  mesh: Any
+  function: Any
+
+  def lower(self, *args: Any) -> Any:
+    with jax.set_mesh(self.mesh):
+      return self.function.lower(*args)
+
+
+def program(
+  split: Split, rows: int, length: int, heads: int, kv_heads: int
+) -> tuple[Any, OnMesh, Any]:
+  """What makes the arguments; `run`, to be compiled; the arguments' shapes."""
+  sizes = split.sizes or {"gpu": 1}
+  mesh = jax.make_mesh(
+    tuple(sizes.values()),
+    tuple(sizes),
+    axis_types=(AxisType.Auto,) * len(sizes),
+    devices=jax.devices()[: math.prod(sizes.values())],
+  )
+  placed = shardings(mesh, split.layout)
+  make = jax.jit(
+    lambda seed: arrays(seed, rows, length, heads, kv_heads, split),
+    out_shardings=placed,
+  )
+  shapes = jax.eval_shape(make, 0)
+  where = jax.tree.map(
+    lambda s, x: jax.tree.map(lambda _: s, x),
+    placed,
+    shapes,
+    is_leaf=lambda x: isinstance(x, NamedSharding),
+  )
+  shapes = jax.tree.map(
+    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+    shapes,
+    where,
+  )
+  layout = split.layout if split.sizes else None
+  jitted = jax.jit(
+    functools.partial(run, layout=layout), out_shardings=(placed[1], placed[0])
+  )
+  return make, OnMesh(mesh, jitted), shapes
+
+
+def compiled_size(compiled: Any, devices: int) -> dict[str, float]:
+  """GiB of a device and MiB that it receives."""
+  memory = compiled.memory_analysis()
+  size = (
+    memory.argument_size_in_bytes
+    + memory.output_size_in_bytes
+    + memory.temp_size_in_bytes
+    - memory.alias_size_in_bytes
+  )
+  received = received_mib(compiled.as_text() or "", devices)
+  return {"GiB per GPU": size / 2**30} | {
+    f"MiB received, {kind}": mib for kind, mib in received.items()
+  }
+
+
+def fits(gib: float) -> bool:
+  """Whether a program runs in the memory of a device."""
+  limit = (jax.devices()[0].memory_stats() or {}).get("bytes_limit", math.inf)
+  return gib * 2**30 <= 0.97 * limit
+
+
+def compile_all(jobs: dict[Any, Any]) -> dict[Any, Any]:
+  """`harness.compile_all`; several processes compile in the same order."""
+  if jax.process_count() == 1:
+    return harness.compile_all(jobs)
+  return {
+    name: function.lower(*args).compile()
+    for name, (function, args) in jobs.items()
+  }
 
 
 def measure(
-  name: str, length: int, rows: int, all_heads: Sequence[int], calls: int
-) -> tuple[dict[str, Any], Any]:
-  """Time, memory and bytes of a layout, or of one GPU; and the results."""
-  heads, kv_heads = all_heads
-  devices = jax.devices() if name != "one GPU" else jax.devices()[:1]
-  layout = LAYOUTS.get(name)
-  mesh = jax.make_mesh(
-    (len(devices),), ("gpu",), axis_types=(AxisType.Auto,), devices=devices
-  )
-  with jax.set_mesh(mesh):
-    placed = shardings(mesh, layout or Layout())
-    sizes = rows, length, heads, kv_heads, layout
-    make = jax.jit(lambda seed: arrays(seed, *sizes), out_shardings=placed)
-    shapes = jax.eval_shape(make, 0)
-    shapes = jax.tree.map(
-      lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-      shapes,
-      jax.tree.map(
-        lambda s, x: jax.tree.map(lambda _: s, x),
-        placed,
-        shapes,
-        is_leaf=lambda x: isinstance(x, NamedSharding),
-      ),
+  wanted: dict[str, Split], length: int, heads: tuple[int, int], calls: int
+) -> list[dict[str, Any]]:
+  """Time, memory and bytes of every split.
+
+  Where `ONE` is among them, it takes as many rows as each of the others, and
+  they are compared with it.
+  """
+  counts = {name: split.sizes.get("data", 1) for name, split in wanted.items()}
+  sizes = [*counts.items()]
+  if ONE in wanted:
+    sizes = [(ONE, rows) for rows in sorted({*counts.values()})] + sizes[1:]
+  makes, jobs = {}, {}
+  for name, rows in sizes:
+    makes[name, rows], function, shapes = program(
+      wanted[name], rows, length, *heads
     )
-    jitted = jax.jit(
-      functools.partial(run, layout=layout),
-      out_shardings=(placed[1], placed[0]),
-    )
-    compiled = jitted.lower(*shapes).compile()
-    memory: Any = compiled.memory_analysis()
-    gib = {
-      "arguments": memory.argument_size_in_bytes,
-      "results": memory.output_size_in_bytes,
-      "temporary": memory.temp_size_in_bytes,
-    }
-    row = {
+    jobs[name, rows] = function, shapes
+  table, one = [], {}
+  for (name, rows), compiled in compile_all(jobs).items():
+    devices = math.prod(wanted[name].sizes.values())
+    row: dict[str, Any] = {
       "tokens": length,
       "rows": rows,
-      "heads": f"{heads}/{kv_heads}",
+      "heads": "/".join(map(str, heads)),
       "layout": name,
-      "GPUs": len(devices),
-      "GiB per GPU": sum(gib.values()) / 2**30,
+      "GPUs": devices,
     }
-    for kind, mib in moved_mib(compiled.as_text() or "", len(devices)).items():
-      row[f"MiB received, {kind}"] = mib
-    stats = devices[0].memory_stats() or {}
-    if sum(gib.values()) > 0.97 * stats.get("bytes_limit", math.inf):
-      return row | {"ms": "too large"}, None
-    given = make(0)
+    table.append(row)
+    if isinstance(compiled, Exception):
+      row["ms"] = str(compiled)[:60]
+      continue
+    row |= compiled_size(compiled, devices)
+    if not fits(row["GiB per GPU"]):
+      row["ms"] = "too large"
+      continue
+    given = makes[name, rows](0)
     jax.block_until_ready(given)
     row["ms"] = harness.in_a_row_ms(compiled, *given, calls=calls)
-    return row, compiled(*given) if length <= LENGTHS[0] else None
+    result = None
+    if length <= CHECKED and ONE in wanted:
+      result = tokens_in(
+        wanted[name],
+        nsa_jax.restore_zigzag,
+        jax.tree.map(np.asarray, compiled(*given)),
+      )
+    del given
+    if name == ONE:
+      one[rows] = row["ms"], result
+    elif 1 in one:
+      ms, expected = one.get(rows, (rows * one[1][0], None))
+      row["times faster"] = ms / row["ms"]
+      if expected is not None:
+        row["error"] = harness.relative_error(result, expected)
+  return table
 
 
-def checked(name: str, result: Any, expected: Any) -> float | None:
-  """The relative error against one GPU."""
-  if result is None or expected is None:
-    return None
-  result, expected = jax.tree.map(np.asarray, (result, expected))
-  result = tokens_in(LAYOUTS[name], nsa_jax.restore_zigzag, result)
-  return harness.relative_error(result, expected)
+def train_row(
+  length: int, remat: RematName, steps: int = 2, **fields: Any
+) -> dict[str, Any]:
+  """A training step with one row of text, in zigzag order over all devices."""
+  count = len(jax.devices())
+  devices = MeshDevices(
+    {"data": 1, "sequence": count, "heads": 1}, fsdp=False, zigzag=True
+  )
+  config = train_step.configure(
+    "nsa", remat=remat, scan_layers=True, layout=devices.layout, **fields
+  )
+  optimizer = train.make_optimizer(3e-4, 1000)
+  start = functools.partial(
+    train_step.init,
+    config=dataclasses.replace(config, layout=None),
+    optimizer=optimizer,
+  )
+  placed = devices.shardings(jax.eval_shape(start, 0))
+  corpus = data.load_corpus(None, 2**26, length)
+  text = data.training_batch(
+    corpus.train, seed=0, step=0, batch_size=1, seq_len=length
+  )
+  batch = devices.put(text, 1)
+  state = jax.jit(start, out_shardings=placed)(0)
+  step = jax.jit(
+    train.make_train_step(TransformerLM(config), optimizer),
+    donate_argnums=0,
+    out_shardings=(placed, devices.whole),
+  )
+  with devices.use():
+    compiled = step.lower(state, batch).compile()
+  row: dict[str, Any] = {"tokens": length, "GPUs": count, "remat": remat}
+  row |= compiled_size(compiled, count)
+  if not fits(row["GiB per GPU"]):
+    return row | {"ms": "too large"}
+  state, first = compiled(state, batch)
+  jax.block_until_ready(state)
+  started = time.perf_counter()
+  for _ in range(steps):
+    state, last = compiled(state, batch)
+  jax.block_until_ready(state)
+  ms = 1e3 * (time.perf_counter() - started) / steps
+  return row | {
+    "ms": ms,
+    "tokens/s": 1e3 * length / ms,
+    "first loss": float(first),
+    "last loss": float(last),
+  }
 
 
 def child(args: argparse.Namespace) -> None:
@@ -199,39 +363,39 @@ def child(args: argparse.Namespace) -> None:
     jax.distributed.initialize(
       "localhost:12421", args.processes, args.process, [args.process]
     )
+  harness.require_gpu()
   alone = args.process is None
-  table: list[dict[str, Any]] = []
   count = len(jax.devices())
-  title = f"Phi and the op on {count} GPUs, {args.processes} process(es)"
+  name = "sharded" if count == 2 else f"sharded_{count}"
+  if not alone:
+    name += f"_{args.processes}_processes"
+  tables: dict[str, list[dict[str, Any]]] = {}
 
-  def add(row: dict[str, Any]) -> None:
-    table.append(row)
+  def add(heading: str, rows: Sequence[dict[str, Any]]) -> None:
+    tables.setdefault(heading, []).extend(rows)
     if not args.process:
-      name = "sharded" if alone else f"sharded_{args.processes}_processes"
-      harness.record(args.out, name, title, {"Forward and backward": table})
+      harness.record(
+        args.out,
+        name,
+        f"Phi and the op on {count} GPUs, {args.processes} process(es)",
+        tables,
+      )
 
+  wanted = splits(count)
+  if alone:
+    wanted = {ONE: Split(Layout(), {})} | wanted
+  wanted = {
+    name: split
+    for name, split in wanted.items()
+    if args.heads[1] % split.sizes.get("heads", 1) == 0
+  }
   for length in args.lengths:
-    calls = min(max(3, 2**20 // length), 20)
-    expected: dict[int, Any] = {}
-    base: dict[int, float] = {}
-    for rows in (1, 2) if alone else ():
-      row, result = measure("one GPU", length, rows, args.heads, calls)
-      expected[rows], base[rows] = result, row["ms"]
-      add(row)
-    for name in LAYOUTS:
-      rows = count if name == "data" else 1
-      row, result = measure(name, length, rows, args.heads, calls)
-      if rows in base and isinstance(row["ms"], float):
-        row["times faster"] = base[rows] / row["ms"]
-        row["error"] = checked(name, result, expected[rows])
-      add(row)
-      del result
-  if args.long:
-    for heads in (args.heads, [x // 2 for x in args.heads]):
-      for name in ("one GPU", "sequence, zigzag"):
-        if name == "one GPU" and not alone:
-          continue
-        add(measure(name, args.long, 1, heads, 2)[0])
+    calls = min(max(2, 2**20 // length), 20)
+    add(
+      "Forward and backward", measure(wanted, length, tuple(args.heads), calls)
+    )
+  for remat in REMATS if args.train else ():
+    add("Training step of one row", [train_row(args.train, remat)])
   if not alone:
     multihost_utils.sync_global_devices("done")
 
@@ -244,7 +408,7 @@ def parser() -> argparse.ArgumentParser:
     "--heads", type=int, nargs=2, default=(64, 4), help="N and K"
   )
   result.add_argument(
-    "--long", type=int, default=LONG, help="tokens of a long row; 0: none"
+    "--train", type=int, default=0, help="tokens of a training step; 0: none"
   )
   result.add_argument("--processes", type=int, default=1)
   result.add_argument("--process", type=int, help=argparse.SUPPRESS)
@@ -255,7 +419,7 @@ def main(argv: list[str] | None = None) -> None:
   """Runs the benchmark."""
   args = parser().parse_args(argv)
   if args.quick:
-    args.lengths, args.long = (4096,), 0
+    args.lengths = (4096,)
   if args.processes == 1 or args.process is not None:
     child(args)
     return

@@ -203,7 +203,7 @@ class Place(NamedTuple):
     return P(*axes)
 
 
-def find_place(layout: Any, name: str, x: Array, letters: str) -> Place | None:
+def find_place(layout: Any, name: str, x: Any, letters: str) -> Place | None:
   """Where the arrays of a call are; None if no mesh or layout is in use.
 
   Args:
@@ -235,6 +235,9 @@ def find_place(layout: Any, name: str, x: Array, letters: str) -> Place | None:
   explicit = AxisType.Explicit in types.values()
   if layout is None and not explicit:
     return None
+  x = _checks.as_array(x)
+  if x is None:
+    return None  # The op says what it must be.
   found = _of_type(x, letters, name) if explicit else Layout()
   if layout is None:
     layout = found
@@ -354,46 +357,62 @@ def partitioned(**letters: str) -> Callable[[Function], Function]:
   Args:
     **letters: axes of arguments that differ from `LETTERS`.
   """
-  letters = LETTERS | letters
+  return functools.partial(_with_layout, _call_op, LETTERS | letters)
 
-  def decorate(op):
-    signature = inspect.signature(op)
 
-    @functools.wraps(op)
-    def call(*args, layout=None, **kwargs):
-      try:
-        given = signature.bind(*args, **kwargs).arguments
-      except TypeError:
-        return op(*args, **kwargs)  # Raises, with the name of the op.
-      name, first = next(iter(given.items()))
-      place = find_place(layout, name, first, letters[name])
-      if place is None:
-        return op(*args, **kwargs)
-      arrays = {k: given.pop(k) for k in [*given] if k in letters}
-      function = functools.partial(op, **given)
-      _validate(function, arrays)
-      arrays["bound"] = bound_arrays(given.get("select"))
-      if arrays["bound"]:
-        function = functools.partial(_call_bound, op, given)
-      config: Any = given.get("config")
-      windowed = letters["key"] == "BWK"
-      key_length = given.get("key_length")
-      if key_length is None:
-        key_length = jax.tree.leaves(arrays.get("key", first))[0].shape[1]
-      return run(
-        place,
-        function,
-        arrays,
-        key_length=key_length,
-        query_offset=arrays.pop("query_offset", None),
-        alignment=1 if windowed or not config else config.selection_block,
-        halo=config.window if windowed and "key_offset" not in given else 0,
-        letters=letters,
-      )
+def partitioned_phi(phi: Function) -> Function:
+  """Decorates phi, [B, S, K, H] -> [B, C, K, H'], likewise.
 
-    return call
+  A device computes the blocks that begin in its tokens. The last of them also
+  need l - d tokens of the next piece. The blocks of all shards are gathered.
+  """
+  letters = {"x": "BSK", "parameters": "K", "segment_ids": "BS"}
+  return _with_layout(_call_phi, letters, phi)
 
-  return decorate
+
+def _with_layout(call_on_devices, letters, function):
+  """Decorates a function with a keyword `layout`."""
+  signature = inspect.signature(function)
+
+  @functools.wraps(function)
+  def call(*args, layout=None, **kwargs):
+    try:
+      given = signature.bind(*args, **kwargs).arguments
+    except TypeError:
+      return function(*args, **kwargs)  # Raises, with the name of the function.
+    name, first = next(iter(given.items()))
+    place = find_place(layout, name, first, letters[name])
+    if place is None:
+      return function(*args, **kwargs)
+    return call_on_devices(place, letters, function, given)
+
+  return call
+
+
+def _call_op(place, letters, op, given):
+  arrays = {name: given.pop(name) for name in [*given] if name in letters}
+  function = functools.partial(op, **given)
+  _validate(function, arrays)
+  arrays = _without_lists(arrays)
+  arrays["bound"] = bound_arrays(given.get("select"))
+  if arrays["bound"]:
+    function = functools.partial(_call_bound, op, given)
+  config: Any = given.get("config")
+  windowed = letters["key"] == "BWK"
+  key_length = given.get("key_length")
+  if key_length is None:
+    keys = arrays.get("key", next(iter(arrays.values())))
+    key_length = jax.tree.leaves(keys)[0].shape[1]
+  return run(
+    place,
+    function,
+    arrays,
+    key_length=key_length,
+    query_offset=arrays.pop("query_offset", None),
+    alignment=1 if windowed or not config else config.selection_block,
+    halo=config.window if windowed and "key_offset" not in given else 0,
+    letters=letters,
+  )
 
 
 def bound_arrays(select: Any) -> dict[str, Array] | None:
@@ -410,6 +429,14 @@ def bind(select: Any, bound: Mapping[str, Array] | None) -> Any:
     return select
   keywords = select.keywords | bound
   return functools.partial(select.func, *select.args, **keywords)
+
+
+def _without_lists(arrays):
+  """Lists as the arrays that they stand for; to jax they are pytrees."""
+  return {
+    name: jnp.asarray(x) if isinstance(x, list) else x
+    for name, x in arrays.items()
+  }
 
 
 def _call_bound(op, given, *, bound, **arrays):
@@ -526,55 +553,28 @@ def run(
   return _shard_map(place, body, (specs,), out)(arrays)
 
 
-def partitioned_phi(phi: Function) -> Function:
-  """Decorates phi, [B, S, K, H] -> [B, C, K, H'], likewise.
-
-  A device computes the blocks that begin in its tokens. The last of them also
-  need l - d tokens of the next piece. The blocks of all shards are gathered.
-  """
-  signature = inspect.signature(phi)
-
-  @functools.wraps(phi)
-  def call(*args, layout=None, **kwargs):
-    try:
-      given = signature.bind(*args, **kwargs).arguments
-    except TypeError:
-      return phi(*args, **kwargs)  # Raises, with the name of the function.
-    place = find_place(layout, "x", given["x"], "BSK")
-    if place is None:
-      return phi(*args, **kwargs)
-    config = given.pop("config")
-    function = functools.partial(phi, config=config)
-    whole = _validate(function, given)
-    blocks = _run_phi(
-      place,
-      function,
-      jnp.asarray(given.pop("x")),
-      given.pop("segment_ids", None),
-      given,
-      config,
-    )
-    return blocks[:, : whole.shape[1]]
-
-  return call  # type: ignore[return-value]
-
-
-def _run_phi(place, function, x, segment_ids, parameters, config):
+def _call_phi(place, letters, phi, given):
+  config = given.pop("config")
+  function = functools.partial(phi, config=config)
+  blocks = _validate(function, given).shape[1]
+  given = _without_lists(given)
+  x = given.pop("x")
+  arrays = {
+    "x": x,
+    "segment_ids": given.pop("segment_ids", None),
+    "parameters": given,
+  }
   layout = place.layout
   piece = x.shape[1] // (place.shards * place.pieces)
   halo = config.compression_block - config.compression_stride
   # Otherwise a block may begin between two pieces or end behind the next.
   local = piece % config.compression_stride == 0 and halo <= piece
-  check_fit(place, "x", x, "BSK")
-  arrays = {"x": x, "parameters": parameters, "segment_ids": segment_ids}
-  letters = {"x": "BSK", "parameters": "K", "segment_ids": "BS"}
   specs = {
     name: jax.tree.map(
       lambda x, name=name: place.spec(letters[name], x.shape), y
     )
     for name, y in arrays.items()
   }
-
   split = specs["x"][1] is not None
 
   def gather(x):
@@ -600,7 +600,7 @@ def _run_phi(place, function, x, segment_ids, parameters, config):
     return gather(_joined(place, phi(*jax.tree.map(cut, (x, segment_ids)))))
 
   out = P(layout.data, None, layout.heads)
-  return _shard_map(place, body, (specs,), out)(arrays)
+  return _shard_map(place, body, (specs,), out)(arrays)[:, :blocks]
 
 
 def per_token(
@@ -620,7 +620,6 @@ def per_token(
   place = find_place(layout, "tokens", arrays[0], "BT")
   if place is None:
     return function(table, *arrays)
-  check_fit(place, "tokens", arrays[0], "BT")
   split = P(place.layout.data, place.layout.sequence)
   specs = (P(), *(split for _ in arrays))
   return _shard_map(place, function, specs, split)(table, *arrays)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from typing import Any
 
 import jax
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import nsa_jax
 from benchmarks import (
   cold_compile,
   decode,
@@ -16,6 +18,7 @@ from benchmarks import (
   loss_curve,
   prefill,
   remat,
+  sharded,
   sweep_band,
   train_step,
   trained_ids,
@@ -34,6 +37,7 @@ COMMANDS = (
   trained_ids,
   cold_compile,
   remat,
+  sharded,
 )
 
 
@@ -590,3 +594,60 @@ def test_prefill_in_chunks_is_the_whole():
     assert row["ms"] > 0
     assert row["over the whole"] == row["ms"] / rows[0]["ms"]
     assert row["relative difference of out"] < 1e-5
+
+
+# The op over several devices.
+
+
+def test_bytes_that_a_device_receives():
+  """An all-reduce is a reduce-scatter and an all-gather."""
+  text = """
+    %a = f32[1024,256]{1,0} all-reduce(%x), replica_groups={{0,1,2,3}}
+    %b = (bf16[4,512,512]{2,1,0}, bf16[8,256,1024]{2,1,0}) all-gather(%x, %y)
+    %c = (f32[512,256]{1,0}, f32[128,256]{1,0}) reduce-scatter-start(%x)
+    %d = f32[512,512]{1,0} add(%x, %y)
+    %e = bf16[512,1024]{1,0} collective-permute(%x), source_target_pairs={{0,1}}
+    %f = f32[1024,256]{1,0} all-to-all(%x), replica_groups=[2,2]<=[4]
+  """
+  assert sharded.received_mib(text, 4) == {
+    "all-reduce": 2 * 3 / 4 * 1,
+    "all-gather": 3 / 4 * (2 + 4),
+    "reduce-scatter": 3 * 1 / 8,
+    "collective-permute": 1,
+    "all-to-all": 1 / 2 * 1,
+  }
+
+
+def test_ways_to_split():
+  assert list(sharded.splits(2)) == [
+    "data",
+    "heads",
+    "sequence",
+    "sequence, zigzag",
+  ]
+  for count in (2, 4, 8):
+    for split in sharded.splits(count).values():
+      assert math.prod(split.sizes.values()) == count
+  assert len(sharded.splits(8)) == 8
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  "name",
+  ["data", "heads x sequence, zigzag", "data x heads x sequence, zigzag"],
+)
+def test_layouts_of_the_op_equal_one_device(name):
+  wanted = {
+    sharded.ONE: sharded.Split(nsa_jax.Layout(), {}),
+    name: sharded.splits(8)[name],
+  }
+  *ones, row = sharded.measure(wanted, 128, (4, 2), 1)
+  assert row["rows"] == ones[-1]["rows"]
+  assert row["times faster"] == ones[-1]["ms"] / row["ms"]
+  assert row["error"] < 1e-2
+
+
+@pytest.mark.slow
+def test_a_training_step_over_devices():
+  row = sharded.train_row(256, "full", **remat.QUICK)
+  assert row["last loss"] < row["first loss"]

@@ -101,11 +101,15 @@ def compiled(attention: str, kind: str, data: int, heads: int) -> Any:
   return step, arguments, shardings
 
 
-CASES = [("nsa", "Auto", 4, 2), ("nsa", "Explicit", 4, 2)]
-CASES += [("nsa", "Explicit", 1, 2), ("nsa", "Auto", 8, 1)]
-
-
-@pytest.mark.parametrize("attention, kind, data, heads", CASES)
+@pytest.mark.parametrize(
+  "attention, kind, data, heads",
+  [
+    ("nsa", "Explicit", 4, 2),
+    ("nsa", "Auto", 8, 1),
+    pytest.param("nsa", "Auto", 4, 2, marks=pytest.mark.slow),
+    pytest.param("nsa", "Explicit", 1, 2, marks=pytest.mark.slow),
+  ],
+)
 def test_training_as_on_one_device(attention, kind, data, heads):
   step, arguments, shardings = compiled(attention, kind, data, heads)
   got = step(*arguments)

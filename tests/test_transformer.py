@@ -195,7 +195,10 @@ def test_every_parameter_learns():
 # Each with one that offloads what it keeps.
 @pytest.mark.parametrize(
   "remat, offload",
-  [("full", "offload_inputs"), ("save_attention", "offload_all")],
+  [
+    pytest.param("full", "offload_inputs", marks=pytest.mark.slow),
+    ("save_attention", "offload_all"),
+  ],
 )
 def test_remat_changes_nothing(remat, offload):
   params = _params(_config(**SMALL))
@@ -279,8 +282,16 @@ def test_kept_attention_selects_once(scan_layers, select):
 NEEDED = {None: 7, "xla": 4}
 
 
-@pytest.mark.parametrize("implementation", NEEDED)
-@pytest.mark.parametrize("scan_layers", [False, True])
+@pytest.mark.parametrize(
+  "scan_layers, implementation",
+  [
+    (True, None),
+    *(
+      pytest.param(*values, marks=pytest.mark.slow)
+      for values in ((False, None), (False, "xla"), (True, "xla"))
+    ),
+  ],
+)
 def test_offloaded_names_go_to_the_host(scan_layers, implementation):
   """By the program for CUDA; one for a CPU has one memory."""
   fields = {

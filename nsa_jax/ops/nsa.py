@@ -237,11 +237,10 @@ def native_sparse_attention(
     )
   else:
     same = query.shape[1] == key_length and query_offset is None
+    inside = query.shape[1] <= key_length and query_offset is None
     out, ids = run(
       place,
-      functools.partial(
-        _attend, spec, implementation, select, tiles, query_offset is None
-      ),
+      functools.partial(_attend, spec, implementation, select, tiles, inside),
       arrays._asdict()
       | {
         "segment_ids": segment_ids,

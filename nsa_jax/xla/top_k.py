@@ -1,6 +1,7 @@
 """The largest entries of every row, in a form that XLA can partition."""
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -65,11 +66,20 @@ def _abstract_eval(x, *, n):
 
 
 def _lowering(ctx, x, *, n):
-  devices = getattr(ctx.module_context.axis_context, "num_devices", 1)
-  function = functools.partial(_by_rounds, n=n)
-  if devices == 1:
-    function = functools.partial(jax.lax.top_k, k=n)
+  function = functools.partial(jax.lax.top_k, k=n)
+  if _is_partitioned(ctx.module_context.axis_context):
+    function = functools.partial(_by_rounds, n=n)
   return mlir.lower_fun(function)(ctx, x)
+
+
+def _is_partitioned(context: Any) -> bool:
+  """Whether XLA splits the operands of what is lowered over devices."""
+  mesh = getattr(context, "mesh", None)
+  if mesh is None:
+    return getattr(context, "num_devices", 1) > 1
+  # In a region of `jax.shard_map`: over the axes that are not manual.
+  free = set(mesh.axis_names) - set(context.manual_axes)
+  return math.prod(mesh.shape[axis] for axis in free) > 1
 
 
 mlir.register_lowering(_top_k_p, _lowering)
