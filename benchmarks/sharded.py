@@ -26,7 +26,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -166,11 +165,20 @@ def received_mib(text: str, devices: int) -> dict[str, float]:
 
 def group_size(line: str) -> int | None:
   """Devices of a group of a collective; None if all are one group."""
-  found = re.search(r"replica_groups=\[\d+,(\d+)\]", line)
-  if found:
-    return int(found[1])
-  found = re.search(r"replica_groups=\{\{([\d,]+)\}", line)
-  return found and len(found[1].split(","))
+  for pattern, size in (
+    (r"replica_groups=\{\{([\d,]+)\}", lambda x: len(x[1].split(","))),
+    (r"replica_groups=\[\d+,(\d+)\]", lambda x: int(x[1])),
+    (r"replica_groups=mesh\[(.*?)\] \{(.*?)\}", _of_axes),
+  ):
+    if found := re.search(pattern, line):
+      return size(found)
+  return None
+
+
+def _of_axes(found: re.Match[str]) -> int:
+  """Devices along some axes, as in mesh['a'=2,'b'=4] {'b'}."""
+  sizes = dict(re.findall(r"('\w+')=(\d+)", found[1]))
+  return math.prod(int(sizes[axis]) for axis in found[2].split(","))
 
 
 class OnMesh(NamedTuple):
@@ -236,7 +244,9 @@ def compiled_size(compiled: Any, devices: int) -> dict[str, float]:
 
 def fits(gib: float) -> bool:
   """Whether a program runs in the memory of a device."""
-  limit = (jax.devices()[0].memory_stats() or {}).get("bytes_limit", math.inf)
+  limit = (jax.local_devices()[0].memory_stats() or {}).get(
+    "bytes_limit", math.inf
+  )
   return gib * 2**30 <= 0.97 * limit
 
 
@@ -310,7 +320,10 @@ def measure(
 def train_row(
   length: int, remat: RematName, steps: int = 2, **fields: Any
 ) -> dict[str, Any]:
-  """A training step with one row of text, in zigzag order over all devices."""
+  """A training step with one row of text, in zigzag order over all devices.
+
+  What a scanned layer receives counts once.
+  """
   count = len(jax.devices())
   devices = MeshDevices(
     {"data": 1, "sequence": count, "heads": 1}, fsdp=False, zigzag=True
@@ -325,7 +338,7 @@ def train_row(
     optimizer=optimizer,
   )
   placed = devices.shardings(jax.eval_shape(start, 0))
-  corpus = data.load_corpus(None, 2**26, length)
+  corpus = data.load_corpus(None, 2**26, 1)
   text = data.training_batch(
     corpus.train, seed=0, step=0, batch_size=1, seq_len=length
   )
@@ -397,7 +410,7 @@ def child(args: argparse.Namespace) -> None:
   for remat in REMATS if args.train else ():
     add("Training step of one row", [train_row(args.train, remat)])
   if not alone:
-    multihost_utils.sync_global_devices("done")
+    jax.distributed.shutdown()
 
 
 def parser() -> argparse.ArgumentParser:

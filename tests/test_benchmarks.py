@@ -607,14 +607,15 @@ def test_bytes_that_a_device_receives():
     %c = (f32[512,256]{1,0}, f32[128,256]{1,0}) reduce-scatter-start(%x)
     %d = f32[512,512]{1,0} add(%x, %y)
     %e = bf16[512,1024]{1,0} collective-permute(%x), source_target_pairs={{0,1}}
-    %f = f32[1024,256]{1,0} all-to-all(%x), replica_groups=[2,2]<=[4]
+    %f = f32[512,256]{1,0} all-to-all(%x), replica_groups=[2,2]<=[4]
+    %g = f32[512,256] all-to-all(%x), replica_groups=mesh['a'=2,'b'=2] {'b'}
   """
   assert sharded.received_mib(text, 4) == {
     "all-reduce": 2 * 3 / 4 * 1,
     "all-gather": 3 / 4 * (2 + 4),
     "reduce-scatter": 3 * 1 / 8,
     "collective-permute": 1,
-    "all-to-all": 1 / 2 * 1,
+    "all-to-all": 2 * 1 / 2 * (1 / 2),
   }
 
 
