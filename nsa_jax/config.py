@@ -10,6 +10,8 @@ from nsa_jax import _checks
 from nsa_jax.rope import RopeConfig, check_head_dim
 from nsa_jax.sharding import Layout
 from nsa_jax.typing import (
+  BRANCHES,
+  BranchName,
   CompressionName,
   Implementation,
   RopeCompressedName,
@@ -120,6 +122,9 @@ class AttentionConfig:
     layout: as in `native_sparse_attention`. Without `zigzag` or a `sequence`,
       XLA partitions the rest of a layer by what its inputs and parameters say.
       Tokens appended to a cache are not split.
+    branches: those whose outputs are summed, for ablations; the gate of the
+      others is 0. Blocks are selected by the compressed keys in any case, but
+      without "compressed" phi has no gradient.
 
   Raises:
     ValueError: if a value breaks a rule.
@@ -141,6 +146,7 @@ class AttentionConfig:
   implementation: Implementation = None
   layout: Layout | None = None
   logical_axes: bool = False
+  branches: Sequence[BranchName] = BRANCHES
 
   def __post_init__(self):
     names = ["num_heads", "num_kv_heads", "head_dim"]
@@ -157,6 +163,15 @@ class AttentionConfig:
     _checks.choice(
       "rope_compressed", self.rope_compressed, get_args(RopeCompressedName)
     )
+    branches: Any = self.branches
+    known = isinstance(branches, Sequence) and not isinstance(branches, str)
+    in_order = tuple(x for x in BRANCHES if known and x in branches)
+    if not in_order or len(in_order) != len(branches):
+      raise ValueError(
+        f"`branches`={_checks.show(branches)} must be a sequence of one or "
+        f"more of {', '.join(map(repr, BRANCHES))}."
+      )
+    object.__setattr__(self, "branches", in_order)
     if self.rope is not None:
       if not isinstance(self.rope, RopeConfig):
         raise ValueError(

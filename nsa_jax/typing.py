@@ -15,7 +15,7 @@ Shapes in docstrings use one letter per axis:
 """
 
 from collections.abc import Callable, Sequence
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, get_args
 
 import jax
 from jax import export
@@ -26,6 +26,7 @@ __all__ = [
   "KV",
   "Array",
   "AttentionName",
+  "BranchName",
   "CompressionName",
   "Implementation",
   "ImplementationName",
@@ -46,6 +47,8 @@ Implementation: TypeAlias = (
 )
 
 AttentionName: TypeAlias = Literal["nsa", "full", "window"]
+BranchName: TypeAlias = Literal["compressed", "selected", "window"]
+BRANCHES: tuple[BranchName, ...] = get_args(BranchName)
 CompressionName: TypeAlias = Literal["mean", "weighted", "linear", "mlp"]
 RematPolicyName: TypeAlias = Literal[
   "full",

@@ -15,6 +15,7 @@ import nsa_jax
 from nsa_jax import AttentionConfig, NSAConfig
 from nsa_jax.layers.linen import DenseAttention, NativeSparseAttention
 from nsa_jax.rope import RopeConfig, apply_rope
+from nsa_jax.typing import BRANCHES
 
 CONFIG = NSAConfig(
   compression_block=4,
@@ -226,6 +227,31 @@ def test_padding_of_the_baselines_is_inert(kind):
   poisoned = jnp.where(ids[..., None] > 0, clean, jnp.nan)
   actual = run(params, poisoned)
   jax.tree.map(np.testing.assert_array_equal, actual, expected)
+
+
+@pytest.mark.parametrize(
+  "branches", [("window", "compressed"), ["selected"], ("window",)]
+)
+def test_branches(branches):
+  """The others have a gate of 0, and no gradient."""
+  layer, params, apply = _setup()
+  x = _x()
+  part = layer.clone(branches=branches)
+  out, sown = part.apply(params, x, mutable=["intermediates"])
+  gates = np.asarray(sown["intermediates"]["gates"][0])
+  kept = np.array([name in branches for name in BRANCHES])
+  assert (gates[..., ~kept] == 0).all()
+  assert (gates[..., kept] > 0).all()
+  assert part.attention == layer.clone(branches=sorted(branches)).attention
+  if len(branches) == 1:  # Of one branch and the others the sum is the whole.
+    rest = tuple(name for name in BRANCHES if name not in branches)
+    both = out + layer.clone(branches=rest).apply(params, x)
+    np.testing.assert_allclose(both, apply(params, x), atol=1e-5)
+  grads = jax.grad(lambda p: (part.apply(p, x) ** 2).sum())(params)
+  for name, kernel in grads["params"].items():
+    branch = name.rsplit("_", 1)[-1]
+    if name.startswith(("key_", "value_")):
+      assert (np.abs(kernel["kernel"]).max() > 0) == (branch in branches), name
 
 
 @pytest.mark.parametrize("rope_compressed", ["block", "tokens", "none"])
@@ -463,6 +489,15 @@ def test_nnx_recipe():
       "`rope_compressed`=None must be one of 'block', 'tokens', 'none'.",
     ),
     ({"rope": 10_000.0}, "`rope`=10000.0 must be a RopeConfig or None."),
+    (
+      {"branches": "window"},
+      "`branches`='window' must be a sequence of one or more of 'compressed', "
+      "'selected', 'window'.",
+    ),
+    ({"branches": ()}, "`branches`=() must be a sequence of one or more of"),
+    ({"branches": ("window", "all")}, "`branches`=('window', 'all') must be"),
+    ({"branches": 2 * ["window"]}, "`branches`=['window', 'window'] must be"),
+    ({"branches": [{}]}, "`branches`=[{}] must be a sequence of one or more"),
     ({"normalize_qk": "yes"}, "`normalize_qk`='yes' must be True or False."),
     ({"dtype": "int32"}, "`dtype`='int32' must be a floating-point dtype."),
     ({"dtype": "f33"}, "`dtype`='f33' must be a floating-point dtype."),

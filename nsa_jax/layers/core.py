@@ -27,10 +27,14 @@ from nsa_jax.ops.scope import keep
 from nsa_jax.precision import sum_dtype
 from nsa_jax.rope import apply_rope
 from nsa_jax.sharding import Layout, find_place, shard_order, text_order
-from nsa_jax.typing import KV, Array, AttentionName, CompressionName
+from nsa_jax.typing import (
+  BRANCHES,
+  KV,
+  Array,
+  AttentionName,
+  CompressionName,
+)
 from pallas_kernels.interface import query_positions
-
-BRANCHES = ("compressed", "selected", "window")
 
 # Functions of an array with their parameters bound. The keys are the names from
 # `projections`, `norms` and `COMPRESSIONS`, and "out".
@@ -398,6 +402,8 @@ def sparse_attention(
   query = parts["query"](x)
   logits = parts["gate"](x)
   gates = jax.nn.sigmoid(logits.astype(sum_dtype(logits.dtype)))
+  if config.branches != BRANCHES:
+    gates *= jnp.array([x in config.branches for x in BRANCHES], gates.dtype)
   keys, values = project("key"), project("value")
   query = normalize("query_norm", query)
   rotated_query = rotate(query)

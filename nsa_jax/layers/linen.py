@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, get_args
 
@@ -23,8 +23,10 @@ from nsa_jax.partitioning import parameter_axes
 from nsa_jax.rope import RopeConfig
 from nsa_jax.sharding import Layout, decoding_layout, dot_general
 from nsa_jax.typing import (
+  BRANCHES,
   Array,
   AttentionName,
+  BranchName,
   CompressionName,
   Implementation,
   RopeCompressedName,
@@ -93,6 +95,7 @@ class NativeSparseAttention(nn.Module):
     select: as in `AttentionConfig`.
     layout: as in `AttentionConfig`.
     logical_axes: as in `AttentionConfig`.
+    branches: as in `AttentionConfig`.
 
   Raises:
     ValueError: if an attribute or argument does not fit.
@@ -132,6 +135,7 @@ class NativeSparseAttention(nn.Module):
   select: Selector | None = None
   layout: Layout | None = None
   logical_axes: bool = False
+  branches: Sequence[BranchName] = BRANCHES
 
   def __post_init__(self):
     check_config(self.config)
