@@ -1,0 +1,568 @@
+"""Whether sparse attention keeps the quality of full attention.
+
+    python -m benchmarks.quality
+    python -m benchmarks.quality --minutes 9
+    python -m benchmarks.quality --quick
+
+Trains models that differ in their attention alone, on the same tokens for the
+same number of steps: full attention, NSA, a window alone, NSA without one of
+its branches, and NSA that reads random blocks instead of those it would choose.
+The learning rate of each kind is the best of `RATES` for a tenth of the tokens.
+At the end full attention and NSA read rows four times as long as those they
+were trained on, with YaRN and without.
+Text is the Python source below `--corpus`, in the order of its folders, so that
+definitions and their uses share a row; whole folders are held out.
+
+Every GPU of the machine trains one model at a time. `--minutes` ends the
+command early, with checkpoints; the same command continues, and the records
+have what is known by then. `--tokenizer bytes` trains on bytes.
+"""
+
+import argparse
+import dataclasses
+import hashlib
+import itertools
+import json
+import pathlib
+import sysconfig
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import matplotlib
+import numpy as np
+import orbax.checkpoint as ocp
+import tokenizers
+
+import nsa_jax
+from benchmarks import harness, trials
+from examples.lm import data, train
+from nsa_jax import NSAConfig, RopeConfig, TransformerConfig, TransformerLM
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+RATES = (5e-4, 1e-3, 2e-3)
+LONGER = 4  # times the length of the rows, after training
+HELD_OUT = 20  # About one folder in HELD_OUT is for validation.
+
+
+def random_blocks(
+  *,
+  query: Any,
+  selected_key: Any,
+  config: NSAConfig,
+  key_length: int,
+  **call: Any,
+) -> Any:
+  """A selector: other blocks in every step, the forced ones included."""
+  bits = jax.lax.bitcast_convert_type(query.astype(jnp.float32), jnp.uint32)
+  shape = (
+    *query.shape[:2],
+    selected_key.shape[2],
+    nsa_jax.num_selection_blocks(key_length, config),
+  )
+  scores = jax.random.uniform(jax.random.key(bits.sum()), shape)
+  names = ("query_offset", "segment_ids", "query_segment_ids")
+  return nsa_jax.block_ids_from_scores(
+    scores,
+    config=config,
+    key_length=key_length,
+    **{name: call[name] for name in names},
+  )
+
+
+# Fields of TransformerConfig by kind. phi of "selected + window" would have no
+# gradient, so its keys are means.
+KINDS: dict[str, dict[str, Any]] = {
+  "full": {"attention": "full"},
+  "nsa": {},
+  "window": {"attention": "window"},
+  "compressed + window": {"branches": ("compressed", "window")},
+  "selected + window": {
+    "branches": ("selected", "window"),
+    "compression": "mean",
+  },
+  "random blocks": {"select": random_blocks},
+}
+COMPARED = ("full", "nsa", "window")  # with several seeds
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+  """What all trials share.
+
+  Attributes:
+    model: fields of TransformerConfig.
+    vocab_size: of the tokenizer; 256 are bytes.
+    length: tokens of a row.
+    batch_size: rows of a step.
+    tokens: to train on.
+    rows: to evaluate on.
+    curve: number of evaluations.
+    seeds: of the kinds in COMPARED; the others have the first one.
+    kinds: some of KINDS.
+    rates: learning rates to choose from.
+  """
+
+  model: Mapping[str, Any]
+  vocab_size: int
+  length: int
+  batch_size: int
+  tokens: int
+  rows: int
+  curve: int
+  seeds: tuple[int, ...]
+  kinds: tuple[str, ...]
+  rates: tuple[float, ...]
+
+  def steps(self, tokens: int) -> int:
+    return max(1, tokens // (self.batch_size * self.length))
+
+  def config(self, kind: str) -> TransformerConfig:
+    fields = {**self.model, "vocab_size": self.vocab_size, **KINDS[kind]}
+    return TransformerConfig(**fields)
+
+  def ranges(self, length: int) -> list[tuple[int, int]]:
+    """Ranges of positions whose losses are averaged."""
+    edges, edge = [length], self.length >> 4
+    while edge < length:
+      edges.insert(-1, edge)
+      edge *= 2
+    return [*itertools.pairwise([0, *edges])]
+
+
+STUDY = Study(
+  model={
+    "num_layers": 10,
+    "model_dim": 640,
+    "num_heads": 16,
+    "num_kv_heads": 1,
+    "head_dim": 64,
+    "mlp_dim": 1728,
+    "scan_layers": True,
+    "dtype": "bfloat16",
+  },
+  vocab_size=8192,
+  length=8192,
+  batch_size=8,
+  tokens=200_000_000,
+  rows=64,
+  curve=10,
+  seeds=(0, 1, 2),
+  kinds=tuple(KINDS),
+  rates=RATES,
+)
+QUICK = Study(
+  model={
+    "num_layers": 2,
+    "model_dim": 64,
+    "num_heads": 4,
+    "num_kv_heads": 1,
+    "head_dim": 16,
+    "mlp_dim": 128,
+    "nsa": NSAConfig(8, 4, 16, num_selected=4, window=16),
+  },
+  vocab_size=512,
+  length=256,
+  batch_size=4,
+  tokens=20_000,
+  rows=4,
+  curve=2,
+  seeds=(0,),
+  kinds=COMPARED,
+  rates=(1e-3,),
+)
+
+
+# ------------------------------------------------------------------- the text
+
+
+def read_sources(
+  folder: pathlib.Path, max_bytes: int
+) -> tuple[list[str], list[str]]:
+  """Texts of the Python files below a folder, in the order of their paths.
+
+  Returns:
+    Those to train on and those of held-out folders. A folder, two levels below
+    the root, is held out by a hash of its path, so that another one changes
+    nothing for it.
+  """
+  train: list[str] = []
+  held_out: list[str] = []
+  left = max_bytes
+  for path in sorted(folder.rglob("*.py")):
+    parts = path.relative_to(folder).parts
+    if any(part.startswith(".") for part in parts) or not path.is_file():
+      continue
+    text = path.read_bytes()[:left].decode("utf-8", errors="replace")
+    left -= len(text)
+    digest = hashlib.sha256("/".join(parts[:-1][:2]).encode()).digest()
+    (held_out if digest[0] % HELD_OUT == 0 else train).append(text)
+    if left <= 0:
+      break
+  return train, held_out
+
+
+def make_tokenizer(texts: Sequence[str], vocab_size: int) -> Any:
+  """Byte-level BPE, trained on some of the texts."""
+  tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+  tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(
+    add_prefix_space=False
+  )
+  trainer = tokenizers.trainers.BpeTrainer(
+    vocab_size=vocab_size,
+    initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+    show_progress=False,
+  )
+  tokenizer.train_from_iterator(texts[:: 1 + len(texts) // 5000], trainer)
+  return tokenizer
+
+
+def encode(tokenizer: Any, texts: Sequence[str]) -> np.ndarray:
+  """Tokens of all texts, one after the other."""
+  if tokenizer is None:
+    return np.frombuffer("".join(texts).encode(), np.uint8)
+  ids = (
+    np.asarray(encoding.ids, np.uint16)
+    for start in range(0, len(texts), 1000)
+    for encoding in tokenizer.encode_batch_fast(texts[start : start + 1000])
+  )
+  return np.concatenate([np.zeros(0, np.uint16), *ids])
+
+
+def prepare(
+  study: Study, corpus: pathlib.Path, max_bytes: int, folder: pathlib.Path
+) -> dict[str, Any]:
+  """Writes the tokens to `folder`, once; returns what is known of the text."""
+  facts = folder / "text.json"
+  if not facts.exists():
+    folder.mkdir(parents=True, exist_ok=True)
+    train, held_out = read_sources(corpus, max_bytes)
+    tokenizer = None
+    if study.vocab_size > 256:
+      tokenizer = make_tokenizer(train, study.vocab_size)
+    known: dict[str, Any] = {"corpus": str(corpus)}
+    for name, texts in (("train", train), ("validation", held_out)):
+      ids = encode(tokenizer, texts)
+      np.save(folder / f"{name}.npy", ids)
+      known |= {
+        f"{name} files": len(texts),
+        f"{name} bytes": sum(len(text.encode()) for text in texts),
+        f"{name} tokens": len(ids),
+      }
+      if len(ids) <= study.length:
+        raise SystemExit(
+          f"--corpus {corpus}: {len(ids)} tokens for {name} are too few for "
+          f"rows of {study.length}"
+        )
+    facts.write_text(json.dumps(known, indent=2))
+  return json.loads(facts.read_text())
+
+
+# ------------------------------------------------------------------ one trial
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+  """A model to train."""
+
+  kind: str
+  seed: int
+  rate: float
+  steps: int
+
+  @property
+  def name(self) -> str:
+    kind = self.kind.replace(" + ", "_").replace(" ", "_")
+    return f"{kind}-{self.steps}-{self.rate:g}-{self.seed}"
+
+
+def losses_by_position(
+  model: TransformerLM, params: Any, rows: np.ndarray, batch_size: int
+) -> np.ndarray:
+  """Mean loss at every position of rows [R, T + 1]; float64 [T]."""
+
+  @jax.jit
+  def losses(params, rows):
+    found: Any = model.apply(
+      {"params": params}, rows[:, :-1], labels=rows[:, 1:]
+    )
+    return found.sum(axis=0)
+
+  total = np.zeros(rows.shape[1] - 1)
+  for start in range(0, len(rows), batch_size):
+    total += np.asarray(losses(params, rows[start : start + batch_size]))
+  return total / len(rows)
+
+
+def run_trial(
+  study: Study, trial: Trial, folder: pathlib.Path, stop_at: float
+) -> dict[str, Any] | None:
+  """Trains a model, from its last checkpoint on.
+
+  Args:
+    study: what all trials share.
+    trial: the model.
+    folder: has the tokens, and gets a folder with the checkpoints.
+    stop_at: the time at which to save a checkpoint and return None.
+  """
+  texts = {
+    name: np.load(folder / f"{name}.npy", mmap_mode="r")
+    for name in ("train", "validation")
+  }
+  config = study.config(trial.kind)
+  model = TransformerLM(config)
+  optimizer = train.make_optimizer(trial.rate, trial.steps)
+
+  def init():
+    tokens = jnp.zeros((1, config.nsa.selection_block), jnp.int32)
+    params = model.init(jax.random.key(trial.seed), tokens)["params"]
+    return {"params": params, "opt_state": optimizer.init(params)}
+
+  rows = data.validation_windows(
+    texts["validation"], count=study.rows, seq_len=study.length
+  )
+  step_fn = jax.jit(train.make_train_step(model, optimizer), donate_argnums=0)
+  options = ocp.CheckpointManagerOptions(max_to_keep=1)
+  with ocp.CheckpointManager(
+    (folder / trial.name).absolute(), options=options
+  ) as manager:
+    step = manager.latest_step() or 0
+    log: dict[str, Any] = {"losses": [], "curve": []}
+    if step:
+      like = jax.eval_shape(init)
+      args = ocp.args.Composite(
+        state=ocp.args.StandardRestore(like), log=ocp.args.JsonRestore()
+      )
+      restored = manager.restore(step, args=args)
+      state, log = restored.state, restored.log
+    else:
+      state = jax.jit(init)()
+    pending: list[Any] = []
+    speed = None
+    while step < trial.steps:
+      batch = data.training_batch(
+        texts["train"],
+        seed=trial.seed,
+        step=step,
+        batch_size=study.batch_size,
+        seq_len=study.length,
+      )
+      state, loss = step_fn(state, batch)
+      pending.append(loss)
+      step += 1
+      every = -(-trial.steps // study.curve)
+      if len(pending) == 20 or step % every == 0 or step == trial.steps:
+        log["losses"] += map(float, pending)
+        if not np.isfinite(log["losses"][-1]):
+          break
+        now = time.perf_counter()
+        if len(pending) == 20 and speed is not None:
+          tokens = 20 * study.batch_size * study.length
+          log["tokens/s"] = tokens / (now - speed)
+        pending, speed = [], now
+        if step % every == 0 or step == trial.steps:
+          found = losses_by_position(
+            model, state["params"], rows, study.batch_size
+          )
+          log["curve"].append([step, found.mean()])
+          print(f"{trial.name}: {step} {found.mean():.4f}", flush=True)
+          speed = None
+        if time.time() > stop_at and step < trial.steps:
+          manager.save(
+            step,
+            args=ocp.args.Composite(
+              state=ocp.args.StandardSave(state), log=ocp.args.JsonSave(log)
+            ),
+          )
+          return None
+  params = state["params"]
+  result = dataclasses.asdict(trial) | log
+  result["parameters"] = sum(x.size for x in jax.tree.leaves(params))
+  result["device"] = jax.devices()[0].device_kind
+  if step < trial.steps:  # The loss is not finite.
+    return result | {"validation": float("inf")}
+
+  def averages(losses: np.ndarray) -> list[float]:
+    return [float(losses[a:b].mean()) for a, b in study.ranges(len(losses))]
+
+  result |= {"validation": float(found.mean()), "by position": averages(found)}
+  if trial.kind in ("full", "nsa") and trial.steps == study.steps(study.tokens):
+    length = LONGER * study.length
+    rows = data.validation_windows(
+      texts["validation"], count=-(-study.rows // LONGER), seq_len=length
+    )
+    yarn = RopeConfig(yarn_factor=LONGER, original_max_position=study.length)
+    for name, rope in (("plain", config.rope), ("YaRN", yarn)):
+      longer = TransformerLM(dataclasses.replace(config, rope=rope))
+      result[name] = averages(losses_by_position(longer, params, rows, 1))
+  return result
+
+
+# ----------------------------------------------------------------- all trials
+
+
+def tables(
+  study: Study,
+  searched: Sequence[Mapping[str, Any]],
+  found: Sequence[Mapping[str, Any]],
+) -> dict[str, list[dict[str, Any]]]:
+  """Losses by kind; of each seed against full attention; by learning rate."""
+
+  def columns(losses: Sequence[float], length: int) -> dict[str, str]:
+    places = zip(study.ranges(length), losses, strict=True)
+    return {f"{a}-{b}": f"{x:.3f}" for (a, b), x in places}
+
+  losses, longer, apart, rates = [], [], [], []
+  by_kind = {
+    kind: [x for x in found if x["kind"] == kind and "by position" in x]
+    for kind in study.kinds
+  }
+  for kind, results in by_kind.items():
+    if not results:
+      continue
+    mean = np.mean([x["by position"] for x in results], axis=0)
+    losses.append(
+      {
+        "attention": kind,
+        "parameters": f"{results[0]['parameters'] / 1e6:.1f}M",
+        "learning rate": results[0]["rate"],
+        "seeds": len(results),
+        "loss": f"{np.mean([x['validation'] for x in results]):.4f}",
+        **columns(mean, study.length),
+        "training loss": f"{np.mean([x['losses'][-50:] for x in results]):.4f}",
+        "tokens/s": f"{results[0].get('tokens/s', 0):,.0f}",
+      }
+    )
+    for name in ("plain", "YaRN"):
+      if all(name in x for x in results):
+        mean = np.mean([x[name] for x in results], axis=0)
+        row = {"attention": kind, "positions": name}
+        longer.append(row | columns(mean, LONGER * study.length))
+  for other in ("full", "window"):
+    base = {x["seed"]: x["validation"] for x in by_kind.get(other, ())}
+    row = {"against": other}
+    for x in by_kind.get("nsa", ()):
+      if x["seed"] in base:
+        row[f"seed {x['seed']}"] = f"{x['validation'] - base[x['seed']]:+.4f}"
+    apart.append(row)
+  for kind in study.kinds:
+    tried = {x["rate"]: x["validation"] for x in searched if x["kind"] == kind}
+    rates.append(
+      {"attention": kind}
+      | {f"{rate:g}": f"{loss:.4f}" for rate, loss in sorted(tried.items())}
+    )
+  return {
+    "Validation loss, nats per token": losses,
+    "NSA minus": apart,
+    f"In rows of {LONGER * study.length} tokens": longer,
+    "Loss after a tenth of the tokens, by learning rate": rates,
+  }
+
+
+def plot(path: pathlib.Path, study: Study, found: Sequence[Any]) -> None:
+  """Plots the validation loss over training and by position."""
+  figure, (left, right) = plt.subplots(
+    1, 2, figsize=(11, 4), constrained_layout=True
+  )
+  edges = [0, *(stop for _, stop in study.ranges(study.length))]
+  for i, kind in enumerate(study.kinds):
+    results = [x for x in found if x["kind"] == kind and "by position" in x]
+    if not results:
+      continue
+    steps = np.array([at for at, _ in results[0]["curve"]])
+    curve = np.mean([[y for _, y in x["curve"]] for x in results], axis=0)
+    tokens = steps * study.batch_size * study.length / 1e6
+    left.plot(tokens, curve, color=f"C{i}", label=kind)
+    mean = np.mean([x["by position"] for x in results], axis=0)
+    right.stairs(mean, edges, baseline=None, color=f"C{i}", label=kind)
+  left.set(xlabel="million tokens", ylabel="validation loss, nats per token")
+  right.set(xlabel="position in the row", xscale="symlog")
+  right.set_xticks(edges, [str(x) for x in edges])
+  left.legend()
+  for axes in (left, right):
+    axes.grid(alpha=0.3)
+  figure.savefig(path, dpi=150)
+  plt.close(figure)
+
+
+def parser() -> argparse.ArgumentParser:
+  """The flags."""
+  result = harness.arguments(__doc__.splitlines()[0])
+  add = result.add_argument
+  add(
+    "--corpus",
+    type=pathlib.Path,
+    default=pathlib.Path(sysconfig.get_paths()["purelib"]),
+    help="folder of Python source (default: the installed packages)",
+  )
+  add("--max-bytes", type=int, default=2**29, help="of the corpus (2**29)")
+  add("--tokenizer", choices=("bpe", "bytes"), default="bpe")
+  add("--tokens", type=int, help="to train on (default: 200 million)")
+  add("--kinds", nargs="+", choices=tuple(KINDS), help="default: all")
+  add("--seeds", type=int, nargs="+", help="default: 0 1 2")
+  trials.add_flags(result, pathlib.Path("runs/quality"))
+  return result
+
+
+def study_of(args: argparse.Namespace) -> Study:
+  """The study that the flags ask for."""
+  study = QUICK if args.quick else STUDY
+  given: dict[str, Any] = {
+    "tokens": args.tokens,
+    "kinds": args.kinds and tuple(args.kinds),
+    "seeds": args.seeds and tuple(args.seeds),
+    "vocab_size": 256 if args.tokenizer == "bytes" else None,
+  }
+  changed = {k: x for k, x in given.items() if x is not None}
+  return dataclasses.replace(study, **changed)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+  args = parser().parse_args(argv)
+  study = study_of(args)
+  folder = args.runs / ("quick" if args.quick else args.tokenizer)
+  if args.trial is not None:
+    trials.write(
+      folder,
+      Trial(**args.trial),
+      lambda trial: run_trial(study, trial, folder, args.stop_at),
+    )
+    return
+  queue = trials.Queue("benchmarks.quality", folder, args)
+  text = prepare(study, args.corpus, args.max_bytes, folder)
+  few = study.steps(study.tokens // 10)
+  searched = queue.run(
+    Trial(kind, study.seeds[0], rate, few)
+    for kind in study.kinds
+    for rate in study.rates
+  )
+  rates = trials.best(searched, "validation")
+  wanted = [
+    Trial(kind, seed, rates[kind], study.steps(study.tokens))
+    for i, seed in enumerate(study.seeds)
+    for kind in study.kinds
+    if kind in rates and (i == 0 or kind in COMPARED)
+  ]
+  found = queue.run(wanted)
+  name = "quality" if args.tokenizer == "bpe" else "quality_bytes"
+  harness.record(
+    args.out,
+    name,
+    f"Quality after {study.tokens / 1e6:.0f}M tokens, rows of {study.length}",
+    tables(study, searched, found),
+    text=text,
+    results=found,
+    searched=searched,
+  )
+  if found:
+    plot(args.out / f"{name}.png", study, found)
+  if len(found) < len(wanted):
+    print(f"{len(found)} of {len(wanted)} models are trained; run it again")
+
+
+if __name__ == "__main__":
+  main()

@@ -1,0 +1,414 @@
+"""Whether models find what stands far back, with sparse and full attention.
+
+    python -m benchmarks.recall
+    python -m benchmarks.recall --quick
+
+Two tasks, each trained and tested at 2k, 8k and 32k tokens, one length after
+the other with the same model:
+
+- "pairs": multi-query associative recall. Pairs of a key and a value stand at
+  random places among noise. At the end all keys come again, in another order,
+  and the model is to say their values.
+- "needle": lines `# name = number` stand in the source of Python's standard
+  library. At the end the names come again, and the model is to say the digits.
+
+What is asked lies farther back than the window. The loss is of the answers
+alone. The learning rate of each kind of attention is the best of `RATES`.
+"""
+
+import argparse
+import dataclasses
+import functools
+import pathlib
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import matplotlib
+import numpy as np
+
+from benchmarks import harness, trials
+from benchmarks.quality import KINDS
+from examples.lm import data, train
+from nsa_jax import NSAConfig, PackedRow, TransformerConfig, TransformerLM
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+RATES = (5e-4, 1e-3, 2e-3)
+TASKS = ("pairs", "needle")
+IGNORED = -100  # label of a token that is no answer
+DIGITS = 5
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+  """What all trials share.
+
+  Attributes:
+    model: fields of TransformerConfig.
+    lengths: tokens of a row; a model is trained at one after the other.
+    steps: at each of the lengths.
+    tokens: of a step.
+    asked: pairs or lines in a row.
+    vocab_size: of the pairs: half of it are keys, a quarter values.
+    tested: rows that are tested.
+    evaluations: number of tests at a length.
+    kinds: some of KINDS.
+    rates: learning rates to choose from.
+  """
+
+  model: Mapping[str, Any]
+  lengths: tuple[int, ...]
+  steps: tuple[int, ...]
+  tokens: int
+  asked: Mapping[str, int]
+  vocab_size: int
+  tested: int
+  evaluations: int
+  kinds: tuple[str, ...]
+  rates: tuple[float, ...]
+
+  def config(self, task: str, kind: str) -> TransformerConfig:
+    vocab_size = self.vocab_size if task == "pairs" else 256
+    fields = {**self.model, "vocab_size": vocab_size, **KINDS[kind]}
+    return TransformerConfig(**fields)
+
+
+STUDY = Study(
+  model={
+    "num_layers": 4,
+    "model_dim": 256,
+    "num_heads": 16,
+    "num_kv_heads": 1,
+    "head_dim": 32,
+    "mlp_dim": 704,
+    "dtype": "bfloat16",
+    "scan_layers": True,
+  },
+  lengths=(2048, 8192, 32768),
+  steps=(3000, 1000, 1000),
+  tokens=65536,
+  asked={"pairs": 64, "needle": 8},
+  vocab_size=8192,
+  tested=64,
+  evaluations=5,
+  kinds=tuple(KINDS),
+  rates=RATES,
+)
+QUICK = Study(
+  model={
+    "num_layers": 2,
+    "model_dim": 64,
+    "num_heads": 4,
+    "num_kv_heads": 1,
+    "head_dim": 16,
+    "mlp_dim": 128,
+    "nsa": NSAConfig(8, 4, 16, num_selected=4, window=16),
+    "implementation": "xla",  # It compiles faster than None.
+  },
+  lengths=(96,),
+  steps=(200,),
+  tokens=1024,
+  asked={"pairs": 8, "needle": 1},
+  vocab_size=64,
+  tested=64,
+  evaluations=2,
+  kinds=("nsa", "window"),
+  rates=(1e-2,),
+)
+
+
+def distance(nsa: NSAConfig) -> int:
+  """Tokens between the last pair or line and the first question."""
+  return nsa.window + nsa.selection_block * nsa.num_local
+
+
+def places(
+  rng: np.random.Generator, rows: int, count: int, size: int, stop: int
+) -> np.ndarray:
+  """Starts of so many places of `size` tokens before `stop`, [rows, count]."""
+  slots = np.tile(np.arange(stop // size), (rows, 1))
+  return size * rng.permuted(slots, axis=1)[:, :count]
+
+
+def make_pairs(
+  rng: np.random.Generator,
+  *,
+  rows: int,
+  length: int,
+  pairs: int,
+  vocab_size: int,
+  far: int,
+) -> tuple[np.ndarray, np.ndarray]:
+  """Rows of the first task.
+
+  Args:
+    rng: the source of randomness.
+    rows: R.
+    length: T.
+    pairs: pairs in a row, all of which are asked for.
+    vocab_size: half of it are keys, a quarter values, the rest noise.
+    far: tokens between the last pair and the first question, at least.
+
+  Returns:
+    Tokens int32 [R, T], and the values after the keys that are asked for;
+    IGNORED elsewhere.
+  """
+  quarter = vocab_size // 4
+  tokens = rng.integers(3 * quarter, vocab_size, (rows, length))
+  labels = np.full((rows, length), IGNORED)
+  keys = rng.permuted(np.tile(np.arange(2 * quarter), (rows, 1)), axis=1)
+  keys = keys[:, :pairs]
+  values = rng.integers(2 * quarter, 3 * quarter, (rows, pairs))
+  first = length - 2 * pairs
+  at = places(rng, rows, pairs, 2, first - far)
+  row = np.arange(rows)[:, None]
+  tokens[row, at], tokens[row, at + 1] = keys, values
+  order = rng.permuted(np.tile(np.arange(pairs), (rows, 1)), axis=1)
+  tokens[:, first::2] = keys[row, order]
+  tokens[:, first + 1 :: 2] = labels[:, first::2] = values[row, order]
+  return tokens.astype(np.int32), labels.astype(np.int32)
+
+
+def make_needles(
+  rng: np.random.Generator,
+  text: np.ndarray,
+  *,
+  rows: int,
+  length: int,
+  lines: int,
+  far: int,
+) -> tuple[np.ndarray, np.ndarray]:
+  """Rows of the second task, bytes; `make_pairs` says what is returned."""
+  letters = np.frombuffer(b"abcdefghijklmnopqrstuvwxyz", np.uint8)
+  names = rng.choice(letters, (rows, lines, 4))
+  numbers = rng.integers(ord("0"), ord("9") + 1, (rows, lines, DIGITS))
+
+  def bytes_of(part: bytes) -> np.ndarray:
+    constant = np.frombuffer(part, np.uint8)
+    return np.broadcast_to(constant, (rows, lines, len(constant)))
+
+  line = np.concatenate(
+    [bytes_of(b"\n# "), names, bytes_of(b" = "), numbers, bytes_of(b"\n")], -1
+  )
+  size = line.shape[-1]
+  starts = rng.integers(0, len(text) - length, rows)
+  tokens = text[starts[:, None] + np.arange(length)].astype(np.int64)
+  labels = np.full((rows, length), IGNORED)
+  first = length - lines * size
+  at = places(rng, rows, lines, size, first - far)
+  row = np.arange(rows)[:, None, None]
+  tokens[row, at[..., None] + np.arange(size)] = line
+  order = rng.permuted(np.tile(np.arange(lines), (rows, 1)), axis=1)
+  asked = line[np.arange(rows)[:, None], order]
+  tokens[:, first:] = asked.reshape(rows, -1)
+  # A digit is predicted by the token before it.
+  answer = np.full(asked.shape, IGNORED)
+  digits = slice(size - 1 - DIGITS, size - 1)
+  answer[..., size - 2 - DIGITS : size - 2] = asked[..., digits]
+  labels[:, first:] = answer.reshape(rows, -1)
+  return tokens.astype(np.int32), labels.astype(np.int32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+  """A model to train."""
+
+  task: str
+  kind: str
+  rate: float
+  seed: int = 0
+
+  @property
+  def name(self) -> str:
+    kind = self.kind.replace(" + ", "_").replace(" ", "_")
+    return f"{self.task}-{kind}-{self.rate:g}-{self.seed}"
+
+
+def make_rows(
+  study: Study, trial: Trial, corpus: data.Corpus | None, length: int
+) -> Callable[[int, int], tuple[np.ndarray, np.ndarray]]:
+  """A function of a seed and a number of rows; a seed < 0 is for tests."""
+  far = distance(study.config(trial.task, trial.kind).nsa)
+  sizes = {"length": length, "far": far}
+  asked = study.asked[trial.task]
+
+  def rows(seed: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng((trial.seed, length, abs(seed), seed < 0))
+    if trial.task == "pairs":
+      return make_pairs(
+        rng, rows=count, pairs=asked, vocab_size=study.vocab_size, **sizes
+      )
+    assert corpus is not None
+    text = corpus.validation if seed < 0 else corpus.train
+    return make_needles(rng, text, rows=count, lines=asked, **sizes)
+
+  return rows
+
+
+def accuracy(
+  predict: Callable[..., Any],
+  params: Any,
+  tokens: np.ndarray,
+  labels: np.ndarray,
+  batch: int,
+) -> float:
+  """The fraction of answers, of the digits if a number, that are right."""
+  right = 0
+  for start in range(0, len(tokens), batch):
+    part = slice(start, start + batch)
+    found = np.asarray(predict(params, tokens[part]))
+    right += ((found == labels[part]) & (labels[part] != IGNORED)).sum()
+  return float(right / (labels != IGNORED).sum())
+
+
+def run_trial(
+  study: Study, trial: Trial, stop_at: float = float("inf")
+) -> dict[str, Any] | None:
+  """Trains and tests a model at one length after the other.
+
+  Returns:
+    The accuracy by length, and the curve of (steps, length, accuracy); None if
+    `stop_at` is over.
+  """
+  model = TransformerLM(study.config(trial.task, trial.kind))
+  corpus = None
+  if trial.task == "needle":
+    corpus = data.load_corpus(None, 2**26, max(study.lengths))
+  optimizer = train.make_optimizer(trial.rate, sum(study.steps))
+  step_fn = jax.jit(train.make_train_step(model, optimizer), donate_argnums=0)
+
+  @jax.jit
+  def predict(params, tokens):
+    logits: Any = model.apply({"params": params}, tokens)
+    return jnp.argmax(logits, axis=-1)
+
+  @jax.jit
+  def init():
+    tokens = jnp.zeros((1, study.lengths[0]), jnp.int32)
+    params = model.init(jax.random.key(trial.seed), tokens)["params"]
+    return {"params": params, "opt_state": optimizer.init(params)}
+
+  state, curve, done = init(), [], 0
+  for length, steps in zip(study.lengths, study.steps, strict=True):
+    rows = make_rows(study, trial, corpus, length)
+    batch = study.tokens // length
+    tested = rows(-1, study.tested)
+    for step in range(1, steps + 1):
+      tokens, labels = rows(step, batch)
+      # One segment, at positions from 0 on.
+      nothing: Any = None
+      state, _ = step_fn(state, PackedRow(tokens, labels, nothing, nothing))
+      if step % -(-steps // study.evaluations) == 0 or step == steps:
+        right = accuracy(predict, state["params"], *tested, batch)
+        curve.append([done + step, length, right])
+        print(f"{trial.name}: {length} {step} {right:.3f}", flush=True)
+        if time.time() > stop_at:
+          return None
+    done += steps
+  last = {length: right for _, length, right in curve}
+  return {
+    "accuracy": [last[length] for length in study.lengths],
+    "wrong": 1 - float(np.mean([*last.values()])),
+    "curve": curve,
+    "device": jax.devices()[0].device_kind,
+  }
+
+
+def tables(
+  study: Study, results: Sequence[Mapping[str, Any]]
+) -> dict[str, list[dict[str, Any]]]:
+  """Accuracy at the best learning rate by task and length; and by rate."""
+  found = {}
+  for task in TASKS:
+    own = [x for x in results if x["task"] == task]
+    rates = trials.best(own, "wrong")
+    rows = []
+    for kind in study.kinds:
+      for x in own:
+        if x["kind"] == kind and x["rate"] == rates[kind]:
+          accuracies = zip(study.lengths, x["accuracy"], strict=True)
+          rows.append(
+            {"attention": kind, "learning rate": x["rate"]}
+            | {f"{length}": f"{y:.1%}" for length, y in accuracies}
+          )
+    found[f"{task}: answers that are right"] = rows
+  tried: dict[str, dict[str, Any]] = {}
+  for x in results:
+    row = tried.setdefault(x["kind"], {"attention": x["kind"]})
+    row[f"{x['task']}, {x['rate']:g}"] = f"{1 - x['wrong']:.1%}"
+  return found | {"Mean over the lengths, by learning rate": [*tried.values()]}
+
+
+def plot(
+  path: pathlib.Path, study: Study, results: Sequence[Mapping[str, Any]]
+) -> None:
+  """Plots the accuracy over training, at the best learning rates."""
+  figure, panels = plt.subplots(
+    1, 2, figsize=(11, 4), sharey=True, constrained_layout=True
+  )
+  for axes, task in zip(panels, TASKS, strict=True):
+    own = [x for x in results if x["task"] == task]
+    rates = trials.best(own, "wrong")
+    for i, kind in enumerate(study.kinds):
+      for x in own:
+        if x["kind"] == kind and x["rate"] == rates[kind]:
+          steps, _, right = zip(*x["curve"], strict=True)
+          axes.plot(steps, right, color=f"C{i}", label=kind)
+    done = 0
+    for length, count in zip(study.lengths, study.steps, strict=True):
+      axes.axvline(done, color="gray", linewidth=0.5)
+      axes.text(done, 1.02, f" {length} tokens", fontsize="small")
+      done += count
+    axes.set(xlabel=f"steps, {task}", ylim=(0, 1.1))
+    axes.grid(alpha=0.3)
+  panels[0].set_ylabel("answers that are right")
+  panels[0].legend()
+  figure.savefig(path, dpi=150)
+  plt.close(figure)
+
+
+def parser() -> argparse.ArgumentParser:
+  """The flags."""
+  result = harness.arguments(__doc__.splitlines()[0])
+  result.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS)
+  result.add_argument("--kinds", nargs="+", choices=tuple(KINDS))
+  trials.add_flags(result, pathlib.Path("runs/recall"))
+  return result
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+  """Runs the benchmark."""
+  args = parser().parse_args(argv)
+  study = QUICK if args.quick else STUDY
+  if args.kinds:
+    study = dataclasses.replace(study, kinds=tuple(args.kinds))
+  folder = args.runs / ("quick" if args.quick else "full")
+  if args.trial is not None:
+    run = functools.partial(run_trial, study, stop_at=args.stop_at)
+    trials.write(folder, Trial(**args.trial), run)
+    return
+  wanted = [
+    Trial(task, kind, rate)
+    for task in args.tasks
+    for kind in study.kinds
+    for rate in study.rates
+  ]
+  found = trials.Queue("benchmarks.recall", folder, args).run(wanted)
+  harness.record(
+    args.out,
+    "recall",
+    "What models find far back",
+    tables(study, found),
+    results=found,
+  )
+  plot(args.out / "recall.png", study, found)
+  if len(found) < len(wanted):
+    print(f"{len(found)} of {len(wanted)} models are trained; run it again")
+
+
+if __name__ == "__main__":
+  main()

@@ -1,0 +1,127 @@
+"""Trains many small models, one per GPU at a time, each in its own process.
+
+A trial is a frozen dataclass with a `name`. Its result is a JSON file in the
+folder of all trials, so that a command that was stopped continues.
+"""
+
+import argparse
+import concurrent.futures
+import dataclasses
+import json
+import os
+import pathlib
+import queue
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+
+from benchmarks import harness
+
+UNFINISHED = 3  # exit code of a trial that was stopped
+
+
+def add_flags(parser: argparse.ArgumentParser, runs: pathlib.Path) -> None:
+  """The flags of a command that trains models."""
+  add = parser.add_argument
+  add(
+    "--runs",
+    type=pathlib.Path,
+    default=runs,
+    help=f"folder for checkpoints and results (default: {runs})",
+  )
+  add("--workers", type=int, help="models at a time (default: one per GPU)")
+  add("--minutes", type=float, default=float("inf"), help="stop after so long")
+  add("--trial", type=json.loads, help=argparse.SUPPRESS)
+  add("--stop-at", type=float, help=argparse.SUPPRESS)
+
+
+def write(
+  folder: pathlib.Path,
+  trial: Any,
+  run: Callable[[Any], Mapping[str, Any] | None],
+) -> None:
+  """Runs a trial in this process and writes its result.
+
+  Raises:
+    SystemExit: if `run` returns None, because it was stopped.
+  """
+  result = run(trial)
+  if result is None:
+    raise SystemExit(UNFINISHED)
+  path = folder / f"{trial.name}.json"
+  temporary = path.with_suffix(".tmp")
+  temporary.write_text(json.dumps(dataclasses.asdict(trial) | dict(result)))
+  temporary.replace(path)
+
+
+class Queue:
+  """Trials that wait for a GPU.
+
+  Args:
+    module: the command, which takes `--trial` and `--stop-at`.
+    folder: of the results.
+    args: the flags of the command.
+  """
+
+  def __init__(
+    self, module: str, folder: pathlib.Path, args: argparse.Namespace
+  ):
+    self._environment = dict(os.environ)
+    # The models need the memory of the GPUs, this process only their number.
+    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
+    if not args.quick:
+      harness.require_gpu()
+    self._command = [sys.executable, "-m", module, *sys.argv[1:]]
+    self._folder = folder
+    self._stop_at = time.time() + 60 * args.minutes
+    workers = args.workers or len(jax.devices())
+    self._gpus: queue.Queue[int] = queue.Queue()
+    for gpu in range(workers):
+      self._gpus.put(gpu)
+    self._pool = concurrent.futures.ThreadPoolExecutor(workers)
+    folder.mkdir(parents=True, exist_ok=True)
+
+  def run(self, trials: Iterable[Any]) -> list[dict[str, Any]]:
+    """Runs the trials that have no result; returns the results there are."""
+    paths = {x: self._folder / f"{x.name}.json" for x in trials}
+    waiting = [x for x, path in paths.items() if not path.exists()]
+    for trial, code in zip(
+      waiting, self._pool.map(self._run, waiting), strict=True
+    ):
+      if code not in (0, UNFINISHED):
+        log = self._folder / f"{trial.name}.log"
+        raise SystemExit(f"{trial.name} ended with {code}: see {log}")
+    return [json.loads(x.read_text()) for x in paths.values() if x.exists()]
+
+  def _run(self, trial: Any) -> int:
+    if time.time() > self._stop_at - 20:
+      return UNFINISHED
+    gpu = self._gpus.get()
+    fields = json.dumps(dataclasses.asdict(trial))
+    command = [
+      *(*self._command, "--trial", fields, "--stop-at", str(self._stop_at))
+    ]
+    environment = {**self._environment, "CUDA_VISIBLE_DEVICES": str(gpu)}
+    try:
+      with (self._folder / f"{trial.name}.log").open("a") as log:
+        return subprocess.run(
+          command, env=environment, stdout=log, stderr=log, check=False
+        ).returncode
+    finally:
+      self._gpus.put(gpu)
+
+
+def best(
+  results: Iterable[Mapping[str, Any]], measure: str
+) -> dict[str, float]:
+  """The learning rate with the lowest measure, by kind."""
+  found: dict[str, Mapping[str, Any]] = {}
+  for result in results:
+    kind = result["kind"]
+    if kind not in found or result[measure] < found[kind][measure]:
+      found[kind] = result
+  return {kind: result["rate"] for kind, result in found.items()}
