@@ -33,7 +33,7 @@ SCRIPT = Path(train_lm.__file__)
 # Short, but long enough for the preset's attention to be sparse.
 SMALL = ["--seq-len=384", "--batch-size=1", "--steps=6", "--max-bytes=200000"]
 SMALL += ["--eval-batches=2", "--eval-every=2", "--checkpoint-every=2"]
-SMALL += ["--sample-bytes=8"]
+SMALL += ["--sample-tokens=8"]
 
 # Runs the script, and sends it SIGINT while it prepares its fourth step.
 INTERRUPT = """

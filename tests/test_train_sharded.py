@@ -26,7 +26,7 @@ from nsa_jax import Layout, PackedRow, TransformerLM
 SCRIPT = Path(train_sharded.__file__)
 SMALL = ["--attention=window", "--seq-len=128", "--batch-size=4"]
 SMALL += ["--max-bytes=200000", "--eval-batches=1", "--eval-every=2"]
-SMALL += ["--checkpoint-every=2", "--sample-bytes=2"]
+SMALL += ["--checkpoint-every=2", "--sample-tokens=2"]
 # Of jax, where process 0 is the one that has ended, or is silent.
 ENDED = "another process has ended|detected fatal errors|cannot save the checkp"
 
