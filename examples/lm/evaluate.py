@@ -18,8 +18,8 @@ from .devices import Devices
 from .flags import UsageError
 from .run import load_run
 from .terminal import printable, warn
-from .tokenizer import Unit, encode_corpus
-from .train import describe_tokens, open_validation, token_losses
+from .tokenizer import Unit
+from .train import open_validation, token_losses
 
 FIRST = 64  # tokens of the first range of positions; each next one doubles
 
@@ -42,9 +42,12 @@ def evaluate(args: argparse.Namespace, devices: Devices | None = None) -> int:
   """
   devices = devices or Devices()
   with devices.use():
-    model, params, step, tokenizer, config = load_run(
-      args.out, args.implementation, devices
-    )
+    try:
+      model, params, step, tokenizer, config = load_run(
+        args.out, args.implementation, devices
+      )
+    except UsageError as error:
+      raise UsageError(f"--evaluate: {error}") from error
     for name in ("batch_size", "seq_len"):
       if getattr(args, name) is None:
         setattr(args, name, config[name])
@@ -59,8 +62,13 @@ def evaluate(args: argparse.Namespace, devices: Devices | None = None) -> int:
         f"--corpus {text.name}: is not the text of the run, which may have "
         "been trained on its validation part."
       )
-    corpus = encode_corpus(tokenizer, text, args.seq_len)
-    batch = open_validation(args, model.config.nsa, corpus)
+    files = tokenizer.encode(file.tobytes() for file in text.validation_files())
+    if (count := sum(map(len, files))) <= args.seq_len:
+      raise UsageError(
+        f"--seq-len {args.seq_len}: the validation text has only {count} "
+        f"{tokenizer.unit}s."
+      )
+    batch = open_validation(args, model.config.nsa, files)
     rows, size = devices.rows(args.batch_size), args.batch_size
     losses_fn = jax.jit(
       functools.partial(token_losses, model), out_shardings=devices.whole
@@ -74,11 +82,11 @@ def evaluate(args: argparse.Namespace, devices: Devices | None = None) -> int:
       ]
     except ValueError as error:
       raise UsageError(str(error)) from error
+  tokens = "" if tokenizer.unit == "byte" else f", {count:,} tokens"
   print(
     f"text       {printable(text.name)}: {len(text.validation):,} bytes for "
-    f"validation\n"
-    f"{describe_tokens(tokenizer, text, corpus)}"
-    f"checkpoint of step {step} in {printable(args.out)}"
+    f"validation{tokens}\n"
+    f"checkpoint {printable(args.out)}, step {step}"
   )
   sizes, unit = tokenizer.sizes(), tokenizer.unit
   for name, line in _report(

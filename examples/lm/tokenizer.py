@@ -200,10 +200,16 @@ def open_tokenizer(
     return Tokenizer()
   if not spec.startswith(BPE):
     return _read(pathlib.Path(spec), where)
+  size = int(spec.removeprefix(BPE))
   if trained is not None and trained.exists():
-    return _read(trained, where)
+    tokenizer = _read(trained, str(trained))
+    if (found := len(tokenizer.pieces)) != size:
+      raise UsageError(
+        f"{where}: the run in --out has a BPE of {found} tokens."
+      )
+    return tokenizer
   texts = (file.tobytes() for file in corpus.train_files())
-  return train_bpe(texts, int(spec.removeprefix(BPE)), where)
+  return train_bpe(texts, size, where)
 
 
 def load_tokenizer(folder: pathlib.Path, digest: str) -> Tokenizer:

@@ -244,7 +244,7 @@ def open_data(
 ) -> tuple[Batches, Batch]:
   """The batches to train on, and those of `open_validation`."""
   sizes = {"batch_size": args.batch_size, "seq_len": args.seq_len}
-  validation = open_validation(args, config, corpus)
+  validation = open_validation(args, config, corpus.validation_files())
   if not args.pack:
     return RandomWindows(corpus.train, args.seed, **sizes), validation
   batches = PackedFiles(
@@ -257,16 +257,15 @@ def open_data(
 
 
 def open_validation(
-  args: argparse.Namespace, config: NSAConfig, corpus: Corpus
+  args: argparse.Namespace, config: NSAConfig, files: Sequence[np.ndarray]
 ) -> Batch:
-  """The eval_batches * batch_size rows to evaluate."""
+  """The eval_batches * batch_size rows of these files to evaluate."""
   count = args.eval_batches * args.batch_size
   if not args.pack:
-    return validation_windows(
-      corpus.validation, count=count, seq_len=args.seq_len
-    )
+    text = np.concatenate(files)
+    return validation_windows(text, count=count, seq_len=args.seq_len)
   return validation_rows(
-    corpus.validation_files(),
+    files,
     count=count,
     seq_len=args.seq_len,
     alignment=config.selection_block,
@@ -295,7 +294,7 @@ def encode_prompt(args: argparse.Namespace, tokenizer: Tokenizer) -> np.ndarray:
 
 def describe_tokens(tokenizer: Tokenizer, text: Corpus, corpus: Corpus) -> str:
   """A line on the tokens of a text; "" for bytes."""
-  if tokenizer.digest == Tokenizer.digest:
+  if tokenizer.unit == "byte":
     return ""
   ratio = len(text.train) / len(corpus.train)
   return (
