@@ -108,9 +108,10 @@ def test_command(
     short = shlex.split(SHORT.get(script.name, ""))
     if script.name == "train_lm.py" and "--out" not in arguments:
       short.append(f"--out={tmp_path / 'run'}")
+    uses_run = script.name == "generate.py" or "--evaluate" in arguments
     subprocess.run(
       [sys.executable, script, *arguments[1:], *short],
-      cwd=_folder(tmp_path, script.name == "generate.py"),
+      cwd=_folder(tmp_path, uses_run),
       env=script_environment,
       check=True,
       capture_output=True,

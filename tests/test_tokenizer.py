@@ -246,12 +246,8 @@ def finished(tmp_path_factory):
     *(f"--corpus={corpus}", "--text-field=body", "--tokenizer=bpe:300"),
     *("--pack", "--attention=window", "--batch-size=2", "--seq-len=96"),
     *("--steps=4", "--eval-batches=2", "--eval-every=2"),
-    *(
-      "--checkpoint-every=2",
-      "--sample-tokens=8",
-      "--tensorboard",
-      "--prompt=été",
-    ),
+    *("--checkpoint-every=2", "--sample-tokens=8", "--tensorboard"),
+    "--prompt=été",
   ]
   out = folder / "run"
   with pytest.MonkeyPatch.context() as patch:
