@@ -272,9 +272,12 @@ def open_validation(
   )
 
 
-def schedule_flags(args: argparse.Namespace) -> tuple[int | None, float | None]:
-  """The last arguments of `make_schedule` and `make_optimizer`."""
-  return args.warmup_steps, args.final_learning_rate
+def learning_rate(args: argparse.Namespace, steps: int, step: int) -> float:
+  """The learning rate of these flags after `step` of `steps` steps."""
+  schedule = make_schedule(
+    args.learning_rate, steps, args.warmup_steps, args.final_learning_rate
+  )
+  return float(schedule(step))
 
 
 def encode_prompt(args: argparse.Namespace, tokenizer: Tokenizer) -> np.ndarray:
@@ -309,8 +312,7 @@ def describe_growth(
 ) -> str:
   """What a larger --steps does to a run that is resumed."""
   before, now = (
-    float(make_schedule(args.learning_rate, steps, *schedule_flags(args))(step))
-    for steps in (steps_before, args.steps)
+    learning_rate(args, steps, step) for steps in (steps_before, args.steps)
   )
   return (
     f"--steps was {steps_before}, now {args.steps}: the learning rate follows "
@@ -381,7 +383,10 @@ def _train(
   alone = TransformerLM(config)
   model = TransformerLM(dataclasses.replace(config, layout=devices.layout))
   optimizer = make_optimizer(
-    args.learning_rate, args.steps, *schedule_flags(args)
+    args.learning_rate,
+    args.steps,
+    args.warmup_steps,
+    args.final_learning_rate,
   )
 
   def init() -> State:
@@ -565,9 +570,6 @@ def run_steps(
   weights = [num_predicted(batch) for batch in eval_batches]
   pending: list[tuple[int, jax.Array]] = []  # losses still on the device
   events = args.tensorboard and devices.first
-  schedule = make_schedule(
-    args.learning_rate, args.steps, *schedule_flags(args)
-  )
 
   def evaluated(batch: Batch) -> Any:
     return devices.put(take_rows(batch, rows), size)
@@ -582,7 +584,7 @@ def run_steps(
         )
       run.metrics.append({"step": at, "train_loss": value})
       if events:
-        rate = float(schedule(at - 1))
+        rate = learning_rate(args, args.steps, at - 1)
         write_events(at, {"loss/training": value, "learning_rate": rate})
     pending.clear()
 
