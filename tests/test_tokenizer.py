@@ -139,6 +139,10 @@ def test_tokenizer_messages(tmp_path, capsys, monkeypatch):
   texts.write_text("".join(make_texts(60)))
   words = tmp_path / "words.json"
   tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0})).save(str(words))
+  # Byte-level, but for one token.
+  content = tok.train_bpe(encoded(make_texts(50)), 300, "here")._content
+  mixed = tmp_path / "mixed.json"
+  mixed.write_bytes(content.replace(b'"?":', '"\u2581":'.encode()))
   broken = tmp_path / "broken.json"
   broken.write_text("{")
   args = [f"--corpus={texts}", f"--out={tmp_path / 'run'}", "--seq-len=32"]
@@ -149,6 +153,7 @@ def test_tokenizer_messages(tmp_path, capsys, monkeypatch):
     (tmp_path / "none", f"--tokenizer {tmp_path / 'none'}: [Errno 2] No such"),
     (broken, f"--tokenizer {broken}: is no tokenizer.json: "),
     (words, f"--tokenizer {words}: must be a byte-level BPE, with the decoder"),
+    (mixed, f"--tokenizer {mixed}: must be a byte-level BPE, with the decoder"),
     ("bpe:9999", "--tokenizer bpe:9999: the text for training has pairs for "),
   ):
     line = error_line(capsys, cli.main, *args, f"--tokenizer={name}")

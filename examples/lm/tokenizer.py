@@ -78,15 +78,20 @@ class BPETokenizer(Tokenizer):
     self._content = content
     self.digest = hashlib.sha256(content).hexdigest()[:16]
     vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
+    added = self._tokenizer.get_added_tokens_decoder()
+    plain = {text for text, token in vocabulary.items() if token not in added}
     alphabet = _alphabet(package)
-    kinds = [part["type"] for part in (decoder or {}).get("decoders", ())]
-    kinds.append((decoder or {}).get("type"))
-    if "ByteLevel" not in kinds or not alphabet.keys() <= vocabulary.keys():
+    decoder = decoder or {}
+    kinds = [x.get("type") for x in (decoder, *decoder.get("decoders", ()))]
+    if (
+      "ByteLevel" not in kinds
+      or not alphabet.keys() <= plain
+      or not set("".join(plain)) <= alphabet.keys()
+    ):
       raise UsageError(
         f"{where}: must be a byte-level BPE, with the decoder ByteLevel and a "
         "token for every byte."
       )
-    added = self._tokenizer.get_added_tokens_decoder()
     self.pieces = [b""] * (max(vocabulary.values()) + 1)
     for text, token in vocabulary.items():
       if token in added:
@@ -235,7 +240,7 @@ def _read(path: pathlib.Path, where: str) -> BPETokenizer:
 
 
 def encode_corpus(tokenizer: Tokenizer, corpus: Corpus, seq_len: int) -> Corpus:
-  """The corpus as tokens.
+  """A corpus of bytes as one of tokens.
 
   Args:
     tokenizer: makes them.
@@ -245,6 +250,8 @@ def encode_corpus(tokenizer: Tokenizer, corpus: Corpus, seq_len: int) -> Corpus:
   Raises:
     UsageError: if they have not.
   """
+  if tokenizer.unit == "byte":
+    return corpus
   train, validation = (
     tokenizer.encode(file.tobytes() for file in files)
     for files in (corpus.train_files(), corpus.validation_files())
