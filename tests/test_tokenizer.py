@@ -14,11 +14,11 @@ import orbax.checkpoint as ocp
 import pytest
 import tokenizers
 
+import nsa_jax
 from examples import generate, lm
 from examples.lm import UsageError, cli, data, evaluate, train
 from examples.lm import tokenizer as tok
 from examples.lm.jsonl import read_jsonl
-from nsa_jax import PackedRow
 from tests import tiny_run
 
 WORDS = ["the", "fox", "jumps", "over", "a", "lazy", "dog", "while", "été"]
@@ -400,7 +400,7 @@ def test_losses_by_position():
   labels = np.zeros((2, 200), np.int32)
   labels[0, 150:] = -100
   positions = np.stack([np.arange(200), np.arange(200) % 50])
-  row = PackedRow(labels, labels, np.ones_like(labels), positions)
+  row = nsa_jax.PackedRow(labels, labels, np.ones_like(labels), positions)
   lines = dict(evaluate._report(losses, row, 2 * sizes, "token"))
   assert [*lines] == ["validation", *names[1:3], "at 128 to 149"]
   assert lines["at 128 to 149"].startswith("138.5000 nats/token, 69.2500 na")
@@ -417,18 +417,13 @@ def test_text_of_the_tokenizer_of_the_run(run, capsys):
   assert step == 4
   assert model.config.vocab_size == 300
   prompt = tokenizer.encode(["the fox été".encode()])[0].tolist()
-  tokens = generate_tokens(model, params, prompt)
+  new = nsa_jax.generate(
+    model, params, [prompt], max_new_tokens=6, temperature=0
+  )
   show = generate.make_printer()
-  show(tokenizer.decode(tokens))
+  show(tokenizer.decode(np.asarray(new.tokens[0])))
   show(b"")
   assert capsys.readouterr().out + "\n" == out
-
-
-def generate_tokens(model: Any, params: Any, prompt: list[int]) -> np.ndarray:
-  from nsa_jax import generate
-
-  out = generate(model, params, [prompt], max_new_tokens=6, temperature=0)
-  return np.asarray(out.tokens[0])
 
 
 # ------------------------------------------- event files, learning rate, flags
