@@ -4,7 +4,8 @@
     python examples/generate.py --prompt "def main"
     head -c 500 notes.txt | python examples/generate.py --run runs/notes
 
-The text is printed while it is sampled, byte by byte.
+The text is printed while it is sampled, token by token. Tokens are those of the
+run: bytes, unless it has a tokenizer.
 """
 
 import argparse
@@ -38,28 +39,29 @@ def complete(args: argparse.Namespace) -> None:
   # Imported late: jax takes seconds, in which Ctrl-C is handled already.
   from nsa_jax import generate
 
-  model, params, step = lm.load_model(args.run, args.implementation)
+  model, params, step, tokenizer, _ = lm.load_run(args.run, args.implementation)
   if args.prompt is None:
     prompt = sys.stdin.buffer.read()
   else:
     prompt = os.fsencode(args.prompt)
   if not prompt:
     raise UsageError("the prompt must have at least one byte.")
+  tokens = tokenizer.encode([prompt])[0].tolist()
   print(f"{printable(args.run)}, step {step}", file=sys.stderr)
   show = make_printer()
   started = False
 
-  def stream(tokens: Any) -> None:
+  def stream(new: Any) -> None:
     nonlocal started
     if not started:  # So that invalid arguments print no partial output.
       show(prompt)
       started = True
-    show(bytes([tokens[0]]))
+    show(tokenizer.decode(new[:1]))
 
   generate(
     model,
     params,
-    [list(prompt)],
+    [tokens],
     max_new_tokens=args.max_new_tokens,
     temperature=args.temperature,
     top_k=args.top_k,
@@ -95,27 +97,27 @@ def make_parser() -> argparse.ArgumentParser:
     type=positive(int),
     default=400,
     metavar="N",
-    help="bytes to add (default: 400)",
+    help="tokens to add (default: 400)",
   )
   add(
     "--temperature",
     type=float,
     default=0.8,
     metavar="X",
-    help="of sampling; 0 takes the most likely byte (default: 0.8)",
+    help="of sampling; 0 takes the most likely token (default: 0.8)",
   )
   add(
     "--top-k",
     type=int,
     metavar="N",
-    help="sample among the N most likely bytes (default: all)",
+    help="sample among the N most likely tokens (default: all)",
   )
   add(
     "--top-p",
     type=float,
     metavar="X",
-    help="sample among the most likely bytes that together have probability X "
-    "(default: all)",
+    help="sample among the most likely tokens that together have probability "
+    "X (default: all)",
   )
   add(
     "--seed",

@@ -53,11 +53,11 @@ SHORT = {
   "train_lm.py": (
     # As in test_train_lm.py: the same programs are compiled once.
     "--steps=6 --seq-len=384 --batch-size=1 --max-bytes=200000"
-    " --eval-batches=1 --sample-bytes=8"
+    " --eval-batches=1 --sample-tokens=8"
   ),
   "train_sharded.py": (
     "--attention=window --steps=2 --seq-len=128 --batch-size=4"
-    " --max-bytes=200000 --eval-batches=1 --sample-bytes=2"
+    " --max-bytes=200000 --eval-batches=1 --sample-tokens=2"
   ),
   "generate.py": "--max-new-tokens=8",
 }
@@ -108,9 +108,10 @@ def test_command(
     short = shlex.split(SHORT.get(script.name, ""))
     if script.name == "train_lm.py" and "--out" not in arguments:
       short.append(f"--out={tmp_path / 'run'}")
+    uses_run = script.name == "generate.py" or "--evaluate" in arguments
     subprocess.run(
       [sys.executable, script, *arguments[1:], *short],
-      cwd=_folder(tmp_path, script.name == "generate.py"),
+      cwd=_folder(tmp_path, uses_run),
       env=script_environment,
       check=True,
       capture_output=True,

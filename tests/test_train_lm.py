@@ -26,6 +26,7 @@ import pytest
 from examples import train_lm
 from examples.lm import UsageError, cli, data, load_model, terminal, train
 from examples.lm import run as runs
+from examples.lm.tokenizer import Tokenizer
 from nsa_jax import NSAConfig, PackedRow, TransformerConfig
 from tests import tiny_run
 
@@ -33,7 +34,7 @@ SCRIPT = Path(train_lm.__file__)
 # Short, but long enough for the preset's attention to be sparse.
 SMALL = ["--seq-len=384", "--batch-size=1", "--steps=6", "--max-bytes=200000"]
 SMALL += ["--eval-batches=2", "--eval-every=2", "--checkpoint-every=2"]
-SMALL += ["--sample-bytes=8"]
+SMALL += ["--sample-tokens=8"]
 
 # Runs the script, and sends it SIGINT while it prepares its fourth step.
 INTERRUPT = """
@@ -253,7 +254,7 @@ def test_an_implementation_that_cannot_leaves_no_folder(
     (["--preset=huge"], "argument --preset: invalid choice: 'huge'"),
     (["--implementation=tpu"], "--implementation: invalid choice: 'tpu'"),
     (["--atention=nsa"], "unrecognized arguments: --atention=nsa"),
-    (["--prompt="], "argument --prompt: must have 1 to 511 bytes, has 0"),
+    (["--prompt="], "--prompt: must have 1 to 511 bytes, has 0."),
     (["--temperature=1e-9"], "argument --temperature: 1e-09 is not a finite"),
     (["--seq-len=1"], "argument --seq-len: 1 is not at least 2"),
     (["--window=0"], "argument --window: '0' is not a positive integer"),
@@ -592,7 +593,7 @@ def test_max_bytes_are_all_that_is_read(tmp_path, monkeypatch):
 
 
 def test_a_sample_is_safe_on_an_ascii_terminal(tmp_path, monkeypatch):
-  args = cli.make_parser().parse_args(["--prompt=a"])
+  args = cli.make_parser().parse_args([])
   args.seq_len = 100
   sample = b"a\x1b[31m\xc3\xa9\n\tb"
   out: Any = SimpleNamespace(tokens=np.frombuffer(sample, np.uint8)[None])
@@ -601,9 +602,8 @@ def test_a_sample_is_safe_on_an_ascii_terminal(tmp_path, monkeypatch):
   monkeypatch.setattr("sys.stdout", io.TextIOWrapper(shown, encoding="ascii"))
   terminal.prepare_output()
   run: Any = SimpleNamespace(folder=tmp_path)
-  corpus: Any = None
   model: Any = None
-  train.write_sample(args, model, {}, corpus, run)
+  train.write_sample(args, model, {}, Tokenizer(), np.array([97]), run)
   assert shown.getvalue() == b"---- sample, after b'a'\n?[31m?\n\tb\n----\n"
   assert (tmp_path / "sample.txt").read_bytes() == sample
 
@@ -745,7 +745,8 @@ def test_resume_of_another_version(tmp_path):
   path = tmp_path / "checkpoints/3/config/metadata"
   saved = json.loads(path.read_text())
   del saved["model"]["normalize_qk"], saved["model"]["nsa"]["window"]
-  del saved["pack"]
+  for name in runs.DEFAULTS:
+    del saved[name]
   path.write_text(json.dumps(saved))
   run = tiny_run.open_run(tmp_path, True)
   # The default of NSAConfig, not of the preset.

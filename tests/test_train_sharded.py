@@ -26,7 +26,7 @@ from nsa_jax import Layout, PackedRow, TransformerLM
 SCRIPT = Path(train_sharded.__file__)
 SMALL = ["--attention=window", "--seq-len=128", "--batch-size=4"]
 SMALL += ["--max-bytes=200000", "--eval-batches=1", "--eval-every=2"]
-SMALL += ["--checkpoint-every=2", "--sample-bytes=2"]
+SMALL += ["--checkpoint-every=2", "--sample-tokens=2"]
 # Of jax, where process 0 is the one that has ended, or is silent.
 ENDED = "another process has ended|detected fatal errors|cannot save the checkp"
 
@@ -138,7 +138,7 @@ def test_two_processes_train_as_one(tmp_path, script_environment):
 @pytest.mark.parametrize(
   "count, mesh",
   [
-    (2, ["--mesh=data=2,sequence=2", "--pack"]),
+    (2, ["--mesh=data=2,sequence=2", "--pack", "--tokenizer=bpe:300"]),
     (2, ["--mesh=sequence=4", "--zigzag", "--accumulate=2"]),
     (4, ["--mesh=data=4,sequence=2", "--fsdp", "--zigzag"]),
     (4, ["--mesh=data=8", "--fsdp"]),
@@ -154,9 +154,25 @@ def test_processes_train_as_one(
     count, tmp_path, *args, *mesh, f"--out={many}", env=script_environment
   ) as all_of_them:
     all_of_them.finish()
-  pack = [flag for flag in mesh if flag == "--pack"]
-  one_process(*args, *pack, f"--out={one}", env=script_environment)
+  text = [flag for flag in mesh if re.match("--(pack|tokenizer)", flag)]
+  one_process(*args, *text, f"--out={one}", env=script_environment)
   np.testing.assert_allclose(losses(many), losses(one), rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_processes_evaluate_as_one(tmp_path, script_environment):
+  out, env = tmp_path / "out", script_environment
+  args = [*SMALL, "--steps=2", "--tokenizer=bpe:300", f"--out={out}"]
+  one_process(*args, env=env)
+  *_, last = (out / "metrics.jsonl").read_text().splitlines()
+  evaluate = ["--evaluate", f"--out={out}", *SMALL, "--mesh=sequence=4"]
+  with Processes(2, tmp_path, *evaluate, "--zigzag", env=env) as both:
+    both.finish()
+    found = re.search(r"^validation +(\S+) nats/token", both.text(0), re.M)
+    assert found is not None
+    want = json.loads(last)["validation_loss"]
+    assert float(found[1]) == pytest.approx(want, abs=1e-4)
+    assert "nats" not in both.text(1)
 
 
 @pytest.mark.slow

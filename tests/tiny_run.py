@@ -9,6 +9,7 @@ import numpy as np
 from examples.lm.cli import make_parser
 from examples.lm.data import Corpus
 from examples.lm.run import Run, State, run_config
+from examples.lm.tokenizer import Tokenizer
 from examples.lm.train import make_optimizer
 from nsa_jax import TransformerConfig, TransformerLM
 
@@ -33,7 +34,7 @@ def make_state() -> State:
 def open_run(folder: pathlib.Path, resume: bool, *flags: str) -> Run:
   args = make_parser().parse_args(["--steps=10", *flags])
   text = np.zeros(1, np.uint8)
-  config = run_config(args, CONFIG, Corpus("none", text, text))
+  config = run_config(args, CONFIG, Corpus("none", text, text), Tokenizer())
   return Run(str(folder), config, resume)
 
 

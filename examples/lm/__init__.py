@@ -1,7 +1,8 @@
-"""A byte-level language model, shared by the commands in `examples/`.
+"""A language model, shared by the commands in `examples/`.
 
-`data` reads text, `train` trains, `devices` says where, `run` manages the
-folder of a run, `plot` draws its losses, `cli` and `sharded` are the commands
+`data` and `jsonl` read text, `tokenizer` makes tokens of it, `train` trains,
+`evaluate` does not, `devices` says where, `run` manages the folder of a run,
+`plot` and `events` draw its losses, `cli` and `sharded` are the commands
 `train_lm.py` and `train_sharded.py`, and `flags` and `terminal` are shared with
 `generate.py`.
 """
@@ -16,16 +17,16 @@ from typing import TYPE_CHECKING, Any
 from .flags import UsageError
 
 if TYPE_CHECKING:
-  from .run import load_model
+  from .run import load_model, load_run
 
-__all__ = ["UsageError", "load_model"]
+__all__ = ["UsageError", "load_model", "load_run"]
 
 
 def __getattr__(name: str) -> Any:
   # Imported when it is used: jax takes seconds, and the commands handle Ctrl-C
   # before.
-  if name == "load_model":
-    from .run import load_model
+  if name in ("load_model", "load_run"):
+    from . import run
 
-    return load_model
+    return getattr(run, name)
   raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

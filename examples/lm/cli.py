@@ -2,11 +2,10 @@
 
 import argparse
 import math
-import os
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from .flags import STOPPED, Parser, UsageError, positive
+from .flags import BPE, STOPPED, Parser, UsageError, positive
 from .terminal import StopRequest, prepare_output
 
 
@@ -26,12 +25,22 @@ RECIPES = {
 }
 
 
+def tokenizer(text: str) -> str:
+  """The type of --tokenizer."""
+  number = text.removeprefix(BPE)
+  if text != number and not (number.isdecimal() and int(number) > 256):
+    raise argparse.ArgumentTypeError(
+      f"{text!r} must name more tokens than the 256 bytes, such as bpe:8192"
+    )
+  return text
+
+
 def make_parser(prog: str = "train_lm.py") -> argparse.ArgumentParser:
   """The flags; those of a Recipe default to None."""
   parser = Parser(
     prog=prog,
-    description="Train a byte-level language model with Native Sparse "
-    "Attention on real text.",
+    description="Train a language model with Native Sparse Attention on real "
+    "text. Its tokens are bytes, unless there is a --tokenizer.",
     epilog="Ctrl-C during training saves a checkpoint first, and a second one "
     "stops at once; the same command with --resume continues, and ends where "
     "the uninterrupted run would have ended.",
@@ -65,8 +74,24 @@ def make_parser(prog: str = "train_lm.py") -> argparse.ArgumentParser:
   add(
     "--corpus",
     metavar="PATH",
-    help="text file, or folder of text files; what cannot be used is skipped "
-    "and named (default: the source of Python's standard library)",
+    help="text file, or folder of text files; of a .jsonl file, every line "
+    "holds a document; what cannot be used is skipped and named (default: the "
+    "source of Python's standard library)",
+  )
+  add(
+    "--text-field",
+    default="text",
+    metavar="NAME",
+    help="field of the text in a line of a .jsonl file (default: text)",
+  )
+  add(
+    "--tokenizer",
+    type=tokenizer,
+    default="bytes",
+    metavar="NAME",
+    help="bytes; or bpe:N, a byte-level BPE of N tokens that is trained on the "
+    "part of the corpus for training; or the path of a tokenizer.json with a "
+    "byte-level BPE (default: bytes)",
   )
   add(
     "--max-bytes",
@@ -79,9 +104,10 @@ def make_parser(prog: str = "train_lm.py") -> argparse.ArgumentParser:
   add(
     "--pack",
     action="store_true",
-    help="fill every sequence with files, or pieces of longer ones, that do "
-    "not read one another, each at a multiple of --selection-block (default: "
-    "windows of the text, which cross from one file to the next)",
+    help="fill every sequence with files or documents, or pieces of longer "
+    "ones, that do not read one another, each at a multiple of "
+    "--selection-block (default: windows of the text, which cross from one "
+    "file to the next)",
   )
 
   def recipe(name: str) -> str:
@@ -90,9 +116,9 @@ def make_parser(prog: str = "train_lm.py") -> argparse.ArgumentParser:
 
   kinds: dict[str, tuple[Callable[[str], Any], str]] = {
     "steps": (int, "optimiser steps"),
-    "seq-len": (int, "bytes in a sequence"),
+    "seq-len": (int, "tokens in a sequence"),
     "batch-size": (int, "sequences in a step, of all devices"),
-    "learning-rate": (float, "peak learning rate"),
+    "learning-rate": (float, "learning rate after the warm-up"),
   }
   for name, (kind, text) in kinds.items():
     add(
@@ -102,6 +128,20 @@ def make_parser(prog: str = "train_lm.py") -> argparse.ArgumentParser:
       help=f"{text} {recipe(name.replace('-', '_'))}",
     )
   add(
+    "--warmup-steps",
+    type=positive(int),
+    metavar="N",
+    help="steps over which the learning rate grows to --learning-rate, "
+    "linearly (default: a tenth of --steps, at most 1000)",
+  )
+  add(
+    "--final-learning-rate",
+    type=float,
+    metavar="X",
+    help="learning rate after the last step, to which it decays along a "
+    "cosine from the warm-up on (default: a twentieth of --learning-rate)",
+  )
+  add(
     "--accumulate",
     type=positive(int),
     default=1,
@@ -110,12 +150,12 @@ def make_parser(prog: str = "train_lm.py") -> argparse.ArgumentParser:
     "after the other, in the memory of one (default: 1)",
   )
   for name, text in {
-    "compression-block": "bytes in a compressed block",
-    "compression-stride": "bytes between the starts of compressed blocks",
-    "selection-block": "bytes in a selection block",
+    "compression-block": "tokens in a compressed block",
+    "compression-stride": "tokens between the starts of compressed blocks",
+    "selection-block": "tokens in a selection block",
     "num-selected": "blocks that a query selects, forced ones included",
     "num-local": "forced blocks ending at the query's own",
-    "window": "bytes of the sliding window",
+    "window": "tokens of the sliding window",
   }.items():
     add(
       f"--{name}",
@@ -143,12 +183,28 @@ def make_parser(prog: str = "train_lm.py") -> argparse.ArgumentParser:
     help="folder for checkpoints, metrics, plot and sample (default: "
     "runs/train_lm)",
   )
-  add(
+  resume_or_evaluate = parser.add_mutually_exclusive_group()
+  resume_or_evaluate.add_argument(
     "--resume",
     action="store_true",
     help="continue the run in --out; the other flags must be as before, but "
     "--steps may grow: the learning rate then follows the schedule of the new "
     "number from there on, which is not that of a run of so many steps",
+  )
+  resume_or_evaluate.add_argument(
+    "--evaluate",
+    action="store_true",
+    help="do not train, but print the validation loss of the last checkpoint "
+    "in --out, of all tokens and by position; flags of the text must be as in "
+    "training, while --seq-len, also longer, --batch-size and --pack are by "
+    "default those of the run",
+  )
+  add(
+    "--tensorboard",
+    action="store_true",
+    help="write event files for TensorBoard into the folder tensorboard of "
+    "--out, with losses, learning rate and speed; needs the package "
+    "tensorboardX",
   )
   add(
     "--eval-every",
@@ -177,11 +233,11 @@ def make_parser(prog: str = "train_lm.py") -> argparse.ArgumentParser:
     help="start of the final sample (default: the start of the held-out text)",
   )
   add(
-    "--sample-bytes",
+    "--sample-tokens",
     type=positive(int),
     default=400,
     metavar="N",
-    help="length of the final sample; it ends with the sequence at the latest "
+    help="tokens of the final sample; it ends with the sequence at the latest "
     "(default: 400)",
   )
   add(
@@ -218,8 +274,11 @@ def run(
   # Imported late: jax takes seconds, in which Ctrl-C is handled already.
   from nsa_jax.sampling import MIN_TEMPERATURE
 
+  from .evaluate import evaluate
   from .train import train
 
+  if args.evaluate:
+    return _call(parser, evaluate, args, connect)
   for name, value in RECIPES[args.preset]._asdict().items():
     if getattr(args, name) is None:
       setattr(args, name, value)
@@ -232,19 +291,33 @@ def run(
       f"argument --accumulate: {args.accumulate} does not divide --batch-size "
       f"{args.batch_size}"
     )
-  prompt_len = 1 if args.prompt is None else len(os.fsencode(args.prompt))
-  if not 0 < prompt_len < args.seq_len:
+  if (warmup := args.warmup_steps) is not None and warmup >= args.steps:
     parser.error(
-      f"argument --prompt: must have 1 to {args.seq_len - 1} bytes, has "
-      f"{prompt_len}"
+      f"argument --warmup-steps: {warmup} is not less than --steps {args.steps}"
+    )
+  final = args.final_learning_rate
+  if final is not None and not 0 <= final <= args.learning_rate:
+    parser.error(
+      f"argument --final-learning-rate: {final:g} is not between 0 and "
+      f"--learning-rate {args.learning_rate:g}"
     )
   if not MIN_TEMPERATURE <= args.temperature < math.inf:
     parser.error(
       f"argument --temperature: {args.temperature} is not a finite number of "
       f"at least {MIN_TEMPERATURE}"
     )
+  return _call(parser, train, args, connect)
+
+
+def _call(
+  parser: argparse.ArgumentParser,
+  command: Callable[..., int],
+  args: argparse.Namespace,
+  connect: Callable[[argparse.Namespace], Any] | None,
+) -> int:
+  """Calls `train` or `evaluate`, whose errors end this process in one line."""
   try:
-    return train(args, connect and connect(args))
+    return command(args, connect and connect(args))
   # The library's errors for unsupported arguments are one sentence.
   except (UsageError, NotImplementedError) as error:
     parser.error(str(error))

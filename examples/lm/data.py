@@ -1,8 +1,8 @@
 """Text: reading, splitting, batches, and a bigram model.
 
 A batch is either windows of a text, int32 [batch_size, seq_len + 1], of which
-every byte but the first is predicted, or packed rows of files, a PackedRow of
-[batch_size, seq_len].
+every token but the first is predicted, or packed rows of files, a PackedRow of
+[batch_size, seq_len]. Tokens are bytes, or those of `tokenizer`.
 """
 
 import dataclasses
@@ -21,12 +21,14 @@ import numpy as np
 from nsa_jax import PackedRow, PackedRows
 
 from .flags import UsageError
+from .jsonl import SUFFIX, read_jsonl
 from .terminal import printable
 
 Batch: TypeAlias = np.ndarray | PackedRow
 
 ALL = slice(None)  # rows of a batch
 CHUNK = 2**20  # bytes that are read at once
+MAX_TABLE = 2**24  # pairs of tokens that are counted in a table
 HELD_OUT = 10  # About one file in HELD_OUT is for validation.
 NOT_TEXT = {  # Parts of the standard library without library source.
   ".*",
@@ -50,11 +52,12 @@ class Corpus:
 
   Attributes:
     name: its name in messages.
-    train: uint8 vector, the bytes to train on.
-    validation: uint8 vector, the held-out bytes.
+    train: the tokens to train on; as it is read, bytes in a uint8 vector.
+    validation: the held-out tokens.
     skipped: why a file or folder of the corpus was skipped, by its path.
-    train_sizes: bytes of each file in `train`, in order.
-    validation_sizes: bytes of each file in `validation`, in order.
+    train_sizes: tokens of each file in `train`, in order. A document of a
+      .jsonl file counts as a file.
+    validation_sizes: tokens of each file in `validation`, in order.
   """
 
   name: str
@@ -75,6 +78,24 @@ class Corpus:
       sizes = (list(self.train_sizes), list(self.validation_sizes))
       parts.append(f"|{sizes}".encode())
     return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
+
+  def require(self, seq_len: int, unit: str) -> None:
+    """Raises UsageError unless both parts have more than seq_len tokens.
+
+    Args:
+      seq_len: tokens of a sequence.
+      unit: what a token is.
+    """
+    note = f" Skipped {describe_skipped(self.skipped)}." if self.skipped else ""
+    sizes = len(self.train), len(self.validation)
+    if not sizes[0]:
+      raise UsageError(f"--corpus {self.name}: no text in it.{note}")
+    if min(sizes) <= seq_len:
+      raise UsageError(
+        f"--corpus {self.name}: too small: {sizes[0]} {unit}s for training and "
+        f"{sizes[1]} for validation; --seq-len {seq_len} needs at least "
+        f"{seq_len + 1} of each.{note}"
+      )
 
   def train_files(self) -> list[np.ndarray]:
     """The files of `train`, as views of it."""
@@ -171,9 +192,6 @@ def _read_file(path: pathlib.Path, max_bytes: int) -> bytes:
     ValueError: if it is not a text file.
     OSError: if it cannot be read.
   """
-  # Opening a pipe would wait for a writer.
-  if not stat.S_ISREG(path.stat().st_mode):
-    raise ValueError("not a regular file")
   chunks, left = [], max_bytes
   with path.open("rb", buffering=0) as file:
     while left and (chunk := file.read(min(left, CHUNK))):
@@ -189,18 +207,27 @@ def _read(
   paths: Sequence[str],
   max_bytes: int,
   skipped: dict[str, str],
+  text_field: str,
 ) -> list[bytes]:
   """The files that are text, up to `max_bytes` bytes of all of them.
 
-  Nothing is read that is not used. Why a file is skipped is put in `skipped`.
+  Of a .jsonl file, each document is one. Nothing is read that is not used. Why
+  a file is skipped is put in `skipped`.
   """
   texts, left = [], max_bytes
   for path in paths:
     if not left:
       break
     try:
-      texts.append(_read_file(root / path, left))
-      left -= len(texts[-1])
+      # Opening a pipe would wait for a writer.
+      if not stat.S_ISREG((root / path).stat().st_mode):
+        raise ValueError("not a regular file")
+      if path.endswith(SUFFIX):
+        found = read_jsonl(root / path, left, text_field)
+      else:
+        found = [_read_file(root / path, left)]
+      texts += found
+      left -= _num_bytes(found)
     except ValueError as error:
       skipped[path] = str(error)
     except OSError as error:
@@ -234,19 +261,23 @@ def describe_skipped(skipped: Mapping[str, str]) -> str:
   return f"{len(skipped):,} ({'; '.join(parts)})"
 
 
-def load_corpus(path: str | None, max_bytes: int, seq_len: int) -> Corpus:
+def load_corpus(
+  path: str | None, max_bytes: int, seq_len: int, text_field: str = "text"
+) -> Corpus:
   """Reads and splits the corpus.
 
   Args:
     path: a text file, a folder of text files, or None for the Python files of
       the standard library. The last tenth of a single file, or of a folder too
-      small to hold out whole files, is for validation.
+      small to hold out whole files, is for validation. A .jsonl file holds a
+      document in every line.
     max_bytes: maximum number of bytes used, including validation.
     seq_len: both parts must have at least seq_len + 1 bytes.
+    text_field: the field of the text in a line of a .jsonl file.
 
   Raises:
     UsageError: if the path does not exist, cannot be read or holds too little
-      text.
+      text, or a line of a .jsonl file has no text.
   """
   skipped: dict[str, str] = {}
   try:
@@ -263,32 +294,26 @@ def load_corpus(path: str | None, max_bytes: int, seq_len: int) -> Corpus:
         files, skipped = _list_files(folder, "", (".*", "__pycache__"))
       else:
         folder, files = folder.parent, [folder.name]
+
+    def read(paths: Sequence[str], max_bytes: int) -> list[bytes]:
+      return _read(folder, paths, max_bytes, skipped, text_field)
+
     train: list[bytes] = []
     validation: list[bytes] = []
     if len(files) > 1:
       kept, held_out = split_files(files)
       held_out_bytes = max_bytes // HELD_OUT
-      validation = _read(folder, held_out, held_out_bytes, skipped)
+      validation = read(held_out, held_out_bytes)
       if _num_bytes(validation) > seq_len:
-        train = _read(folder, kept, max_bytes - held_out_bytes, skipped)
+        train = read(kept, max_bytes - held_out_bytes)
     if _num_bytes(train) <= seq_len:
       ordered = sorted(files, key=os.fsencode)
-      texts = _read(folder, ordered, max_bytes, skipped)
+      texts = read(ordered, max_bytes)
       size = _num_bytes(texts)
       train, validation = _cut(texts, size - size // HELD_OUT)
   except OSError as error:
     raise UsageError(f"--corpus {path}: {error}.") from error
-  note = f" Skipped {describe_skipped(skipped)}." if skipped else ""
-  sizes = _num_bytes(train), _num_bytes(validation)
-  if not sizes[0]:
-    raise UsageError(f"--corpus {name}: no text in it.{note}")
-  if min(sizes) <= seq_len:
-    raise UsageError(
-      f"--corpus {name}: too small: {sizes[0]} bytes for training and "
-      f"{sizes[1]} for validation; --seq-len {seq_len} needs at least "
-      f"{seq_len + 1} of each.{note}"
-    )
-  return Corpus(
+  corpus = Corpus(
     name,
     np.frombuffer(b"".join(train), np.uint8),
     np.frombuffer(b"".join(validation), np.uint8),
@@ -296,6 +321,8 @@ def load_corpus(path: str | None, max_bytes: int, seq_len: int) -> Corpus:
     [*map(len, train)],
     [*map(len, validation)],
   )
+  corpus.require(seq_len, "byte")
+  return corpus
 
 
 class Batches(Protocol):
@@ -341,8 +368,8 @@ class ShuffledPieces(Iterator[np.ndarray]):
   Whole files would put neighbouring pieces of a long one into the same batch.
 
   Args:
-    files: uint8 vectors.
-    size: bytes of a piece; the last one of a file may be shorter.
+    files: vectors of tokens.
+    size: tokens of a piece; the last one of a file may be shorter.
     seed: of the orders.
   """
 
@@ -374,10 +401,10 @@ class PackedFiles:
   """Batches of packed rows of shuffled pieces of files.
 
   Args:
-    files: uint8 vectors.
+    files: vectors of tokens.
     seed: of the order of the pieces.
     batch_size: rows of a batch.
-    seq_len: bytes of a row.
+    seq_len: tokens of a row.
     alignment: as in `PackedRows`.
   """
 
@@ -427,14 +454,14 @@ def take_rows(batch: Batch, rows: slice) -> Batch:
 
 
 def inputs_and_labels(batch: Batch) -> tuple[np.ndarray, np.ndarray]:
-  """Bytes [B, T], and the byte after each one; -100 for none."""
+  """Tokens [B, T], and the token after each one; -100 for none."""
   if isinstance(batch, PackedRow):
     return batch.tokens, batch.labels
   return batch[:, :-1], batch[:, 1:]
 
 
 def num_predicted(batch: Batch) -> int:
-  """Number of bytes of a batch that are predicted."""
+  """Number of tokens of a batch that are predicted."""
   return int(np.count_nonzero(inputs_and_labels(batch)[1] >= 0))
 
 
@@ -471,9 +498,9 @@ def validation_rows(
   """Evenly spaced packed rows, always the same: PackedRow of [count, seq_len].
 
   Args:
-    files: uint8 vectors, which are packed in order.
+    files: vectors of tokens, which are packed in order.
     count: number of rows; if there are fewer, some are there several times.
-    seq_len: bytes of a row.
+    seq_len: tokens of a row.
     alignment: as in `PackedRows`.
   """
 
@@ -487,17 +514,33 @@ def validation_rows(
   return _stack(found[i] for i in chosen.tolist())
 
 
-def bigram_loss(train: np.ndarray, batch: Batch) -> float:
-  """Mean loss in nats per byte of a bigram model fitted to `train`.
+def bigram_loss(
+  train: np.ndarray, batch: Batch, vocab_size: int = 256
+) -> float:
+  """Mean loss in nats per token of a bigram model fitted to `train`.
 
   Args:
-    train: uint8 [length]; its pairs are counted with add-one smoothing.
-    batch: the bigram model predicts the same bytes of it as the language
+    train: tokens [length]; its pairs are counted with add-one smoothing.
+    batch: the bigram model predicts the same tokens of it as the language
       model.
+    vocab_size: tokens lie below it.
   """
-  pairs = train[:-1].astype(np.int64) * 256 + train[1:]
-  counts = np.bincount(pairs, minlength=256 * 256).reshape(256, 256) + 1.0
-  log_prob = np.log(counts) - np.log(counts.sum(axis=1, keepdims=True))
   inputs, labels = inputs_and_labels(batch)
   predicted = labels >= 0
-  return float(-log_prob[inputs[predicted], labels[predicted]].mean())
+  first = inputs[predicted].astype(np.int64)
+  pairs = _count(
+    train[:-1].astype(np.int64) * vocab_size + train[1:],
+    first * vocab_size + labels[predicted],
+    vocab_size**2,
+  )
+  before = _count(train[:-1], first, vocab_size)
+  return float(-np.log((pairs + 1) / (before + vocab_size)).mean())
+
+
+def _count(values: np.ndarray, wanted: np.ndarray, size: int) -> np.ndarray:
+  """How often each number of `wanted` is among `values`, all below `size`."""
+  if size <= MAX_TABLE:
+    return np.bincount(values, minlength=size)[wanted]
+  found, counts = np.unique(values, return_counts=True)
+  at = np.searchsorted(found, wanted).clip(max=len(found) - 1)
+  return np.where(found[at] == wanted, counts[at], 0)

@@ -64,6 +64,10 @@ class Devices:
     """The rows of a batch that this process needs."""
     return slice(0, batch_size)
 
+  def columns(self, length: int) -> np.ndarray:
+    """The places in a row whose tokens `put` takes, in order."""
+    return np.arange(length)
+
   def put(self, batch: Batch, batch_size: int) -> Any:
     """The arrays of a batch, from the rows that this process needs."""
     return batch
@@ -151,15 +155,19 @@ class MeshDevices(Devices):
     ranges = [index[0].indices(batch_size) for index in indices if index]
     return slice(min(x[0] for x in ranges), max(x[1] for x in ranges))
 
+  def columns(self, length: int) -> np.ndarray:
+    order = np.arange(length)
+    if self.layout is not None and self.layout.zigzag:
+      order = np.asarray(zigzag(order[None], self._sizes["sequence"]))[0]
+    return order
+
   def put(self, batch: Batch, batch_size: int) -> PackedRow:
     tokens, labels = inputs_and_labels(batch)
     others: tuple[Any, Any] = None, None  # The model makes both itself.
     if isinstance(batch, PackedRow):
       others = batch.segment_ids, batch.positions
     length, start = tokens.shape[1], self.rows(batch_size).start
-    order = np.arange(length)
-    if self.layout is not None and self.layout.zigzag:
-      order = np.asarray(zigzag(order[None], self._sizes["sequence"]))[0]
+    order = self.columns(length)
 
     def place(x: Any) -> Any:
       def piece(index: Any) -> np.ndarray:

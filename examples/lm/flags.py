@@ -7,6 +7,8 @@ from typing import Any, NoReturn
 
 from .terminal import printable
 
+BPE = "bpe:"  # --tokenizer: a BPE of so many tokens is trained
+
 # What train_lm.py says when a signal ends it at once.
 STOPPED = (
   "train_lm.py: stopped at once; if a checkpoint is saved, it stays, and "

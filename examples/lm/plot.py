@@ -7,15 +7,19 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from .run import Run
+from .tokenizer import Unit
 
 
-def plot_losses(run: Run, bigram: float, title: str) -> pathlib.Path:
+def plot_losses(
+  run: Run, bigram: float, title: str, unit: Unit
+) -> pathlib.Path:
   """Draws training and validation loss over the steps.
 
   Args:
     run: the run; the plot is written to its folder.
-    bigram: validation loss of the bigram model, in nats per byte.
+    bigram: validation loss of the bigram model, in nats per token.
     title: title of the plot.
+    unit: of the losses.
 
   Returns:
     The path of the plot.
@@ -41,12 +45,12 @@ def plot_losses(run: Run, bigram: float, title: str) -> pathlib.Path:
     bigram, color="0.3", linestyle="--", label="bigram model, validation"
   )
   axes.set_xlabel("step")
-  axes.set_ylabel("loss (nats per byte)")
+  axes.set_ylabel(f"loss (nats per {unit.name})")
   axes.secondary_yaxis(
     "right",
     functions=(
-      lambda nats: np.divide(nats, math.log(2)),
-      lambda bits: np.multiply(bits, math.log(2)),
+      unit.bits_per_byte,
+      lambda bits: np.multiply(bits, unit.num_bytes * math.log(2)),
     ),
   ).set_ylabel("bits per byte")
   axes.set_title(title, fontsize="medium")

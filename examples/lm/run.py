@@ -15,7 +15,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -30,13 +30,21 @@ except ImportError:  # Windows
 from nsa_jax import Implementation, TransformerConfig, TransformerLM
 
 from .data import Corpus
+from .devices import Devices
 from .flags import UsageError
 from .terminal import warn
+from .tokenizer import Tokenizer, load_tokenizer
 
 T = TypeVar("T")
 DIGESTS = "sha256.json"  # in the folder of a checkpoint
 Params: TypeAlias = Any
 State: TypeAlias = dict[str, Any]  # "params" and "opt_state"
+DEFAULTS: dict[str, Any] = {  # of settings that older versions did not save
+  "pack": False,
+  "tokenizer": Tokenizer.digest,
+  "warmup_steps": None,
+  "final_learning_rate": None,
+}
 
 
 class Run:
@@ -218,7 +226,7 @@ class Run:
     # What an older version did not have takes its default.
     fields = _model_config(saved, self.folder).to_dict()
     del fields["implementation"], fields["layout"]
-    saved = {"pack": False} | saved | {"model": fields}
+    saved = DEFAULTS | saved | {"model": fields}
     self.steps_before = saved.get("steps", 0)
     if self.steps_before < current["steps"]:
       saved["steps"] = current["steps"]
@@ -424,53 +432,102 @@ def differences(
 
 
 def run_config(
-  args: argparse.Namespace, model: TransformerConfig, corpus: Corpus
+  args: argparse.Namespace,
+  model: TransformerConfig,
+  corpus: Corpus,
+  tokenizer: Tokenizer,
 ) -> dict[str, Any]:
-  """The settings that must be equal to resume a run, as JSON types."""
+  """The settings that must be equal to resume a run, as JSON types.
+
+  Args:
+    args: the flags.
+    model: its configuration.
+    corpus: the text, as bytes.
+    tokenizer: makes tokens of it.
+  """
   fields = model.to_dict()
   # A run may continue on another machine with another implementation of the
   # same function, and on other devices.
   del fields["implementation"], fields["layout"]
-  names = ("batch_size", "learning_rate", "pack", "seed", "seq_len", "steps")
+  names = (
+    "batch_size",
+    "final_learning_rate",
+    "learning_rate",
+    "pack",
+    "seed",
+    "seq_len",
+    "steps",
+    "warmup_steps",
+  )
   return {
     "model": fields,
     "corpus": corpus.digest(with_sizes=args.pack),
+    "tokenizer": tokenizer.digest,
     **{name: getattr(args, name) for name in names},
   }
+
+
+class Loaded(NamedTuple):
+  """What a run has trained.
+
+  Attributes:
+    model: the model.
+    params: its parameters.
+    step: the step at which they were saved.
+    tokenizer: makes the tokens that it reads.
+    config: the settings of the run, from `run_config`.
+  """
+
+  model: TransformerLM
+  params: Params
+  step: int
+  tokenizer: Tokenizer
+  config: dict[str, Any]
 
 
 def load_model(
   out: str, implementation: Implementation = None
 ) -> tuple[TransformerLM, Params, int]:
-  """Reads the model of a run from the last checkpoint that can be read.
+  """The model, parameters and step of `load_run`, with the same arguments."""
+  return load_run(out, implementation)[:3]
+
+
+def load_run(
+  out: str,
+  implementation: Implementation = None,
+  devices: Devices | None = None,
+) -> Loaded:
+  """Reads what a run has trained, from the last checkpoint that can be read.
 
   Args:
     out: folder of the run.
     implementation: of the attention; it is not part of a checkpoint.
-
-  Returns:
-    The model, its parameters, and the step at which they were saved.
+    devices: where the parameters go; one device by default.
 
   Raises:
-    UsageError: if there is no checkpoint that can be read.
+    UsageError: if there is no checkpoint that can be read, or the tokenizer is
+      not the one of the run.
   """
+  devices = devices or Devices()
   checkpoints = pathlib.Path(out).absolute() / "checkpoints"
   if not checkpoints.is_dir():
     raise UsageError(f"no checkpoint in {out}; train_lm.py writes them.")
 
-  def read(step: int) -> tuple[TransformerLM, Params]:
-    config = _model_config(_read_json(manager, step, "config"), out)
-    model = TransformerLM(
-      dataclasses.replace(config, implementation=implementation)
+  def read(step: int) -> tuple[TransformerConfig, Params, dict[str, Any]]:
+    saved = DEFAULTS | _read_json(manager, step, "config")
+    config = dataclasses.replace(
+      _model_config(saved, out), implementation=implementation
     )
-    # The parameters are restored to a device of this machine, wherever they
-    # were saved; the optimiser state is not read.
+    # The parameters are restored to these devices, wherever they were saved;
+    # the optimiser state is not read.
     tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    shapes = jax.eval_shape(model.init, jax.random.key(0), tokens)
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    init = TransformerLM(config).init
+    shapes = jax.eval_shape(init, jax.random.key(0), tokens)
+    shapes = {"params": shapes["params"]}
     like = jax.tree.map(
-      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device),
-      {"params": shapes["params"]},
+      lambda x, y: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=y),
+      shapes,
+      devices.shardings(shapes),
     )
     restore = ocp.args.PyTreeRestore(
       item=like,
@@ -478,9 +535,11 @@ def load_model(
       partial_restore=True,
     )
     state = manager.restore(step, args=ocp.args.Composite(state=restore)).state
-    return model, state["params"]
+    return config, state["params"], saved
 
   options = ocp.CheckpointManagerOptions(create=False)
   with ocp.CheckpointManager(checkpoints, options=options) as manager:
-    step, (model, params), _ = _read_newest(manager, out, read)
-  return model, params, step
+    step, (config, params, saved), _ = _read_newest(manager, out, read)
+  model = TransformerLM(dataclasses.replace(config, layout=devices.layout))
+  tokenizer = load_tokenizer(pathlib.Path(out), saved["tokenizer"])
+  return Loaded(model, params, step, tokenizer, saved)

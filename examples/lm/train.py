@@ -37,6 +37,7 @@ from .data import (
   RandomWindows,
   bigram_loss,
   describe_skipped,
+  inputs_and_labels,
   load_corpus,
   num_predicted,
   split_batch,
@@ -45,11 +46,21 @@ from .data import (
   validation_windows,
 )
 from .devices import Devices
+from .events import check_package, open_events
 from .flags import STOPPED, UsageError
 from .plot import plot_losses
 from .run import Params, Run, State, brief, run_config
 from .terminal import StopRequest, make_printer, printable, warn
+from .tokenizer import (
+  FILE,
+  Tokenizer,
+  Unit,
+  encode_corpus,
+  open_tokenizer,
+  unit_of,
+)
 
+EVENTS = "tensorboard"  # in the folder of a run
 TrainStep: TypeAlias = Callable[[State, Any], tuple[State, jax.Array]]
 EvalStep: TypeAlias = Callable[[Params, Any], jax.Array]
 
@@ -71,32 +82,43 @@ def read_fraction(
   return (compressed + selected + window) / length
 
 
-def make_schedule(learning_rate: float, steps: int) -> optax.Schedule:
-  """The learning rate of a step: warm-up, then cosine decay to a twentieth.
+def make_schedule(
+  learning_rate: float,
+  steps: int,
+  warmup: int | None = None,
+  final: float | None = None,
+) -> optax.Schedule:
+  """The learning rate of a step: linear warm-up, then cosine decay.
 
   Args:
-    learning_rate: peak learning rate, reached after a tenth of the steps, at
-      most 1000.
+    learning_rate: peak learning rate.
     steps: number of steps of the whole run.
+    warmup: steps to the peak; by default a tenth of them, at most 1000.
+    final: learning rate after the last step; by default a twentieth of the
+      peak.
   """
-  warmup = max(1, min(steps // 10, 1000))
+  if warmup is None:
+    warmup = max(1, min(steps // 10, 1000))
   return optax.warmup_cosine_decay_schedule(
     init_value=learning_rate / warmup,
     peak_value=learning_rate,
     warmup_steps=warmup,
     decay_steps=max(steps, warmup + 1),
-    end_value=learning_rate / 20,
+    end_value=learning_rate / 20 if final is None else final,
   )
 
 
 def make_optimizer(
-  learning_rate: float, steps: int
+  learning_rate: float,
+  steps: int,
+  warmup: int | None = None,
+  final: float | None = None,
 ) -> optax.GradientTransformation:
   """AdamW with gradient clipping and the schedule of `make_schedule`."""
   return optax.chain(
     optax.clip_by_global_norm(1.0),
     optax.adamw(
-      make_schedule(learning_rate, steps),
+      make_schedule(learning_rate, steps, warmup, final),
       b2=0.98,
       weight_decay=0.1,
       # No weight decay for vectors: norm scales and biases.
@@ -105,20 +127,8 @@ def make_optimizer(
   )
 
 
-def loss_fn(
-  model: TransformerLM,
-  params: Params,
-  batch: Any,
-  predicted: jax.Array | None = None,
-) -> jax.Array:
-  """Mean cross-entropy in nats per predicted byte of a Batch.
-
-  Args:
-    model: the model.
-    params: its parameters.
-    batch: a Batch.
-    predicted: number of predicted bytes, if it is that of a larger batch.
-  """
+def token_losses(model: TransformerLM, params: Params, batch: Any) -> jax.Array:
+  """Cross-entropy of every token [B, T] of a Batch; 0 where none follows."""
   if isinstance(batch, PackedRow):
     losses = model.apply(
       {"params": params},
@@ -127,17 +137,33 @@ def loss_fn(
       segment_ids=batch.segment_ids,
       labels=batch.labels,
     )
-    if predicted is None:
-      predicted = _count(batch)
-    return jnp.sum(jnp.asarray(losses)) / predicted
-  losses = model.apply({"params": params}, batch[:, :-1], labels=batch[:, 1:])
-  if predicted is None:
-    return jnp.mean(jnp.asarray(losses))
-  return jnp.sum(jnp.asarray(losses)) / predicted
+  else:
+    losses = model.apply({"params": params}, batch[:, :-1], labels=batch[:, 1:])
+  return jnp.asarray(losses)
+
+
+def loss_fn(
+  model: TransformerLM,
+  params: Params,
+  batch: Any,
+  predicted: jax.Array | None = None,
+) -> jax.Array:
+  """Mean cross-entropy in nats per predicted token of a Batch.
+
+  Args:
+    model: the model.
+    params: its parameters.
+    batch: a Batch.
+    predicted: number of predicted tokens, if it is that of a larger batch.
+  """
+  losses = token_losses(model, params, batch)
+  if predicted is None and isinstance(batch, PackedRow):
+    predicted = _count(batch)
+  return losses.mean() if predicted is None else losses.sum() / predicted
 
 
 def _count(batch: Any) -> jax.Array:
-  """Number of predicted bytes; 1 where files of one byte leave none."""
+  """Number of predicted tokens; 1 where files of one token leave none."""
   labels = batch.labels if isinstance(batch, PackedRow) else batch[:, 1:]
   return jnp.maximum((labels >= 0).sum(), 1)
 
@@ -216,23 +242,68 @@ def model_config(args: argparse.Namespace) -> TransformerConfig:
 def open_data(
   args: argparse.Namespace, config: NSAConfig, corpus: Corpus
 ) -> tuple[Batches, Batch]:
-  """The batches to train on, and eval_batches * batch_size rows to evaluate."""
+  """The batches to train on, and those of `open_validation`."""
   sizes = {"batch_size": args.batch_size, "seq_len": args.seq_len}
-  chosen = {
-    "count": args.eval_batches * args.batch_size,
-    "seq_len": args.seq_len,
-  }
+  validation = open_validation(args, config, corpus.validation_files())
   if not args.pack:
-    return (
-      RandomWindows(corpus.train, args.seed, **sizes),
-      validation_windows(corpus.validation, **chosen),
+    return RandomWindows(corpus.train, args.seed, **sizes), validation
+  batches = PackedFiles(
+    corpus.train_files(),
+    seed=args.seed,
+    alignment=config.selection_block,
+    **sizes,
+  )
+  return batches, validation
+
+
+def open_validation(
+  args: argparse.Namespace, config: NSAConfig, files: Sequence[np.ndarray]
+) -> Batch:
+  """The eval_batches * batch_size rows of these files to evaluate."""
+  count = args.eval_batches * args.batch_size
+  if not args.pack:
+    text = np.concatenate(files)
+    return validation_windows(text, count=count, seq_len=args.seq_len)
+  return validation_rows(
+    files,
+    count=count,
+    seq_len=args.seq_len,
+    alignment=config.selection_block,
+  )
+
+
+def learning_rate(args: argparse.Namespace, steps: int, step: int) -> float:
+  """The learning rate of these flags after `step` of `steps` steps."""
+  schedule = make_schedule(
+    args.learning_rate, steps, args.warmup_steps, args.final_learning_rate
+  )
+  return float(schedule(step))
+
+
+def encode_prompt(args: argparse.Namespace, tokenizer: Tokenizer) -> np.ndarray:
+  """The tokens of --prompt.
+
+  Raises:
+    UsageError: if they are none, or leave no room in a sequence.
+  """
+  tokens = tokenizer.encode([os.fsencode(args.prompt)])[0]
+  if not 0 < len(tokens) < args.seq_len:
+    raise UsageError(
+      f"--prompt: must have 1 to {args.seq_len - 1} {tokenizer.unit}s, has "
+      f"{len(tokens)}."
     )
-  alignment = config.selection_block
+  return tokens
+
+
+def describe_tokens(tokenizer: Tokenizer, text: Corpus, corpus: Corpus) -> str:
+  """A line on the tokens of a text; "" for bytes."""
+  if tokenizer.unit == "byte":
+    return ""
+  ratio = len(text.train) / len(corpus.train)
   return (
-    PackedFiles(
-      corpus.train_files(), seed=args.seed, alignment=alignment, **sizes
-    ),
-    validation_rows(corpus.validation_files(), alignment=alignment, **chosen),
+    f"tokens     {len(corpus.train):,} for training, "
+    f"{len(corpus.validation):,} for validation, of {len(tokenizer.pieces):,} "
+    f"kinds, {ratio:.2f} bytes each\n"
   )
 
 
@@ -241,8 +312,7 @@ def describe_growth(
 ) -> str:
   """What a larger --steps does to a run that is resumed."""
   before, now = (
-    float(make_schedule(args.learning_rate, steps)(step))
-    for steps in (steps_before, args.steps)
+    learning_rate(args, steps, step) for steps in (steps_before, args.steps)
   )
   return (
     f"--steps was {steps_before}, now {args.steps}: the learning rate follows "
@@ -294,13 +364,30 @@ def _train(
       "attention should read less than half. Longer sequences, or smaller "
       "--num-selected, --selection-block and --window, make it sparse."
     )
-  corpus = load_corpus(args.corpus, args.max_bytes, args.seq_len)
+  if args.tensorboard:
+    check_package()
+  text = load_corpus(args.corpus, args.max_bytes, args.seq_len, args.text_field)
+  # A run that goes on reads what it has trained.
+  trained = pathlib.Path(args.out, FILE) if args.resume else None
+  tokenizer = open_tokenizer(args.tokenizer, text, trained)
+  corpus = encode_corpus(tokenizer, text, args.seq_len)
+  if args.prompt is None:
+    prompt = corpus.validation[: min(64, args.seq_len // 2)]
+  else:
+    prompt = encode_prompt(args, tokenizer)
+  config = dataclasses.replace(config, vocab_size=len(tokenizer.pieces))
   batches, validation_batch = open_data(args, config.nsa, corpus)
   eval_batches = split_batch(validation_batch, args.eval_batches)
-  bigram = bigram_loss(corpus.train, validation_batch)
+  unit = unit_of(tokenizer, inputs_and_labels(validation_batch)[1])
+  bigram = bigram_loss(corpus.train, validation_batch, config.vocab_size)
   alone = TransformerLM(config)
   model = TransformerLM(dataclasses.replace(config, layout=devices.layout))
-  optimizer = make_optimizer(args.learning_rate, args.steps)
+  optimizer = make_optimizer(
+    args.learning_rate,
+    args.steps,
+    args.warmup_steps,
+    args.final_learning_rate,
+  )
 
   def init() -> State:
     tokens = jnp.zeros((1, args.seq_len), jnp.int32)
@@ -324,7 +411,7 @@ def _train(
     jax.eval_shape(step_fn, shapes, example)
   except ValueError as error:
     raise UsageError(str(error)) from error
-  saved = run_config(args, config, corpus)
+  saved = run_config(args, config, text, tokenizer)
   with contextlib.closing(Run(args.out, saved, args.resume)) as run:
     if run.last_step is not None and not args.resume:
       raise UsageError(
@@ -337,6 +424,8 @@ def _train(
     else:
       shardings = jax.tree.map(lambda x: x.sharding, shapes)
       step, state = 0, jax.jit(init, out_shardings=shardings)()
+    if devices.first:
+      tokenizer.save(run.folder)
     if run.steps_before < args.steps and devices.first:
       warn(describe_growth(args, run.steps_before, step))
 
@@ -347,16 +436,17 @@ def _train(
       else ""
     )
     print(
-      f"text       {printable(corpus.name)}: {len(corpus.train):,} bytes for "
-      f"training, {len(corpus.validation):,} for validation\n"
+      f"text       {printable(text.name)}: {len(text.train):,} bytes for "
+      f"training, {len(text.validation):,} for validation\n"
       f"{skipped}"
+      f"{describe_tokens(tokenizer, text, corpus)}"
       f"model      {args.preset}, {count:,} parameters, {args.attention} "
       f"attention, {args.dtype}, on {devices.text}\n"
       f"sparsity   the last query of {args.seq_len} reads {fraction:.1%} of "
       f"the keys\n"
-      f"bigram     {in_bits(bigram)} on the validation text\n"
+      f"bigram     {unit.describe(bigram)} on the validation text\n"
       f"run        {run.folder}, steps {step} to {args.steps}, "
-      f"{args.batch_size} x {args.seq_len} bytes each",
+      f"{args.batch_size} x {args.seq_len} {unit.name}s each",
       flush=True,
     )
     train_step, eval_step = compile_steps(
@@ -372,6 +462,7 @@ def _train(
       batches,
       eval_batches,
       devices,
+      unit,
     )
     if isinstance(batches, PackedFiles):
       report = batches.rows.report
@@ -390,9 +481,9 @@ def _train(
     if not devices.first:
       return 0
     try:
-      sample_path = write_sample(args, alone, params, corpus, run)
+      sample_path = write_sample(args, alone, params, tokenizer, prompt, run)
       plot_path = plot_losses(
-        run, bigram, f"{args.preset} preset, {args.attention} attention"
+        run, bigram, f"{args.preset} preset, {args.attention} attention", unit
       )
     except OSError as error:
       raise UsageError(
@@ -402,8 +493,8 @@ def _train(
     validation = run.series("validation_loss")[1][-1]
   verdict = "beats" if validation < bigram else "does NOT beat"
   print(
-    f"validation {in_bits(validation)}\n"
-    f"bigram     {in_bits(bigram)}: the model {verdict} it\n"
+    f"validation {unit.describe(validation)}\n"
+    f"bigram     {unit.describe(bigram)}: the model {verdict} it\n"
     f"took       {time.perf_counter() - started:.0f} s\n"
     f"metrics    {run.metrics_path}\n"
     f"plot       {plot_path}\n"
@@ -451,6 +542,7 @@ def run_steps(
   batches: Batches,
   eval_batches: Sequence[Batch],
   devices: Devices | None = None,
+  unit: Unit | None = None,
 ) -> tuple[int, State, int]:
   """Trains from `step` on, to the last step or until a signal.
 
@@ -464,6 +556,7 @@ def run_steps(
     batches: what to train on.
     eval_batches: what to evaluate on.
     devices: where; one device by default.
+    unit: of the losses; nats per byte by default.
 
   Returns:
     The last step, its state, and the signal that stopped training (0: none).
@@ -471,11 +564,12 @@ def run_steps(
   Raises:
     UsageError: if the loss is not finite.
   """
-  devices = devices or Devices()
+  devices, unit = devices or Devices(), unit or Unit()
   size = args.batch_size
   rows = devices.rows(size)
   weights = [num_predicted(batch) for batch in eval_batches]
   pending: list[tuple[int, jax.Array]] = []  # losses still on the device
+  events = args.tensorboard and devices.first
 
   def evaluated(batch: Batch) -> Any:
     return devices.put(take_rows(batch, rows), size)
@@ -489,10 +583,14 @@ def run_steps(
           "--learning-rate may help."
         )
       run.metrics.append({"step": at, "train_loss": value})
+      if events:
+        rate = learning_rate(args, args.steps, at - 1)
+        write_events(at, {"loss/training": value, "learning_rate": rate})
     pending.clear()
 
   with (
     StopRequest(f"\n{STOPPED}", wait=True) as request,
+    open_events(run.folder / EVENTS if events else None, step) as write_events,
     tqdm.tqdm(
       total=args.steps, initial=step, unit="step", disable=not devices.first
     ) as bar,
@@ -509,9 +607,10 @@ def run_steps(
       if step % 10 == 0 or last:
         record()
         now = time.perf_counter()
+        speed = tokens / (now - mark_time)
+        write_events(step, {"tokens_per_second": speed})
         bar.set_postfix_str(
-          f"loss {run.metrics[-1]['train_loss']:.3f}, "
-          f"{tokens / (now - mark_time):,.0f} tokens/s"
+          f"loss {run.metrics[-1]['train_loss']:.3f}, {speed:,.0f} tokens/s"
         )
         tokens, mark_time = 0, now
       # The speed excludes evaluation and checkpoints.
@@ -528,7 +627,12 @@ def run_steps(
           )
         )
         run.metrics[-1]["validation_loss"] = validation
-        bar.write(f"step {step}: validation {in_bits(validation)}")
+        bits = unit.bits_per_byte(validation)
+        write_events(
+          step,
+          {"loss/validation": validation, "validation_bits_per_byte": bits},
+        )
+        bar.write(f"step {step}: validation {unit.describe(validation)}")
       if step % args.checkpoint_every == 0 or last:
         record()
         run.save(step, state, batches.get_state())
@@ -543,29 +647,30 @@ def write_sample(
   args: argparse.Namespace,
   model: TransformerLM,
   params: Params,
-  corpus: Corpus,
+  tokenizer: Tokenizer,
+  prompt: np.ndarray,
   run: Run,
 ) -> pathlib.Path:
   """Samples a continuation of a prompt, prints it, and writes sample.txt."""
-  if args.prompt is None:
-    prompt = corpus.validation[: min(64, args.seq_len // 2)]
-  else:
-    prompt = np.frombuffer(os.fsencode(args.prompt), np.uint8)
   room = args.seq_len - len(prompt)
   out = generate(
     model,
     params,
     [prompt.tolist()],
-    max_new_tokens=min(args.sample_bytes, room),
+    max_new_tokens=min(args.sample_tokens, room),
     temperature=args.temperature,
     key=args.seed,
   )
-  text = np.asarray(out.tokens[0]).astype(np.uint8).tobytes()
+  tokens = np.asarray(out.tokens[0])
+  before, text = (
+    tokenizer.decode(part)
+    for part in (tokens[: len(prompt)], tokens[len(prompt) :])
+  )
   path = run.folder / "sample.txt"
-  path.write_bytes(text)
-  print(f"---- sample, after {text[: len(prompt)]!r}")
+  path.write_bytes(before + text)
+  print(f"---- sample, after {before!r}")
   show = make_printer()
-  show(text[len(prompt) :])
+  show(text)
   show(b"")
   print("\n----")
   return path
@@ -575,8 +680,3 @@ def resume_command() -> str:
   """The command of this process with --resume."""
   words = [word for word in sys.argv if word != "--resume"]
   return shlex.join(["python", *words, "--resume"])
-
-
-def in_bits(nats: float) -> str:
-  """A loss in nats per byte, and the same in bits."""
-  return f"{nats:.4f} nats/byte ({nats / math.log(2):.4f} bits/byte)"
