@@ -34,11 +34,12 @@ import jax.numpy as jnp
 import matplotlib
 import numpy as np
 import orbax.checkpoint as ocp
-import tokenizers
 
 import nsa_jax
 from benchmarks import harness, trials
 from examples.lm import data, train
+from examples.lm.flags import UsageError
+from examples.lm.tokenizer import Tokenizer, train_bpe
 from nsa_jax import NSAConfig, RopeConfig, TransformerConfig, TransformerLM
 
 matplotlib.use("Agg")
@@ -182,7 +183,7 @@ QUICK = Study(
 
 def read_sources(
   folder: pathlib.Path, max_bytes: int
-) -> tuple[list[str], list[str]]:
+) -> tuple[list[bytes], list[bytes]]:
   """Texts of the Python files below a folder, in the order of their paths.
 
   Returns:
@@ -190,14 +191,14 @@ def read_sources(
     the root, is held out by a hash of its path, so that another one changes
     nothing for it.
   """
-  train: list[str] = []
-  held_out: list[str] = []
+  train: list[bytes] = []
+  held_out: list[bytes] = []
   left = max_bytes
   for path in sorted(folder.rglob("*.py")):
     parts = path.relative_to(folder).parts
     if any(part.startswith(".") for part in parts) or not path.is_file():
       continue
-    text = path.read_bytes()[:left].decode("utf-8", errors="replace")
+    text = path.read_bytes()[:left]
     left -= len(text)
     digest = hashlib.sha256("/".join(parts[:-1][:2]).encode()).digest()
     (held_out if digest[0] % HELD_OUT == 0 else train).append(text)
@@ -206,57 +207,35 @@ def read_sources(
   return train, held_out
 
 
-def make_tokenizer(texts: Sequence[str], vocab_size: int) -> Any:
-  """Byte-level BPE, trained on some of the texts."""
-  tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
-  tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(
-    add_prefix_space=False
-  )
-  trainer = tokenizers.trainers.BpeTrainer(
-    vocab_size=vocab_size,
-    initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
-    show_progress=False,
-  )
-  tokenizer.train_from_iterator(texts[:: 1 + len(texts) // 5000], trainer)
-  return tokenizer
-
-
-def encode(tokenizer: Any, texts: Sequence[str]) -> np.ndarray:
-  """Tokens of all texts, one after the other."""
-  if tokenizer is None:
-    return np.frombuffer("".join(texts).encode(), np.uint8)
-  ids = (
-    np.asarray(encoding.ids, np.uint16)
-    for start in range(0, len(texts), 1000)
-    for encoding in tokenizer.encode_batch_fast(texts[start : start + 1000])
-  )
-  return np.concatenate([np.zeros(0, np.uint16), *ids])
-
-
 def prepare(
   study: Study, corpus: pathlib.Path, max_bytes: int, folder: pathlib.Path
 ) -> dict[str, Any]:
-  """Writes the tokens to `folder`, once; returns what is known of the text."""
+  """Writes the tokens to `folder`, once; returns what is known of the text.
+
+  Raises:
+    UsageError: if there is too little of it.
+  """
   facts = folder / "text.json"
   if not facts.exists():
     folder.mkdir(parents=True, exist_ok=True)
     train, held_out = read_sources(corpus, max_bytes)
-    tokenizer = None
+    tokenizer = Tokenizer()
     if study.vocab_size > 256:
-      tokenizer = make_tokenizer(train, study.vocab_size)
+      some = train[:: 1 + len(train) // 5000]
+      tokenizer = train_bpe(some, study.vocab_size, "--tokenizer bpe")
     known: dict[str, Any] = {"corpus": str(corpus)}
     for name, texts in (("train", train), ("validation", held_out)):
-      ids = encode(tokenizer, texts)
+      ids = np.concatenate([np.zeros(0, np.uint8), *tokenizer.encode(texts)])
       np.save(folder / f"{name}.npy", ids)
       known |= {
         f"{name} files": len(texts),
-        f"{name} bytes": sum(len(text.encode()) for text in texts),
+        f"{name} bytes": sum(map(len, texts)),
         f"{name} tokens": len(ids),
       }
       if len(ids) <= study.length:
-        raise SystemExit(
+        raise UsageError(
           f"--corpus {corpus}: {len(ids)} tokens for {name} are too few for "
-          f"rows of {study.length}"
+          f"rows of {study.length}."
         )
     facts.write_text(json.dumps(known, indent=2))
   return json.loads(facts.read_text())
@@ -533,7 +512,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     return
   queue = trials.Queue("benchmarks.quality", folder, args)
-  text = prepare(study, args.corpus, args.max_bytes, folder)
+  try:
+    text = prepare(study, args.corpus, args.max_bytes, folder)
+  except UsageError as error:
+    raise SystemExit(str(error)) from error
   few = study.steps(study.tokens // 10)
   searched = queue.run(
     Trial(kind, study.seeds[0], rate, few)

@@ -15,6 +15,7 @@ import pytest
 
 import nsa_jax
 from benchmarks import quality, recall, trials
+from examples.lm.flags import UsageError
 
 
 def write_sources(root: pathlib.Path, folders: int = 60) -> None:
@@ -38,9 +39,10 @@ def test_whole_folders_are_held_out(tmp_path):
   assert len(train) + len(held_out) == 120
   assert 0 < len(held_out) < 20
   assert not len(held_out) % 2  # Both files of a folder.
-  in_order = [text.split("(")[0].removeprefix("def f_a") for text in train[::2]]
+  in_order = [text.split(b"(")[0].removeprefix(b"def f_a") for text in train]
+  in_order = in_order[::2]
   assert in_order == sorted(in_order, key=int)
-  assert not any("hidden" in text for text in train)
+  assert not any(b"hidden" in text for text in train)
   few, _ = quality.read_sources(tmp_path, 1000)
   assert sum(map(len, few)) <= 1000
 
@@ -63,8 +65,13 @@ def test_tokens_are_the_text(tmp_path, vocab_size):
 
 def test_too_little_text(tmp_path):
   write_sources(tmp_path, folders=1)
-  with pytest.raises(SystemExit, match="are too few for rows"):
-    quality.prepare(quality.QUICK, tmp_path, 2**20, tmp_path / "runs")
+  for vocab_size, message in (
+    (256, "tokens for .* are too few for rows of 256"),
+    (512, "pairs for [0-9]* tokens only"),
+  ):
+    study = dataclasses.replace(quality.QUICK, vocab_size=vocab_size)
+    with pytest.raises(UsageError, match=message):
+      quality.prepare(study, tmp_path, 2**20, tmp_path / "runs")
 
 
 # ------------------------------------------------------------------ the kinds
