@@ -11,7 +11,8 @@ The learning rate of each kind is the best of `RATES` for a tenth of the tokens.
 At the end full attention and NSA read rows four times as long as those they
 were trained on, with YaRN and without.
 Text is the Python source below `--corpus`, in the order of its folders, so that
-definitions and their uses share a row; whole folders are held out.
+definitions and their uses share a row; whole folders are held out. `--kinds`
+and `--rates` compare other models, with `--name` in records of their own.
 
 Every GPU of the machine trains one model at a time. `--minutes` ends the
 command early, with checkpoints; the same command continues, and the records
@@ -24,6 +25,7 @@ import hashlib
 import itertools
 import json
 import pathlib
+import re
 import sysconfig
 import time
 from collections.abc import Mapping, Sequence
@@ -88,7 +90,22 @@ KINDS: dict[str, dict[str, Any]] = {
   },
   "random blocks": {"select": random_blocks},
 }
+MAIN = tuple(KINDS)
 COMPARED = ("full", "nsa", "window")  # with several seeds
+# To find out what the quality depends on, by `--kinds`.
+KINDS |= {
+  "nsa, QK norm": {"normalize_qk": True},
+  "nsa, shared K/V": {"share_kv": True},
+  "nsa, mean": {"compression": "mean"},
+  "nsa, linear": {"compression": "linear"},
+  "nsa, rotated tokens": {"rope_compressed": "tokens"},
+  "nsa, not rotated": {"rope_compressed": "none"},
+  "nsa, 4 K/V heads": {"num_kv_heads": 4},
+  "nsa, 32 blocks": {"nsa": NSAConfig(num_selected=32)},
+  "nsa, blocks of 32": {"nsa": NSAConfig(16, 8, 32, num_selected=32)},
+  "nsa, window 256": {"nsa": NSAConfig(window=256)},
+  "full, QK norm": {"attention": "full", "normalize_qk": True},
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,7 +170,7 @@ STUDY = Study(
   rows=64,
   curve=10,
   seeds=(0, 1, 2),
-  kinds=tuple(KINDS),
+  kinds=MAIN,
   rates=RATES,
 )
 QUICK = Study(
@@ -255,7 +272,7 @@ class Trial:
 
   @property
   def name(self) -> str:
-    kind = self.kind.replace(" + ", "_").replace(" ", "_")
+    kind = re.sub(r"\W+", "_", self.kind)
     return f"{kind}-{self.steps}-{self.rate:g}-{self.seed}"
 
 
@@ -481,8 +498,16 @@ def parser() -> argparse.ArgumentParser:
   add("--max-bytes", type=int, default=2**29, help="of the corpus (2**29)")
   add("--tokenizer", choices=("bpe", "bytes"), default="bpe")
   add("--tokens", type=int, help="to train on (default: 200 million)")
-  add("--kinds", nargs="+", choices=tuple(KINDS), help="default: all")
+  add(
+    "--kinds",
+    nargs="+",
+    choices=tuple(KINDS),
+    metavar="KIND",
+    help=f"of {', '.join(map(repr, KINDS))} (default: the first {len(MAIN)})",
+  )
+  add("--rates", nargs="+", type=float, help=f"learning rates {RATES}")
   add("--seeds", type=int, nargs="+", help="default: 0 1 2")
+  add("--name", help="of the records (default: quality_bpe, quality_bytes)")
   trials.add_flags(result, pathlib.Path("runs/quality"))
   return result
 
@@ -494,6 +519,7 @@ def study_of(args: argparse.Namespace) -> Study:
     "tokens": args.tokens,
     "kinds": args.kinds and tuple(args.kinds),
     "seeds": args.seeds and tuple(args.seeds),
+    "rates": args.rates and tuple(args.rates),
     "vocab_size": 256 if args.tokenizer == "bytes" else None,
   }
   changed = {k: x for k, x in given.items() if x is not None}
@@ -517,12 +543,14 @@ def main(argv: Sequence[str] | None = None) -> None:
   except UsageError as error:
     raise SystemExit(str(error)) from error
   few = study.steps(study.tokens // 10)
-  searched = queue.run(
-    Trial(kind, study.seeds[0], rate, few)
-    for kind in study.kinds
-    for rate in study.rates
-  )
-  rates = trials.best(searched, "validation")
+  searched, rates = [], dict.fromkeys(study.kinds, study.rates[0])
+  if len(study.rates) > 1:
+    searched = queue.run(
+      Trial(kind, study.seeds[0], rate, few)
+      for kind in study.kinds
+      for rate in study.rates
+    )
+    rates = trials.best(searched, "validation")
   wanted = [
     Trial(kind, seed, rates[kind], study.steps(study.tokens))
     for i, seed in enumerate(study.seeds)
@@ -530,7 +558,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if kind in rates and (i == 0 or kind in COMPARED)
   ]
   found = queue.run(wanted)
-  name = "quality" if args.tokenizer == "bpe" else "quality_bytes"
+  name = args.name or f"quality_{args.tokenizer}"
   harness.record(
     args.out,
     name,

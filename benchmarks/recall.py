@@ -20,6 +20,7 @@ import argparse
 import dataclasses
 import functools
 import pathlib
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -30,7 +31,7 @@ import matplotlib
 import numpy as np
 
 from benchmarks import harness, trials
-from benchmarks.quality import KINDS
+from benchmarks.quality import KINDS, MAIN
 from examples.lm import data, train
 from nsa_jax import NSAConfig, PackedRow, TransformerConfig, TransformerLM
 
@@ -95,7 +96,7 @@ STUDY = Study(
   vocab_size=8192,
   tested=64,
   evaluations=5,
-  kinds=tuple(KINDS),
+  kinds=MAIN,
   rates=RATES,
 )
 QUICK = Study(
@@ -224,7 +225,7 @@ class Trial:
 
   @property
   def name(self) -> str:
-    kind = self.kind.replace(" + ", "_").replace(" ", "_")
+    kind = re.sub(r"\W+", "_", self.kind)
     return f"{self.task}-{kind}-{self.rate:g}-{self.seed}"
 
 
@@ -375,7 +376,9 @@ def parser() -> argparse.ArgumentParser:
   """The flags."""
   result = harness.arguments(__doc__.splitlines()[0])
   result.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS)
-  result.add_argument("--kinds", nargs="+", choices=tuple(KINDS))
+  result.add_argument(
+    "--kinds", nargs="+", choices=tuple(KINDS), metavar="KIND"
+  )
   trials.add_flags(result, pathlib.Path("runs/recall"))
   return result
 

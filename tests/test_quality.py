@@ -92,7 +92,7 @@ def test_every_kind_is_a_model(kind):
     nsa_jax.TransformerLM(large).init, jax.random.key(0), tokens
   )
   count = sum(x.size for x in jax.tree.leaves(params))
-  assert 50e6 < count < 65e6
+  assert 50e6 < count < (66e6 if kind in quality.MAIN else 90e6)
 
 
 def test_random_blocks_are_valid_and_change():
