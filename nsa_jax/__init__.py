@@ -26,6 +26,7 @@ from nsa_jax.ops.branches import (
 from nsa_jax.ops.nsa import native_sparse_attention
 from nsa_jax.ops.selection import (
   block_ids_from_scores,
+  block_mass,
   block_scores,
   select_blocks,
 )
@@ -54,6 +55,7 @@ __all__ = [
   "TransformerLM",
   "apply_rope",
   "block_ids_from_scores",
+  "block_mass",
   "block_scores",
   "cache",
   "compress_linear",

@@ -328,6 +328,10 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
       **SEGMENTS,
     },
   ),
+  "nsa_jax.block_mass": (
+    nsa_jax.block_mass,
+    {"query": QUERY, "key": X, "config": CONFIG, **SEGMENTS},
+  ),
   # cache
   "nsa_jax.cache.init": (
     cache.init,
