@@ -4,6 +4,9 @@ Importing this package touches no device.
 """
 
 from nsa_jax import cache
+
+# Not in `__all__`: a star import would hide the standard library's.
+from nsa_jax import inspect as inspect
 from nsa_jax.compression import (
   compress_linear,
   compress_mean,

@@ -145,7 +145,7 @@ def test_memory_beside_the_result_is_linear(backward: bool) -> None:
       jax.ShapeDtypeStruct((1, length, 4, 8), jnp.float32),
       jax.ShapeDtypeStruct((1, length, 1, 8), jnp.float32),
     )
-    memory = jax.jit(run).lower(*shapes).compile().memory_analysis()
+    memory: Any = jax.jit(run).lower(*shapes).compile().memory_analysis()
     return memory.temp_size_in_bytes
 
   once, twice = temporaries(8192), temporaries(16384)
