@@ -118,7 +118,7 @@ def test_which_blocks_are_forced_and_which_queries_choose() -> None:
   sown = _sown(segments)
   layer = inspect.inspect_layer(sown, config=CONFIG, segment_ids=segments)
   for b, i in np.ndindex(2, 61):
-    candidates, forced = [], set[int]()
+    candidates, forced = list[int](), set[int]()
     if oracle.query_segment(b, i):
       candidates, forced = oracle.candidates(b, i)
     assert layer.choosing[b, i] == (len(candidates) > 3)
@@ -150,7 +150,8 @@ def test_chunks_of_queries_change_nothing(
   """But the random blocks."""
   sown, whole = _inspected()
   monkeypatch.setattr(chunks, "CHUNK_ELEMENTS", 512)
-  again = jax.jit(inspect._measure.__wrapped__, static_argnums=(0, 1))
+  measure: Any = inspect._measure
+  again = jax.jit(measure.__wrapped__, static_argnums=(0, 1))
   monkeypatch.setattr(inspect, "_measure", again)
   parts = inspect.inspect_layer(sown, config=CONFIG)
   same = {"random_recall": whole.random_recall}
@@ -352,7 +353,7 @@ def test_wrong_parameters_and_tokens() -> None:
   with pytest.raises(ValueError, match="`positions` of shape"):
     run(params, _tokens(), positions=_tokens()[:, 1:])
   with pytest.raises(ValueError, match="`segment_ids` starts segment 2"):
-    run(params, _tokens(), segment_ids=[9 * [1] + 52 * [2]] * 2)
+    run(params, _tokens(), segment_ids=helpers.int32([9 * [1] + 52 * [2]] * 2))
 
 
 @pytest.mark.parametrize(

@@ -35,6 +35,7 @@ from nsa_jax import (
 )
 from nsa_jax.layers import core
 from nsa_jax.layers import linen as layers
+from tests import helpers
 
 # S = T = 12, hence C = 5 and M = 3; N = 2, K = 1, H = V = 4, D = 8.
 CONFIG = NSAConfig(4, 2, 4, 2, 0, 1, 3)
@@ -111,13 +112,13 @@ QUERY, LSE, GATES = _f32(2, 12, 2, 4), _f32(2, 12, 2), _f32(2, 12, 2, 3)
 PAIR, BLOCKS = KV(X, X), _f32(2, 5, 1, 4)
 BLOCK_IDS = np.broadcast_to(np.array([0, 1], np.int32), (2, 12, 1, 2))
 INSPECTED = nsa_jax.inspect.Inspected(
-  gates=GATES,
-  block_ids=BLOCK_IDS,
-  forced=BLOCK_IDS == 0,
-  recall=LSE,
-  oracle_recall=LSE,
-  random_recall=LSE,
-  choosing=IDS > 0,
+  GATES,
+  helpers.int32(BLOCK_IDS),
+  helpers.int32(BLOCK_IDS) == 0,
+  LSE,
+  LSE,
+  LSE,
+  IDS > 0,
 )
 AXES = figure.Figure().add_subplot()
 NEW = KV(_f32(2, 2, 1, 4), _f32(2, 2, 1, 4))
