@@ -467,7 +467,7 @@ def plot_gates(
   for branch, colour, gate in zip(BRANCHES, _COLOURS, gates.T, strict=True):
     ax.plot(gate, color=colour, label=branch, linewidth=1)
   ax.set_xlim(0, len(gates) - 1)
-  ax.set_ylim(0, 1)
+  ax.set_ylim(0, 1.12)  # room for the legend
   ax.set_xlabel("token")
   ax.set_ylabel("gate")
   ax.legend(loc="upper right", frameon=False, ncols=3)
@@ -523,7 +523,7 @@ def plot_recall(layers: Mapping[str, Inspected], *, ax: Any = None) -> Any:
   ax.set_xticks(middles, list(layers))
   ax.set_xlabel("layer, one mark per query head")
   ax.set_ylabel("share of full attention")
-  ax.set_ylim(0, 1)
+  ax.set_ylim(0, 1.12)  # room for the legend
   ax.legend(loc="upper right", frameon=False, ncols=3)
   return ax
 
