@@ -86,6 +86,29 @@ def test_half_precision_sums_to_one() -> None:
   helpers.assert_close(mass, want, "float32")
 
 
+def test_the_lse_of_the_kernels() -> None:
+  """On a GPU the default takes the lse from them; here they are interpreted."""
+  config = NSAConfig(16, 16, 16)
+  dims = Dims(config, queries=65, keys=65, head_dim=16)
+  query, key = _arrays(dims)
+  segments = helpers.packed_segments(dims)
+
+  def run(implementation: Any) -> Any:
+    return jax.jit(
+      lambda query, key: nsa_jax.block_mass(
+        query,
+        key,
+        segment_ids=segments,
+        config=config,
+        implementation=implementation,
+      )
+    )(query, key)
+
+  helpers.assert_close(run(("triton", "xla")), run("xla"), "float32")
+  with pytest.raises(NotImplementedError, match="has no `block_scores`"):
+    run("triton")
+
+
 def test_a_poisoned_padding_changes_nothing() -> None:
   dims = Dims(CONFIG, queries=65, keys=65)
   segments = helpers.packed_segments(dims)
