@@ -1,7 +1,7 @@
 """What a model reads: recall of its selection, block maps, gates; plots.
 
-Layers sow what is needed into the collection `inspect`. Nothing here changes
-what they compute. The plots need matplotlib, which is imported by the first.
+Layers sow what is needed into the collection `inspect`; nothing here changes
+what they compute. The plots need matplotlib, which the first one imports.
 """
 
 import dataclasses
@@ -45,10 +45,11 @@ class Inspected(NamedTuple):
     recall: float32 [B, T, N], the share of full attention's mass that these
       blocks hold, for every query head.
     oracle_recall: as `recall`, of the forced blocks and of those others for
-      which `block_mass` is largest: the best that a selector could do.
+      which `block_mass` is largest. No other selection of n blocks that has the
+      forced ones holds more, in the mean over a group.
     random_recall: as `recall`, of the forced blocks and of random others.
-    choosing: bool [B, T], queries that have more than n blocks to choose from.
-      The others read all of theirs, and have recall 1.
+    choosing: bool [B, T], queries that have more than n blocks to choose from;
+      the others can read all of theirs.
   """
 
   gates: Array
@@ -236,7 +237,8 @@ def inspect_model(
   config = model.config
   if config.layout is not None:
     raise ValueError(
-      f"`model` has `config.layout`={config.layout}, which must be None."
+      f"`model` has `config.layout`={config.layout}, which must be None: the "
+      "same parameters fit a model without one."
     )
   if "nsa" not in config.layer_kinds:
     raise ValueError(
@@ -251,10 +253,9 @@ def inspect_model(
   key = _checks.random_key(key)
   model = model.clone(decode=False)
   shape = _checks.array("tokens", tokens, 2, "[B, T]").shape
-  _checks.not_empty("tokens", jnp.asarray(tokens))
-  check_params(
-    params, _init.eval_shape(model, jax.ShapeDtypeStruct(shape, jnp.int32))
-  )
+  tokens = _checks.integers("tokens", tokens, shape)
+  _checks.not_empty("tokens", tokens)
+  check_params(params, _init.eval_shape(model, tokens))
   given = {"positions": positions, "segment_ids": segment_ids}
   rule = "one entry per row and token of `tokens`"
   given = {
@@ -263,7 +264,6 @@ def inspect_model(
   }
   if segment_ids is not None:
     _checks.segments(segment_ids, config.nsa.selection_block)
-  tokens = _checks.integers("tokens", tokens, shape)
   sown = _collect(model, params, tokens, given)
   found = {}
   for i, kind in enumerate(config.layer_kinds):
@@ -413,10 +413,10 @@ def plot_block_map(
     >>> ax = inspect.plot_block_map(layer)
     >>> ax.figure.savefig("/dev/null", format="png")
   """
-  ax = _axes(ax)
   _checks.instance("inspected", inspected, Inspected)
   row = _index("row", row, inspected.block_ids.shape[0])
   head = _index("head", head, inspected.block_ids.shape[2])
+  ax = _axes(ax)
   ids = np.asarray(inspected.block_ids)[row, :, head]
   forced = np.asarray(inspected.forced)[row, :, head]
   length, blocks = len(ids), max(int(ids.max()) + 1, 1)
@@ -456,7 +456,6 @@ def plot_gates(
     ValueError: if an argument does not fit.
     ImportError: if matplotlib is missing.
   """
-  ax = _axes(ax)
   _checks.instance("inspected", inspected, Inspected)
   row = _index("row", row, inspected.gates.shape[0])
   gates = np.asarray(inspected.gates, np.float32)[row]
@@ -464,6 +463,7 @@ def plot_gates(
     gates = gates.mean(axis=1)
   else:
     gates = gates[:, _index("head", head, gates.shape[1])]
+  ax = _axes(ax)
   for branch, colour, gate in zip(BRANCHES, _COLOURS, gates.T, strict=True):
     ax.plot(gate, color=colour, label=branch, linewidth=1)
   ax.set_xlim(0, len(gates) - 1)
@@ -490,20 +490,21 @@ def plot_recall(layers: Mapping[str, Inspected], *, ax: Any = None) -> Any:
     ValueError: if an argument does not fit.
     ImportError: if matplotlib is missing.
   """
-  ax = _axes(ax)
   if not isinstance(layers, Mapping) or not layers:
     raise ValueError(
       f"`layers`={_checks.show(layers)} must be a dictionary of Inspected."
     )
-  start, middles = 0, list[float]()
   for name, layer in layers.items():
     _checks.instance(f"layers[{name!r}]", layer, Inspected)
-    choosing = np.asarray(layer.choosing)
-    if not choosing.any():
+    if not np.asarray(layer.choosing).any():
       raise ValueError(
         f"`layers[{name!r}]` must have a query that chooses: the tokens are so "
         "few that every query reads all of them."
       )
+  ax = _axes(ax)
+  start, middles = 0, list[float]()
+  for layer in layers.values():
+    choosing = np.asarray(layer.choosing)
     oracle, own, random = (
       np.asarray(x)[choosing].mean(axis=0)
       for x in (layer.oracle_recall, layer.recall, layer.random_recall)
@@ -607,7 +608,9 @@ def _measure(
     return tuple(jax.lax.map(share, ids))
 
   size = chunk_queries(length, batch, heads * blocks)
-  positions = jnp.broadcast_to(jnp.arange(length), (batch, length))
+  positions = jnp.broadcast_to(
+    jnp.arange(length, dtype=jnp.int32), (batch, length)
+  )
   return map_chunks(
     lambda query, positions, *rest: body(query, positions[0], *rest),
     size,
