@@ -103,6 +103,21 @@ def test_python(
   exec(compile(lines, path, "exec"), {"__name__": "docs"})
 
 
+@pytest.mark.slow
+def test_the_indexer_learns(capsys: pytest.CaptureFixture[str]) -> None:
+  """In as many steps as the page says, to what it says."""
+  page = "docs/own-selectors.md"
+  (code,) = (
+    code
+    for place, code in PYTHON.items()
+    if place.startswith(page) and "STEPS" in code
+  )
+  exec(compile(code, page, "exec"), {"__name__": "docs"})
+  recall = re.search(r"recall (\S+)", capsys.readouterr().out)
+  assert recall is not None
+  assert float(recall[1]) == pytest.approx(0.75, abs=0.02)
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_command(
   command: str, tmp_path: pathlib.Path, script_environment: Any
