@@ -20,7 +20,7 @@ import numpy as np
 
 from benchmarks import harness
 from examples.lm import data, train
-from nsa_jax import TransformerConfig, TransformerLM
+from nsa_jax import TransformerConfig, TransformerLM, inspect
 
 LENGTH = 65536
 STEPS = 500
@@ -101,26 +101,14 @@ def selected_by_layer(
   }
 
 
-def distinct(ids: np.ndarray, neighbours: int) -> float:
-  """Mean number of different blocks that so many neighbouring queries choose.
-
-  Args:
-    ids: [1, T, K, n].
-    neighbours: a divisor of T.
-  """
-  groups = np.moveaxis(ids[0], 1, 0).reshape(-1, neighbours * ids.shape[3])
-  ranked = np.sort(groups, axis=1)
-  new = np.ones(ranked.shape, bool)
-  new[:, 1:] = ranked[:, 1:] != ranked[:, :-1]
-  return float((new & (ranked >= 0)).sum(axis=1).mean())
-
-
 def tables(by_layer: Mapping[str, np.ndarray]) -> dict[str, list[Any]]:
   rows = []
   for name, ids in by_layer.items():
     counts = np.bincount(ids[ids >= 0].ravel())
     row: dict[str, Any] = {"layer": name}
-    row |= {f"of {n} neighbours": distinct(ids, n) for n in NEIGHBOURS}
+    for n in NEIGHBOURS:
+      distinct = inspect.distinct_blocks(ids, n)
+      row[f"of {n} neighbours"] = float(distinct.mean())
     row["longest list / mean"] = float(counts.max() / counts.mean())
     rows.append(row)
   return {"Distinct blocks that neighbouring queries choose": rows}

@@ -4,6 +4,9 @@ Importing this package touches no device.
 """
 
 from nsa_jax import cache
+
+# Not in `__all__`: a star import would hide the standard library's.
+from nsa_jax import inspect as inspect
 from nsa_jax.compression import (
   compress_linear,
   compress_mean,
@@ -26,6 +29,7 @@ from nsa_jax.ops.branches import (
 from nsa_jax.ops.nsa import native_sparse_attention
 from nsa_jax.ops.selection import (
   block_ids_from_scores,
+  block_mass,
   block_scores,
   select_blocks,
 )
@@ -54,6 +58,7 @@ __all__ = [
   "TransformerLM",
   "apply_rope",
   "block_ids_from_scores",
+  "block_mass",
   "block_scores",
   "cache",
   "compress_linear",

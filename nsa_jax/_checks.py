@@ -327,6 +327,22 @@ def dtype(name: str, value: Any) -> jnp.dtype:
   return result
 
 
+def random_key(value: Any) -> Array:
+  """Checks for one `jax.random.key`, or makes one of a seed."""
+  if isinstance(value, jax.Array) and value.ndim == 0:
+    if jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
+      return value
+  elif not isinstance(value, bool):
+    with contextlib.suppress(TypeError):
+      seed = operator.index(value)
+      if 0 <= seed < 2**32:
+        return jax.random.key(jax.device_put(np.uint32(seed)))
+  raise ValueError(
+    f"`key`={show(value)} must be one key made by jax.random.key, or a seed in "
+    "[0, 2**32)."
+  )
+
+
 def offset(
   name: str, value: Any, shapes: Sequence[tuple[int, ...]]
 ) -> int | Array:

@@ -5,10 +5,8 @@ same model and shapes reuse both. Layers and their cache are in `nsa_jax.layers`
 and `nsa_jax.cache`; tokenisation is up to the caller.
 """
 
-import contextlib
 import functools
 import math
-import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -163,7 +161,7 @@ def generate(
 
   model = model.clone(decode=True)
   logits, _, shapes = _shapes(model, batch, capacity)
-  _check_params(params, shapes)
+  check_params(params, shapes)
   vocabulary = logits.shape[-1]
   given = np.arange(longest) < lengths[:, None]
   wrong = given & ((tokens < 0) | (tokens >= vocabulary))
@@ -180,7 +178,7 @@ def generate(
       )
   options = _read_sampling(temperature, top_k, top_p, vocabulary)
   top_k = options.pop("top_k")
-  options |= {"key": _read_key(key), "stop_token": stop_token}
+  options |= {"key": _checks.random_key(key), "stop_token": stop_token}
 
   # As wide as the cache, so that prompts of all lengths share one loop.
   padded = np.full((batch, capacity), pad_token, np.int32)
@@ -288,7 +286,7 @@ def _shapes(model, batch, capacity):
     ) from error
 
 
-def _check_params(params, shapes):
+def check_params(params, shapes):
   """Checks that `params` has what the model's `init` returns."""
   leaves = dict(jax.tree.leaves_with_path(nn.meta.unbox(unfreeze(params))))
   for path, want in jax.tree.leaves_with_path(nn.meta.unbox(unfreeze(shapes))):
@@ -450,21 +448,6 @@ def _integers(name, value, rank):
     raise ValueError(f"`{name}` of shape {known.shape} must have rank {rank}.")
   _checks.fits_int32(name, known)
   return known.astype(np.int64)
-
-
-def _read_key(key):
-  if isinstance(key, jax.Array) and key.ndim == 0:
-    if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-      return key
-  elif not isinstance(key, bool):
-    with contextlib.suppress(TypeError):
-      seed = operator.index(key)
-      if 0 <= seed < 2**32:
-        return jax.random.key(jax.device_put(np.uint32(seed)))
-  raise ValueError(
-    f"`key`={_checks.show(key)} must be one key made by jax.random.key, or a "
-    "seed in [0, 2**32)."
-  )
 
 
 def _read_sampling(temperature, top_k, top_p, vocabulary):

@@ -463,11 +463,10 @@ def test_trained_ids_are_saved_by_layer(tmp_path):
 
 def test_distinct_blocks_are_counted():
   ids = np.array([[0, 1], [0, 2], [1, 2], [1, -1]])[None, :, None]
-  assert trained_ids.distinct(ids, 2) == (3 + 2) / 2
-  assert trained_ids.distinct(ids, 4) == 3
   (row,) = next(
     iter(trained_ids.tables({"a": np.tile(ids, (1, 4, 1, 1))}).values())
   )
+  assert row["of 2 neighbours"] == (3 + 2) / 2
   assert row["of 4 neighbours"] == 3
   assert row["longest list / mean"] == 3 / (7 / 3)
 

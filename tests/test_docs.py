@@ -24,17 +24,26 @@ PAGES = [
   ROOT / "CONTRIBUTING.md",
   *sorted(DOCS.rglob("*.md")),
 ]
+# Pages whose blocks go on from one another.
+NOTEBOOKS = ("docs/inside-a-model.md",)
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 
 def _blocks(language: str) -> dict[str, str]:
-  """Code by page and line."""
-  blocks = {}
+  """Code by page and line; that of a notebook in one piece."""
+  blocks: dict[str, str] = {}
   for page in PAGES:
-    text = page.read_text()
+    text, name = page.read_text(), page.relative_to(ROOT).as_posix()
+    first = 0
     for block in re.finditer(rf"^```{language}\n(.*?)^```$", text, re.M | re.S):
       line = text.count("\n", 0, block.start()) + 1
-      blocks[f"{page.relative_to(ROOT)}:{line}"] = block[1]
+      if first and name in NOTEBOOKS:
+        place = f"{name}:{first}"
+        gap = line - first - blocks[place].count("\n")
+        blocks[place] += "\n" * gap + block[1]
+      else:
+        first = line
+        blocks[f"{name}:{line}"] = block[1]
   return blocks
 
 
@@ -85,13 +94,28 @@ def _folder(tmp_path: pathlib.Path, uses_run: bool) -> pathlib.Path:
 def test_python(
   place: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-  code = PYTHON[place]
+  code = re.sub(r"^STEPS = \d+$", "STEPS = 3", PYTHON[place], flags=re.M)
   monkeypatch.chdir(_folder(tmp_path, "runs/train_lm" in code))
   # A block may register a backend.
   monkeypatch.setattr(dispatch, "BACKENDS", dict(dispatch.BACKENDS))
   path, line = place.rsplit(":", 1)
   lines = "\n" * int(line) + code  # so that a traceback names the line
   exec(compile(lines, path, "exec"), {"__name__": "docs"})
+
+
+@pytest.mark.slow
+def test_the_indexer_learns(capsys: pytest.CaptureFixture[str]) -> None:
+  """In as many steps as the page says, to what it says."""
+  page = "docs/own-selectors.md"
+  (code,) = (
+    code
+    for place, code in PYTHON.items()
+    if place.startswith(page) and "STEPS" in code
+  )
+  exec(compile(code, page, "exec"), {"__name__": "docs"})
+  recall = re.search(r"recall (\S+)", capsys.readouterr().out)
+  assert recall is not None
+  assert float(recall[1]) == pytest.approx(0.75, abs=0.02)
 
 
 @pytest.mark.parametrize("command", COMMANDS)

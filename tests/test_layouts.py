@@ -417,6 +417,9 @@ def _all_ops(
     "block_scores": nsa_jax.block_scores(
       query, blocks.key, lse, **call | {"implementation": "xla"}, **length
     ),
+    "block_mass": nsa_jax.block_mass(
+      query, key, **call | {"implementation": "xla"}
+    ),
     "block_ids_from_scores": nsa_jax.block_ids_from_scores(
       x["scores"], **others, **length
     ),

@@ -326,6 +326,7 @@ def _call(op: str, change: dict[str, Any]) -> Any:
       "block_ids": _ids(0, 1),
     },
     "window_attention": {"key": _KEY, "value": _VALUE},
+    "block_mass": {"key": _KEY},
   }
   arguments = {"query": _QUERY, "config": CONFIG} | base[op] | change
   return getattr(nsa_jax, op)(**arguments)
@@ -337,6 +338,7 @@ OPS = (
   "select_blocks",
   "selected_attention",
   "window_attention",
+  "block_mass",
 )
 WITH_LENGTH = OPS[:3]
 
@@ -386,7 +388,7 @@ def test_what_all_primitives_check(op: str) -> None:
       ({"key_length": -1}, "key_length", "-1", "at least|negative"),
       ({"key_length": 12.0}, "key_length", "12.0", "integer"),
     ]
-  if op not in OPS[1:3]:
+  if op not in (*OPS[1:3], "block_mass"):
     cases += [
       ({"value": _f32(2, 7, 2, 6)}, "value", "7", "key|\\b12\\b|\\b5\\b"),
       ({"value": _f32(2, 12, 1, 6)}, "value", "1", "key|heads|\\b2\\b"),

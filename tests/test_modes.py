@@ -133,6 +133,12 @@ def ops(
       part(nsa_jax.select_blocks, **from_blocks),
       (query, blocks.key, lse),
     ),
+    "block_mass": (
+      with_gradient(
+        part(nsa_jax.block_mass, **call | {"implementation": portable})
+      ),
+      (query, key),
+    ),
     "block_ids_from_scores": (
       part(
         nsa_jax.block_ids_from_scores,

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from matplotlib import figure
 
 import nsa_jax
 from nsa_jax import (
@@ -34,6 +35,7 @@ from nsa_jax import (
 )
 from nsa_jax.layers import core
 from nsa_jax.layers import linen as layers
+from tests import helpers
 
 # S = T = 12, hence C = 5 and M = 3; N = 2, K = 1, H = V = 4, D = 8.
 CONFIG = NSAConfig(4, 2, 4, 2, 0, 1, 3)
@@ -52,6 +54,9 @@ MODEL = nsa_jax.TransformerLM(
     nsa=CONFIG,
     attention="window",
   )
+)
+SPARSE = MODEL.clone(
+  config=dataclasses.replace(MODEL.config, attention="nsa", compression="mean")
 )
 STACKED = MODEL.clone(
   config=dataclasses.replace(MODEL.config, scan_layers=True)
@@ -106,6 +111,16 @@ X, IDS = _f32(2, 12, 1, 4), _ones(2, 12)
 QUERY, LSE, GATES = _f32(2, 12, 2, 4), _f32(2, 12, 2), _f32(2, 12, 2, 3)
 PAIR, BLOCKS = KV(X, X), _f32(2, 5, 1, 4)
 BLOCK_IDS = np.broadcast_to(np.array([0, 1], np.int32), (2, 12, 1, 2))
+INSPECTED = nsa_jax.inspect.Inspected(
+  GATES,
+  helpers.int32(BLOCK_IDS),
+  helpers.int32(BLOCK_IDS) == 0,
+  LSE,
+  LSE,
+  LSE,
+  IDS > 0,
+)
+AXES = figure.Figure().add_subplot()
 NEW = KV(_f32(2, 2, 1, 4), _f32(2, 2, 1, 4))
 NEW_QUERY = _f32(2, 2, 2, 4)
 TOKENS = _f32(2, 12, 8)
@@ -327,6 +342,63 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
       "key_length": 12,
       **SEGMENTS,
     },
+  ),
+  "nsa_jax.block_mass": (
+    nsa_jax.block_mass,
+    {"query": QUERY, "key": X, "config": CONFIG, **SEGMENTS},
+  ),
+  # inspect
+  "nsa_jax.inspect.recall": (
+    nsa_jax.inspect.recall,
+    {
+      "query": QUERY,
+      "key": X,
+      "block_ids": BLOCK_IDS,
+      "config": CONFIG,
+      **SEGMENTS,
+    },
+  ),
+  "nsa_jax.inspect.distinct_blocks": (
+    nsa_jax.inspect.distinct_blocks,
+    {"block_ids": BLOCK_IDS, "neighbours": 3},
+  ),
+  "nsa_jax.inspect.inspect_model": (
+    nsa_jax.inspect.inspect_model,
+    {
+      "model": SPARSE,
+      "params": _params(SPARSE, IDS)["params"],
+      "tokens": IDS,
+      "segment_ids": IDS,
+    },
+  ),
+  "nsa_jax.inspect.inspect_layer": (
+    nsa_jax.inspect.inspect_layer,
+    {
+      "sown": {
+        "selected_query": QUERY,
+        "selected_key": X,
+        "gates": GATES,
+        "block_ids": BLOCK_IDS,
+      },
+      "config": CONFIG,
+      "segment_ids": IDS,
+    },
+  ),
+  "nsa_jax.inspect.summarize": (
+    nsa_jax.inspect.summarize,
+    {"inspected": INSPECTED, "neighbours": 3},
+  ),
+  "nsa_jax.inspect.plot_block_map": (
+    nsa_jax.inspect.plot_block_map,
+    {"inspected": INSPECTED, "ax": AXES},
+  ),
+  "nsa_jax.inspect.plot_gates": (
+    nsa_jax.inspect.plot_gates,
+    {"inspected": INSPECTED, "ax": AXES},
+  ),
+  "nsa_jax.inspect.plot_recall": (
+    nsa_jax.inspect.plot_recall,
+    {"layers": {"layer_0": INSPECTED}, "ax": AXES},
   ),
   # cache
   "nsa_jax.cache.init": (
@@ -751,6 +823,8 @@ OTHERS = {
   "nsa_jax.cache.KINDS",
   "nsa_jax.cache.state",
   "nsa_jax.dispatch",
+  "nsa_jax.inspect.Inspected",
+  "nsa_jax.inspect.Summary",
   "nsa_jax.layers.core.Attended",
   "nsa_jax.layers.core.Decoding",
   "nsa_jax.layers.core",

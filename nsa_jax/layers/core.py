@@ -171,12 +171,17 @@ class Attended(NamedTuple):
     gates: [B, T, N, 3]; None for dense attention.
     block_ids: int32 [B, T, K, n] if requested, otherwise None.
     cache: the cache with the new tokens; None without decoding.
+    query: [B, T, N, H], normalised and rotated; None for dense attention and
+      with decoding.
+    key: [B, T, K, H] of the selected branch, likewise.
   """
 
   out: Array
   gates: Array | None = None
   block_ids: Array | None = None
   cache: Cache | None = None
+  query: Array | None = None
+  key: Array | None = None
 
 
 class Decoding(NamedTuple):
@@ -466,7 +471,10 @@ def sparse_attention(
   out = parts["out"](heads)
   if decoding is not None:
     out = decoding.mark_lost(out)
-  return Attended(out, gates, block_ids if return_block_ids else None, held)
+  attended = Attended(out, gates, block_ids if return_block_ids else None, held)
+  if decoding is None:
+    attended = attended._replace(query=rotated_query, key=selected_key)
+  return attended
 
 
 def dense_attention(

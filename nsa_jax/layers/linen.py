@@ -61,7 +61,11 @@ class NativeSparseAttention(nn.Module):
 
   for c in compressed, selected, window. A drop-in replacement for
   `nn.MultiHeadDotProductAttention` in causal self-attention. Sows `gates`
-  [B, T, N, 3] and `block_ids` [B, T, K, n] into the collection `intermediates`.
+  [B, T, N, 3] and `block_ids` [B, T, K, n] into the collection `intermediates`;
+  into the collection `inspect`, unless it decodes, these two and what the
+  selected branch attends with, `selected_query` [B, T, N, H] and `selected_key`
+  [B, T, K, H]; `nsa_jax.inspect` reads them. A collection that is not mutable
+  costs nothing.
 
   Attributes:
     num_heads: as in `AttentionConfig`.
@@ -231,8 +235,14 @@ class NativeSparseAttention(nn.Module):
       param_dtype=self.param_dtype,
       precision=self.precision,
     )
-    # The ids are computed only if the collection is requested.
+    # The ids are computed only if a collection is requested.
     collected = self.is_mutable_collection("intermediates")
+    # `init` makes every collection mutable but "intermediates".
+    inspected = (
+      self.is_mutable_collection("inspect")
+      and not self.decode
+      and not self.is_initializing()
+    )
     decoding = begin_decoding(self, x, segment_ids, prefix_length)
     inits = self.kernel_init
     if not isinstance(inits, Mapping):
@@ -255,11 +265,17 @@ class NativeSparseAttention(nn.Module):
       positions=positions,
       segment_ids=segment_ids,
       decoding=decoding,
-      return_block_ids=collected,
+      return_block_ids=collected or inspected,
     )
     if collected:
       self.sow("intermediates", "gates", attended.gates)
       self.sow("intermediates", "block_ids", attended.block_ids)
+    if inspected:
+      self.sow("inspect", "gates", attended.gates)
+      self.sow("inspect", "block_ids", attended.block_ids)
+      # The names of projections are taken.
+      self.sow("inspect", "selected_query", attended.query)
+      self.sow("inspect", "selected_key", attended.key)
     keep_cache(self, config, "nsa", attended, x)
     return attended.out
 

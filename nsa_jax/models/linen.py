@@ -175,7 +175,9 @@ class TransformerLM(nn.Module):
     if config.scan_layers:
       block = nn.scan(
         block,
-        variable_axes={"params": 0, "intermediates": 0, "cache": 0},
+        variable_axes=dict.fromkeys(
+          ("params", "intermediates", "inspect", "cache"), 0
+        ),
         split_rngs={"params": True},
         in_axes=nn.broadcast,
         length=config.num_layers,

@@ -1,4 +1,8 @@
-"""Which blocks a query reads: importance (Eq. 8-10) and top-n (Eq. 11)."""
+"""Which blocks a query reads: importance (Eq. 8-10) and top-n (Eq. 11).
+
+And what full attention reads of each block, which selectors can be compared
+with or trained on.
+"""
 
 from typing import Any
 
@@ -8,7 +12,7 @@ from jax.typing import ArrayLike
 
 from nsa_jax import _checks, dispatch, geometry
 from nsa_jax.config import NSAConfig, check_config
-from nsa_jax.ops.branches import check_compressed
+from nsa_jax.ops.branches import attend_branch, check_compressed
 from nsa_jax.ops.scope import Scope, keep, make_scope
 from nsa_jax.sharding import Layout, partitioned
 from nsa_jax.typing import Array, Implementation
@@ -216,6 +220,82 @@ def block_ids_from_scores(
     queries.query_segments,
     first_candidates(spec, queries, batch, length),
   )
+
+
+@partitioned()
+def block_mass(
+  query: ArrayLike,
+  key: ArrayLike,
+  *,
+  config: NSAConfig,
+  scale: float | None = None,
+  query_offset: ArrayLike | None = None,
+  segment_ids: ArrayLike | None = None,
+  query_segment_ids: ArrayLike | None = None,
+  implementation: Implementation = None,
+  layout: Layout | None = None,
+) -> Array:
+  """The share of full attention that each selection block holds.
+
+      mass[j] = mean over the heads of a group of
+                sum over tokens s <= t of block j of exp(scale q_t k_s - lse_t)
+
+  These are the Eq. 8-10 with compressed blocks of one token each, divided by G.
+  It is what a learned selector is taught, and what any selector is compared
+  with. Beside the result, which has T M entries, memory is linear in the
+  length.
+
+  Args:
+    query: [B, T, N, H].
+    key: [B, S, K, H], those of the selected branch.
+    config: only `selection_block` is read.
+    scale: as in `native_sparse_attention`.
+    query_offset: as in `native_sparse_attention`.
+    segment_ids: as in `native_sparse_attention`.
+    query_segment_ids: as in `native_sparse_attention`.
+    implementation: as in `native_sparse_attention`.
+    layout: as in `native_sparse_attention`.
+
+  Returns:
+    [B, T, K, M], float32 (float64 for float64). Over the blocks it sums to 1;
+    to 0 for a query that reads nothing. It is differentiable; a teacher's goes
+    through `jax.lax.stop_gradient`.
+
+  Raises:
+    ValueError: if an argument is invalid; names it, its value and the rule.
+    NotImplementedError: if no requested implementation can do the call.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> from nsa_jax import NSAConfig, block_mass
+    >>> query, key = jnp.ones((1, 96, 2, 8)), jnp.ones((1, 96, 1, 8))
+    >>> mass = block_mass(query, key, config=NSAConfig())
+    >>> print(mass[0, 79, 0].round(3))  # it reads 64 and 16 keys
+    [0.8 0.2]
+  """
+  check_config(config)
+  query = _checks.queries(query)
+  key = _checks.keys("key", key, query, 1)
+  scope = make_scope(
+    query,
+    key.shape[1],
+    query_offset,
+    segment_ids,
+    query_segment_ids,
+    alignment=config.selection_block,
+  )
+  # With compressed blocks of one token, importance is attention.
+  tokens = NSAConfig(1, 1, config.selection_block)
+  spec = Spec(tokens, _checks.scale(scale, query), key.shape[1])
+  group = query.shape[2] // key.shape[2]
+  arrays = scope.mask(query, key, key)
+  _, lse = attend_branch(
+    "compressed", implementation, spec, arrays, scope, reads_own=True
+  )
+  scored = (*arrays[:2], keep(lse, scope.valid_queries))
+  index = None, scope.queries
+  run = dispatch.choose("block_scores", implementation, spec, scored, index)
+  return keep(run(), scope.valid_queries) / group
 
 
 def select(
