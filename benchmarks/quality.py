@@ -4,10 +4,13 @@
     python -m benchmarks.quality --minutes 9
     python -m benchmarks.quality --quick
 
-Trains models that differ in their attention alone, on the same tokens for the
-same number of steps: full attention, NSA, a window alone, NSA without one of
-its branches, and NSA that reads random blocks instead of those it would choose.
-The learning rate of each kind is the best of `RATES` for a tenth of the tokens.
+Trains models that differ in their attention, on the same tokens for the same
+number of steps: full attention, NSA, a window alone, NSA without one of its
+branches, and NSA that reads random blocks instead of those it would choose. NSA
+has more parameters than full attention, in phi and in the projections of its
+branches; "full, wider" has as many, in a larger SwiGLU. The learning rate of
+each kind is the best of `RATES` for a tenth of the tokens, by the loss on the
+rows that are evaluated in the end.
 At the end full attention and NSA read rows four times as long as those they
 were trained on, with YaRN and without.
 Text is the Python source below `--corpus`, in the order of its folders, so that
@@ -77,8 +80,9 @@ def random_blocks(
   )
 
 
-# Fields of TransformerConfig by kind. phi of "selected + window" would have no
-# gradient, so its keys are means.
+# Fields of TransformerConfig by kind. Without their branch the compressed keys
+# have no gradient: those of "selected + window" are means of the selected ones,
+# as in "nsa, shared K/V, mean".
 KINDS: dict[str, dict[str, Any]] = {
   "full": {"attention": "full"},
   "nsa": {},
@@ -87,15 +91,18 @@ KINDS: dict[str, dict[str, Any]] = {
   "selected + window": {
     "branches": ("selected", "window"),
     "compression": "mean",
+    "share_kv": True,
   },
+  "full, wider": {"attention": "full", "mlp_dim": 2112},
   "random blocks": {"select": random_blocks},
 }
 MAIN = tuple(KINDS)
-COMPARED = ("full", "nsa", "window")  # with several seeds
+COMPARED = ("full", "nsa", "window", "random blocks")  # with several seeds
 # To find out what the quality depends on, by `--kinds`.
 KINDS |= {
   "nsa, QK norm": {"normalize_qk": True},
   "nsa, shared K/V": {"share_kv": True},
+  "nsa, shared K/V, mean": {"share_kv": True, "compression": "mean"},
   "nsa, mean": {"compression": "mean"},
   "nsa, linear": {"compression": "linear"},
   "nsa, rotated tokens": {"rope_compressed": "tokens"},
@@ -190,7 +197,7 @@ QUICK = Study(
   rows=4,
   curve=2,
   seeds=(0,),
-  kinds=COMPARED,
+  kinds=("full", "nsa", "window"),
   rates=(1e-3,),
 )
 
@@ -233,29 +240,38 @@ def prepare(
     UsageError: if there is too little of it.
   """
   facts = folder / "text.json"
-  if not facts.exists():
-    folder.mkdir(parents=True, exist_ok=True)
-    train, held_out = read_sources(corpus, max_bytes)
-    tokenizer = Tokenizer()
-    if study.vocab_size > 256:
-      some = train[:: 1 + len(train) // 5000]
-      tokenizer = train_bpe(some, study.vocab_size, "--tokenizer bpe")
-    known: dict[str, Any] = {"corpus": str(corpus)}
-    for name, texts in (("train", train), ("validation", held_out)):
-      ids = np.concatenate([np.zeros(0, np.uint8), *tokenizer.encode(texts)])
-      np.save(folder / f"{name}.npy", ids)
-      known |= {
-        f"{name} files": len(texts),
-        f"{name} bytes": sum(map(len, texts)),
-        f"{name} tokens": len(ids),
-      }
-      if len(ids) <= study.length:
-        raise UsageError(
-          f"--corpus {corpus}: {len(ids)} tokens for {name} are too few for "
-          f"rows of {study.length}."
-        )
-    facts.write_text(json.dumps(known, indent=2))
-  return json.loads(facts.read_text())
+  asked = {"corpus": str(corpus), "max_bytes": max_bytes}
+  asked["vocabulary"] = study.vocab_size
+  if facts.exists():
+    known = json.loads(facts.read_text())
+    if any(known[name] != value for name, value in asked.items()):
+      raise UsageError(
+        f"--runs: {folder} has the text of {known}, not of {asked}; give "
+        "another folder."
+      )
+    return known
+  folder.mkdir(parents=True, exist_ok=True)
+  train, held_out = read_sources(corpus, max_bytes)
+  tokenizer = Tokenizer()
+  if study.vocab_size > 256:
+    some = train[:: 1 + len(train) // 5000]
+    tokenizer = train_bpe(some, study.vocab_size, "--tokenizer bpe")
+  known = dict(asked)
+  for name, texts in (("train", train), ("validation", held_out)):
+    ids = np.concatenate([np.zeros(0, np.uint8), *tokenizer.encode(texts)])
+    np.save(folder / f"{name}.npy", ids)
+    known |= {
+      f"{name} files": len(texts),
+      f"{name} bytes": sum(map(len, texts)),
+      f"{name} tokens": len(ids),
+    }
+    if len(ids) <= LONGER * study.length:
+      raise UsageError(
+        f"--corpus {corpus}: {len(ids)} tokens for {name} are too few for "
+        f"rows of {LONGER * study.length}."
+      )
+  facts.write_text(json.dumps(known, indent=2))
+  return known
 
 
 # ------------------------------------------------------------------ one trial
@@ -276,22 +292,23 @@ class Trial:
     return f"{kind}-{self.steps}-{self.rate:g}-{self.seed}"
 
 
-def losses_by_position(
-  model: TransformerLM, params: Any, rows: np.ndarray, batch_size: int
-) -> np.ndarray:
-  """Mean loss at every position of rows [R, T + 1]; float64 [T]."""
+def make_evaluation(model: TransformerLM, batch_size: int) -> Any:
+  """A function of parameters and rows [R, T + 1]: mean losses, float64 [T]."""
 
   @jax.jit
-  def losses(params, rows):
+  def losses(params: Any, rows: Any) -> Any:
     found: Any = model.apply(
       {"params": params}, rows[:, :-1], labels=rows[:, 1:]
     )
     return found.sum(axis=0)
 
-  total = np.zeros(rows.shape[1] - 1)
-  for start in range(0, len(rows), batch_size):
-    total += np.asarray(losses(params, rows[start : start + batch_size]))
-  return total / len(rows)
+  def evaluate(params: Any, rows: np.ndarray) -> np.ndarray:
+    total = np.zeros(rows.shape[1] - 1)
+    for start in range(0, len(rows), batch_size):
+      total += np.asarray(losses(params, rows[start : start + batch_size]))
+    return total / len(rows)
+
+  return evaluate
 
 
 def run_trial(
@@ -322,23 +339,27 @@ def run_trial(
     texts["validation"], count=study.rows, seq_len=study.length
   )
   step_fn = jax.jit(train.make_train_step(model, optimizer), donate_argnums=0)
+  evaluate = make_evaluation(model, study.batch_size)
+  every = -(-trial.steps // study.curve)
   options = ocp.CheckpointManagerOptions(max_to_keep=1)
   with ocp.CheckpointManager(
     (folder / trial.name).absolute(), options=options
   ) as manager:
     step = manager.latest_step() or 0
-    log: dict[str, Any] = {"losses": [], "curve": []}
+    log: dict[str, Any] = {"losses": [], "curve": [], "tokens/s": []}
     if step:
       like = jax.eval_shape(init)
-      args = ocp.args.Composite(
-        state=ocp.args.StandardRestore(like), log=ocp.args.JsonRestore()
+      restored = manager.restore(
+        step,
+        args=ocp.args.Composite(
+          state=ocp.args.StandardRestore(like), log=ocp.args.JsonRestore()
+        ),
       )
-      restored = manager.restore(step, args=args)
       state, log = restored.state, restored.log
     else:
       state = jax.jit(init)()
     pending: list[Any] = []
-    speed = None
+    mark = None  # when the first of the pending steps began
     while step < trial.steps:
       batch = data.training_batch(
         texts["train"],
@@ -350,42 +371,49 @@ def run_trial(
       state, loss = step_fn(state, batch)
       pending.append(loss)
       step += 1
-      every = -(-trial.steps // study.curve)
-      if len(pending) == 20 or step % every == 0 or step == trial.steps:
-        log["losses"] += map(float, pending)
-        if not np.isfinite(log["losses"][-1]):
-          break
-        now = time.perf_counter()
-        if len(pending) == 20 and speed is not None:
-          tokens = 20 * study.batch_size * study.length
-          log["tokens/s"] = tokens / (now - speed)
-        pending, speed = [], now
-        if step % every == 0 or step == trial.steps:
-          found = losses_by_position(
-            model, state["params"], rows, study.batch_size
-          )
-          log["curve"].append([step, found.mean()])
-          print(f"{trial.name}: {step} {found.mean():.4f}", flush=True)
-          speed = None
-        if time.time() > stop_at and step < trial.steps:
-          manager.save(
-            step,
-            args=ocp.args.Composite(
-              state=ocp.args.StandardSave(state), log=ocp.args.JsonSave(log)
-            ),
-          )
+      last = step == trial.steps
+      if len(pending) < 20 and step % every and not last:
+        continue
+      log["losses"] += map(float, pending)
+      if not np.isfinite(log["losses"][-1]):
+        return _diverged(trial, step)
+      now = time.perf_counter()
+      if mark is not None:
+        tokens = len(pending) * study.batch_size * study.length
+        log["tokens/s"].append(tokens / (now - mark))
+      pending, mark = [], now
+      if step % every == 0 or last:
+        loss = float(evaluate(state["params"], rows).mean())
+        if not np.isfinite(loss):
+          return _diverged(trial, step)
+        log["curve"].append([step, loss])
+        print(f"{trial.name}: {step} {loss:.4f}", flush=True)
+        mark = None
+      if last or time.time() > stop_at:
+        manager.save(
+          step,
+          args=ocp.args.Composite(
+            state=ocp.args.StandardSave(state), log=ocp.args.JsonSave(log)
+          ),
+        )
+        if not last:
           return None
+
   params = state["params"]
-  result = dataclasses.asdict(trial) | log
-  result["parameters"] = sum(x.size for x in jax.tree.leaves(params))
-  result["device"] = jax.devices()[0].device_kind
-  if step < trial.steps:  # The loss is not finite.
-    return result | {"validation": float("inf")}
 
   def averages(losses: np.ndarray) -> list[float]:
     return [float(losses[a:b].mean()) for a, b in study.ranges(len(losses))]
 
-  result |= {"validation": float(found.mean()), "by position": averages(found)}
+  found = evaluate(params, rows)
+  result = {
+    "parameters": sum(x.size for x in jax.tree.leaves(params)),
+    "device": jax.devices()[0].device_kind,
+    "validation": float(found.mean()),
+    "by position": averages(found),
+    "training": float(np.mean(log["losses"][-50:])),
+    "curve": log["curve"],
+    "tokens/s": float(np.median(log["tokens/s"] or [np.nan])),
+  }
   if trial.kind in ("full", "nsa") and trial.steps == study.steps(study.tokens):
     length = LONGER * study.length
     rows = data.validation_windows(
@@ -394,8 +422,14 @@ def run_trial(
     yarn = RopeConfig(yarn_factor=LONGER, original_max_position=study.length)
     for name, rope in (("plain", config.rope), ("YaRN", yarn)):
       longer = TransformerLM(dataclasses.replace(config, rope=rope))
-      result[name] = averages(losses_by_position(longer, params, rows, 1))
+      result[name] = averages(make_evaluation(longer, 1)(params, rows))
   return result
+
+
+def _diverged(trial: Trial, step: int) -> dict[str, Any]:
+  """The result of a trial whose loss is not finite."""
+  print(f"{trial.name}: the loss is not finite at step {step}", flush=True)
+  return {"validation": float("inf"), "diverged": step}
 
 
 # ----------------------------------------------------------------- all trials
@@ -406,7 +440,7 @@ def tables(
   searched: Sequence[Mapping[str, Any]],
   found: Sequence[Mapping[str, Any]],
 ) -> dict[str, list[dict[str, Any]]]:
-  """Losses by kind; of each seed against full attention; by learning rate."""
+  """Losses by kind; NSA against the others, by seed; by learning rate."""
 
   def columns(losses: Sequence[float], length: int) -> dict[str, str]:
     places = zip(study.ranges(length), losses, strict=True)
@@ -414,43 +448,54 @@ def tables(
 
   losses, longer, apart, rates = [], [], [], []
   by_kind = {
-    kind: [x for x in found if x["kind"] == kind and "by position" in x]
-    for kind in study.kinds
+    kind: [x for x in found if x["kind"] == kind] for kind in study.kinds
   }
-  for kind, results in by_kind.items():
+  for kind, every in by_kind.items():
+    results = [x for x in every if "diverged" not in x]
+    row: dict[str, Any] = {
+      "attention": kind,
+      "learning rate": ", ".join({f"{x['rate']:g}": None for x in every}),
+      "seeds": len(every),
+      "diverged": len(every) - len(results),
+    }
+    losses.append(row)
     if not results:
       continue
-    mean = np.mean([x["by position"] for x in results], axis=0)
-    losses.append(
-      {
-        "attention": kind,
-        "parameters": f"{results[0]['parameters'] / 1e6:.1f}M",
-        "learning rate": results[0]["rate"],
-        "seeds": len(results),
-        "loss": f"{np.mean([x['validation'] for x in results]):.4f}",
-        **columns(mean, study.length),
-        "training loss": f"{np.mean([x['losses'][-50:] for x in results]):.4f}",
-        "tokens/s": f"{results[0].get('tokens/s', 0):,.0f}",
-      }
-    )
+    means = {
+      name: np.mean([x[name] for x in results], axis=0)
+      for name in ("validation", "by position", "training", "tokens/s")
+    }
+    row |= {
+      "parameters": f"{results[0]['parameters'] / 1e6:.1f}M",
+      "loss": f"{means['validation']:.4f}",
+      **columns(means["by position"], study.length),
+      "training loss": f"{means['training']:.4f}",
+      "tokens/s": f"{means['tokens/s']:,.0f}",
+    }
     for name in ("plain", "YaRN"):
       if all(name in x for x in results):
         mean = np.mean([x[name] for x in results], axis=0)
         row = {"attention": kind, "positions": name}
         longer.append(row | columns(mean, LONGER * study.length))
-  for other in ("full", "window"):
-    base = {x["seed"]: x["validation"] for x in by_kind.get(other, ())}
-    row = {"against": other}
+  for kind, results in by_kind.items():
+    if kind == "nsa" or not results:
+      continue
+    base = {x["seed"]: x["validation"] for x in results}
+    row = {"against": kind}
     for x in by_kind.get("nsa", ()):
       if x["seed"] in base:
         row[f"seed {x['seed']}"] = f"{x['validation'] - base[x['seed']]:+.4f}"
     apart.append(row)
+  best = trials.best(searched, "validation")
   for kind in study.kinds:
     tried = {x["rate"]: x["validation"] for x in searched if x["kind"] == kind}
-    rates.append(
-      {"attention": kind}
-      | {f"{rate:g}": f"{loss:.4f}" for rate, loss in sorted(tried.items())}
-    )
+    at_end = best.get(kind) in (min(study.rates), max(study.rates))
+    if tried:
+      rates.append(
+        {"attention": kind}
+        | {f"{rate:g}": f"{loss:.4f}" for rate, loss in sorted(tried.items())}
+        | {"the best is the": "last one tried" if at_end else "middle one"}
+      )
   return {
     "Validation loss, nats per token": losses,
     "NSA minus": apart,
@@ -466,7 +511,7 @@ def plot(path: pathlib.Path, study: Study, found: Sequence[Any]) -> None:
   )
   edges = [0, *(stop for _, stop in study.ranges(study.length))]
   for i, kind in enumerate(study.kinds):
-    results = [x for x in found if x["kind"] == kind and "by position" in x]
+    results = [x for x in found if x["kind"] == kind and "diverged" not in x]
     if not results:
       continue
     steps = np.array([at for at, _ in results[0]["curve"]])
@@ -529,8 +574,10 @@ def study_of(args: argparse.Namespace) -> Study:
 def main(argv: Sequence[str] | None = None) -> None:
   args = parser().parse_args(argv)
   study = study_of(args)
-  folder = args.runs / ("quick" if args.quick else args.tokenizer)
+  folder = args.runs / (args.tokenizer + "-quick" * args.quick)
   if args.trial is not None:
+    if not args.quick:
+      harness.require_gpu()
     trials.write(
       folder,
       Trial(**args.trial),

@@ -6,9 +6,10 @@
 
 Forward and backward of phi and the op, bfloat16, 64 query and 4 key/value heads
 of 128, with the rows, the heads or the sequence split, and with several of them
-where there are more than two GPUs. How many times faster a layout is than one
-GPU is per row. `--processes` gives every GPU a process of its own. `--train`
-adds training steps of the `base` preset with one long row.
+where there are more than two GPUs. A layout is compared with one GPU that takes
+as many rows, or, where these do not fit, as often one row. `--processes` gives
+every GPU a process of its own. `--train` adds training steps of the `base`
+preset with one long row.
 """
 
 import argparse
@@ -144,7 +145,8 @@ def received_mib(text: str, devices: int) -> dict[str, float]:
       continue
     results, kind, start = found.groups()
     shapes = re.findall(r"(\w+)\[([\d,]*)\]", results)
-    if start:  # The results of a start are its operands and its results.
+    # What starts another one than an all-reduce has its operands first.
+    if start and kind != "all-reduce":
       shapes = shapes[len(shapes) // 2 :]
     size = sum(
       sizes[dtype] * math.prod(int(x) for x in dims.split(",") if x)
@@ -320,10 +322,7 @@ def measure(
 def train_row(
   length: int, remat: RematName, steps: int = 2, **fields: Any
 ) -> dict[str, Any]:
-  """A training step with one row of text, in zigzag order over all devices.
-
-  What a scanned layer receives counts once.
-  """
+  """A training step with one row of text, in zigzag order over all devices."""
   count = len(jax.devices())
   devices = MeshDevices(
     {"data": 1, "sequence": count, "heads": 1}, fsdp=False, zigzag=True
@@ -408,7 +407,8 @@ def child(args: argparse.Namespace) -> None:
       "Forward and backward", measure(wanted, length, tuple(args.heads), calls)
     )
   for remat in REMATS if args.train else ():
-    add("Training step of one row", [train_row(args.train, remat)])
+    heading = "Training step of one row; MiB of a layer count once"
+    add(heading, [train_row(args.train, remat)])
   if not alone:
     jax.distributed.shutdown()
 

@@ -79,9 +79,11 @@ class Queue:
     self._folder = folder
     self._stop_at = time.time() + 60 * args.minutes
     workers = args.workers or len(jax.devices())
-    self._gpus: queue.Queue[int] = queue.Queue()
-    for gpu in range(workers):
-      self._gpus.put(gpu)
+    visible = self._environment.get("CUDA_VISIBLE_DEVICES", "")
+    names = visible.split(",") if visible else map(str, range(workers))
+    self._gpus: queue.Queue[str] = queue.Queue()
+    for name in names:
+      self._gpus.put(name)
     self._pool = concurrent.futures.ThreadPoolExecutor(workers)
     folder.mkdir(parents=True, exist_ok=True)
 
@@ -105,7 +107,7 @@ class Queue:
     command = [
       *(*self._command, "--trial", fields, "--stop-at", str(self._stop_at))
     ]
-    environment = {**self._environment, "CUDA_VISIBLE_DEVICES": str(gpu)}
+    environment = {**self._environment, "CUDA_VISIBLE_DEVICES": gpu}
     try:
       with (self._folder / f"{trial.name}.log").open("a") as log:
         return subprocess.run(
@@ -118,7 +120,7 @@ class Queue:
 def best(
   results: Iterable[Mapping[str, Any]], measure: str
 ) -> dict[str, float]:
-  """The learning rate with the lowest measure, by kind."""
+  """The learning rate with the lowest measure, a finite number, by kind."""
   found: dict[str, Mapping[str, Any]] = {}
   for result in results:
     kind = result["kind"]

@@ -124,7 +124,8 @@ class AttentionConfig:
       Tokens appended to a cache are not split.
     branches: those whose outputs are summed, for ablations; the gate of the
       others is 0. Blocks are selected by the compressed keys in any case, but
-      without "compressed" phi has no gradient.
+      without "compressed" phi has no gradient, nor have the projections that
+      `share_kv` does not share.
 
   Raises:
     ValueError: if a value breaks a rule.

@@ -25,11 +25,10 @@ from nsa_jax.ops.branches import (
 from nsa_jax.ops.selection import block_ids_from_scores, block_mass
 from nsa_jax.sampling import check_params
 from nsa_jax.sharding import Layout
-from nsa_jax.typing import Array, Implementation
+from nsa_jax.typing import BRANCHES, Array, Implementation
 from nsa_jax.xla.chunks import chunk_queries, map_chunks
 from pallas_kernels.interface import segment_starts
 
-BRANCHES = ("compressed", "selected", "window")
 _COLOURS = ("#4878a8", "#d1702f", "#3f8f5b")
 _GREY = "#9a9a9a"
 

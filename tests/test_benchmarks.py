@@ -607,10 +607,11 @@ def test_bytes_that_a_device_receives():
     %d = f32[512,512]{1,0} add(%x, %y)
     %e = bf16[512,1024]{1,0} collective-permute(%x), source_target_pairs={{0,1}}
     %f = f32[512,256]{1,0} all-to-all(%x), replica_groups=[2,2]<=[4]
+    %h = (f32[512,256], f32[512,256]) all-reduce-start(%x, %y)
     %g = f32[512,256] all-to-all(%x), replica_groups=mesh['a'=2,'b'=2] {'b'}
   """
   assert sharded.received_mib(text, 4) == {
-    "all-reduce": 2 * 3 / 4 * 1,
+    "all-reduce": 2 * 3 / 4 * (1 + 1),
     "all-gather": 3 / 4 * (2 + 4),
     "reduce-scatter": 3 * 1 / 8,
     "collective-permute": 1,

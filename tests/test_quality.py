@@ -61,12 +61,14 @@ def test_tokens_are_the_text(tmp_path, vocab_size):
   # Once: the second call reads what the first one wrote.
   (tmp_path / "runs" / "train.npy").unlink()
   assert quality.prepare(*arguments) == facts
+  with pytest.raises(UsageError, match="give another folder"):
+    quality.prepare(study, tmp_path / "other", *arguments[2:])
 
 
 def test_too_little_text(tmp_path):
   write_sources(tmp_path, folders=1)
   for vocab_size, message in (
-    (256, "tokens for .* are too few for rows of 256"),
+    (256, "tokens for .* are too few for rows of 1024"),
     (512, "pairs for [0-9]* tokens only"),
   ):
     study = dataclasses.replace(quality.QUICK, vocab_size=vocab_size)
@@ -131,7 +133,7 @@ def made_up(kind: str, seed: int, loss: float) -> dict[str, Any]:
   trial = quality.Trial(kind, seed, 1e-3, 19)
   result = {
     **dataclasses.asdict(trial),
-    "losses": [loss + 0.1] * 19,
+    "training": loss + 0.1,
     "curve": [[10, loss + 0.2], [19, loss]],
     "parameters": 1000,
     "validation": loss,
@@ -157,8 +159,9 @@ def test_tables_of_quality(tmp_path):
     for kind, loss in (("full", 3.0), ("nsa", 2.99), ("window", 3.25))
     for seed in (0, 1)
   ]
-  diverged = {"kind": "nsa", "rate": 1e-2, "validation": float("inf")}
-  searched = [made_up("nsa", 0, 4.0), diverged]
+  diverged = {"kind": "nsa", "rate": 1e-2, "diverged": 7}
+  diverged["validation"] = float("inf")
+  searched = [diverged, made_up("nsa", 0, 4.0)]
   assert trials.best(searched, "validation") == {"nsa": 1e-3}
   tables = quality.tables(study, searched, [*found, diverged | {"seed": 2}])
   first, second, third = tables["Validation loss, nats per token"]
@@ -168,6 +171,7 @@ def test_tables_of_quality(tmp_path):
     2,
   )
   assert first["128-256"] == "3.500"
+  assert (first["diverged"], second["diverged"], second["seeds"]) == (0, 1, 3)
   full, window = tables["NSA minus"]
   assert full == {"against": "full", "seed 0": "-0.0100", "seed 1": "-0.0100"}
   assert window["seed 1"] == "-0.2600"
@@ -203,6 +207,14 @@ def test_tables_of_recall(tmp_path):
 
 
 # ------------------------------------------------------------------ the tasks
+
+
+def test_places_are_aligned_with_nothing():
+  at = recall.places(np.random.default_rng(0), 500, 3, 16, 200)
+  assert set((at % 16).flatten()) == {*range(16)}
+  assert 0 <= at.min() < at.max() <= 200 - 16
+  apart = np.diff(np.sort(at, axis=1), axis=1)
+  assert apart.min() == 16
 
 
 def test_pairs_come_again_far_away():
@@ -308,10 +320,23 @@ def test_a_stopped_trial_has_no_result(tmp_path):
   assert not list(tmp_path.iterdir())
 
 
+def test_a_trial_that_diverges_says_so(tmp_path):
+  write_sources(tmp_path / "source")
+  study = dataclasses.replace(
+    quality.QUICK, vocab_size=256, length=64, tokens=5120
+  )
+  quality.prepare(study, tmp_path / "source", 2**20, tmp_path)
+  trial = quality.Trial("window", 0, 1e30, 20)
+  result = quality.run_trial(study, trial, tmp_path, float("inf"))
+  assert result == {"validation": float("inf"), "diverged": 10}
+
+
 @pytest.mark.slow
 def test_a_trial_continues_from_its_checkpoint(tmp_path):
   write_sources(tmp_path / "source", folders=100)
-  study = dataclasses.replace(quality.QUICK, length=64, tokens=25600)
+  study = dataclasses.replace(
+    quality.QUICK, vocab_size=300, length=64, tokens=25600
+  )
   quality.prepare(study, tmp_path / "source", 2**20, tmp_path)
   trial = quality.Trial("full", 0, 1e-3, 100)
   whole = quality.run_trial(study, trial, tmp_path, float("inf"))
@@ -323,5 +348,5 @@ def test_a_trial_continues_from_its_checkpoint(tmp_path):
   continued = quality.run_trial(study, trial, other, float("inf"))
   assert whole is not None
   assert continued is not None
-  for name in ("losses", "curve", "by position", "validation", "YaRN"):
+  for name in ("curve", "by position", "validation", "training", "YaRN"):
     assert continued[name] == whole[name]

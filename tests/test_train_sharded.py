@@ -139,7 +139,7 @@ def test_two_processes_train_as_one(tmp_path, script_environment):
   "count, mesh",
   [
     (2, ["--mesh=data=2,sequence=2", "--pack", "--tokenizer=bpe:300"]),
-    (2, ["--mesh=sequence=4", "--zigzag", "--accumulate=2"]),
+    (2, ["--mesh=sequence=4", "--zigzag", "--accumulate=2", "--tensorboard"]),
     (4, ["--mesh=data=4,sequence=2", "--fsdp", "--zigzag"]),
     (4, ["--mesh=data=8", "--fsdp"]),
   ],
@@ -154,6 +154,8 @@ def test_processes_train_as_one(
     count, tmp_path, *args, *mesh, f"--out={many}", env=script_environment
   ) as all_of_them:
     all_of_them.finish()
+  events = [*many.glob("tensorboard/*")]
+  assert len(events) == ("--tensorboard" in mesh)
   text = [flag for flag in mesh if re.match("--(pack|tokenizer)", flag)]
   one_process(*args, *text, f"--out={one}", env=script_environment)
   np.testing.assert_allclose(losses(many), losses(one), rtol=1e-4)

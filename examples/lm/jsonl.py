@@ -38,7 +38,8 @@ def read_jsonl(path: pathlib.Path, max_bytes: int, field: str) -> list[bytes]:
 def _text(line: bytes, field: str, where: str) -> str:
   try:
     document: Any = json.loads(line)
-  except ValueError as error:  # also of bytes that are not UTF-8
+  # Also for bytes that are not UTF-8; the second one for deep nesting.
+  except (ValueError, RecursionError) as error:
     raise UsageError(f"{where}: is not JSON: {error}.") from error
   if not isinstance(document, dict):
     raise UsageError(

@@ -121,10 +121,19 @@ def make_optimizer(
       make_schedule(learning_rate, steps, warmup, final),
       b2=0.98,
       weight_decay=0.1,
-      # No weight decay for vectors: norm scales and biases.
-      mask=lambda params: jax.tree.map(lambda x: x.ndim > 1, params),
+      mask=_is_matrix,
     ),
   )
+
+
+def _is_matrix(params: Params) -> Params:
+  """Which parameters decay: not the vectors, norm scales and biases."""
+
+  def one(path: Any, x: Any) -> bool:
+    stacked = any(getattr(entry, "key", None) == "layers" for entry in path)
+    return x.ndim - stacked > 1
+
+  return jax.tree_util.tree_map_with_path(one, params)
 
 
 def token_losses(model: TransformerLM, params: Params, batch: Any) -> jax.Array:
@@ -272,12 +281,15 @@ def open_validation(
   )
 
 
-def learning_rate(args: argparse.Namespace, steps: int, step: int) -> float:
-  """The learning rate of these flags after `step` of `steps` steps."""
-  schedule = make_schedule(
+def learning_rates(args: argparse.Namespace, steps: int) -> np.ndarray:
+  """Those of these flags after 0, 1, ... of `steps` steps.
+
+  On a mesh jax computes them on all devices: every process has to call it.
+  """
+  schedule: Any = make_schedule(
     args.learning_rate, steps, args.warmup_steps, args.final_learning_rate
   )
-  return float(schedule(step))
+  return np.asarray(jax.jit(jax.vmap(schedule))(np.arange(steps + 1)))
 
 
 def encode_prompt(args: argparse.Namespace, tokenizer: Tokenizer) -> np.ndarray:
@@ -312,7 +324,8 @@ def describe_growth(
 ) -> str:
   """What a larger --steps does to a run that is resumed."""
   before, now = (
-    learning_rate(args, steps, step) for steps in (steps_before, args.steps)
+    learning_rates(args, steps)[min(step, steps)]
+    for steps in (steps_before, args.steps)
   )
   return (
     f"--steps was {steps_before}, now {args.steps}: the learning rate follows "
@@ -426,8 +439,10 @@ def _train(
       step, state = 0, jax.jit(init, out_shardings=shardings)()
     if devices.first:
       tokenizer.save(run.folder)
-    if run.steps_before < args.steps and devices.first:
-      warn(describe_growth(args, run.steps_before, step))
+    if run.steps_before < args.steps:
+      growth = describe_growth(args, run.steps_before, step)
+      if devices.first:
+        warn(growth)
 
     count = sum(x.size for x in jax.tree.leaves(shapes["params"]))
     skipped = (
@@ -574,6 +589,9 @@ def run_steps(
   def evaluated(batch: Batch) -> Any:
     return devices.put(take_rows(batch, rows), size)
 
+  # By every process, though only the first one writes them.
+  rates = learning_rates(args, args.steps) if args.tensorboard else ()
+
   def record() -> None:
     for at, loss in pending:
       value = float(loss)
@@ -584,7 +602,7 @@ def run_steps(
         )
       run.metrics.append({"step": at, "train_loss": value})
       if events:
-        rate = learning_rate(args, args.steps, at - 1)
+        rate = float(rates[at - 1])
         write_events(at, {"loss/training": value, "learning_rate": rate})
     pending.clear()
 
