@@ -141,6 +141,27 @@ def test_the_indexer_learns() -> None:
     assert mean == pytest.approx(float(stated[1]), abs=0.006), name
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("share_kv", [False, True])
+def test_what_a_trained_model_reads(share_kv: bool) -> None:
+  """The recall that the page states, up to what other rounding does to it."""
+  page = "docs/inside-a-model.md"
+  (whole,) = (code for place, code in PYTHON.items() if place.startswith(page))
+  code = whole.split("from matplotlib")[0]
+  if share_kv:
+    code = code.replace("scan_layers=True", "scan_layers=True, share_kv=True")
+  space: dict[str, Any] = {"__name__": "docs"}
+  exec(compile(code, page, "exec"), space)
+  means = inspect.summarize(space["layers"]["layer_0"])
+  text = " ".join((ROOT / page).read_text().split())
+  start = "training gives" if share_kv else "by head |"
+  stated = text[text.index(start) + len(start) :]
+  numbers = re.findall(r"0\.\d\d", stated)
+  assert means.recall.tolist() == pytest.approx(
+    [*map(float, numbers[:4])], abs=0.03
+  )
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_command(
   command: str, tmp_path: pathlib.Path, script_environment: Any
