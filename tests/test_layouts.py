@@ -726,6 +726,43 @@ def test_kernels_in_a_shard_map_of_the_caller() -> None:
   _assert_gradients(grads, expected[2])
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("implementation", ["xla", "triton"])
+@pytest.mark.parametrize("layout", [None, Layout(heads="heads")])
+def test_a_region_over_some_axes(
+  implementation: Any, layout: Layout | None
+) -> None:
+  """As docs/many-devices.md says, gradients included."""
+  dims = Dims(CONFIG, batch=4, queries=20, keys=20, kv_heads=2, value_dim=16)
+  inputs = helpers.make_inputs(dims, "float32")
+  dout = helpers.make_cotangent(dims, "float32")
+  expected = helpers.native_vjp("xla", CONFIG)(inputs, {}, dout)
+
+  def attend(inputs: Any) -> Any:
+    return nsa_jax.native_sparse_attention(
+      **inputs, config=CONFIG, implementation=implementation, layout=layout
+    )
+
+  with Case.make("data_heads", "Auto").mesh():
+    args = jax.device_put(inputs, P("data", None, "heads"))
+    region = jax.shard_map(
+      attend, in_specs=P("data"), out_specs=P("data"), axis_names={"data"}
+    )
+    program = jax.jit(region).lower(args).compile()
+    gathers = "all-gather" in _counts(program)
+    assert gathers == (implementation == "triton" and layout is None)
+    helpers.assert_close(program(args), expected[0], "float32")
+
+    def loss(inputs: Any) -> Any:
+      return (region(inputs) * dout).sum()
+
+    if layout is None:
+      _assert_gradients(jax.jit(jax.grad(loss))(args), expected[2])
+    else:
+      with pytest.raises(ValueError, match="Cannot lower jaxpr with verifier"):
+        jax.jit(jax.grad(loss))(args)
+
+
 def test_the_largest_in_rounds() -> None:
   """Where XLA partitions a program, with ties, infinities and n = M."""
   rng = np.random.default_rng(0)

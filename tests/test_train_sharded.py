@@ -119,16 +119,20 @@ def losses_here(*flags: str) -> list[float]:
   return found
 
 
-def test_two_processes_train_as_one(tmp_path, script_environment):
-  mesh = ["--mesh=data=2,sequence=2", "--zigzag", "--fsdp"]
+@pytest.mark.parametrize("count", [2, 4])
+def test_two_and_four_processes_train_as_one(
+  count, tmp_path, script_environment
+):
+  mesh = [f"--mesh=data={count},sequence=2", "--zigzag", "--fsdp"]
   args = [*SMALL, "--steps=2"]
   with Processes(
-    2, tmp_path, *args, *mesh, f"--out={tmp_path}", env=script_environment
-  ) as both:
+    count, tmp_path, *args, *mesh, f"--out={tmp_path}", env=script_environment
+  ) as all_of_them:
     expected = losses_here(*args)
-    both.finish()
-    assert "4 x cpu of 2 processes (data=2, sequence=2" in both.text(0)
-    assert "validation" not in both.text(1)
+    all_of_them.finish()
+    where = f"{2 * count} x cpu of {count} processes (data={count}, sequence=2"
+    assert where in all_of_them.text(0)
+    assert "validation" not in all_of_them.text(count - 1)
   np.testing.assert_allclose(losses(tmp_path), expected, rtol=1e-5)
   assert (tmp_path / "sample.txt").exists()
 
