@@ -521,7 +521,9 @@ def plot(path: pathlib.Path, study: Study, found: Sequence[Any]) -> None:
     mean = np.mean([x["by position"] for x in results], axis=0)
     right.stairs(mean, edges, baseline=None, color=f"C{i}", label=kind)
   left.set(xlabel="million tokens", ylabel="validation loss, nats per token")
-  right.set(xlabel="position in the row", xscale="symlog")
+  # Every range is as wide as the first one.
+  right.set_xscale("symlog", linthresh=edges[1], linscale=np.log10(2))
+  right.set_xlabel("position in the row")
   right.set_xticks(edges, [str(x) for x in edges])
   left.legend()
   for axes in (left, right):
