@@ -496,12 +496,13 @@ def tables(
         | {f"{rate:g}": f"{loss:.4f}" for rate, loss in sorted(tried.items())}
         | {"the best is the": "last one tried" if at_end else "middle one"}
       )
-  return {
+  found_tables = {
     "Validation loss, nats per token": losses,
     "NSA minus": apart,
     f"In rows of {LONGER * study.length} tokens": longer,
     "Loss after a tenth of the tokens, by learning rate": rates,
   }
+  return {heading: rows for heading, rows in found_tables.items() if rows}
 
 
 def plot(path: pathlib.Path, study: Study, found: Sequence[Any]) -> None:
@@ -611,7 +612,7 @@ def main(argv: Sequence[str] | None = None) -> None:
   harness.record(
     args.out,
     name,
-    f"Quality after {study.tokens / 1e6:.0f}M tokens, rows of {study.length}",
+    f"Quality after {study.tokens / 1e6:g}M tokens, rows of {study.length}",
     tables(study, searched, found),
     text=text,
     results=found,
