@@ -297,10 +297,7 @@ def make_evaluation(model: TransformerLM, batch_size: int) -> Any:
 
   @jax.jit
   def losses(params: Any, rows: Any) -> Any:
-    found: Any = model.apply(
-      {"params": params}, rows[:, :-1], labels=rows[:, 1:]
-    )
-    return found.sum(axis=0)
+    return train.token_losses(model, params, rows).sum(axis=0)
 
   def evaluate(params: Any, rows: np.ndarray) -> np.ndarray:
     total = np.zeros(rows.shape[1] - 1)
@@ -587,7 +584,7 @@ def main(argv: Sequence[str] | None = None) -> None:
       lambda trial: run_trial(study, trial, folder, args.stop_at),
     )
     return
-  queue = trials.Queue("benchmarks.quality", folder, args)
+  queue = trials.Queue("benchmarks.quality", folder, args, argv)
   try:
     text = prepare(study, args.corpus, args.max_bytes, folder)
   except UsageError as error:

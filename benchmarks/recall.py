@@ -400,7 +400,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for kind in study.kinds
     for rate in study.rates
   ]
-  found = trials.Queue("benchmarks.recall", folder, args).run(wanted)
+  found = trials.Queue("benchmarks.recall", folder, args, argv).run(wanted)
   harness.record(
     args.out,
     args.name,

@@ -210,18 +210,7 @@ def program(
     lambda seed: arrays(seed, rows, length, heads, kv_heads, split),
     out_shardings=placed,
   )
-  shapes = jax.eval_shape(make, 0)
-  where = jax.tree.map(
-    lambda s, x: jax.tree.map(lambda _: s, x),
-    placed,
-    shapes,
-    is_leaf=lambda x: isinstance(x, NamedSharding),
-  )
-  shapes = jax.tree.map(
-    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-    shapes,
-    where,
-  )
+  shapes = make.eval_shape(0)  # With the shardings of the results.
   layout = split.layout if split.sizes else None
   jitted = jax.jit(
     functools.partial(run, layout=layout), out_shardings=(placed[1], placed[0])
@@ -271,9 +260,9 @@ def measure(
   they are compared with it.
   """
   counts = {name: split.sizes.get("data", 1) for name, split in wanted.items()}
-  sizes = [*counts.items()]
+  sizes = [(name, rows) for name, rows in counts.items() if name != ONE]
   if ONE in wanted:
-    sizes = [(ONE, rows) for rows in sorted({*counts.values()})] + sizes[1:]
+    sizes = [(ONE, rows) for rows in sorted({*counts.values()})] + sizes
   makes, jobs = {}, {}
   for name, rows in sizes:
     makes[name, rows], function, shapes = program(

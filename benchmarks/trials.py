@@ -7,6 +7,7 @@ folder of all trials, so that a command that was stopped continues.
 import argparse
 import concurrent.futures
 import dataclasses
+import itertools
 import json
 import os
 import pathlib
@@ -14,7 +15,7 @@ import queue
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -65,25 +66,31 @@ class Queue:
     module: the command, which takes `--trial` and `--stop-at`.
     folder: of the results.
     args: the flags of the command.
+    argv: the same as words; those of this process by default.
   """
 
   def __init__(
-    self, module: str, folder: pathlib.Path, args: argparse.Namespace
+    self,
+    module: str,
+    folder: pathlib.Path,
+    args: argparse.Namespace,
+    argv: Sequence[str] | None = None,
   ):
     self._environment = dict(os.environ)
     # The models need the memory of the GPUs, this process only their number.
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
     if not args.quick:
       harness.require_gpu()
-    self._command = [sys.executable, "-m", module, *sys.argv[1:]]
+    self._command = [sys.executable, "-m", module]
+    self._command += sys.argv[1:] if argv is None else argv
     self._folder = folder
     self._stop_at = time.time() + 60 * args.minutes
     workers = args.workers or len(jax.devices())
     visible = self._environment.get("CUDA_VISIBLE_DEVICES", "")
-    names = visible.split(",") if visible else map(str, range(workers))
+    names = visible.split(",") if visible else range(len(jax.devices()))
     self._gpus: queue.Queue[str] = queue.Queue()
-    for name in names:
-      self._gpus.put(name)
+    for name in itertools.islice(itertools.cycle(names), workers):
+      self._gpus.put(str(name))
     self._pool = concurrent.futures.ThreadPoolExecutor(workers)
     folder.mkdir(parents=True, exist_ok=True)
 
@@ -104,14 +111,17 @@ class Queue:
       return UNFINISHED
     gpu = self._gpus.get()
     fields = json.dumps(dataclasses.asdict(trial))
-    command = [
-      *(*self._command, "--trial", fields, "--stop-at", str(self._stop_at))
-    ]
+    command = [*self._command, "--trial", fields]
+    command += ["--stop-at", str(self._stop_at)]
     environment = {**self._environment, "CUDA_VISIBLE_DEVICES": gpu}
     try:
       with (self._folder / f"{trial.name}.log").open("a") as log:
         return subprocess.run(
-          command, env=environment, stdout=log, stderr=log, check=False
+          command,
+          env=environment,
+          stdout=log,
+          stderr=log,
+          check=False,
         ).returncode
     finally:
       self._gpus.put(gpu)
