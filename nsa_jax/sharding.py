@@ -512,12 +512,7 @@ def run(
   at_start = isinstance(offset, int) and not offset and length == key_length
   if not (layout.sequence and at_start and halo <= piece):
     halo = 0
-  specs = {
-    name: jax.tree.map(
-      lambda x, name=name: place.spec(letters[name], x.shape), x
-    )
-    for name, x in arrays.items()
-  }
+  specs = _specs(place, letters, arrays)
 
   def gather(x, spec):
     """Keys of all shards, in the order of the text."""
@@ -569,12 +564,7 @@ def _call_phi(place, letters, phi, given):
   halo = config.compression_block - config.compression_stride
   # Otherwise a block may begin between two pieces or end behind the next.
   local = piece % config.compression_stride == 0 and halo <= piece
-  specs = {
-    name: jax.tree.map(
-      lambda x, name=name: place.spec(letters[name], x.shape), y
-    )
-    for name, y in arrays.items()
-  }
+  specs = _specs(place, letters, arrays)
   split = specs["x"][1] is not None
 
   def gather(x):
@@ -591,16 +581,24 @@ def _call_phi(place, letters, phi, given):
       (x, segment_ids, arrays["parameters"])
     )
 
-    def phi(x, segment_ids):
-      return function(x, **parameters, segment_ids=segment_ids)
-
-    if not (split and local):
-      return phi(x, segment_ids)
-    cut = functools.partial(_pieces_and_after, place, halo)
-    return gather(_joined(place, phi(*jax.tree.map(cut, (x, segment_ids)))))
+    if split and local:
+      cut = functools.partial(_pieces_and_after, place, halo)
+      x, segment_ids = jax.tree.map(cut, (x, segment_ids))
+    made = function(x, **parameters, segment_ids=segment_ids)
+    return gather(_joined(place, made)) if split and local else made
 
   out = P(layout.data, None, layout.heads)
   return _shard_map(place, body, (specs,), out)(arrays)[:, :blocks]
+
+
+def _specs(place, letters, arrays):
+  """The partitions of arrays, or of pytrees of arrays, by name."""
+  return {
+    name: jax.tree.map(
+      lambda x, name=name: place.spec(letters[name], x.shape), y
+    )
+    for name, y in arrays.items()
+  }
 
 
 def per_token(

@@ -240,9 +240,9 @@ def block_mass(
       mass[j] = mean over the heads of a group of
                 sum over tokens s <= t of block j of exp(scale q_t k_s - lse_t)
 
-  That is Eq. 8-10 with compressed blocks of one token each, divided by G: what a
-  learned selector is taught, and what any selector is compared with. Beside the result, which has T M entries, memory is linear in the
-  length.
+  That is Eq. 8-10 with compressed blocks of one token each, divided by G: what
+  a learned selector is taught, and what any selector is compared with. Beside
+  the result, which has T M entries, memory is linear in the length.
 
   Args:
     query: [B, T, N, H].
