@@ -503,11 +503,10 @@ def plot_recall(layers: Mapping[str, Inspected], *, ax: Any = None) -> Any:
   ax = _axes(ax)
   start, middles = 0, list[float]()
   for layer in layers.values():
-    means = jax.device_get(summarize(layer, neighbours=1))
+    choosing = np.asarray(layer.choosing)
     oracle, own, random = (
-      means.oracle_recall,
-      means.recall,
-      means.random_recall,
+      np.asarray(x)[choosing].mean(axis=0)
+      for x in (layer.oracle_recall, layer.recall, layer.random_recall)
     )
     heads = start + np.arange(len(own))
     ax.vlines(heads, random, oracle, color=_GREY)
