@@ -15,7 +15,8 @@ the other with the same model:
 What is asked lies farther back than the window. But a window of 512 in each of
 four layers carries what it reads over almost 2k tokens, so what a window alone,
 or random blocks, can not do shows at 8k and 32k. The loss is of the answers
-alone. The learning rate of each kind of attention is the best of `RATES`. A
+alone. A model goes on to the next length as soon as almost all of its answers
+are right. The learning rate of each kind of attention is the best of `RATES`. A
 model that is not trained when `--minutes` are over starts anew the next time.
 """
 
@@ -45,6 +46,7 @@ RATES = (5e-4, 1e-3, 2e-3)
 TASKS = ("pairs", "needle")
 IGNORED = -100  # label of a token that is no answer
 DIGITS = 5
+SOLVED = 0.999  # of the answers: training at a length ends
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +56,7 @@ class Study:
   Attributes:
     model: fields of TransformerConfig.
     lengths: tokens of a row; a model is trained at one after the other.
-    steps: at each of the lengths.
+    steps: at each of the lengths, at most.
     tokens: of a step.
     asked: pairs or lines in a row.
     far: tokens between the last pair or line and the first question.
@@ -95,13 +97,13 @@ STUDY = Study(
     "scan_layers": True,
   },
   lengths=(2048, 8192, 32768),
-  steps=(3000, 1000, 1000),
+  steps=(4000, 1000, 1000),
   tokens=65536,
   asked={"pairs": 64, "needle": 8},
   far=640,  # the window and two blocks
   vocab_size=8192,
   tested=64,
-  evaluations=5,
+  evaluations=10,
   kinds=MAIN,
   rates=RATES,
 )
@@ -269,8 +271,8 @@ def run_trial(
   """Trains and tests a model at one length after the other.
 
   Returns:
-    The accuracy by length, and the curve of (steps, length, accuracy); None if
-    `stop_at` is over.
+    The accuracy by length, and the curve of (steps at the length, length,
+    accuracy); None if `stop_at` is over.
   """
   model = TransformerLM(study.config(trial.task, trial.kind))
   corpus = None
@@ -295,18 +297,21 @@ def run_trial(
     rows = make_rows(study, trial, corpus, length)
     batch = study.tokens // length
     tested = rows(-1, study.tested)
+    every, right = -(-steps // study.evaluations), 0.0
     for step in range(1, steps + 1):
-      tokens, labels = rows(step, batch)
+      tokens, labels = rows(done + step, batch)
       # One segment, at positions from 0 on.
       nothing: Any = None
       state, _ = step_fn(state, PackedRow(tokens, labels, nothing, nothing))
-      if step % -(-steps // study.evaluations) == 0 or step == steps:
+      if step % every == 0 or step == steps:
         right = accuracy(predict, state["params"], *tested, batch)
-        curve.append([done + step, length, right])
+        curve.append([step, length, right])
         print(f"{trial.name}: {length} {step} {right:.3f}", flush=True)
       if step % 20 == 0 and time.time() > stop_at:
         return None
-    done += steps
+      if right >= SOLVED:
+        break
+    done += step
   last = {length: right for _, length, right in curve}
   return {
     "accuracy": [last[length] for length in study.lengths],
@@ -346,25 +351,30 @@ def plot(
 ) -> None:
   """Plots the accuracy over training, at the best learning rates."""
   figure, panels = plt.subplots(
-    1, 2, figsize=(11, 4), sharey=True, constrained_layout=True
+    len(TASKS),
+    len(study.lengths),
+    figsize=(11, 6),
+    sharey=True,
+    squeeze=False,
+    constrained_layout=True,
   )
-  for axes, task in zip(panels, TASKS, strict=True):
+  for task, line in zip(TASKS, panels, strict=True):
     own = [x for x in results if x["task"] == task]
     rates = trials.best(own, "wrong")
-    for i, kind in enumerate(study.kinds):
-      for x in own:
-        if x["kind"] == kind and x["rate"] == rates[kind]:
-          steps, _, right = zip(*x["curve"], strict=True)
-          axes.plot(steps, right, color=f"C{i}", label=kind)
-    done = 0
-    for length, count in zip(study.lengths, study.steps, strict=True):
-      axes.axvline(done, color="gray", linewidth=0.5)
-      axes.text(done, 1.02, f" {length} tokens", fontsize="small")
-      done += count
-    axes.set(xlabel=f"steps, {task}", ylim=(0, 1.1))
-    axes.grid(alpha=0.3)
-  panels[0].set_ylabel("answers that are right")
-  panels[0].legend()
+    for length, axes in zip(study.lengths, line, strict=True):
+      for i, kind in enumerate(study.kinds):
+        for x in own:
+          if x["kind"] == kind and x["rate"] == rates[kind]:
+            points = [(at, y) for at, of, y in x["curve"] if of == length]
+            axes.plot(
+              *zip(*points, strict=True), ".-", color=f"C{i}", label=kind
+            )
+      axes.set(title=f"{task}, {length} tokens", ylim=(0, 1.05))
+      axes.grid(alpha=0.3)
+    line[0].set_ylabel("answers that are right")
+  for axes in panels[-1]:
+    axes.set_xlabel("steps at this length")
+  panels[0, 0].legend()
   figure.savefig(path, dpi=150)
   plt.close(figure)
 

@@ -189,7 +189,7 @@ def test_tables_of_recall(tmp_path):
     | {
       "accuracy": [right, right / 2],
       "wrong": 1 - 0.75 * right,
-      "curve": [[9, 96, right], [18, 192, right / 2]],
+      "curve": [[9, 96, right], [9, 192, right / 2]],
     }
     for task in recall.TASKS
     for kind, rate, right in (("nsa", 1e-2, 0.9), ("nsa", 1e-3, 0.8))
