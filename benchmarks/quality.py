@@ -50,7 +50,7 @@ from nsa_jax import NSAConfig, RopeConfig, TransformerConfig, TransformerLM
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-RATES = (1e-3, 2e-3, 4e-3)
+RATES = (5e-4, 1e-3, 2e-3)
 LONGER = 4  # times the length of the rows, after training
 HELD_OUT = 20  # About one folder in HELD_OUT is for validation.
 
@@ -71,28 +71,72 @@ def random_blocks(
     nsa_jax.num_selection_blocks(key_length, config),
   )
   scores = jax.random.uniform(jax.random.key(bits.sum()), shape)
-  names = ("query_offset", "segment_ids", "query_segment_ids")
   return nsa_jax.block_ids_from_scores(
-    scores,
-    config=config,
-    key_length=key_length,
-    **{name: call[name] for name in names},
+    scores, config=config, key_length=key_length, **_places(call)
   )
 
 
-# Fields of TransformerConfig by kind. Without their branch the compressed keys
-# have no gradient: those of "selected + window" are means of the selected ones,
-# as in "nsa, shared K/V, mean".
+def best_blocks(
+  *,
+  query: Any,
+  selected_key: Any,
+  config: NSAConfig,
+  key_length: int,
+  **call: Any,
+) -> Any:
+  """A selector: what holds most of full attention with the selected keys.
+
+  It costs more than full attention: a bound for other selectors.
+  """
+  query, key = jax.lax.stop_gradient((query, selected_key))
+  mass = nsa_jax.block_mass(
+    query, key, config=config, scale=call["scale"], **_places(call)
+  )
+  return nsa_jax.block_ids_from_scores(
+    mass, config=config, key_length=key_length, **_places(call)
+  )
+
+
+def by_mean_keys(
+  *,
+  query: Any,
+  selected_key: Any,
+  config: NSAConfig,
+  key_length: int,
+  **call: Any,
+) -> Any:
+  """A selector: NSA's, with means of the selected keys as compressed keys."""
+  query, key = jax.lax.stop_gradient((query, selected_key))
+  means = nsa_jax.compress_mean(
+    key, config=config, segment_ids=call["segment_ids"]
+  )
+  where = {"config": config, "key_length": key_length, "scale": call["scale"]}
+  where |= _places(call)
+  _, lse = nsa_jax.compressed_attention(query, means, means, **where)
+  return nsa_jax.select_blocks(query, means, lse, **where)
+
+
+def _places(call: Mapping[str, Any]) -> dict[str, Any]:
+  """Where the queries of a selector's call stand."""
+  names = ("query_offset", "segment_ids", "query_segment_ids")
+  return {name: call[name] for name in names}
+
+
+# Without their branch the compressed keys have no gradient: here they are means
+# of the selected ones, as in "nsa, shared K/V, mean".
+SELECTED: Mapping[str, Any] = {
+  "branches": ("selected", "window"),
+  "compression": "mean",
+  "share_kv": True,
+}
+# Fields of TransformerConfig by kind. The last entry of a tuple of attentions
+# is that of all further layers.
 KINDS: dict[str, dict[str, Any]] = {
   "full": {"attention": "full"},
   "nsa": {},
   "window": {"attention": "window"},
   "compressed + window": {"branches": ("compressed", "window")},
-  "selected + window": {
-    "branches": ("selected", "window"),
-    "compression": "mean",
-    "share_kv": True,
-  },
+  "selected + window": {**SELECTED},
   "random blocks": {"select": random_blocks},
 }
 MAIN = tuple(KINDS)
@@ -108,10 +152,31 @@ KINDS |= {
   "nsa, rotated tokens": {"rope_compressed": "tokens"},
   "nsa, not rotated": {"rope_compressed": "none"},
   "nsa, 4 K/V heads": {"num_kv_heads": 4},
+  "nsa, best blocks": {"select": best_blocks},
+  "nsa, by mean keys": {"select": by_mean_keys},
+  "nsa, first layer full": {
+    "attention": ("full", "nsa"),
+    "scan_layers": False,
+  },
   "nsa, 32 blocks": {"nsa": NSAConfig(num_selected=32)},
   "nsa, blocks of 32": {"nsa": NSAConfig(16, 8, 32, num_selected=32)},
   "nsa, window 256": {"nsa": NSAConfig(window=256)},
   "full, QK norm": {"attention": "full", "normalize_qk": True},
+  "selected + window, best blocks": {**SELECTED, "select": best_blocks},
+  "selected + window, 32 blocks": {
+    **SELECTED,
+    "nsa": NSAConfig(num_selected=32),
+  },
+  "selected + window, blocks of 32": {
+    **SELECTED,
+    "nsa": NSAConfig(16, 8, 32, num_selected=32),
+  },
+  "selected + window, rotated tokens": {
+    **SELECTED,
+    "rope_compressed": "tokens",
+  },
+  "selected + window, QK norm": {**SELECTED, "normalize_qk": True},
+  "selected + window, 4 K/V heads": {**SELECTED, "num_kv_heads": 4},
 }
 
 
@@ -148,6 +213,10 @@ class Study:
 
   def config(self, kind: str) -> TransformerConfig:
     fields = {**self.model, "vocab_size": self.vocab_size, **KINDS[kind]}
+    first = fields.get("attention")
+    if isinstance(first, tuple):
+      more = fields["num_layers"] - len(first)
+      fields["attention"] = first + first[-1:] * more
     return TransformerConfig(**fields)
 
   def ranges(self, length: int) -> list[tuple[int, int]]:

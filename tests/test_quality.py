@@ -126,6 +126,60 @@ def test_random_blocks_are_valid_and_change():
   )
 
 
+def test_best_blocks_hold_the_most_of_full_attention():
+  nsa = quality.QUICK.config("nsa").nsa
+  query, key, value = jax.random.normal(jax.random.key(0), (3, 1, 128, 2, 8))
+  query *= 4  # sharp attention
+  compressed = nsa_jax.KV(*2 * [nsa_jax.compress_mean(key, config=nsa)])
+  pair = nsa_jax.KV(key, value)
+  mass = nsa_jax.block_mass(query, key, config=nsa)
+
+  def held(select: Any) -> Any:
+    _, ids = nsa_jax.native_sparse_attention(
+      query,
+      compressed,
+      pair,
+      pair,
+      jnp.ones((1, 128, 2, 3)),
+      config=nsa,
+      select=select,
+      return_block_ids=True,
+    )
+    own = jnp.take_along_axis(mass, jnp.maximum(ids, 0), axis=-1)
+    return np.asarray(jnp.where(ids >= 0, own, 0).sum(-1))
+
+  best = held(quality.best_blocks)
+  for other in (None, quality.by_mean_keys, quality.random_blocks):
+    assert (best >= held(other) - 1e-6).all()
+    assert best.mean() > held(other).mean() + 0.01
+
+
+def test_mean_keys_select_as_nsa_does_with_means_of_its_keys():
+  nsa = quality.QUICK.config("nsa").nsa
+  query, key = jax.random.normal(jax.random.key(0), (2, 1, 128, 2, 8))
+  means = nsa_jax.KV(*2 * [nsa_jax.compress_mean(key, config=nsa)])
+  pair = nsa_jax.KV(key, key)
+
+  def ids(select: Any) -> Any:
+    return nsa_jax.native_sparse_attention(
+      query,
+      means,
+      pair,
+      pair,
+      jnp.ones((1, 128, 2, 3)),
+      config=nsa,
+      select=select,
+      return_block_ids=True,
+    )[1]
+
+  np.testing.assert_array_equal(ids(quality.by_mean_keys), ids(None))
+
+
+def test_the_first_layers_may_differ():
+  kinds = quality.STUDY.config("nsa, first layer full").layer_kinds
+  assert kinds == ("full",) + ("nsa",) * 7
+
+
 # ---------------------------------------------------------------- the results
 
 
