@@ -77,43 +77,37 @@ def random_blocks(
 
 
 def best_blocks(
-  *,
-  query: Any,
-  selected_key: Any,
-  config: NSAConfig,
-  key_length: int,
-  **call: Any,
+  *, query: Any, selected_key: Any, config: NSAConfig, **call: Any
 ) -> Any:
   """A selector: what holds most of full attention with the selected keys.
 
-  It costs more than full attention: a bound for other selectors.
+  It costs as much as full attention: a bound for other selectors.
   """
-  query, key = jax.lax.stop_gradient((query, selected_key))
-  mass = nsa_jax.block_mass(
-    query, key, config=config, scale=call["scale"], **_places(call)
+  tokens = dataclasses.replace(
+    config, compression_block=1, compression_stride=1
   )
-  return nsa_jax.block_ids_from_scores(
-    mass, config=config, key_length=key_length, **_places(call)
-  )
+  return _most_important(query, selected_key, tokens, call)
 
 
 def by_mean_keys(
-  *,
-  query: Any,
-  selected_key: Any,
-  config: NSAConfig,
-  key_length: int,
-  **call: Any,
+  *, query: Any, selected_key: Any, config: NSAConfig, **call: Any
 ) -> Any:
   """A selector: NSA's, with means of the selected keys as compressed keys."""
-  query, key = jax.lax.stop_gradient((query, selected_key))
   means = nsa_jax.compress_mean(
-    key, config=config, segment_ids=call["segment_ids"]
+    selected_key, config=config, segment_ids=call["segment_ids"]
   )
-  where = {"config": config, "key_length": key_length, "scale": call["scale"]}
-  where |= _places(call)
-  _, lse = nsa_jax.compressed_attention(query, means, means, **where)
-  return nsa_jax.select_blocks(query, means, lse, **where)
+  return _most_important(query, means, config, call)
+
+
+def _most_important(
+  query: Any, key: Any, config: NSAConfig, call: Mapping[str, Any]
+) -> Any:
+  """NSA's selection with the compressed keys `key`."""
+  query, key = jax.lax.stop_gradient((query, key))
+  where = {name: call[name] for name in ("key_length", "scale")}
+  where |= {"config": config, **_places(call)}
+  _, lse = nsa_jax.compressed_attention(query, key, key, **where)
+  return nsa_jax.select_blocks(query, key, lse, **where)
 
 
 def _places(call: Mapping[str, Any]) -> dict[str, Any]:
