@@ -1,9 +1,11 @@
 """Checkpoints: the logits of transformers, round trips, shardings, messages."""
 
+import gc
 import json
 import re
 import shutil
 import sys
+import tracemalloc
 from typing import Any
 
 import jax
@@ -34,8 +36,9 @@ def _results(case):
   return dict(np.load(parity.FOLDER / case / parity.RESULTS))
 
 
-def _equal(got, want):
-  assert jax.tree.structure(got) == jax.tree.structure(want)
+def _equal(got: Any, want: Any) -> None:
+  structure: Any = jax.tree.structure(got)
+  assert structure == jax.tree.structure(want)
   for (path, x), y in zip(
     jax.tree.leaves_with_path(got), jax.tree.leaves(want), strict=True
   ):
@@ -149,6 +152,44 @@ def test_rows_of_the_vocabulary(tmp_path):
 
 
 @pytest.mark.parametrize("scan_layers", [False, True])
+def test_one_tensor_at_a_time(scan_layers, tmp_path, monkeypatch):
+  config = TransformerConfig.preset(
+    "tiny",
+    num_layers=6,
+    model_dim=512,
+    mlp_dim=1024,
+    attention="full",
+    scan_layers=scan_layers,
+  )
+  tokens = jnp.zeros((1, 1), jnp.int32)
+  init = TransformerLM(config).init
+  shapes = jax.eval_shape(init, jax.random.key(0), tokens)["params"]
+  zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
+  nsa_jax.save(tmp_path, config, zeros)
+  total = sum(x.nbytes for x in jax.tree.leaves(zeros))
+  del zeros
+  gc.collect()
+  before = sum(x.nbytes for x in jax.live_arrays())
+  on_devices = []
+  read = tensors.Reader.read
+
+  def counted(self, name):
+    if not tracemalloc.is_tracing():
+      tracemalloc.start()
+    on_devices.append(sum(x.nbytes for x in jax.live_arrays()) - before)
+    return read(self, name)
+
+  monkeypatch.setattr(tensors.Reader, "read", counted)
+  nsa_jax.load(tmp_path, scan_layers=scan_layers)
+  _, on_host = tracemalloc.get_traced_memory()
+  tracemalloc.stop()
+  largest = 4 * 512 * 1024
+  assert max(on_devices) <= total + largest
+  # What is read, a copy of it in our order, and what Python needs meanwhile.
+  assert on_host < 3 * largest < total / 4
+
+
+@pytest.mark.parametrize("scan_layers", [False, True])
 def test_a_mesh(scan_layers, tmp_path):
   folder = parity.FOLDER / "llama_bfloat16"
   mesh = jax.make_mesh((2, 2), ("data", "heads"))
@@ -217,20 +258,21 @@ def check_attention(kind, arrays):
     implementation="xla",
   )
   query = arrays["query"]
-  parts = {
+  parts: Any = {
     "query": lambda x: query[:, x[0, :, 0].astype(int)],
     "key": lambda x: arrays["key"][:, x[0, :, 0].astype(int)],
     "value": lambda x: arrays["value"][:, x[0, :, 0].astype(int)],
     "sink": lambda: jnp.asarray(arrays["sinks"]),
     "out": lambda heads: heads.reshape(*heads.shape[:2], -1),
   }
-  x = np.arange(12, dtype=np.float32)[None, :, None]
+  x: Any = np.arange(12, dtype=np.float32)[None, :, None]
   want = arrays["out"].reshape(1, 12, -1)
   call: dict[str, Any] = {"positions": None, "segment_ids": None}
+  dense: Any
   for dense in core.DENSE_KINDS:
     all_at_once = core.dense_attention(config, dense, parts, x, **call)
     np.testing.assert_allclose(all_at_once.out, want, atol=1e-5)
-    held = core.empty_cache(
+    held: Any = core.empty_cache(
       config, 1, 12, max_append=1, dtype=jnp.float32, kind=dense
     )
     for start, stop in ((0, 9), (9, 10), (10, 11), (11, 12)):

@@ -29,8 +29,7 @@ def _precision():
 @pytest.mark.parametrize("implementation", ["reference", "xla", None])
 @pytest.mark.parametrize("case", parity.CASES)
 def test_logits_and_greedy_tokens(case, implementation, tmp_path):
-  model = parity.make(case, tmp_path, seed=3)
-  results = parity.compute(model, seed=3)
+  _, results = parity.make_distinct(case, tmp_path, seed=3)
   loaded = nsa_jax.load(tmp_path, **FLOAT32, implementation=implementation)
   logits = jax.jit(loaded.model.apply)(
     {"params": loaded.params}, results["tokens"]
@@ -43,7 +42,6 @@ def test_logits_and_greedy_tokens(case, implementation, tmp_path):
     max_new_tokens=parity.NEW,
     temperature=0,
   )
-  assert results["margin"] > 2e-4  # Else rounding may choose another token.
   np.testing.assert_array_equal(generated.tokens, results["generated"])
 
 

@@ -309,7 +309,9 @@ def _read_biases(source, family):
   return every if _get(source, "attention_bias") else ()
 
 
-def _read_layers(source, family, num_layers) -> dict[str, Any]:
+def _read_layers(
+  source: _Fields, family: Family, num_layers: int
+) -> dict[str, Any]:
   """Kinds of attention and the window."""
   if family.sparse:
     block = source.need("block_size")
@@ -357,7 +359,7 @@ def _read_layers(source, family, num_layers) -> dict[str, Any]:
   }
 
 
-def _read_rope(source, head_dim) -> RopeConfig:
+def _read_rope(source: _Fields, head_dim: int) -> RopeConfig:
   """From `rope_theta` and `rope_scaling`, or `rope_parameters` of version 5."""
   longest = _get(source, "max_position_embeddings")
   name = "rope_parameters"
@@ -414,7 +416,7 @@ def _read_rope(source, head_dim) -> RopeConfig:
   return RopeConfig(**options)
 
 
-def _yarn_temperature(scaling, factor) -> float | None:
+def _yarn_temperature(scaling: _Fields, factor: float) -> float | None:
   own = scaling.get("attention_factor")
   parts = [scaling.get(name) for name in ("mscale", "mscale_all_dim")]
   if own is not None or not all(parts):
@@ -465,7 +467,7 @@ def write_config(config: TransformerConfig, name: str) -> dict[str, Any]:
   return fields
 
 
-def _write_rope(rope, head_dim) -> dict[str, Any]:
+def _write_rope(rope: RopeConfig | None, head_dim: int) -> dict[str, Any]:
   if rope is None:  # The comparison says so.
     return {}
   longest = rope.original_max_position
@@ -494,7 +496,7 @@ def _write_rope(rope, head_dim) -> dict[str, Any]:
   return fields | {"max_position_embeddings": longest}
 
 
-def _write_layers(config, family) -> dict[str, Any]:
+def _write_layers(config: TransformerConfig, family: Family) -> dict[str, Any]:
   nsa, kinds = config.nsa, config.layer_kinds
   if family.sparse:
     return {

@@ -27,7 +27,12 @@ from nsa_jax.models.convert.families import (
   read_config,
   write_config,
 )
-from nsa_jax.models.convert.tensors import Reader, import_extra, write
+from nsa_jax.models.convert.tensors import (
+  Entry,
+  Reader,
+  import_extra,
+  write,
+)
 from nsa_jax.models.linen import TransformerLM
 from nsa_jax.partitioning import parameter_shardings
 from nsa_jax.sharding import MeshAxes
@@ -146,7 +151,7 @@ def load(
   return Loaded(config, model, params, read)
 
 
-def _read_fields(folder) -> dict[str, Any]:
+def _read_fields(folder: pathlib.Path) -> dict[str, Any]:
   path = folder / CONFIG
   try:
     fields = json.loads(path.read_text())
@@ -157,7 +162,12 @@ def _read_fields(folder) -> dict[str, Any]:
   return fields
 
 
-def _configure(fields, reader, ignore, overrides) -> TransformerConfig:
+def _configure(
+  fields: Mapping[str, Any],
+  reader: Reader,
+  ignore: Sequence[str],
+  overrides: Mapping[str, Any],
+) -> TransformerConfig:
   options = dict(overrides)
   if "param_dtype" not in options:
     name = TABLES["embedding"].name
@@ -233,7 +243,12 @@ def _their_shape(step: _Step, config: TransformerConfig) -> tuple[int, ...]:
   return step.tensor.shape(shape)
 
 
-def _check(plan, entries, config, ignore) -> None:
+def _check(
+  plan: list[_Step],
+  entries: Mapping[str, Entry],
+  config: TransformerConfig,
+  ignore: Sequence[str],
+) -> None:
   """Compares the names and shapes of all tensors."""
   wanted = set()
   for step in plan:
@@ -261,11 +276,17 @@ def _check(plan, entries, config, ignore) -> None:
       )
 
 
-def _read(plan, reader, shapes, dtype, shardings) -> dict[str, Any]:
+def _read(
+  plan: list[_Step],
+  reader: Reader,
+  shapes: Any,
+  dtype: jnp.dtype | None,
+  shardings: Any,
+) -> dict[str, Any]:
   """The tree of parameters, one tensor after the other."""
   params: dict[str, Any] = {}
   if shardings is not None:
-    structure = jax.tree.structure(shapes)
+    structure: Any = jax.tree.structure(shapes)
     if jax.tree.structure(shardings) != structure:
       raise ValueError(
         f"`shardings` must have the structure of the parameters, {structure}."
@@ -281,7 +302,9 @@ def _read(plan, reader, shapes, dtype, shardings) -> dict[str, Any]:
   return params
 
 
-def _parameter(step, reader, dtype, sharding) -> jax.Array:
+def _parameter(
+  step: _Step, reader: Reader, dtype: jnp.dtype | None, sharding: Any
+) -> jax.Array:
   kept = {reader.dtype(name) for name in step.names}
   if dtype is None and len(kept) > 1:
     raise ValueError(
@@ -289,10 +312,10 @@ def _parameter(step, reader, dtype, sharding) -> jax.Array:
       f"types, {', '.join(sorted(x.name for x in kept))}: `param_dtype` must "
       "say which one the stacked parameter has."
     )
-  (dtype,) = kept if dtype is None else {dtype}
+  (kind,) = kept if dtype is None else {dtype}
 
   def array(name: str) -> np.ndarray:
-    x = reader.read(name).astype(dtype, copy=False)
+    x = reader.read(name).astype(kind, copy=False)
     if step.tensor.inputs or step.tensor.flat:
       return step.tensor.read(x, step.shape)
     missing = step.shape[0] - x.shape[0]  # Rows of no token.
@@ -306,7 +329,7 @@ def _parameter(step, reader, dtype, sharding) -> jax.Array:
     axes = tuple(sharding.spec)[1:]
     of_layer = NamedSharding(sharding.mesh, PartitionSpec(*axes))
   shape = (len(step.names), *step.shape)
-  zeros = jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding)
+  zeros = jax.jit(lambda: jnp.zeros(shape, kind), out_shardings=sharding)
   stacked = zeros()
   insert = jax.jit(_insert, donate_argnums=0, out_shardings=sharding)
   for i, name in enumerate(step.names):
@@ -325,7 +348,7 @@ def _put(x: np.ndarray, sharding: Any) -> jax.Array:
   return jax.make_array_from_callback(x.shape, sharding, lambda i: x[i])
 
 
-def _tokenizer(folder) -> Any:
+def _tokenizer(folder: pathlib.Path) -> Any:
   path = folder / TOKENIZER
   if not path.exists():
     return None
@@ -431,7 +454,7 @@ def _unboxed(params):
   )
 
 
-def _check_params(params, shapes) -> None:
+def _check_params(params: Any, shapes: Any) -> None:
   found = dict(_shapes_by_name(params))
   wanted = dict(_shapes_by_name(shapes))
   for name in sorted({*found, *wanted}):
