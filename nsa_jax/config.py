@@ -239,8 +239,9 @@ class AttentionConfig:
     Two spellings of one configuration must be equal and have one hash.
     """
     names: Any = getattr(self, field)
-    several = isinstance(names, Sequence) and not isinstance(names, str)
-    in_order = tuple(x for x in known if several and x in names)
+    several = isinstance(names, Sequence) and not isinstance(names, str | bytes)
+    given = [x for x in names if isinstance(x, str)] if several else []
+    in_order = tuple(x for x in known if x in given)
     few = not in_order and how_many == "one or more"
     if not several or few or len(in_order) != len(names):
       raise ValueError(
@@ -261,7 +262,7 @@ class AttentionConfig:
     given: Any = self.gate_bias
     if given is None:
       return
-    several = isinstance(given, Sequence) and not isinstance(given, str)
+    several = isinstance(given, Sequence) and not isinstance(given, str | bytes)
     if several and len(given) != len(BRANCHES):
       raise ValueError(
         f"`gate_bias`={_checks.show(given)} must be None, a number, or one for "

@@ -584,7 +584,7 @@ def test_messages_about_files(folder, tmp_path):
     ({"shardings": {"a": 1}}, "`shardings` must have the structure of the pa"),
     ({"tokenizer": None}, "`tokenizer`=None must be True or False."),
     ({"ignore": "x"}, "`ignore`='x' must be a sequence of names."),
-    ({"layers": 3}, "`layers` must be an argument of `load` or a field of "),
+    ({"layers": 3}, "`**overrides` has 'layers', which must be a field of Tr"),
   ],
 )
 def test_messages_about_arguments(arguments, message):
@@ -632,7 +632,7 @@ def test_messages_about_export(options, family, message, tmp_path):
 def test_messages_about_exported_parameters(tmp_path):
   loaded = nsa_jax.load(parity.FOLDER / "mistral")
   params = dict(loaded.params) | {"head": jnp.zeros((3, 16))}
-  message = "`params` has `head` of shape (3, 16); that of `config` has shape"
+  message = "`params` has `head` of shape (3, 16); by `config` it must be a"
   with pytest.raises(ValueError, match=re.escape(message)):
     nsa_jax.save(tmp_path, loaded.config, params)
   message = "`max_file_bytes`=0 must be at least 1."

@@ -94,6 +94,13 @@ def initial_kernel(
   config: AttentionConfig, name: str, init: Callable[..., Any]
 ) -> Callable[..., Any]:
   """The initialiser of a projection's kernel, given that of the others."""
+  check_attention_config(config)
+  names = [*projections(config), *projections(config, "full"), "out"]
+  _checks.choice("name", name, names)
+  if not callable(init):
+    raise ValueError(
+      f"`init`={_checks.show(init)} must be an initialiser function."
+    )
   scale = config.gate_init_scale
   if name != "gate" or scale == 1:
     return init

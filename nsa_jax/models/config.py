@@ -106,7 +106,7 @@ class TransformerConfig(AttentionConfig):
     given: Any = self.layer_nsa
     if given is None:
       return
-    if not isinstance(given, Sequence) or isinstance(given, str):
+    if not isinstance(given, Sequence) or isinstance(given, str | bytes):
       raise ValueError(
         f"`layer_nsa`={_checks.show(given)} must be None or a sequence of "
         "NSAConfig."

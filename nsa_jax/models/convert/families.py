@@ -141,14 +141,6 @@ _SAME = {
   "num_hidden_layers": "num_layers",
   "num_attention_heads": "num_heads",
 }
-# What they are where they are missing.
-_DEFAULTS: dict[str, Any] = {
-  "rms_norm_eps": 1e-6,
-  "rope_theta": 10_000.0,
-  "max_position_embeddings": 2048,
-  "tie_word_embeddings": False,
-  "attention_bias": False,
-}
 # The only values that the model has.
 _FIXED: dict[str, Any] = {"hidden_act": "silu", "mlp_bias": False}
 # These change neither parameters nor logits.
@@ -205,6 +197,36 @@ class _Fields:
       raise ValueError(f"config.json lacks the field `{self._where}{name}`.")
     return value
 
+  def integer(self, name: str, default: int | None = None) -> int:
+    """A positive integer, needed if there is no default."""
+    value = self.need(name) if default is None else self.get(name, default)
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+      raise ValueError(
+        f"config.json has `{self._where}{name}`={_checks.show(value)}, which "
+        "must be a positive integer."
+      )
+    return value
+
+  def number(self, name: str, default: float | None = None) -> float:
+    """A positive number, needed if there is no default."""
+    value = self.need(name) if default is None else self.get(name, default)
+    known = isinstance(value, int | float) and not isinstance(value, bool)
+    if not known or not 0 < value < math.inf:
+      raise ValueError(
+        f"config.json has `{self._where}{name}`={_checks.show(value)}, which "
+        "must be a positive number."
+      )
+    return value
+
+  def flag(self, name: str, default: bool) -> bool:
+    value = self.get(name, default)
+    if not isinstance(value, bool):
+      raise ValueError(
+        f"config.json has `{self._where}{name}`={_checks.show(value)}, which "
+        "must be true or false."
+      )
+    return value
+
   def fixed(self, name: str, *known: Any) -> None:
     """Raises NotImplementedError unless the field has one of the values."""
     value = self.get(name, known[0])
@@ -243,6 +265,27 @@ def family_of(fields: Mapping[str, Any]) -> Family:
   return family
 
 
+def check_ignore(value: Any) -> None:
+  """Raises ValueError unless `value` is a sequence of names."""
+  several = isinstance(value, Sequence) and not isinstance(value, str | bytes)
+  if not several or not all(isinstance(name, str) for name in value):
+    raise ValueError(
+      f"`ignore`={_checks.show(value)} must be a sequence of names."
+    )
+
+
+def check_overrides(argument: str, overrides: Any) -> None:
+  """Raises ValueError unless the keys are fields of a TransformerConfig."""
+  _checks.instance(argument, overrides, Mapping)
+  known = {field.name for field in dataclasses.fields(TransformerConfig)}
+  for name in overrides:
+    if name not in known:
+      raise ValueError(
+        f"`{argument}` has {_checks.show(name)}, which must be a field of "
+        f"TransformerConfig: {', '.join(sorted(known))}."
+      )
+
+
 def read_config(
   fields: Mapping[str, Any],
   *,
@@ -270,32 +313,35 @@ def read_config(
     >>> config.head_dim, config.normalize_qk, config.attention
     (128, True, 'full')
   """
+  _checks.instance("fields", fields, Mapping)
+  check_ignore(ignore)
+  overrides = {} if overrides is None else overrides
+  check_overrides("overrides", overrides)
   family = family_of(fields)
   source = _Fields(fields)
   source.unread -= _IGNORED
   for name, value in _FIXED.items():
     source.fixed(name, value)
   options: dict[str, Any] = {
-    ours: source.need(name) for name, ours in _SAME.items()
+    ours: source.integer(name) for name, ours in _SAME.items()
   }
   heads = options["num_heads"]
-  own = family.head_dim or options["model_dim"] // heads
+  own = family.head_dim or max(options["model_dim"] // heads, 1)
   options |= {
-    "num_kv_heads": source.get("num_key_value_heads", heads),
-    "head_dim": source.get("head_dim", own),
-    "norm_epsilon": _get(source, "rms_norm_eps"),
-    "tie_embeddings": _get(source, "tie_word_embeddings"),
+    "num_kv_heads": source.integer("num_key_value_heads", heads),
+    "head_dim": source.integer("head_dim", own),
+    "norm_epsilon": source.number("rms_norm_eps", 1e-6),
+    "tie_embeddings": source.flag("tie_word_embeddings", False),
     "normalize_qk": family.normalize_qk,
     "biases": _read_biases(source, family),
   }
   options["rope"] = _read_rope(source, options["head_dim"])
   options |= _read_layers(source, family, options["num_layers"])
   source.check_all_read(ignore)
-  return TransformerConfig(**options | dict(overrides or {}))
-
-
-def _get(source, name):
-  return source.get(name, _DEFAULTS[name])
+  try:
+    return TransformerConfig(**options | overrides)
+  except ValueError as error:
+    raise ValueError(f"config.json and `overrides`: {error}") from error
 
 
 def _read_biases(source, family):
@@ -306,7 +352,7 @@ def _read_biases(source, family):
     source.fixed("attention_bias", False)
     return ()
   every = ("query", "key", "value", "out")
-  return every if _get(source, "attention_bias") else ()
+  return every if source.flag("attention_bias", False) else ()
 
 
 def _read_layers(
@@ -314,15 +360,15 @@ def _read_layers(
 ) -> dict[str, Any]:
   """Kinds of attention and the window."""
   if family.sparse:
-    block = source.need("block_size")
+    block = source.integer("block_size")
     nsa = NSAConfig(
       block,
       block,
       block,
-      num_selected=source.need("block_counts"),
+      num_selected=source.integer("block_counts"),
       num_initial=0,
       num_local=1,
-      window=source.need("window_size"),
+      window=source.integer("window_size"),
     )
     return _SPARSE | {"attention": "nsa", "nsa": nsa}
   if not family.windows:
@@ -331,12 +377,19 @@ def _read_layers(
   types = source.get("layer_types")
   first = 0
   if family.windows == "some":
-    first = source.get("max_window_layers", 28)
-    if not source.get("use_sliding_window", False):
+    if not source.flag("use_sliding_window", False):
       window = None
+    first = source.get("max_window_layers", 28)
+    if window is not None and first:  # 0: from the first layer on.
+      first = source.integer("max_window_layers", 28)
   if types is None:
     wide = num_layers if window is None else first
     types = [_FULL if i < wide else _WINDOW for i in range(num_layers)]
+  if not isinstance(types, list | tuple) or len(types) != num_layers:
+    raise ValueError(
+      f"config.json has `layer_types`={_checks.show(types)}, which must have "
+      f"an entry for each of {num_layers} layers."
+    )
   kinds: dict[str, AttentionName] = {_FULL: "full", _WINDOW: "window"}
   for i, kind in enumerate(types):
     if kind not in kinds:
@@ -355,13 +408,13 @@ def _read_layers(
   same = len(set(layers)) == 1
   return {
     "attention": layers[0] if same else layers,
-    "nsa": NSAConfig(window=window),
+    "nsa": NSAConfig(window=source.integer("sliding_window")),
   }
 
 
 def _read_rope(source: _Fields, head_dim: int) -> RopeConfig:
   """From `rope_theta` and `rope_scaling`, or `rope_parameters` of version 5."""
-  longest = _get(source, "max_position_embeddings")
+  longest = source.integer("max_position_embeddings", 2048)
   name = "rope_parameters"
   given = source.get(name)
   old = source.get("rope_scaling")
@@ -375,36 +428,36 @@ def _read_rope(source: _Fields, head_dim: int) -> RopeConfig:
       "scaling for all layers."
     )
   scaling = _Fields(given, f"{name}.")
-  base = source.get("rope_theta", _DEFAULTS["rope_theta"])
-  part = source.get("partial_rotary_factor", 1.0)
-  part = scaling.get("partial_rotary_factor", part)
+  base = source.number("rope_theta", 10_000.0)
+  part = source.number("partial_rotary_factor", 1.0)
+  part = scaling.number("partial_rotary_factor", part)
   options: dict[str, Any] = {
-    "base": scaling.get("rope_theta", base),
+    "base": scaling.number("rope_theta", base),
     "original_max_position": longest,
     "rotary_dim": None if part == 1 else int(head_dim * part),
   }
   kind = scaling.get("type", "default")
   kind = scaling.get("rope_type", kind)
-  original = scaling.get("original_max_position_embeddings", longest)
+  original = scaling.integer("original_max_position_embeddings", longest)
   if kind in ("linear", "dynamic"):
-    options |= {"factor": scaling.need("factor"), "scaling": kind}
+    options |= {"factor": scaling.number("factor"), "scaling": kind}
   elif kind == "llama3":
     options |= {
       "scaling": kind,
-      "factor": scaling.need("factor"),
+      "factor": scaling.number("factor"),
       "original_max_position": original,
-      "beta_fast": scaling.need("high_freq_factor"),
-      "beta_slow": scaling.need("low_freq_factor"),
+      "beta_fast": scaling.number("high_freq_factor"),
+      "beta_slow": scaling.number("low_freq_factor"),
     }
   elif kind == "yarn":
     scaling.fixed("truncate", True)
-    factor = scaling.get("factor", longest / original)
+    factor = scaling.number("factor", longest / original)
     options |= {
       "scaling": "yarn_index",
       "factor": factor,
       "original_max_position": original,
-      "beta_fast": scaling.get("beta_fast", 32),
-      "beta_slow": scaling.get("beta_slow", 1),
+      "beta_fast": scaling.number("beta_fast", 32),
+      "beta_slow": scaling.number("beta_slow", 1),
       "temperature": _yarn_temperature(scaling, factor),
     }
   elif kind != "default":
@@ -419,8 +472,10 @@ def _read_rope(source: _Fields, head_dim: int) -> RopeConfig:
 def _yarn_temperature(scaling: _Fields, factor: float) -> float | None:
   own = scaling.get("attention_factor")
   parts = [scaling.get(name) for name in ("mscale", "mscale_all_dim")]
-  if own is not None or not all(parts):
-    return own
+  if own is not None:
+    return scaling.number("attention_factor")
+  if not all(parts):
+    return None
   over, under = (0.1 * part * math.log(factor) + 1 for part in parts)
   return over / under
 
@@ -438,6 +493,8 @@ def write_config(config: TransformerConfig, name: str) -> dict[str, Any]:
   Raises:
     ValueError: if a checkpoint of the family has no place for an option.
   """
+  _checks.instance("config", config, TransformerConfig)
+  _checks.choice("name", name, tuple(FAMILIES))
   family = FAMILIES[name]
   fields: dict[str, Any] = {
     "model_type": name,

@@ -22,6 +22,8 @@ from nsa_jax.models.convert.families import (
   UNREAD,
   Family,
   Tensor,
+  check_ignore,
+  check_overrides,
   choose_family,
   family_of,
   read_config,
@@ -114,23 +116,14 @@ def load(
     >>> loaded.config.layer_kinds, sorted(loaded.params)
     (('full',), ['embedding', 'final_norm', 'layer_0'])
   """
-  folder = pathlib.Path(folder)
+  folder = _path(folder)
   if mesh is not None and shardings is not None:
     raise ValueError("`shardings` must be None if `mesh` is given.")
   if mesh is None and rules is not None:
     raise ValueError("`rules` needs `mesh`.")
   _checks.flag("tokenizer", tokenizer)
-  if isinstance(ignore, str) or not isinstance(ignore, Sequence):
-    raise ValueError(
-      f"`ignore`={_checks.show(ignore)} must be a sequence of names."
-    )
-  known = {field.name for field in dataclasses.fields(TransformerConfig)}
-  for name in overrides:
-    if name not in known:
-      raise ValueError(
-        f"`{name}` must be an argument of `load` or a field of "
-        f"TransformerConfig: {', '.join(sorted(known))}."
-      )
+  check_ignore(ignore)
+  check_overrides("**overrides", overrides)
   fields = _read_fields(folder)
   family = family_of(fields)
   reader = Reader(folder)
@@ -149,6 +142,15 @@ def load(
     reader.close()
   read = _tokenizer(folder) if tokenizer else None
   return Loaded(config, model, params, read)
+
+
+def _path(folder: Any) -> pathlib.Path:
+  try:
+    return pathlib.Path(folder)
+  except TypeError as error:
+    raise ValueError(
+      f"`folder`={_checks.show(folder)} must be a path."
+    ) from error
 
 
 def _read_fields(folder: pathlib.Path) -> dict[str, Any]:
@@ -291,6 +293,9 @@ def _read(
       raise ValueError(
         f"`shardings` must have the structure of the parameters, {structure}."
       )
+    for path, leaf in jax.tree.leaves_with_path(shardings):
+      where = f"shardings{jax.tree_util.keystr(path)}"
+      _checks.instance(where, leaf, jax.sharding.Sharding)
   for step in plan:
     sharding = shardings
     for key in step.path:
@@ -401,9 +406,15 @@ def save(
     'llama'
   """
   _checks.instance("config", config, TransformerConfig)
-  max_file_bytes = int(max_file_bytes)
+  max_file_bytes = int(_checks.finite("max_file_bytes", max_file_bytes))
   if max_file_bytes < 1:
     raise ValueError(f"`max_file_bytes`={max_file_bytes} must be at least 1.")
+  if tokenizer is not None and not callable(getattr(tokenizer, "save", None)):
+    raise ValueError(
+      f"`tokenizer`={_checks.show(tokenizer)} must be a tokenizers.Tokenizer "
+      "or None."
+    )
+  folder = _path(folder)
   name = choose_family(config) if family is None else family
   _checks.choice("family", name, tuple(FAMILIES))
   fields = write_config(config, name)
@@ -411,7 +422,6 @@ def save(
   plan = _plan(FAMILIES[name], config, shapes)
   arrays = _unboxed(params)
   _check_params(arrays, shapes)
-  folder = pathlib.Path(folder)
   folder.mkdir(parents=True, exist_ok=True)
   sizes, order = {}, []
   for step in plan:
@@ -455,16 +465,20 @@ def _unboxed(params):
 
 
 def _check_params(params: Any, shapes: Any) -> None:
+  _checks.instance("params", params, Mapping)
   found = dict(_shapes_by_name(params))
   wanted = dict(_shapes_by_name(shapes))
   for name in sorted({*found, *wanted}):
     if found.get(name) != wanted.get(name):
       raise ValueError(
-        f"`params` has `{name}` of shape {found.get(name)}; that of `config` "
-        f"has shape {wanted.get(name)}."
+        f"`params` has `{name}` of shape {found.get(name)}; by `config` it "
+        f"must be a floating-point array of shape {wanted.get(name)}."
       )
 
 
 def _shapes_by_name(tree):
   for keys, leaf in jax.tree.leaves_with_path(tree):
-    yield "/".join(str(getattr(key, "key", key)) for key in keys), leaf.shape
+    dtype = getattr(leaf, "dtype", None)
+    known = dtype is not None and jnp.issubdtype(dtype, jnp.floating)
+    name = "/".join(str(getattr(key, "key", key)) for key in keys)
+    yield name, tuple(leaf.shape) if known else None
