@@ -97,7 +97,15 @@ def test_the_cases_hit_every_option():
   assert kept.dtype == kept.param_dtype == jnp.bfloat16
 
 
-@pytest.mark.parametrize("case", parity.CASES)
+@pytest.mark.parametrize(
+  "case",
+  [
+    case
+    if case in ("llama3", "qwen2", "qwen3", "mistral")
+    else pytest.param(case, marks=pytest.mark.slow)
+    for case in parity.CASES
+  ],
+)
 def test_a_round_trip_keeps_the_bytes(case, tmp_path):
   """Of every tensor; and of the parameters, whether stacked or not."""
   folder = parity.FOLDER / case
@@ -275,7 +283,7 @@ def check_attention(kind, arrays):
     held: Any = core.empty_cache(
       config, 1, 12, max_append=1, dtype=jnp.float32, kind=dense
     )
-    for start, stop in ((0, 9), (9, 10), (10, 11), (11, 12)):
+    for start, stop in ((0, 11), (11, 12)):
       token = x[:, start:stop]
       decoding = core.begin_decoding(held, token, None, None)
       step = core.dense_attention(

@@ -339,7 +339,7 @@ def read_config(
   options |= _read_layers(source, family, options["num_layers"])
   source.check_all_read(ignore)
   try:
-    return TransformerConfig(**options | overrides)
+    return TransformerConfig(**{**options, **overrides})
   except ValueError as error:
     raise ValueError(f"config.json and `overrides`: {error}") from error
 
