@@ -18,6 +18,7 @@ from nsa_jax.dispatch import EXPORT_DISABLED_CHECKS
 from nsa_jax.geometry import num_compressed_blocks, num_selection_blocks
 from nsa_jax.layers.linen import NativeSparseAttention
 from nsa_jax.models.config import TransformerConfig
+from nsa_jax.models.convert import load, save
 from nsa_jax.models.linen import TransformerLM, unstack_layers
 from nsa_jax.models.remat import remat_policy
 from nsa_jax.ops.branches import (
@@ -68,12 +69,14 @@ __all__ = [
   "compressed_attention",
   "full_attention",
   "generate",
+  "load",
   "native_sparse_attention",
   "num_compressed_blocks",
   "num_selection_blocks",
   "parameter_shardings",
   "remat_policy",
   "restore_zigzag",
+  "save",
   "select_blocks",
   "selected_attention",
   "unstack_layers",

@@ -85,6 +85,18 @@ def scale(value: Any, query: Array) -> float:
   return finite("scale", value)
 
 
+def softcap(value: Any) -> float | None:
+  """Checks for a static, positive cap of the scores, or None."""
+  if value is None:
+    return None
+  if isinstance(value, jax.core.Tracer):
+    raise ValueError(f"`softcap`={value!r} must be a static Python number.")
+  cap = finite("softcap", value)
+  if cap <= 0:
+    raise ValueError(f"`softcap`={show(value)} must be positive, or None.")
+  return cap
+
+
 def array(name: str, value: Any, rank: int, letters: str) -> Array:
   """Converts to an array and checks its rank."""
   result = as_array(value)

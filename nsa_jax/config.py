@@ -11,6 +11,7 @@ from nsa_jax.rope import RopeConfig, check_head_dim
 from nsa_jax.sharding import Layout
 from nsa_jax.typing import (
   BRANCHES,
+  BiasName,
   BranchName,
   CompressionName,
   Implementation,
@@ -109,7 +110,22 @@ class AttentionConfig:
     rope: rotary embedding, or None for no position information.
     normalize_qk: RMSNorm over H, before rotation, of the queries and of the
       keys that enter a dot product (in the compressed branch, phi's output);
-      the query and each key have a learned scale.
+      the query and each key have a learned scale. In full and window attention
+      this is the norm of Qwen3.
+    norm_epsilon: added to the mean square in every RMSNorm, those of a model
+      too.
+    biases: which projections have a bias: "query", "key" (all branches),
+      "value" (likewise), "out". Linen's `use_bias` adds all of them.
+    gate_bias: initial bias of the gates' logits, one number or one per branch
+      in the order compressed, selected, window; None: they have no bias.
+    gate_init_scale: factor on the gates' initial kernel; with 0 the gates start
+      as sigmoid(gate_bias) for every token.
+    attention_sinks: a learned logit per head in the denominator of the softmax,
+      beside those of the keys, which takes weight and adds nothing. Full and
+      window attention can; "nsa" raises NotImplementedError.
+    score_softcap: c > 0, scores s of queries and keys become c tanh(s / c);
+      None: they stay. Full and window attention can, with "xla" and
+      "reference"; others raise NotImplementedError.
     dtype: dtype of the computation; None promotes those of the input and the
       parameters. Gates, norms and softmax are in float32 at least.
     param_dtype: dtype of the parameters.
@@ -141,6 +157,12 @@ class AttentionConfig:
   rope_compressed: RopeCompressedName = "block"
   rope: RopeConfig | None = RopeConfig()  # noqa: RUF009, immutable
   normalize_qk: bool = False
+  norm_epsilon: float = 1e-6
+  biases: Sequence[BiasName] = ()
+  gate_bias: float | Sequence[float] | None = None
+  gate_init_scale: float = 1.0
+  attention_sinks: bool = False
+  score_softcap: float | None = None
   dtype: Any = None
   param_dtype: Any = jnp.float32
   select: Selector | None = None
@@ -164,22 +186,26 @@ class AttentionConfig:
     _checks.choice(
       "rope_compressed", self.rope_compressed, get_args(RopeCompressedName)
     )
-    branches: Any = self.branches
-    known = isinstance(branches, Sequence) and not isinstance(branches, str)
-    in_order = tuple(x for x in BRANCHES if known and x in branches)
-    if not in_order or len(in_order) != len(branches):
-      raise ValueError(
-        f"`branches`={_checks.show(branches)} must be a sequence of one or "
-        f"more of {', '.join(map(repr, BRANCHES))}."
-      )
-    object.__setattr__(self, "branches", in_order)
+    self._keep_names("branches", BRANCHES, "one or more")
+    self._keep_names("biases", get_args(BiasName), "none or more")
+    self._keep_gate_bias()
+    self._keep_positive("norm_epsilon")
+    if self.score_softcap is not None:
+      self._keep_positive("score_softcap")
+    scale = _checks.finite("gate_init_scale", self.gate_init_scale)
+    object.__setattr__(self, "gate_init_scale", scale)
     if self.rope is not None:
       if not isinstance(self.rope, RopeConfig):
         raise ValueError(
           f"`rope`={_checks.show(self.rope)} must be a RopeConfig or None."
         )
-      check_head_dim(self.head_dim)
-    for name in ("share_kv", "normalize_qk", "logical_axes"):
+      check_head_dim(self.head_dim, self.rope)
+    for name in (
+      "share_kv",
+      "normalize_qk",
+      "attention_sinks",
+      "logical_axes",
+    ):
       _checks.flag(name, getattr(self, name))
     # Two spellings of one configuration must be equal and have one hash.
     dtypes = {"param_dtype": self.param_dtype}
@@ -204,6 +230,47 @@ class AttentionConfig:
     for name in names:
       value = _checks.static_int(name, getattr(self, name), 1)
       object.__setattr__(self, name, value)
+
+  def _keep_names(
+    self, field: str, known: Sequence[str], how_many: str
+  ) -> None:
+    """Checks a sequence of names; it becomes a tuple in the order of `known`.
+
+    Two spellings of one configuration must be equal and have one hash.
+    """
+    names: Any = getattr(self, field)
+    several = isinstance(names, Sequence) and not isinstance(names, str | bytes)
+    given = [x for x in names if isinstance(x, str)] if several else []
+    in_order = tuple(x for x in known if x in given)
+    few = not in_order and how_many == "one or more"
+    if not several or few or len(in_order) != len(names):
+      raise ValueError(
+        f"`{field}`={_checks.show(names)} must be a sequence of {how_many} of "
+        f"{', '.join(map(repr, known))}."
+      )
+    object.__setattr__(self, field, in_order)
+
+  def _keep_positive(self, field: str) -> None:
+    """Checks a positive number."""
+    value = _checks.finite(field, getattr(self, field))
+    if value <= 0:
+      raise ValueError(f"`{field}`={value} must be positive.")
+    object.__setattr__(self, field, value)
+
+  def _keep_gate_bias(self) -> None:
+    """Checks the bias of the gates; it becomes a tuple of three."""
+    given: Any = self.gate_bias
+    if given is None:
+      return
+    several = isinstance(given, Sequence) and not isinstance(given, str | bytes)
+    if several and len(given) != len(BRANCHES):
+      raise ValueError(
+        f"`gate_bias`={_checks.show(given)} must be None, a number, or one for "
+        f"each of {', '.join(map(repr, BRANCHES))}."
+      )
+    values = given if several else (given,) * len(BRANCHES)
+    kept = tuple(_checks.finite("gate_bias", value) for value in values)
+    object.__setattr__(self, "gate_bias", kept)
 
   @property
   def value_dim(self) -> int:

@@ -35,6 +35,8 @@ class _Attention:
         f"`{name}` returns lse, and cuDNN gives none that is differentiable: "
         "`return_lse`=False does without"
       )
+    if spec.softcap is not None:
+      raise NotImplementedError(f"`softcap`={spec.softcap}: cuDNN takes None")
     if query.dtype not in (jnp.float16, jnp.bfloat16):
       raise NotImplementedError(
         f"`query` of dtype {query.dtype}: cuDNN takes float16 and bfloat16"

@@ -262,7 +262,7 @@ def inspect_model(
     for name, x in given.items()
   }
   if segment_ids is not None:
-    _checks.segments(segment_ids, config.nsa.selection_block)
+    _checks.segments(segment_ids, config.segment_alignment)
   sown = _collect(model, params, tokens, given)
   found = {}
   for i, kind in enumerate(config.layer_kinds):
@@ -274,7 +274,7 @@ def inspect_model(
         layer = sown[name]
       found[name] = inspect_layer(
         layer["attention"],
-        config=config.nsa,
+        config=config.of_layer(i).nsa,
         segment_ids=segment_ids,
         key=jax.random.fold_in(key, i),
         implementation=implementation,

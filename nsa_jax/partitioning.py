@@ -56,6 +56,8 @@ def parameter_axes(
     tables = (("vocab", "embed"),)
   elif name == "scale":
     tables = (("norm",),)
+  elif name == "sink":
+    tables = (("heads",),)
   elif name in ("kernel", "bias"):
     axes = _PROJECTIONS.get(module, ())
     if module.split("_")[0] in ("key", "value"):

@@ -29,7 +29,7 @@ def block_scores(
   """Eq. 8-10: importance of every selection block, [B, T, K, M]."""
   query, compressed_key, lse = arrays
   visible = _visible_blocks(spec, query, index[1])
-  scores = _scores(query, compressed_key, spec.scale)  # [B, T, K, G, C]
+  scores = _scores(spec, query, compressed_key)  # [B, T, K, G, C]
   seen = visible[:, :, None, None]
   lse = rearrange(lse, "b t (k g) -> b t k g 1", k=scores.shape[2])
   lse = lse.astype(scores.dtype)
@@ -145,22 +145,25 @@ def _readable(token, query, queries, key_segments):
   return readable
 
 
-def _scores(query, key, scale):
-  """Scaled dot products of queries and keys, [B, T, K, G, S]."""
+def _scores(spec, query, key):
+  """Scaled dot products of queries and keys, capped, [B, T, K, G, S]."""
   acc = sum_dtype(query.dtype)
   query = rearrange(query, "b t (k g) h -> b t k g h", k=key.shape[2])
-  return scale * jnp.einsum(
+  scores = spec.scale * jnp.einsum(
     "btkgh,bskh->btkgs",
     query.astype(acc),
     key.astype(acc),
     precision=jax.lax.Precision.HIGHEST,
   )
+  if spec.softcap is None:
+    return scores
+  return spec.softcap * jnp.tanh(scores / spec.softcap)
 
 
 def _attend(spec, qkv, mask):
   """Masked softmax attention; a group shares the mask [B, T, K or 1, S]."""
   query, key, value = qkv
-  scores = _scores(query, key, spec.scale)
+  scores = _scores(spec, query, key)
   mask = mask[:, :, :, None]
   acc = scores.dtype
   # Queries that read nothing stay finite, forward and backward. A key with a

@@ -26,6 +26,7 @@ __all__ = [
   "KV",
   "Array",
   "AttentionName",
+  "BiasName",
   "BranchName",
   "CompressionName",
   "Implementation",
@@ -34,6 +35,7 @@ __all__ = [
   "RematName",
   "RematPolicyName",
   "RopeCompressedName",
+  "RopeScalingName",
   "Selector",
 ]
 
@@ -47,6 +49,7 @@ Implementation: TypeAlias = (
 )
 
 AttentionName: TypeAlias = Literal["nsa", "full", "window"]
+BiasName: TypeAlias = Literal["query", "key", "value", "out"]
 BranchName: TypeAlias = Literal["compressed", "selected", "window"]
 BRANCHES: tuple[BranchName, ...] = get_args(BranchName)
 CompressionName: TypeAlias = Literal["mean", "weighted", "linear", "mlp"]
@@ -59,6 +62,9 @@ RematPolicyName: TypeAlias = Literal[
 ]
 RematName: TypeAlias = Literal["none", RematPolicyName]
 RopeCompressedName: TypeAlias = Literal["block", "tokens", "none"]
+RopeScalingName: TypeAlias = Literal[
+  "yarn", "yarn_index", "llama3", "linear", "dynamic"
+]
 
 # A custom selector; `native_sparse_attention` documents its arguments under
 # `select`.

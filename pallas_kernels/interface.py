@@ -60,6 +60,7 @@ class Spec(NamedTuple):
       selects the blocks itself, cannot do the call.
     empty_queries: some queries may read nothing.
     interpret: run the kernels in the interpreter, on any platform.
+    softcap: c, if scores s become c tanh(s / c); None: they stay.
   """
 
   config: Any
@@ -70,6 +71,7 @@ class Spec(NamedTuple):
   own_selection: bool = False
   empty_queries: bool = True
   interpret: bool = False
+  softcap: float | None = None
 
   @property
   def ratio(self) -> int:

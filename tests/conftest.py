@@ -1,6 +1,7 @@
 """Settings of every test: XLA flags, float64 on request, hypothesis."""
 
 import gc
+import importlib.util
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -60,6 +61,10 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
   # Asked for by name: a skip would look like success.
   if item.get_closest_marker("gpu") and jax.default_backend() != "gpu":
     pytest.fail("needs a GPU", pytrace=False)
+  if item.get_closest_marker("parity"):
+    for package in ("torch", "transformers"):
+      if importlib.util.find_spec(package) is None:
+        pytest.fail(f"needs {package}", pytrace=False)
 
 
 @pytest.fixture

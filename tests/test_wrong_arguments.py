@@ -5,6 +5,7 @@ another type, rank, dtype, shape or size. The call must then succeed, or raise a
 ValueError with the argument's name in backticks, or a NotImplementedError.
 """
 
+import contextlib
 import dataclasses
 import functools
 import inspect
@@ -12,6 +13,7 @@ import itertools
 import math
 import pathlib
 import re
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -35,7 +37,8 @@ from nsa_jax import (
 )
 from nsa_jax.layers import core
 from nsa_jax.layers import linen as layers
-from tests import helpers
+from nsa_jax.models import convert
+from tests import helpers, parity
 
 # S = T = 12, hence C = 5 and M = 3; N = 2, K = 1, H = V = 4, D = 8.
 CONFIG = NSAConfig(4, 2, 4, 2, 0, 1, 3)
@@ -140,6 +143,33 @@ def _parts(kind: Any) -> Any:
   for name in core.COMPRESSIONS:
     parts[name] = lambda x, ids: compression.compress_mean(x, config=CONFIG)
   return parts | {"out": lambda x: jnp.zeros((*x.shape[:2], 8), x.dtype)}
+
+
+def _save(
+  folder: Any,
+  config: Any,
+  params: Any,
+  family: Any = None,
+  tokenizer: Any = None,
+  max_file_bytes: Any = 10**6,
+) -> None:
+  """`save`, for which every name is one of a folder that it makes."""
+  options = {"family": family, "tokenizer": tokenizer}
+  with tempfile.TemporaryDirectory() as here, contextlib.chdir(here):
+    nsa_jax.save(
+      folder, config, params, max_file_bytes=max_file_bytes, **options
+    )
+
+
+FULL = MODEL.clone(config=dataclasses.replace(MODEL.config, attention="full"))
+FIELDS = {
+  "model_type": "llama",
+  "hidden_size": 8,
+  "vocab_size": 16,
+  "intermediate_size": 8,
+  "num_hidden_layers": 1,
+  "num_attention_heads": 2,
+}
 
 
 def _init(module: Any) -> Callable[..., Any]:
@@ -517,6 +547,23 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     nsa_jax.unstack_layers,
     {"model": STACKED, "params": _params(STACKED, IDS)["params"]},
   ),
+  "nsa_jax.load": (nsa_jax.load, {"folder": parity.FOLDER / "mistral"}),
+  "nsa_jax.save": (
+    _save,
+    {
+      "folder": "checkpoint",
+      "config": FULL.config,
+      "params": _params(FULL, IDS)["params"],
+    },
+  ),
+  "nsa_jax.models.convert.read_config": (
+    convert.read_config,
+    {"fields": FIELDS, "overrides": {"vocab_multiple": 4}},
+  ),
+  "nsa_jax.models.convert.write_config": (
+    convert.write_config,
+    {"config": FULL.config, "name": "llama"},
+  ),
   "nsa_jax.remat_policy": (nsa_jax.remat_policy, {"name": "full"}),
   # sampling
   "nsa_jax.generate": (
@@ -535,6 +582,15 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
   # core
   "nsa_jax.layers.core.projections": (core.projections, {"config": OPTIONS}),
   "nsa_jax.layers.core.norms": (core.norms, {"config": OPTIONS}),
+  "nsa_jax.layers.core.vectors": (core.vectors, {"config": OPTIONS}),
+  "nsa_jax.layers.core.initial_biases": (
+    core.initial_biases,
+    {"config": OPTIONS},
+  ),
+  "nsa_jax.layers.core.initial_kernel": (
+    core.initial_kernel,
+    {"config": OPTIONS, "name": "gate", "init": jax.nn.initializers.zeros},
+  ),
   "nsa_jax.layers.core.phi_parameters": (
     core.phi_parameters,
     {"kind": "mlp", "config": CONFIG, "heads": 1, "head_dim": 4},
@@ -664,6 +720,7 @@ NAMES = {
   "cache": "`cache|the cache",
   # A field of the dictionary, by its own name.
   "fields": r"`\w+",
+  "overrides": r"`overrides|`vocab_multiple",
   "parameters": "`parameters|`weight",
 }
 
@@ -828,6 +885,7 @@ OTHERS = {
   "nsa_jax.layers.core.Attended",
   "nsa_jax.layers.core.Decoding",
   "nsa_jax.layers.core",
+  "nsa_jax.models.convert.Loaded",
   "nsa_jax.packing.PackingReport",
   "nsa_jax.sampling.Generated",
 }

@@ -37,7 +37,8 @@ from nsa_jax.typing import (
 from pallas_kernels.interface import query_positions
 
 # Functions of an array with their parameters bound. The keys are the names from
-# `projections`, `norms` and `COMPRESSIONS`, and "out".
+# `projections`, `norms` and `COMPRESSIONS`, and "out"; and those of `vectors`,
+# whose functions take no array.
 Parts = Mapping[str, Callable[..., Array]]
 
 COMPRESSIONS = ("compress_key", "compress_value")
@@ -87,6 +88,92 @@ def norms(
   if not config.share_kv:
     own = ["key_selected_norm", "key_window_norm"]
   return ("query_norm", *own, "key_compressed_norm")
+
+
+def initial_kernel(
+  config: AttentionConfig, name: str, init: Callable[..., Any]
+) -> Callable[..., Any]:
+  """The initialiser of a projection's kernel, given that of the others."""
+  check_attention_config(config)
+  names = [*projections(config), *projections(config, "full"), "out"]
+  _checks.choice("name", name, names)
+  if not callable(init):
+    raise ValueError(
+      f"`init`={_checks.show(init)} must be an initialiser function."
+    )
+  scale = config.gate_init_scale
+  if name != "gate" or scale == 1:
+    return init
+
+  def scaled(*args: Any, **kwargs: Any) -> Any:
+    # The kernel may be in a box with metadata.
+    return jax.tree.map(lambda x: x * scale, init(*args, **kwargs))
+
+  return scaled
+
+
+def initial_biases(
+  config: AttentionConfig, kind: AttentionName = "nsa"
+) -> dict[str, Callable[..., Array]]:
+  """Initialisers of the biases, by the name of the projection that has one.
+
+  A bias has the shape that `projections` says, that of "out" D.
+
+  Args:
+    config: `biases` and `gate_bias` are read.
+    kind: as in `projections`.
+  """
+  zeros = jax.nn.initializers.zeros
+  inits: dict[str, Callable[..., Array]] = {
+    name: zeros
+    for name in (*projections(config, kind), "out")
+    if name.split("_")[0] in config.biases
+  }
+  if kind == "nsa" and config.gate_bias is not None:
+    gate_bias: Any = config.gate_bias  # A tuple, once checked.
+
+    def gate(key: Any, shape: Any, dtype: Any, **kwargs: Any) -> Array:
+      del key, kwargs
+      # Of shape [N, 3], or flat: the three repeat.
+      return jnp.resize(jnp.asarray(gate_bias, dtype), shape)
+
+    inits["gate"] = gate
+  return inits
+
+
+def vectors(
+  config: AttentionConfig, kind: AttentionName = "nsa"
+) -> dict[str, tuple[Callable[..., Array], tuple[int, ...]]]:
+  """Initialiser and shape of the layer's own parameters, by name.
+
+  In `Parts` they are functions without arguments.
+
+  Args:
+    config: `attention_sinks` is read.
+    kind: as in `projections`.
+
+  Raises:
+    NotImplementedError: if this kind of attention cannot do what `config` asks.
+  """
+  check_attention_config(config)
+  _checks.choice("kind", kind, cache.KINDS)
+  if kind == "nsa":
+    _check_sparse(config)
+  if not config.attention_sinks:
+    return {}
+  return {"sink": (jax.nn.initializers.zeros, (config.num_heads,))}
+
+
+def _check_sparse(config):
+  """Raises NotImplementedError for what dense attention alone can do."""
+  for name, off in (("attention_sinks", False), ("score_softcap", None)):
+    value = getattr(config, name)
+    if value is not off:
+      raise NotImplementedError(
+        f"`{name}`={value}: Native Sparse Attention takes {off}, since its "
+        "branches and its selection have no such softmax; `attention`='full' "
+        "and 'window' (`DenseAttention`) do."
+      )
 
 
 def phi_parameters(
@@ -388,8 +475,7 @@ def sparse_attention(
   def normalize(name, x):
     return parts[name](x) if config.normalize_qk else x
 
-  def rotate(x, positions=positions):
-    return x if config.rope is None else apply_rope(x, positions, config.rope)
+  rotate = _rotation(config, positions, segment_ids)
 
   def project(name):
     if config.share_kv:
@@ -505,18 +591,20 @@ def dense_attention(
   x, positions, segment_ids = _tokens(
     config, x, positions, segment_ids, decoding
   )
+  rotate = _rotation(config, positions, segment_ids)
   query, key, value = (parts[name](x) for name in ("query", "key", "value"))
   if config.normalize_qk:
     query, key = parts["query_norm"](query), parts["key_norm"](key)
-  if config.rope is not None:
-    query, key = (apply_rope(y, positions, config.rope) for y in (query, key))
+  query, key = rotate(query), rotate(key)
   call: dict[str, Any] = {
+    "softcap": config.score_softcap,
+    "return_lse": config.attention_sinks,
     "implementation": config.implementation,
     "layout": config.layout,
   }
   held = None
   if decoding is None:
-    call |= {"segment_ids": segment_ids, "return_lse": False}
+    call["segment_ids"] = segment_ids
     if kind == "window":
       heads = window_attention(query, key, value, config=config.nsa, **call)
     else:
@@ -534,10 +622,33 @@ def dense_attention(
   else:
     held, _ = decoding.add(config, selected=KV(key, value))
     heads = cache.attend_full(query, held, query_offset=decoding.offset, **call)
+  if config.attention_sinks:
+    heads, lse = heads
+    # The sink takes its share of the weights: lse - log(e^lse + e^sink).
+    share = jax.nn.sigmoid(lse - parts["sink"]().astype(lse.dtype)[None, None])
+    heads = (heads * share[..., None]).astype(query.dtype)
   out = parts["out"](heads)
   if decoding is not None:
     out = decoding.mark_lost(out)
   return Attended(out, cache=held)
+
+
+def _rotation(config, positions, segment_ids):
+  """The function that rotates queries or keys, by default to `positions`."""
+  rope = config.rope
+  if rope is None:
+    return lambda x, positions=None: x
+  lengths = None
+  if rope.is_dynamic:
+    used = (
+      positions if segment_ids is None else keep(positions, segment_ids > 0)
+    )
+    lengths = used.max(axis=1) + 1
+
+  def rotate(x, positions=positions):
+    return apply_rope(x, positions, rope, lengths)
+
+  return rotate
 
 
 def _tokens(config, x, positions, segment_ids, decoding):
@@ -566,7 +677,12 @@ def _check_parts(
   config: AttentionConfig, kind: AttentionName, parts: Any
 ) -> None:
   """Raises ValueError unless `parts` has a function for every name."""
-  names = [*projections(config, kind), *norms(config, kind), "out"]
+  names = [
+    *projections(config, kind),
+    *norms(config, kind),
+    *vectors(config, kind),
+    "out",
+  ]
   if kind == "nsa":
     names += COMPRESSIONS
   if not isinstance(parts, Mapping):

@@ -26,6 +26,7 @@ from nsa_jax.typing import (
   BRANCHES,
   Array,
   AttentionName,
+  BiasName,
   BranchName,
   CompressionName,
   Implementation,
@@ -78,6 +79,12 @@ class NativeSparseAttention(nn.Module):
     rope_compressed: as in `AttentionConfig`.
     rope: as in `AttentionConfig`.
     normalize_qk: as in `AttentionConfig`.
+    norm_epsilon: as in `AttentionConfig`.
+    biases: as in `AttentionConfig`.
+    gate_bias: as in `AttentionConfig`.
+    gate_init_scale: as in `AttentionConfig`.
+    attention_sinks: must be False: `DenseAttention` has them.
+    score_softcap: must be None: `DenseAttention` has it.
     dtype: as in `AttentionConfig`.
     param_dtype: as in `AttentionConfig`.
     precision: of the projections, as in `nn.DenseGeneral`.
@@ -85,7 +92,7 @@ class NativeSparseAttention(nn.Module):
       "key", "value", "gate" and "out" to initialisers, and from "phi" to that
       of the kernels in phi: "w1" and "w2" [K, _, _], or "weight" of "linear".
       `nn.with_partitioning` works. What is missing has its default.
-    use_bias: the projections have biases.
+    use_bias: all projections have biases, that of the gates too.
     implementation: as in `AttentionConfig`.
     decode: append to a decode cache and attend over it. `init` with
       x [B, capacity, D] makes it in the collection `cache`; then
@@ -128,6 +135,12 @@ class NativeSparseAttention(nn.Module):
   rope_compressed: RopeCompressedName = "block"
   rope: RopeConfig | None = RopeConfig()
   normalize_qk: bool = False
+  norm_epsilon: float = 1e-6
+  biases: Sequence[BiasName] = ()
+  gate_bias: float | Sequence[float] | None = None
+  gate_init_scale: float = 1.0
+  attention_sinks: bool = False
+  score_softcap: float | None = None
   dtype: Dtype | None = None
   param_dtype: Dtype = jnp.float32
   precision: PrecisionLike = None
@@ -230,7 +243,6 @@ class NativeSparseAttention(nn.Module):
     config = self.attention
     dense = functools.partial(
       nn.DenseGeneral,
-      use_bias=self.use_bias,
       dtype=self.dtype,
       param_dtype=self.param_dtype,
       precision=self.precision,
@@ -247,7 +259,9 @@ class NativeSparseAttention(nn.Module):
     inits = self.kernel_init
     if not isinstance(inits, Mapping):
       inits = dict.fromkeys(_PROJECTIONS, inits)
-    parts = _parts(config, "nsa", dense, x.shape[-1], inits)
+    parts = _parts(
+      self, config, "nsa", dense, x.shape[-1], inits, self.use_bias
+    )
     for name in core.COMPRESSIONS:
       parts[name] = CompressBlocks(
         self.compression,
@@ -296,8 +310,8 @@ class DenseAttention(nn.Module):
   """Full or window attention, the baselines.
 
   Attributes:
-    config: options; `compression`, `share_kv`, `rope_compressed` and `select`
-      are not read.
+    config: options; `compression`, `share_kv`, `rope_compressed`, `select` and
+      those of the gates are not read.
     kind: "full" or "window".
     decode: as in `NativeSparseAttention`.
     max_append: as in `NativeSparseAttention`.
@@ -333,14 +347,13 @@ class DenseAttention(nn.Module):
     check_width(self, x)
     dense = functools.partial(
       nn.DenseGeneral,
-      use_bias=False,
       dtype=config.dtype,
       param_dtype=config.param_dtype,
     )
     attended = core.dense_attention(
       config,
       self.kind,
-      _parts(config, self.kind, dense, x.shape[-1]),
+      _parts(self, config, self.kind, dense, x.shape[-1]),
       x,
       positions=positions,
       segment_ids=segment_ids,
@@ -411,6 +424,7 @@ def rms_norm(config: AttentionConfig, name: str) -> nn.RMSNorm:
   """RMSNorm with statistics and scaling in float32, for any `dtype`."""
   init = nn.initializers.ones
   return nn.RMSNorm(
+    epsilon=config.norm_epsilon,
     dtype=config.dtype,
     param_dtype=config.param_dtype,
     scale_init=named(name, "scale", init) if config.logical_axes else init,
@@ -419,10 +433,12 @@ def rms_norm(config: AttentionConfig, name: str) -> nn.RMSNorm:
 
 
 def projection_options(
-  config: AttentionConfig, name: str, kernel_init: Initializer = _LECUN
+  config: AttentionConfig,
+  name: str,
+  kernel_init: Initializer = _LECUN,
+  bias_init: Initializer = nn.initializers.zeros,
 ) -> dict[str, Any]:
   """Keyword arguments of a linear map that has the sharding of its kernel."""
-  bias_init: Initializer = nn.initializers.zeros
   if config.logical_axes:
     kernel_init = named(name, "kernel", kernel_init)
     bias_init = named(name, "bias", bias_init)
@@ -487,17 +503,23 @@ def _flat(init, key, shape, dtype):
 
 
 def _parts(
+  module: nn.Module,
   config: AttentionConfig,
   kind: AttentionName,
   dense: Callable[..., Any],
   width: int,
   inits: Mapping[str, Initializer] = MappingProxyType({}),
+  use_bias: bool = False,
 ) -> dict[str, Any]:
-  """The submodules for `core`, by name."""
+  """The submodules and parameters for `core`, by name."""
+  biases = core.initial_biases(config, kind)
 
   def project(name, features, **options):
     init = inits.get(name.split("_")[0], _LECUN)
-    options |= projection_options(config, name, init)
+    init = core.initial_kernel(config, name, init)
+    bias_init = biases.get(name, nn.initializers.zeros)
+    options |= projection_options(config, name, init, bias_init)
+    options["use_bias"] = use_bias or name in biases
     for each in ("kernel_init", "bias_init"):
       options[each] = functools.partial(_flat, options[each])
     return dense(features, **options)
@@ -508,6 +530,11 @@ def _parts(
   }
   for name in core.norms(config, kind):
     parts[name] = rms_norm(config, name)
+  for name, (init, shape) in core.vectors(config, kind).items():
+    if config.logical_axes:
+      init = named("", name, init)
+    value = module.param(name, init, shape, config.param_dtype)
+    parts[name] = functools.partial(jnp.asarray, value)
   return parts | {"out": project("out", width, axis=(-2, -1))}
 
 

@@ -1,6 +1,7 @@
 """Configuration of the language models, for any module system."""
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, get_args
 
@@ -26,7 +27,14 @@ class TransformerConfig(AttentionConfig):
     attention: "nsa", "full" or "window" (`nsa.window` tokens) for all layers,
       or a sequence with one of them per layer. `rope` and `normalize_qk` apply
       to every kind.
+    layer_nsa: an NSAConfig per layer in place of `nsa`, which is then that of
+      the first; None: `nsa` for all.
     tie_embeddings: the output head shares the weights of the embedding.
+    vocab_multiple: the embedding and the head have as many rows as the next
+      multiple of this, so that devices can share them; the rows after
+      `vocab_size` belong to no token and have no logit.
+    embedding_scale: factor on the embeddings, such as sqrt(D).
+    logit_softcap: c > 0, logits z become c tanh(z / c); None: they stay.
     remat: "none", or what is kept of each block, which the backward pass then
       recomputes: a name of `remat_policy`.
     scan_layers: one compiled block for all layers, which then have the same
@@ -51,14 +59,24 @@ class TransformerConfig(AttentionConfig):
   model_dim: int
   mlp_dim: int
   attention: AttentionName | Sequence[AttentionName] = "nsa"
+  layer_nsa: Sequence[NSAConfig] | None = None
   tie_embeddings: bool = True
+  vocab_multiple: int = 1
+  embedding_scale: float = 1.0
+  logit_softcap: float | None = None
   remat: RematName = "none"
   scan_layers: bool = False
   dtype: Any = jnp.float32
 
   def __post_init__(self):
     super().__post_init__()
-    self._keep_integers("vocab_size", "num_layers", "model_dim", "mlp_dim")
+    self._keep_integers(
+      "vocab_size", "num_layers", "model_dim", "mlp_dim", "vocab_multiple"
+    )
+    self._keep_positive("embedding_scale")
+    if self.logit_softcap is not None:
+      self._keep_positive("logit_softcap")
+    self._keep_layer_nsa()
     _checks.choice("remat", self.remat, get_args(RematName))
     _checks.flag("tie_embeddings", self.tie_embeddings)
     _checks.flag("scan_layers", self.scan_layers)
@@ -82,6 +100,58 @@ class TransformerConfig(AttentionConfig):
         f"`attention`={self.attention} must be of one kind with `scan_layers`="
         "True: all layers are one compiled block."
       )
+
+  def _keep_layer_nsa(self) -> None:
+    """Checks the configurations of the layers; they become a tuple."""
+    given: Any = self.layer_nsa
+    if given is None:
+      return
+    if not isinstance(given, Sequence) or isinstance(given, str | bytes):
+      raise ValueError(
+        f"`layer_nsa`={_checks.show(given)} must be None or a sequence of "
+        "NSAConfig."
+      )
+    for i, nsa in enumerate(given):
+      _checks.instance(f"layer_nsa[{i}]", nsa, NSAConfig)
+    if len(given) != self.num_layers:
+      raise ValueError(
+        f"`layer_nsa` of {len(given)} entries must have `num_layers`="
+        f"{self.num_layers} entries."
+      )
+    if self.scan_layers and len(set(given)) > 1:
+      raise ValueError(
+        f"`layer_nsa`={_checks.show(given)} must have equal entries with "
+        "`scan_layers`=True: all layers are one compiled block."
+      )
+    object.__setattr__(self, "nsa", given[0])
+    # Two spellings of one configuration must be equal and have one hash.
+    several = tuple(given) if len(set(given)) > 1 else None
+    object.__setattr__(self, "layer_nsa", several)
+
+  @property
+  def vocab_rows(self) -> int:
+    """Rows of the embedding and of the head."""
+    return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
+
+  @property
+  def segment_alignment(self) -> int:
+    """What the starts of segments are multiples of, for every layer."""
+    layers = self.layer_nsa or (self.nsa,)
+    return math.lcm(*(nsa.selection_block for nsa in layers))
+
+  def of_layer(self, i: int) -> "TransformerConfig":
+    """The configuration of layer i alone: `nsa` is its own.
+
+    Example:
+      >>> from nsa_jax import NSAConfig, TransformerConfig
+      >>> layers = [NSAConfig(window=64), NSAConfig(window=128)]
+      >>> config = TransformerConfig.preset("tiny", layer_nsa=layers)
+      >>> config.of_layer(1).nsa.window
+      128
+    """
+    if self.layer_nsa is None:
+      return self
+    return dataclasses.replace(self, nsa=self.layer_nsa[i], layer_nsa=None)
 
   @property
   def layer_kinds(self) -> tuple[AttentionName, ...]:
@@ -122,8 +192,8 @@ class TransformerConfig(AttentionConfig):
 
     Returns:
       A dictionary of strings, numbers, booleans, None, lists and dictionaries:
-      a dtype is its name; `nsa`, `rope` and `layout` are dictionaries of their
-      fields.
+      a dtype is its name; `nsa`, each of `layer_nsa`, `rope` and `layout` are
+      dictionaries of their fields.
 
     Raises:
       ValueError: if `select` is not None, since JSON has no functions.
@@ -173,6 +243,11 @@ class TransformerConfig(AttentionConfig):
     values = dict(fields)
     if "nsa" in values:
       values["nsa"] = _nested(NSAConfig, "nsa", values["nsa"])
+    layers = values.get("layer_nsa")
+    if isinstance(layers, Sequence) and not isinstance(layers, str):
+      values["layer_nsa"] = [
+        _nested(NSAConfig, f"layer_nsa[{i}]", x) for i, x in enumerate(layers)
+      ]
     for name, kind in (("rope", RopeConfig), ("layout", Layout)):
       if values.get(name) is not None:
         values[name] = _nested(kind, name, values[name])
@@ -190,6 +265,8 @@ def _check_fields(kind, fields, name=""):
       f"fields of {kind.__name__}."
     )
   known = {field.name for field in dataclasses.fields(kind)} - {"select"}
+  if kind is RopeConfig:  # An earlier version wrote this name.
+    known.add("yarn_factor")
   for field in fields:
     if field not in known:
       raise ValueError(

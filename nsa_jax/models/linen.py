@@ -85,7 +85,7 @@ class TransformerLM(nn.Module):
         anything.
       positions: as in `NativeSparseAttention`.
       segment_ids: as in `NativeSparseAttention`; the block length is that of
-        `config.nsa`.
+        `config.nsa`, or the least that is a multiple of every layer's.
       prefix_length: as in `NativeSparseAttention`.
       labels: int32 [B, T], the tokens to predict, if losses are wanted. Any
         outside [0, vocab_size), such as -100, has loss 0 and no gradient.
@@ -122,7 +122,7 @@ class TransformerLM(nn.Module):
         tokens,
         positions,
         segment_ids,
-        config.nsa.selection_block,
+        config.segment_alignment,
         name="tokens",
         layout=layout,
       )
@@ -137,6 +137,8 @@ class TransformerLM(nn.Module):
         "one entry per row and token of `tokens`",
       )
       tokens = keep(tokens, ids > 0)
+    if config.vocab_rows > config.vocab_size:  # The other rows are no tokens.
+      tokens = jnp.where(tokens < config.vocab_size, tokens, -1)
     embedding = self._table("embedding")
     # Out-of-range tokens give NaN instead of another token's embedding.
     x = per_token(
@@ -145,14 +147,21 @@ class TransformerLM(nn.Module):
       embedding,
       tokens,
     )
+    if config.embedding_scale != 1:
+      x = x * jnp.asarray(config.embedding_scale, x.dtype)
     x = self._blocks(x, positions, segment_ids, prefix_length)
     x = rms_norm(config, "final_norm")(x)
     head = embedding
     if not config.tie_embeddings:
       head = jnp.asarray(self._table("head"))
+    capped: dict[str, Any] = {
+      "vocab_size": config.vocab_size,
+      "softcap": config.logit_softcap,
+    }
     if labels is not None:
-      return per_token(layout, token_losses, head, x, labels)
-    return logits_of(x, head.astype(config.dtype))
+      losses = functools.partial(token_losses, **capped)
+      return per_token(layout, losses, head, x, labels)
+    return logits_of(x, head.astype(config.dtype), **capped)
 
   def _table(self, name):
     """A parameter with a row per token of the vocabulary."""
@@ -160,7 +169,7 @@ class TransformerLM(nn.Module):
     init: Any = nn.initializers.normal(config.model_dim**-0.5)
     if config.logical_axes:
       init = named("", name, init)
-    shape = (config.vocab_size, config.model_dim)
+    shape = (config.vocab_rows, config.model_dim)
     return self.param(name, init, shape, config.param_dtype)
 
   def _blocks(self, x, positions, segment_ids, prefix_length):
@@ -188,7 +197,8 @@ class TransformerLM(nn.Module):
       names = {f"layer_{i}": kind for i, kind in enumerate(config.layer_kinds)}
     fields = (self.decode, self.max_append, prefix_length)
     blocks = [
-      block(config, kind, *fields, name=name) for name, kind in names.items()
+      block(config.of_layer(i), kind, *fields, name=name)
+      for i, (name, kind) in enumerate(names.items())
     ]
     for one in blocks:
       x, _ = one(x, positions, segment_ids)

@@ -12,16 +12,37 @@ from nsa_jax.xla.chunks import map_chunks
 CHUNK_LOGITS = 2**26
 
 
-def logits_of(x: Array, head: Array) -> Array:
-  """x head^T, float32: [B, T, D], [vocabulary, D] -> [B, T, vocabulary]."""
-  return dot_general(
+def logits_of(
+  x: Array,
+  head: Array,
+  vocab_size: int | None = None,
+  softcap: float | None = None,
+) -> Array:
+  """x head^T, float32: [B, T, D], [rows, D] -> [B, T, vocab_size].
+
+  Args:
+    x: [B, T, D].
+    head: [rows, D].
+    vocab_size: rows that belong to tokens; all by default.
+    softcap: c, if logits z become c tanh(z / c).
+  """
+  logits = dot_general(
     x, head, (((2,), (1,)), ((), ())), preferred_element_type=jnp.float32
   )
+  # Not the head is cut: it may be split over devices.
+  if vocab_size is not None and vocab_size < head.shape[0]:
+    logits = logits[..., :vocab_size]
+  return logits if softcap is None else softcap * jnp.tanh(logits / softcap)
 
 
 @jax.named_scope("token_losses")
 def token_losses(
-  head: Array, x: Array, labels: Array, chunk_logits: int = CHUNK_LOGITS
+  head: Array,
+  x: Array,
+  labels: Array,
+  chunk_logits: int = CHUNK_LOGITS,
+  vocab_size: int | None = None,
+  softcap: float | None = None,
 ) -> Array:
   """-log softmax(x head^T)[label] in nats, chunk by chunk.
 
@@ -29,23 +50,25 @@ def token_losses(
   mapped call has a chunk of its own.
 
   Args:
-    head: [vocabulary, D].
+    head: [rows, D].
     x: [B, T, D].
     labels: int32 [B, T]; others than [0, vocabulary) have loss 0 and no
       gradient.
     chunk_logits: maximum number of logits of a chunk.
+    vocab_size: as in `logits_of`, as is `softcap`.
+    softcap: as there.
 
   Returns:
     float32 [B, T].
   """
   batch, length = labels.shape
-  vocabulary = head.shape[0]
+  vocabulary = head.shape[0] if vocab_size is None else vocab_size
   # The gradient of the head is a sum over chunks in this dtype.
   head = head.astype(sum_dtype(head.dtype))
   token = jnp.arange(vocabulary, dtype=jnp.int32)[None, None]
 
   def body(x: Array, labels: Array) -> Array:
-    logits = logits_of(x, head.astype(x.dtype))
+    logits = logits_of(x, head.astype(x.dtype), vocab_size, softcap)
     # Not a gather: its transpose is a scatter.
     own = jnp.where(labels[..., None] == token, logits, 0).sum(axis=-1)
     valid = (labels >= 0) & (labels < vocabulary)

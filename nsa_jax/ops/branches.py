@@ -160,6 +160,7 @@ def window_attention(
   *,
   config: NSAConfig,
   scale: float | None = None,
+  softcap: float | None = None,
   key_offset: ArrayLike = 0,
   query_offset: ArrayLike | None = None,
   segment_ids: ArrayLike | None = None,
@@ -179,6 +180,7 @@ def window_attention(
   *,
   config: NSAConfig,
   scale: float | None = None,
+  softcap: float | None = None,
   key_offset: ArrayLike = 0,
   query_offset: ArrayLike | None = None,
   segment_ids: ArrayLike | None = None,
@@ -198,6 +200,7 @@ def window_attention(
   *,
   config: NSAConfig,
   scale: float | None = None,
+  softcap: float | None = None,
   key_offset: ArrayLike = 0,
   query_offset: ArrayLike | None = None,
   segment_ids: ArrayLike | None = None,
@@ -217,6 +220,7 @@ def window_attention(
   *,
   config: NSAConfig,
   scale: float | None = None,
+  softcap: float | None = None,
   key_offset: ArrayLike = 0,
   query_offset: ArrayLike | None = None,
   segment_ids: ArrayLike | None = None,
@@ -235,6 +239,8 @@ def window_attention(
     value: [B, S, K, V].
     config: only `window` is read.
     scale: as in `native_sparse_attention`.
+    softcap: c > 0, static; scores s, after `scale`, become c tanh(s / c). "xla"
+      and "reference" can.
     key_offset: position of the first key: int, or int32 of shape () or [B].
     query_offset: as in `native_sparse_attention`; key_offset + S - T by
       default.
@@ -273,7 +279,14 @@ def window_attention(
     key_offset=key_offset,
   )
   scale = _checks.scale(scale, query)
-  spec = Spec(config, scale, key.shape[1], need_lse=return_lse, tiles=tiles)
+  spec = Spec(
+    config,
+    scale,
+    key.shape[1],
+    need_lse=return_lse,
+    tiles=tiles,
+    softcap=_checks.softcap(softcap),
+  )
   arrays = scope.mask(query, key, value)
   out, lse = attend_branch("window", implementation, spec, arrays, scope)
   return (out, lse) if return_lse else out
@@ -286,6 +299,7 @@ def full_attention(
   value: ArrayLike,
   *,
   scale: float | None = None,
+  softcap: float | None = None,
   query_offset: ArrayLike | None = None,
   segment_ids: ArrayLike | None = None,
   query_segment_ids: ArrayLike | None = None,
@@ -302,6 +316,7 @@ def full_attention(
   value: ArrayLike,
   *,
   scale: float | None = None,
+  softcap: float | None = None,
   query_offset: ArrayLike | None = None,
   segment_ids: ArrayLike | None = None,
   query_segment_ids: ArrayLike | None = None,
@@ -318,6 +333,7 @@ def full_attention(
   value: ArrayLike,
   *,
   scale: float | None = None,
+  softcap: float | None = None,
   query_offset: ArrayLike | None = None,
   segment_ids: ArrayLike | None = None,
   query_segment_ids: ArrayLike | None = None,
@@ -334,6 +350,7 @@ def full_attention(
   value: ArrayLike,
   *,
   scale: float | None = None,
+  softcap: float | None = None,
   query_offset: ArrayLike | None = None,
   segment_ids: ArrayLike | None = None,
   query_segment_ids: ArrayLike | None = None,
@@ -348,6 +365,7 @@ def full_attention(
     key: [B, S, K, H].
     value: [B, S, K, V].
     scale: as in `native_sparse_attention`.
+    softcap: as in `window_attention`.
     query_offset: as in `native_sparse_attention`.
     segment_ids: int32 [B, S], contiguous runs; here they may start anywhere.
     query_segment_ids: as in `native_sparse_attention`.
@@ -379,7 +397,11 @@ def full_attention(
     query, key.shape[1], query_offset, segment_ids, query_segment_ids
   )
   spec = Spec(
-    None, _checks.scale(scale, query), key.shape[1], need_lse=return_lse
+    None,
+    _checks.scale(scale, query),
+    key.shape[1],
+    need_lse=return_lse,
+    softcap=_checks.softcap(softcap),
   )
   arrays = scope.mask(query, key, value)
   out, lse = attend_branch("full", implementation, spec, arrays, scope)

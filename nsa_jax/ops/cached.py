@@ -223,6 +223,57 @@ def attend(
   return (out, ids) if return_block_ids else out
 
 
+@overload
+def attend_window(
+  query: ArrayLike,
+  cache: Cache,
+  *,
+  config: NSAConfig,
+  query_offset: ArrayLike,
+  scale: float | None = None,
+  softcap: float | None = None,
+  return_lse: Literal[False] = False,
+  prefill_window: KV | None = None,
+  tiles: Any = None,
+  implementation: Implementation = None,
+  layout: Layout | None = None,
+) -> Array: ...
+
+
+@overload
+def attend_window(
+  query: ArrayLike,
+  cache: Cache,
+  *,
+  config: NSAConfig,
+  query_offset: ArrayLike,
+  scale: float | None = None,
+  softcap: float | None = None,
+  return_lse: Literal[True],
+  prefill_window: KV | None = None,
+  tiles: Any = None,
+  implementation: Implementation = None,
+  layout: Layout | None = None,
+) -> tuple[Array, Array]: ...
+
+
+@overload
+def attend_window(
+  query: ArrayLike,
+  cache: Cache,
+  *,
+  config: NSAConfig,
+  query_offset: ArrayLike,
+  scale: float | None = None,
+  softcap: float | None = None,
+  return_lse: bool,
+  prefill_window: KV | None = None,
+  tiles: Any = None,
+  implementation: Implementation = None,
+  layout: Layout | None = None,
+) -> Array | tuple[Array, Array]: ...
+
+
 @partitioned(**CACHE_LETTERS)
 def attend_window(
   query: ArrayLike,
@@ -231,11 +282,13 @@ def attend_window(
   config: NSAConfig,
   query_offset: ArrayLike,
   scale: float | None = None,
+  softcap: float | None = None,
+  return_lse: bool = False,
   prefill_window: KV | None = None,
   tiles: Any = None,
   implementation: Implementation = None,
   layout: Layout | None = None,
-) -> Array:
+) -> Array | tuple[Array, Array]:
   """Window attention of the newest tokens over a cache of kind "window".
 
   Args:
@@ -244,6 +297,8 @@ def attend_window(
     config: the one given to `init`.
     query_offset: as in `attend`.
     scale: as in `attend`.
+    softcap: as in `window_attention`.
+    return_lse: also return lse.
     prefill_window: the second result of `prefill`; needed for more than
       `max_append` queries.
     tiles: as in `window_attention`.
@@ -251,7 +306,8 @@ def attend_window(
     layout: as in `attend`.
 
   Returns:
-    out [B, T, N, V]; 0 at positions < 0 or >= `lengths`.
+    out [B, T, N, V]; 0 at positions < 0 or >= `lengths`. With `return_lse`
+    (out, lse), as of `compressed_attention`.
 
   Raises:
     ValueError: if an argument is invalid; names it, its value and the rule.
@@ -269,6 +325,7 @@ def attend_window(
     (1, 1, 4, 8)
   """
   check_config(config)
+  _checks.flag("return_lse", return_lse)
   cache = check_cache(cache)
   if cache.window is None:
     raise ValueError("`cache` must be of kind 'window': it has no `window`.")
@@ -286,11 +343,55 @@ def attend_window(
     config,
     _checks.scale(scale, query),
     scope.key_length,
-    need_lse=False,
+    need_lse=return_lse,
     tiles=tiles,
+    softcap=_checks.softcap(softcap),
   )
   arrays = scope.mask(query, *rows)
-  return attend_branch("window", implementation, spec, arrays, scope)[0]
+  out, lse = attend_branch("window", implementation, spec, arrays, scope)
+  return (out, lse) if return_lse else out
+
+
+@overload
+def attend_full(
+  query: ArrayLike,
+  cache: Cache,
+  *,
+  query_offset: ArrayLike,
+  scale: float | None = None,
+  softcap: float | None = None,
+  return_lse: Literal[False] = False,
+  implementation: Implementation = None,
+  layout: Layout | None = None,
+) -> Array: ...
+
+
+@overload
+def attend_full(
+  query: ArrayLike,
+  cache: Cache,
+  *,
+  query_offset: ArrayLike,
+  scale: float | None = None,
+  softcap: float | None = None,
+  return_lse: Literal[True],
+  implementation: Implementation = None,
+  layout: Layout | None = None,
+) -> tuple[Array, Array]: ...
+
+
+@overload
+def attend_full(
+  query: ArrayLike,
+  cache: Cache,
+  *,
+  query_offset: ArrayLike,
+  scale: float | None = None,
+  softcap: float | None = None,
+  return_lse: bool,
+  implementation: Implementation = None,
+  layout: Layout | None = None,
+) -> Array | tuple[Array, Array]: ...
 
 
 @partitioned(**CACHE_LETTERS)
@@ -300,9 +401,11 @@ def attend_full(
   *,
   query_offset: ArrayLike,
   scale: float | None = None,
+  softcap: float | None = None,
+  return_lse: bool = False,
   implementation: Implementation = None,
   layout: Layout | None = None,
-) -> Array:
+) -> Array | tuple[Array, Array]:
   """Causal attention of the newest tokens over all tokens of their row.
 
   Args:
@@ -310,11 +413,14 @@ def attend_full(
     cache: of kind "full" (or "nsa"), after `append` or `prefill`.
     query_offset: as in `attend`.
     scale: as in `attend`.
+    softcap: as in `window_attention`.
+    return_lse: also return lse.
     implementation: as in `full_attention`.
     layout: as in `attend`.
 
   Returns:
-    out [B, T, N, V]; 0 at positions < 0 or >= `lengths`.
+    out [B, T, N, V]; 0 at positions < 0 or >= `lengths`. With `return_lse`
+    (out, lse), as of `compressed_attention`.
 
   Raises:
     ValueError: if an argument is invalid; names it, its value and the rule.
@@ -330,6 +436,7 @@ def attend_full(
     >>> cache.attend_full(query, held, query_offset=8).shape
     (1, 1, 4, 8)
   """
+  _checks.flag("return_lse", return_lse)
   cache = check_cache(cache)
   if cache.selected is None:
     raise ValueError("`cache` must be of kind 'full': it has no `selected`.")
@@ -340,9 +447,16 @@ def attend_full(
   if isinstance(query_offset, int):
     key_length = min(max(query_offset + length, 1), key_length)
   scope = _held_scope(query, key_length, query_offset, cache.lengths)
-  spec = Spec(None, _checks.scale(scale, query), key_length, need_lse=False)
+  spec = Spec(
+    None,
+    _checks.scale(scale, query),
+    key_length,
+    need_lse=return_lse,
+    softcap=_checks.softcap(softcap),
+  )
   arrays = scope.mask(query, *_first(selected, key_length))
-  return attend_branch("full", implementation, spec, arrays, scope)[0]
+  out, lse = attend_branch("full", implementation, spec, arrays, scope)
+  return (out, lse) if return_lse else out
 
 
 def _compose(

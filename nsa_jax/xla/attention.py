@@ -37,7 +37,7 @@ def compressed(
   def body(query, positions, query_segments):
     visible = mask(positions, query_segments)  # [B, R, C]
     return _attend(
-      _scores("brkgh,bckh->brkgc", query, key.astype(dtype), spec.scale),
+      _scores(spec, "brkgh,bckh->brkgc", query, key.astype(dtype)),
       visible[:, :, None, None],
       value.astype(dtype),
       "brkgc,bckv->brkgv",
@@ -181,7 +181,7 @@ def selected(
       return chosen.reshape(*ids.shape[:3], keys_per_query, -1)
 
     return _attend(
-      _scores("brkgh,brksh->brkgs", query, gather(keys), spec.scale),
+      _scores(spec, "brkgh,brksh->brkgs", query, gather(keys)),
       mask,
       gather(values),
       "brkgs,brksv->brkgv",
@@ -247,7 +247,7 @@ def window(
         readable &= segments[:, None] == query_segments[..., None]
         readable &= (query_segments > 0)[..., None]
       return _attend(
-        _scores("brkgh,bskh->brkgs", query, key.astype(dtype), spec.scale),
+        _scores(spec, "brkgh,bskh->brkgs", query, key.astype(dtype)),
         readable[:, :, None, None],
         value.astype(dtype),
         "brkgs,bskv->brkgv",
@@ -279,7 +279,7 @@ def _for_block_scores(consume, spec, arrays, index, *per_query):
 
   def body(query, lse, positions, query_segments, *per_query):
     visible = mask(positions, query_segments)[:, :, None, None]
-    scores = _scores("brkgh,bckh->brkgc", query, compressed_key, spec.scale)
+    scores = _scores(spec, "brkgh,bckh->brkgc", query, compressed_key)
     lse = lse.astype(scores.dtype)[..., None]
     p_cmp = jnp.exp(jnp.where(visible, scores - lse, -jnp.inf)).sum(axis=3)
     p_slc = _to_selection_blocks(p_cmp, spec)
@@ -365,8 +365,11 @@ def _pad_to(x, block):
   return jnp.pad(x, pad)
 
 
-def _scores(equation, query, key, scale):
-  return einsum(equation, query, key) * scale
+def _scores(spec, equation, query, key):
+  scores = einsum(equation, query, key) * spec.scale
+  if spec.softcap is None:
+    return scores
+  return spec.softcap * jnp.tanh(scores / spec.softcap)
 
 
 def _attend(scores, mask, value, equation):

@@ -351,6 +351,7 @@ def check(
   """As in `interface`; `tiles` must be a `BandTiling` that fits."""
   del index
   support.check_where()
+  support.check_scores(spec)
   support.check_heads(*qkv)
   support.check_tiles(spec, BandTiling, support.group_of(*qkv[:2]))
 

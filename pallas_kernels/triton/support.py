@@ -38,6 +38,19 @@ def check_where() -> None:
       )
 
 
+def check_scores(spec: Spec) -> None:
+  """Checks that the scores of queries and keys stay as they are.
+
+  Raises:
+    NotImplementedError: naming the argument and the value.
+  """
+  if spec.softcap is not None:
+    raise NotImplementedError(
+      f"`softcap`={spec.softcap}: the kernels take None; "
+      "`implementation`='xla' can"
+    )
+
+
 def check_tiles(spec: Spec, kind: Any, *fits: int) -> None:
   """Checks that the requested tiles, if any, are a `kind` and fit the call.
 

@@ -1,0 +1,10 @@
+"""Checkpoints of other libraries: reading them, and writing them back.
+
+`load` and `save` are also names of `nsa_jax`. `families` has a table for each
+family, `tensors` the safetensors files.
+"""
+
+from nsa_jax.models.convert.families import read_config, write_config
+from nsa_jax.models.convert.load import Loaded, load, save
+
+__all__ = ["Loaded", "load", "read_config", "save", "write_config"]

@@ -1,0 +1,681 @@
+"""Checkpoints: the logits of transformers, round trips, shardings, messages."""
+
+import gc
+import json
+import re
+import shutil
+import sys
+import tracemalloc
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+from jax.sharding import PartitionSpec as P
+
+import nsa_jax
+from nsa_jax import (
+  AttentionConfig,
+  NSAConfig,
+  TransformerConfig,
+  TransformerLM,
+)
+from nsa_jax.layers import core
+from nsa_jax.models import convert
+from nsa_jax.models.convert import tensors
+from tests import parity
+
+# What compiles fastest.
+FAST: dict[str, Any] = {"implementation": "reference"}
+FLOAT32: dict[str, Any] = {"dtype": "float32", "param_dtype": "float32"}
+
+
+def _results(case):
+  return dict(np.load(parity.FOLDER / case / parity.RESULTS))
+
+
+def _equal(got: Any, want: Any) -> None:
+  structure: Any = jax.tree.structure(got)
+  assert structure == jax.tree.structure(want)
+  for (path, x), y in zip(
+    jax.tree.leaves_with_path(got), jax.tree.leaves(want), strict=True
+  ):
+    assert x.dtype == y.dtype, path
+    np.testing.assert_array_equal(x, y, err_msg=str(path))
+
+
+@pytest.mark.parametrize("case", parity.CASES)
+def test_logits_and_greedy_tokens_are_those_of_transformers(case):
+  loaded = nsa_jax.load(parity.FOLDER / case, **FLOAT32, **FAST)
+  results = _results(case)
+  apply = jax.jit(loaded.model.apply)
+  logits = apply({"params": loaded.params}, results["tokens"])
+  np.testing.assert_allclose(logits[:, ::4], results["logits"], atol=1e-4)
+  prompts = results["tokens"][:, : parity.PROMPT]
+  generated = nsa_jax.generate(
+    loaded.model,
+    loaded.params,
+    prompts,
+    max_new_tokens=parity.NEW,
+    temperature=0,
+  )
+  np.testing.assert_array_equal(generated.tokens, results["generated"])
+  assert loaded.tokenizer is None
+
+
+def test_the_cases_hit_every_option():
+  configs = {
+    case: nsa_jax.load(parity.FOLDER / case).config for case in parity.CASES
+  }
+  every = list(configs.values())
+  ropes = [config.rope for config in every if config.rope is not None]
+  assert {rope.scaling for rope in ropes if rope.factor > 1} == {
+    "llama3",
+    "linear",
+    "dynamic",
+    "yarn_index",
+  }
+  assert {rope.temperature for rope in ropes} == {None, 1.2}
+  assert {config.biases for config in every} == {
+    (),
+    ("query", "key", "value"),
+    ("query", "key", "value", "out"),
+  }
+  assert {config.norm_epsilon for config in every} == {1e-2, 1e-5, 1e-6}
+  assert {config.attention for config in every} == {
+    "full",
+    "window",
+    ("full", "window"),
+  }
+  for name in ("normalize_qk", "tie_embeddings"):
+    assert {getattr(config, name) for config in every} == {False, True}
+  wide = [c.head_dim * c.num_heads != c.model_dim for c in every]
+  assert set(wide) == {False, True}
+  kept = configs["llama_bfloat16"]
+  assert kept.dtype == kept.param_dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize(
+  "case",
+  [
+    case
+    if case in ("llama3", "qwen2", "qwen3", "mistral")
+    else pytest.param(case, marks=pytest.mark.slow)
+    for case in parity.CASES
+  ],
+)
+def test_a_round_trip_keeps_the_bytes(case, tmp_path):
+  """Of every tensor; and of the parameters, whether stacked or not."""
+  folder = parity.FOLDER / case
+  loaded = nsa_jax.load(folder)
+  most = 8_000 if case == "llama3" else 10**9
+  nsa_jax.save(tmp_path, loaded.config, loaded.params, max_file_bytes=most)
+  again = nsa_jax.load(tmp_path)
+  assert again.config == loaded.config
+  _equal(again.params, loaded.params)
+  ours, theirs = (
+    {
+      name: x
+      for path in sorted(where.glob("*.safetensors"))
+      for name, x in safetensors.numpy.load_file(path).items()
+    }
+    for where in (tmp_path, folder)
+  )
+  _equal(ours, theirs)
+  if most < 10**9:
+    index = json.loads((tmp_path / tensors.INDEX).read_text())
+    assert set(index["weight_map"]) == set(theirs)
+    assert len(set(index["weight_map"].values())) > 2
+    assert index["metadata"]["total_size"] == sum(
+      x.nbytes for x in theirs.values()
+    )
+
+
+def test_stacked_layers(tmp_path):
+  folder = parity.FOLDER / "llama_bfloat16"
+  single = nsa_jax.load(folder)
+  stacked = nsa_jax.load(folder, scan_layers=True)
+  model, unstacked = nsa_jax.unstack_layers(stacked.model, stacked.params)
+  assert model == single.model
+  _equal(unstacked, single.params)
+  nsa_jax.save(tmp_path, stacked.config, stacked.params)
+  _equal(nsa_jax.load(tmp_path).params, single.params)
+
+
+def test_rows_of_the_vocabulary(tmp_path):
+  folder = parity.FOLDER / "qwen2"
+  loaded = nsa_jax.load(folder, vocab_multiple=32, **FAST)
+  assert loaded.params["head"].shape == (64, 16)
+  assert not loaded.params["embedding"][parity.VOCAB :].any()
+  results = _results("qwen2")
+  logits = jax.jit(loaded.model.apply)(
+    {"params": loaded.params}, results["tokens"]
+  )
+  assert logits.shape[-1] == parity.VOCAB
+  np.testing.assert_allclose(logits[:, ::4], results["logits"], atol=1e-4)
+  nsa_jax.save(tmp_path, loaded.config, loaded.params)
+  _equal(nsa_jax.load(tmp_path).params, nsa_jax.load(folder).params)
+
+
+@pytest.mark.parametrize("scan_layers", [False, True])
+def test_one_tensor_at_a_time(scan_layers, tmp_path, monkeypatch):
+  config = TransformerConfig.preset(
+    "tiny",
+    num_layers=6,
+    model_dim=512,
+    mlp_dim=1024,
+    attention="full",
+    scan_layers=scan_layers,
+  )
+  tokens = jnp.zeros((1, 1), jnp.int32)
+  init = TransformerLM(config).init
+  shapes = jax.eval_shape(init, jax.random.key(0), tokens)["params"]
+  zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
+  nsa_jax.save(tmp_path, config, zeros)
+  total = sum(x.nbytes for x in jax.tree.leaves(zeros))
+  del zeros
+  gc.collect()
+  before = sum(x.nbytes for x in jax.live_arrays())
+  on_devices = []
+  read = tensors.Reader.read
+
+  def counted(self, name):
+    if not tracemalloc.is_tracing():
+      tracemalloc.start()
+    on_devices.append(sum(x.nbytes for x in jax.live_arrays()) - before)
+    return read(self, name)
+
+  monkeypatch.setattr(tensors.Reader, "read", counted)
+  nsa_jax.load(tmp_path, scan_layers=scan_layers)
+  _, on_host = tracemalloc.get_traced_memory()
+  tracemalloc.stop()
+  largest = 4 * 512 * 1024
+  assert max(on_devices) <= total + largest
+  # What is read, a copy of it in our order, and what Python needs meanwhile.
+  assert on_host < 3 * largest < total / 4
+
+
+@pytest.mark.parametrize("scan_layers", [False, True])
+def test_a_mesh(scan_layers, tmp_path):
+  folder = parity.FOLDER / "llama_bfloat16"
+  mesh = jax.make_mesh((2, 2), ("data", "heads"))
+  want = nsa_jax.load(folder, scan_layers=scan_layers)
+  got = nsa_jax.load(folder, mesh=mesh, scan_layers=scan_layers)
+  _equal(jax.device_get(got.params), jax.device_get(want.params))
+  shardings = nsa_jax.parameter_shardings(got.params, mesh)
+  for x, sharding in zip(
+    jax.tree.leaves(got.params), jax.tree.leaves(shardings), strict=True
+  ):
+    assert x.sharding.is_equivalent_to(sharding, x.ndim)
+  layer = got.params["layers" if scan_layers else "layer_0"]
+  query = layer["attention"]["query"]["kernel"]
+  lead = (None,) if scan_layers else ()
+  assert tuple(query.sharding.spec) == (*lead, "data", "heads", None)
+  nsa_jax.save(tmp_path, got.config, got.params)
+  _equal(
+    jax.device_get(nsa_jax.load(tmp_path).params),
+    jax.device_get(nsa_jax.load(folder).params),
+  )
+  given = jax.tree.map(
+    lambda _: jax.sharding.NamedSharding(mesh, P()), shardings
+  )
+  again = nsa_jax.load(folder, shardings=given, scan_layers=scan_layers)
+  _equal(jax.device_get(again.params), jax.device_get(want.params))
+  for x in jax.tree.leaves(again.params):
+    assert x.sharding.is_fully_replicated
+    assert len(x.sharding.device_set) == 4
+
+
+# ------------------------------------------------------- options of a layer
+
+
+def check_rope(index, angles, multiplier):
+  """The rotation of the last of 200 tokens, from a vector of (1, 0) pairs."""
+  _, options, head_dim = parity.ROPES[index]
+  config = nsa_jax.RopeConfig(**options)
+  width = 2 * len(angles)
+  x = jnp.zeros((1, 200, 1, head_dim)).at[..., : width // 2].set(1)
+  x = x.at[..., width:].set(7)
+  positions = jnp.arange(200)[None]
+  turned = nsa_jax.apply_rope(x, positions, config)[0, -1, 0]
+  want = np.concatenate([np.cos(angles), np.sin(angles)]) * multiplier
+  # Angles of up to 200 radians are rounded to float32, here and there.
+  np.testing.assert_allclose(turned[:width], want, atol=5e-5)
+  np.testing.assert_array_equal(turned[width:], 7)
+  assert config.multiplier == pytest.approx(multiplier)
+
+
+@pytest.mark.parametrize("index", range(len(parity.ROPES)))
+def test_rope_is_that_of_transformers(index):
+  stored = np.load(parity.FOLDER / "rope.npz")
+  check_rope(index, stored[f"angles_{index}"], stored[f"multiplier_{index}"])
+
+
+def check_attention(kind, arrays):
+  """Dense attention, all at once and token by token over a cache."""
+  config = AttentionConfig(
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    rope=None,
+    attention_sinks=kind == "sink",
+    score_softcap=0.5 if kind == "softcap" else None,
+    nsa=NSAConfig(window=12),
+    implementation="xla",
+  )
+  query = arrays["query"]
+  parts: Any = {
+    "query": lambda x: query[:, x[0, :, 0].astype(int)],
+    "key": lambda x: arrays["key"][:, x[0, :, 0].astype(int)],
+    "value": lambda x: arrays["value"][:, x[0, :, 0].astype(int)],
+    "sink": lambda: jnp.asarray(arrays["sinks"]),
+    "out": lambda heads: heads.reshape(*heads.shape[:2], -1),
+  }
+  x: Any = np.arange(12, dtype=np.float32)[None, :, None]
+  want = arrays["out"].reshape(1, 12, -1)
+  call: dict[str, Any] = {"positions": None, "segment_ids": None}
+  dense: Any
+  for dense in core.DENSE_KINDS:
+    all_at_once = core.dense_attention(config, dense, parts, x, **call)
+    np.testing.assert_allclose(all_at_once.out, want, atol=1e-5)
+    held: Any = core.empty_cache(
+      config, 1, 12, max_append=1, dtype=jnp.float32, kind=dense
+    )
+    for start, stop in ((0, 11), (11, 12)):
+      token = x[:, start:stop]
+      decoding = core.begin_decoding(held, token, None, None)
+      step = core.dense_attention(
+        config, dense, parts, token, decoding=decoding, **call
+      )
+      held = step.cache
+      np.testing.assert_allclose(step.out, want[:, start:stop], atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["softcap", "sink"])
+def test_attention_is_that_of_transformers(kind):
+  check_attention(kind, np.load(parity.FOLDER / f"{kind}.npz"))
+
+
+# ------------------------------------------------------------------------ NSA
+
+NSA_1B = {
+  "architectures": ["LlamaNSAForCausalLM"],
+  "model_type": "llama-nsa",
+  "vocab_size": 128256,
+  "hidden_size": 2048,
+  "intermediate_size": 8192,
+  "num_hidden_layers": 16,
+  "num_attention_heads": 32,
+  "num_key_value_heads": 2,
+  "head_dim": 64,
+  "hidden_act": "silu",
+  "attention_bias": False,
+  "mlp_bias": False,
+  "max_position_embeddings": 131072,
+  "rms_norm_eps": 1e-5,
+  "rope_theta": 500000.0,
+  "tie_word_embeddings": True,
+  "torch_dtype": "bfloat16",
+  "block_size": 16,
+  "block_counts": 16,
+  "window_size": 128,
+}
+
+
+def test_the_public_configuration_of_nsa_1b():
+  config = convert.read_config(NSA_1B)
+  assert config.nsa == NSAConfig(16, 16, 16, 16, 0, 1, 128)
+  assert (config.compression, config.share_kv) == ("mean", True)
+  assert config.rope_compressed == "tokens"
+  assert config.layer_kinds == ("nsa",) * 16
+  assert config.rope is not None
+  assert (config.rope.base, config.norm_epsilon) == (5e5, 1e-5)
+  shapes = jax.eval_shape(
+    TransformerLM(config).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32)
+  )
+  sizes = [x.size for x in jax.tree.leaves(shapes)]
+  # Query and out, keys and values, gates, the MLP, norms.
+  columns = 2 * 2048 + 2 * 2 * 64 + 3 * 32 + 3 * 8192 + 2
+  assert sum(sizes) == 2048 * (128256 + 16 * columns + 1)
+  fields = convert.write_config(config, "llama-nsa")
+  assert convert.read_config(fields) == config
+
+
+def test_gates_are_interleaved_by_head(tmp_path):
+  """The rows of g_proj: the gates of head 0, then of head 1, and so on."""
+  tiny = {
+    "vocab_size": 20,
+    "hidden_size": 8,
+    "intermediate_size": 12,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "head_dim": 4,
+    "block_size": 4,
+    "block_counts": 2,
+    "window_size": 6,
+  }
+  config = convert.read_config(NSA_1B | tiny)
+  tokens = jnp.arange(12, dtype=jnp.int32)[None]
+  params = jax.jit(TransformerLM(config).init)(jax.random.key(0), tokens)
+  nsa_jax.save(tmp_path, config, params["params"])
+  stored = safetensors.numpy.load_file(tmp_path / tensors.SINGLE)
+  rows = stored["model.layers.0.self_attn.g_proj.weight"]
+  assert rows.shape == (12, 8)
+  kernel = params["params"]["layer_0"]["attention"]["gate"]["kernel"]
+  for head in range(4):
+    for branch in range(3):
+      np.testing.assert_array_equal(
+        rows[3 * head + branch], kernel[:, head, branch]
+      )
+  loaded = nsa_jax.load(tmp_path)
+  _equal(loaded.params, params["params"])
+  assert set(loaded.params["layer_0"]["attention"]) == {
+    *("query", "key", "value", "gate", "out")
+  }
+
+
+# ------------------------------------------------------------------- messages
+
+
+@pytest.fixture
+def folder(tmp_path):
+  """A copy of a checkpoint that a test may change."""
+  return shutil.copytree(parity.FOLDER / "llama_linear", tmp_path / "copy")
+
+
+def _change(folder, **fields):
+  path = folder / "config.json"
+  path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def _write(folder, change):
+  path = folder / tensors.SINGLE
+  stored = safetensors.numpy.load_file(path)
+  change(stored)
+  safetensors.numpy.save_file(stored, path)
+
+
+UNKNOWN = "config.json has the field `{}`={}, which nsa_jax does not know."
+
+
+@pytest.mark.parametrize(
+  "fields, kind, message",
+  [
+    ({"hidden_size": None}, ValueError, "lacks the field `hidden_size`."),
+    ({"model_type": None}, ValueError, "lacks the field `model_type`."),
+    (
+      {"model_type": "gpt2"},
+      NotImplementedError,
+      "config.json has `model_type`='gpt2'; nsa_jax reads 'llama', 'mistral', ",
+    ),
+    (
+      {"hidden_act": "gelu"},
+      NotImplementedError,
+      "config.json has `hidden_act`='gelu'; nsa_jax takes 'silu'.",
+    ),
+    (
+      {"mlp_bias": True},
+      NotImplementedError,
+      "config.json has `mlp_bias`=True; nsa_jax takes False.",
+    ),
+    (
+      {"quantization_config": {"bits": 4}},
+      ValueError,
+      UNKNOWN.format("quantization_config", "{'bits': 4}"),
+    ),
+    ({"layer_types": ["full"]}, ValueError, UNKNOWN.split("`")[0]),
+    (
+      {"rope_parameters": {"rope_type": "longrope", "factor": 2.0}},
+      NotImplementedError,
+      "config.json has `rope_parameters.rope_type`='longrope'; nsa_jax takes",
+    ),
+    (
+      {"rope_parameters": {"rope_type": "linear"}},
+      ValueError,
+      "config.json lacks the field `rope_parameters.factor`.",
+    ),
+    (
+      {"rope_parameters": {"rope_type": "default", "short_factor": [1.0]}},
+      ValueError,
+      UNKNOWN.format("rope_parameters.short_factor", "[1.0]"),
+    ),
+    (
+      {"rope_parameters": {"rope_type": "yarn", "truncate": False}},
+      NotImplementedError,
+      "config.json has `rope_parameters.truncate`=False; nsa_jax takes True.",
+    ),
+    (
+      {"rope_parameters": {"full_attention": {}}},
+      NotImplementedError,
+      "config.json has `rope_parameters`={'full_attention': {}}; nsa_jax takes "
+      "one scaling for all layers.",
+    ),
+    (
+      {"head_dim": 8},
+      ValueError,
+      "The tensor `model.layers.0.self_attn.k_proj.bias` of shape (8,) must "
+      "have shape (16,), by config.json and the arguments of `load`.",
+    ),
+    (
+      {"tie_word_embeddings": False},
+      ValueError,
+      "The checkpoint lacks the tensor `lm_head.weight`, for the parameter "
+      "`head`.",
+    ),
+    (
+      {"attention_bias": False},
+      ValueError,
+      "The checkpoint has the tensor `model.layers.0.self_attn.k_proj.bias`, "
+      "which the model of config.json has not. `ignore`=[",
+    ),
+  ],
+)
+def test_messages_about_fields(folder, fields, kind, message):
+  _change(folder, **fields)
+  with pytest.raises(kind, match=re.escape(message)):
+    nsa_jax.load(folder)
+
+
+def test_messages_about_layers():
+  fields = NSA_1B | {"model_type": "qwen2", "attention_bias": None}
+  fields = {k: x for k, x in fields.items() if "block" not in k}
+  del fields["window_size"]
+  fields["num_hidden_layers"] = 2
+  message = "config.json has `layer_types[1]`='chunked'; nsa_jax takes"
+  with pytest.raises(NotImplementedError, match=re.escape(message)):
+    convert.read_config(fields | {"layer_types": ["full_attention", "chunked"]})
+  message = "config.json has `layer_types` with 'sliding_attention' and lacks"
+  with pytest.raises(ValueError, match=re.escape(message)):
+    convert.read_config(fields | {"layer_types": ["sliding_attention"] * 2})
+
+
+def test_messages_about_tensors(folder):
+  name = "model.layers.1.mlp.up_proj.weight"
+
+  def refused(change, kind, message):
+    shutil.copy(parity.FOLDER / "llama_linear" / tensors.SINGLE, folder)
+    _write(folder, change)
+    with pytest.raises(kind, match=re.escape(message)):
+      nsa_jax.load(folder)
+
+  refused(
+    lambda stored: stored.pop(name),
+    ValueError,
+    f"The checkpoint lacks the tensor `{name}`, for the parameter "
+    "`layer_1/mlp_up/kernel`.",
+  )
+  refused(
+    lambda stored: stored.update({name: stored[name][:, :8].copy()}),
+    ValueError,
+    f"The tensor `{name}` of shape (24, 8) must have shape (24, 16)",
+  )
+  refused(
+    lambda stored: stored.update({name: stored[name].astype(np.int8)}),
+    NotImplementedError,
+    f"The tensor `{name}` has the type I8; nsa_jax reads F64, F32, F16, BF16.",
+  )
+  refused(
+    lambda stored: stored.pop("model.embed_tokens.weight"),
+    ValueError,
+    "The checkpoint lacks the tensor `model.embed_tokens.weight`.",
+  )
+  refused(
+    lambda stored: stored.update({"score.weight": np.ones(1)}),
+    ValueError,
+    "The checkpoint has the tensor `score.weight`, which",
+  )
+  nsa_jax.load(folder, ignore=["score.weight"])
+  # What older versions wrote, and the tied table once more.
+  shutil.copy(parity.FOLDER / "llama_linear" / tensors.SINGLE, folder)
+  rotary = "model.layers.0.self_attn.rotary_emb.inv_freq"
+  _write(
+    folder,
+    lambda stored: stored.update(
+      {
+        rotary: np.ones(2),
+        "lm_head.weight": stored["model.embed_tokens.weight"],
+      }
+    ),
+  )
+  nsa_jax.load(folder)
+
+
+def test_messages_about_dtypes(folder):
+  name = "model.layers.1.mlp.up_proj.weight"
+  _write(
+    folder,
+    lambda stored: stored.update({name: stored[name].astype(np.float16)}),
+  )
+  mixed = nsa_jax.load(folder)
+  assert mixed.config.param_dtype == jnp.float32
+  assert mixed.params["layer_1"]["mlp_up"]["kernel"].dtype == jnp.float16
+  with pytest.raises(ValueError, match=r"several types, float16, float32"):
+    nsa_jax.load(folder, scan_layers=True)
+  half = nsa_jax.load(folder, param_dtype="bfloat16", scan_layers=True)
+  assert {x.dtype for x in jax.tree.leaves(half.params)} == {
+    jnp.dtype(jnp.bfloat16)
+  }
+
+
+def test_messages_about_files(folder, tmp_path):
+  with pytest.raises(ValueError, match=r"`folder`: .*config.json cannot be"):
+    nsa_jax.load(tmp_path / "none")
+  shutil.copy(folder / tensors.SINGLE, folder / "other.safetensors")
+  index = {"weight_map": {"a": "other.safetensors", "b": tensors.SINGLE}}
+  path = folder / tensors.INDEX
+  path.write_text(json.dumps(index))
+  with pytest.raises(ValueError, match=r"The tensor `.*` is in two files: mod"):
+    nsa_jax.load(folder)
+  (folder / "other.safetensors").write_bytes(b"12345678")
+  with pytest.raises(ValueError, match=r"other.safetensors cannot be read: "):
+    nsa_jax.load(folder)
+  (folder / "other.safetensors").unlink()
+  message = f"must have other.safetensors, which {tensors.INDEX} names."
+  with pytest.raises(ValueError, match=re.escape(message)):
+    nsa_jax.load(folder)
+  path.unlink()
+  (folder / tensors.SINGLE).unlink()
+  with pytest.raises(ValueError, match=r"must have model.safetensors\."):
+    nsa_jax.load(folder)
+  (folder / "config.json").write_text("[]")
+  with pytest.raises(ValueError, match="must hold an object of JSON"):
+    nsa_jax.load(folder)
+
+
+@pytest.mark.parametrize(
+  "arguments, message",
+  [
+    ({"mesh": 1, "shardings": 2}, "`shardings` must be None if `mesh` is giv"),
+    ({"rules": {}}, "`rules` needs `mesh`."),
+    ({"shardings": {"a": 1}}, "`shardings` must have the structure of the pa"),
+    ({"tokenizer": None}, "`tokenizer`=None must be True or False."),
+    ({"ignore": "x"}, "`ignore`='x' must be a sequence of names."),
+    ({"layers": 3}, "`**overrides` has 'layers', which must be a field of Tr"),
+  ],
+)
+def test_messages_about_arguments(arguments, message):
+  with pytest.raises(ValueError, match=re.escape(message)):
+    nsa_jax.load(parity.FOLDER / "mistral", **arguments)
+
+
+@pytest.mark.parametrize(
+  "options, family, message",
+  [
+    (
+      {"norm_epsilon": 1e-5, "embedding_scale": 2.0},
+      None,
+      "`config.embedding_scale`=2.0 must be 1.0 in a checkpoint of `family`="
+      "'llama'.",
+    ),
+    ({"rope": None}, None, "`config.rope`=None must be RopeConfig("),
+    (
+      {"rope": nsa_jax.RopeConfig(factor=2.0)},
+      None,
+      "`config.rope`=RopeConfig(base=10000.0, factor=2.0",
+    ),
+    (
+      {"attention": "nsa"},
+      None,
+      "`config.compression`='mlp' must be 'mean' in a checkpoint of `family`="
+      "'llama-nsa'.",
+    ),
+    (
+      {"attention": ("full", "nsa")},
+      "llama",
+      "`config.layer_kinds`=('full', 'nsa') must be ('full', 'full')",
+    ),
+    ({"biases": ["query"]}, None, "`config.biases`=('query',) must be"),
+    ({}, "gpt2", "`family`='gpt2' must be one of 'llama', 'mistral', "),
+  ],
+)
+def test_messages_about_export(options, family, message, tmp_path):
+  fields = {"num_layers": 2, "model_dim": 16, "attention": "full"} | options
+  config = TransformerConfig.preset("tiny", **fields)
+  with pytest.raises(ValueError, match=re.escape(message)):
+    nsa_jax.save(tmp_path, config, {}, family=family)
+
+
+def test_messages_about_exported_parameters(tmp_path):
+  loaded = nsa_jax.load(parity.FOLDER / "mistral")
+  params = dict(loaded.params) | {"head": jnp.zeros((3, 16))}
+  message = "`params` has `head` of shape (3, 16); by `config` it must be a"
+  with pytest.raises(ValueError, match=re.escape(message)):
+    nsa_jax.save(tmp_path, loaded.config, params)
+  message = "`max_file_bytes`=0 must be at least 1."
+  with pytest.raises(ValueError, match=message):
+    nsa_jax.save(tmp_path, loaded.config, loaded.params, max_file_bytes=0)
+
+
+# ------------------------------------------------------------------ tokenizer
+
+
+def test_a_tokenizer(folder, tmp_path, monkeypatch):
+  tokenizers = pytest.importorskip("tokenizers")
+  words = tokenizers.models.WordLevel({"a": 0, "b": 1, "?": 2}, unk_token="?")
+  tokenizer = tokenizers.Tokenizer(words)
+  loaded = nsa_jax.load(folder)
+  nsa_jax.save(tmp_path, loaded.config, loaded.params, tokenizer=tokenizer)
+  again = nsa_jax.load(tmp_path).tokenizer
+  assert again.encode("b").ids == [1]
+  assert nsa_jax.load(tmp_path, tokenizer=False).tokenizer is None
+  monkeypatch.setitem(sys.modules, "tokenizers", None)
+  with pytest.raises(ImportError, match=r"`tokenizer`=False.*checkpoints"):
+    nsa_jax.load(tmp_path)
+
+
+def test_a_missing_package(tmp_path, monkeypatch):
+  loaded = nsa_jax.load(parity.FOLDER / "mistral")
+  message = 'needs the package safetensors: pip install "nsa-jax[checkpoints]"'
+  monkeypatch.setitem(sys.modules, "safetensors.numpy", None)
+  with pytest.raises(ImportError, match=re.escape(message)):
+    nsa_jax.save(tmp_path, loaded.config, loaded.params)
+  monkeypatch.setitem(sys.modules, "safetensors", None)
+  with pytest.raises(ImportError, match=re.escape(message)):
+    nsa_jax.load(parity.FOLDER / "mistral")
+
+
+def test_paths_may_be_strings():
+  loaded = nsa_jax.load(str(parity.FOLDER / "mistral"))
+  assert loaded.config.attention == "window"
