@@ -8,7 +8,7 @@ Trains models that differ in their attention, on the same tokens for the same
 number of steps: full attention, NSA, a window alone, NSA without one of its
 branches, and NSA that reads random blocks instead of those it would choose. NSA
 has more parameters than full attention, in phi and in the projections of its
-branches; the kind "full, wider" has as many, in a larger SwiGLU. The learning
+branches; `--kinds "full, wider"` has as many, in a larger SwiGLU. The learning
 rate of each kind is the best of `RATES` for a tenth of the tokens, by the loss
 on the rows that are evaluated in the end.
 At the end full attention and NSA read rows four times as long as those they
@@ -116,62 +116,67 @@ def _places(call: Mapping[str, Any]) -> dict[str, Any]:
   return {name: call[name] for name in names}
 
 
-# Without their branch the compressed keys have no gradient: here they are means
-# of the selected ones, as in "nsa, shared K/V, mean".
-SELECTED: Mapping[str, Any] = {
-  "branches": ("selected", "window"),
-  "compression": "mean",
-  "share_kv": True,
-}
-# Fields of TransformerConfig by kind. The last entry of a tuple of attentions
-# is that of all further layers.
+# Fields of TransformerConfig by kind.
 KINDS: dict[str, dict[str, Any]] = {
   "full": {"attention": "full"},
   "nsa": {},
   "window": {"attention": "window"},
   "compressed + window": {"branches": ("compressed", "window")},
-  "selected + window": {**SELECTED},
+  # Without their branch the compressed keys have no gradient: here they are
+  # means of the selected ones, as in "nsa, shared K/V, mean".
+  "selected + window": {
+    "branches": ("selected", "window"),
+    "compression": "mean",
+    "share_kv": True,
+  },
   "random blocks": {"select": random_blocks},
 }
-MAIN = tuple(KINDS)
 COMPARED = ("full", "nsa", "window")  # with several seeds
-# To find out what the quality depends on, by `--kinds`.
-KINDS |= {
-  "full, wider": {"attention": "full", "mlp_dim": 2384},
-  "nsa, QK norm": {"normalize_qk": True},
-  "nsa, shared K/V": {"share_kv": True},
-  "nsa, shared K/V, mean": {"share_kv": True, "compression": "mean"},
-  "nsa, mean": {"compression": "mean"},
-  "nsa, linear": {"compression": "linear"},
-  "nsa, rotated tokens": {"rope_compressed": "tokens"},
-  "nsa, not rotated": {"rope_compressed": "none"},
-  "nsa, 4 K/V heads": {"num_kv_heads": 4},
-  "nsa, best blocks": {"select": best_blocks},
-  "nsa, by mean keys": {"select": by_mean_keys},
-  "nsa, first layer full": {
-    "attention": ("full", "nsa"),
-    "scan_layers": False,
-  },
-  "nsa, 32 blocks": {"nsa": NSAConfig(num_selected=32)},
-  "nsa, blocks of 32": {"nsa": NSAConfig(16, 8, 32, num_selected=32)},
-  "nsa, window 256": {"nsa": NSAConfig(window=256)},
-  "full, QK norm": {"attention": "full", "normalize_qk": True},
-  "selected + window, best blocks": {**SELECTED, "select": best_blocks},
-  "selected + window, 32 blocks": {
-    **SELECTED,
-    "nsa": NSAConfig(num_selected=32),
-  },
-  "selected + window, blocks of 32": {
-    **SELECTED,
-    "nsa": NSAConfig(16, 8, 32, num_selected=32),
-  },
-  "selected + window, rotated tokens": {
-    **SELECTED,
-    "rope_compressed": "tokens",
-  },
-  "selected + window, QK norm": {**SELECTED, "normalize_qk": True},
-  "selected + window, 4 K/V heads": {**SELECTED, "num_kv_heads": 4},
+# Fields by what may follow a kind, to find out what the quality depends on.
+CHANGES: dict[str, dict[str, Any]] = {
+  "wider": {"mlp_dim": 2384},
+  "QK norm": {"normalize_qk": True},
+  "shared K/V": {"share_kv": True},
+  "mean": {"compression": "mean"},
+  "linear": {"compression": "linear"},
+  "rotated tokens": {"rope_compressed": "tokens"},
+  "not rotated": {"rope_compressed": "none"},
+  "4 K/V heads": {"num_kv_heads": 4},
+  "best blocks": {"select": best_blocks},
+  "by mean keys": {"select": by_mean_keys},
+  "32 blocks": {"nsa": NSAConfig(num_selected=32)},
+  "blocks of 32": {"nsa": NSAConfig(16, 8, 32, num_selected=32)},
+  "blocks of 16": {"nsa": NSAConfig(16, 8, 16, num_selected=64)},
+  "stride 8": {"nsa": NSAConfig(16, 8)},
+  "window 256": {"nsa": NSAConfig(window=256)},
+  # The last entry is that of all further layers.
+  "first layer full": {"attention": ("full", "nsa"), "scan_layers": False},
 }
+
+
+def fields_of(kind: str) -> dict[str, Any]:
+  """Fields of TransformerConfig for a kind and the changes that follow it.
+
+  Raises:
+    argparse.ArgumentTypeError: if there is no such kind or change.
+  """
+  base, *changes = kind.split(", ")
+  for name, known in ((base, KINDS), *((x, CHANGES) for x in changes)):
+    if name not in known:
+      raise argparse.ArgumentTypeError(
+        f"{kind!r} has {name!r}, which must be one of "
+        f"{', '.join(map(repr, known))}."
+      )
+  fields = dict(KINDS[base])
+  for change in changes:
+    fields |= CHANGES[change]
+  return fields
+
+
+def kind_flag(kind: str) -> str:
+  """The value of a flag."""
+  fields_of(kind)
+  return kind
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,7 +192,7 @@ class Study:
     rows: to evaluate on.
     curve: number of evaluations.
     seeds: of the kinds in COMPARED; the others have the first one.
-    kinds: some of KINDS.
+    kinds: some of KINDS, perhaps with some of CHANGES: "nsa, QK norm, mean".
     rates: learning rates to choose from.
   """
 
@@ -206,7 +211,7 @@ class Study:
     return max(1, tokens // (self.batch_size * self.length))
 
   def config(self, kind: str) -> TransformerConfig:
-    fields = {**self.model, "vocab_size": self.vocab_size, **KINDS[kind]}
+    fields = {**self.model, "vocab_size": self.vocab_size, **fields_of(kind)}
     first = fields.get("attention")
     if isinstance(first, tuple):
       more = fields["num_layers"] - len(first)
@@ -240,7 +245,7 @@ STUDY = Study(
   rows=64,
   curve=10,
   seeds=(0, 1, 2),
-  kinds=MAIN,
+  kinds=tuple(KINDS),
   rates=RATES,
 )
 QUICK = Study(
@@ -609,9 +614,10 @@ def parser() -> argparse.ArgumentParser:
   add(
     "--kinds",
     nargs="+",
-    choices=tuple(KINDS),
+    type=kind_flag,
     metavar="KIND",
-    help=f"of {', '.join(map(repr, KINDS))} (default: the first {len(MAIN)})",
+    help=f"of {', '.join(map(repr, KINDS))} (default: all), each perhaps with "
+    f"changes after commas, as in 'nsa, QK norm': {', '.join(CHANGES)}",
   )
   add("--rates", nargs="+", type=float, help=f"learning rates {RATES}")
   add("--seeds", type=int, nargs="+", help="default: 0 1 2")

@@ -35,7 +35,6 @@ import matplotlib
 import numpy as np
 
 from benchmarks import harness, quality, trials
-from benchmarks.quality import KINDS, MAIN
 from examples.lm import data, train
 from nsa_jax import PackedRow, TransformerConfig, TransformerLM
 
@@ -63,7 +62,7 @@ class Study:
     vocab_size: of the pairs: half of it are keys, a quarter values.
     tested: rows that are tested.
     evaluations: number of tests at a length.
-    kinds: some of KINDS.
+    kinds: as in `quality.Study`.
     rates: learning rates to choose from.
   """
 
@@ -81,7 +80,7 @@ class Study:
 
   def config(self, task: str, kind: str) -> TransformerConfig:
     vocab_size = self.vocab_size if task == "pairs" else 256
-    fields = {**self.model, "vocab_size": vocab_size, **KINDS[kind]}
+    fields = {**self.model, "vocab_size": vocab_size, **quality.fields_of(kind)}
     return TransformerConfig(**fields)
 
 
@@ -104,7 +103,7 @@ STUDY = Study(
   vocab_size=8192,
   tested=64,
   evaluations=10,
-  kinds=MAIN,
+  kinds=tuple(quality.KINDS),
   rates=RATES,
 )
 QUICK = Study(
@@ -385,7 +384,7 @@ def parser() -> argparse.ArgumentParser:
   result.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS)
   result.add_argument("--name", default="recall", help="of the records")
   result.add_argument(
-    "--kinds", nargs="+", choices=tuple(KINDS), metavar="KIND"
+    "--kinds", nargs="+", type=quality.kind_flag, metavar="KIND"
   )
   trials.add_flags(result, pathlib.Path("runs/recall"))
   return result

@@ -79,7 +79,9 @@ def test_too_little_text(tmp_path):
 # ------------------------------------------------------------------ the kinds
 
 
-@pytest.mark.parametrize("kind", quality.KINDS)
+@pytest.mark.parametrize(
+  "kind", [*quality.KINDS, *(f"nsa, {x}" for x in quality.CHANGES)]
+)
 def test_every_kind_is_a_model(kind):
   config = quality.QUICK.config(kind)
   model = nsa_jax.TransformerLM(config)
@@ -94,7 +96,19 @@ def test_every_kind_is_a_model(kind):
     nsa_jax.TransformerLM(large).init, jax.random.key(0), tokens
   )
   count = sum(x.size for x in jax.tree.leaves(params))
-  assert 50e6 < count < (66e6 if kind in quality.MAIN else 90e6)
+  assert 50e6 < count < (66e6 if kind in quality.KINDS else 90e6)
+
+
+def test_kinds_have_changes():
+  config = quality.QUICK.config("selected + window, QK norm, 4 K/V heads")
+  assert config.branches == ("selected", "window")
+  assert config.normalize_qk
+  assert config.num_kv_heads == 4
+  for wrong, name in (("dense", "dense"), ("nsa, QK norm, cubic", "cubic")):
+    with pytest.raises(
+      argparse.ArgumentTypeError, match=f"{wrong!r}.*{name!r}"
+    ):
+      quality.fields_of(wrong)
 
 
 def test_random_blocks_are_valid_and_change():
