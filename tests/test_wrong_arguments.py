@@ -712,7 +712,7 @@ def _near(value: Any) -> Iterator[tuple[str, Any]]:
 
 
 # Their errors are those of the function that they are given.
-FUNCTIONS = ("compress", "kernel_init", "select", "stream")
+FUNCTIONS = ("compress", "kernel_init", "logits_hook", "select", "stream")
 
 
 def _wrong_arguments(name: str) -> Iterator[tuple[str, str, Any]]:
@@ -830,6 +830,7 @@ OTHERS = {
   "nsa_jax.layers.core",
   "nsa_jax.packing.PackingReport",
   "nsa_jax.sampling.Generated",
+  "nsa_jax.sampling.GeneratedDetails",
 }
 
 
