@@ -349,6 +349,37 @@ def generate(
   return GeneratedDetails(tokens, state.lengths, log_probs, cache)
 
 
+def empty_cache(model: nn.Module, batch: int, capacity: int) -> Any:
+  """A model's cache without tokens, for steps of one's own.
+
+  Args:
+    model: as in `generate`; its `max_append` is that of the cache.
+    batch: B.
+    capacity: tokens per row.
+
+  Returns:
+    What `init` returns under "cache" for tokens [B, capacity], but without
+    parameters.
+
+  Raises:
+    ValueError: if an argument does not fit.
+
+  Example:
+    >>> from nsa_jax import TransformerConfig, TransformerLM, cache
+    >>> from nsa_jax.sampling import empty_cache
+    >>> model = TransformerLM(
+    ...   TransformerConfig.preset("tiny", num_layers=1, attention="window")
+    ... )
+    >>> cache.num_bytes(empty_cache(model, 2, 64))
+    16400
+  """
+  batch = _checks.static_int("batch", batch, 1)
+  capacity = _checks.static_int("capacity", capacity, 1)
+  model = _decoder(model)
+  _shapes(model, batch, capacity)  # Raises if the model has no cache.
+  return _empty_cache(model, batch, capacity)
+
+
 def filter_logits(
   logits: Array, top_k: int | None = None, top_p: float | Array | None = None
 ) -> Array:

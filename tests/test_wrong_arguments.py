@@ -439,6 +439,18 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     cache.too_short,
     {"cache": _held("nsa"), "lengths": np.array([3, 3], np.int32)},
   ),
+  "nsa_jax.cache.insert": (
+    cache.insert,
+    {"cache": _held("nsa"), "rows": _held("nsa"), "index": np.array([1, 0])},
+  ),
+  "nsa_jax.cache.evict": (
+    cache.evict,
+    {"cache": _held("nsa"), "index": np.array([1, 0])},
+  ),
+  "nsa_jax.cache.take": (
+    cache.take,
+    {"cache": _held("nsa"), "index": np.array([1, 1, 0])},
+  ),
   "nsa_jax.cache.max_append": (
     cache.max_append,
     {"cache": _held("nsa"), "config": CONFIG},
@@ -527,6 +539,10 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
       "prompts": _ones(2, 3),
       "max_new_tokens": 2,
     },
+  ),
+  "nsa_jax.sampling.empty_cache": (
+    sampling.empty_cache,
+    {"model": MODEL, "batch": 2, "capacity": 12},
   ),
   "nsa_jax.sampling.filter_logits": (
     sampling.filter_logits,

@@ -463,14 +463,7 @@ def rewind(cache: _T, lengths: int | Array) -> _T:
     [8, 7]
   """
 
-  def is_cache(part: Any) -> bool:
-    return isinstance(part, Cache)
-
-  def one(part: Any) -> Any:
-    if not is_cache(part):
-      raise ValueError(
-        f"`cache` holds a {type(part).__name__}; it must be a pytree of Cache."
-      )
+  def one(part: Cache) -> Cache:
     held, earliest = check_lengths(part)
     # A scanned model stacks its layers on an axis before the batch.
     given = _checks.as_array(lengths)
@@ -493,11 +486,49 @@ def rewind(cache: _T, lengths: int | Array) -> _T:
       )
     return part._replace(lengths=new)
 
-  if not any(map(is_cache, jax.tree.leaves(cache, is_leaf=is_cache))):
-    raise ValueError(
-      f"`cache` of type {type(cache).__name__} must be a pytree of Cache."
-    )
-  return jax.tree.map(one, cache, is_leaf=is_cache)
+  return map_caches(one, cache=cache)
+
+
+def map_caches(function: Callable[..., Cache], **caches: Any) -> Any:
+  """Maps the caches of the layers in pytrees of the same structure.
+
+  Args:
+    function: gets a Cache of each pytree.
+    caches: pytrees of Cache, by the names of the arguments that they are.
+
+  Returns:
+    A pytree like the first.
+
+  Raises:
+    ValueError: if a pytree holds something else, or another structure.
+  """
+
+  def is_cache(part: Any) -> bool:
+    return isinstance(part, Cache)
+
+  flat: dict[str, tuple[list[Any], Any]] = {}
+  for name, tree in caches.items():
+    leaves = jax.tree.leaves(tree, is_leaf=is_cache)
+    if not leaves:
+      raise ValueError(
+        f"`{name}` of type {type(tree).__name__} must be a pytree of Cache."
+      )
+    for part in leaves:
+      if not is_cache(part):
+        raise ValueError(
+          f"`{name}` holds a {type(part).__name__}; it must be a pytree of "
+          "Cache."
+        )
+    flat[name] = leaves, jax.tree.structure(tree, is_leaf=is_cache)
+  (first, (_, structure)), *others = flat.items()
+  for name, (_, other) in others:
+    if other != structure:
+      raise ValueError(
+        f"`{name}` must have the layers of `{first}`, of the same model: "
+        f"{other} differs from {structure}."
+      )
+  parts = zip(*(leaves for leaves, _ in flat.values()), strict=True)
+  return jax.tree.unflatten(structure, [function(*one) for one in parts])
 
 
 def too_short(cache: Cache, lengths: Array) -> Array:
