@@ -26,7 +26,7 @@ import numpy as np
 from flax.core import unfreeze
 
 from nsa_jax import _checks
-from nsa_jax.cache.state import Cache
+from nsa_jax.cache.state import Cache, quantize
 from nsa_jax.typing import KV, Array
 
 # Logits float32 [B, vocabulary], tokens int32 [B, capacity] and lengths int32
@@ -620,11 +620,11 @@ def _chunks(padded, counts, held, longest, size):
   Args:
     padded: int32 [B, capacity], the prompts.
     counts: int [B], tokens of each prompt that the cache must hold.
-    held: int [B], tokens that it holds; None without a given cache.
+    held: int [B], tokens that it holds.
     longest: P.
     size: tokens per step; None for all.
   """
-  if held is None:
+  if not held.any():
     size = size or longest
     for start in range(0, longest - 1, size):
       stop = min(start + size, longest - 1)
@@ -660,9 +660,11 @@ def _caches(cache):
 
 
 def _read_cache(cache, empty, lengths):
-  """Tokens that the rows of a given cache hold, int [B]; None without one."""
+  """Tokens that the rows of a given cache hold, int [B] in NumPy."""
   if cache is None:
-    return None
+    return np.zeros_like(lengths)
+  if any(part.scales is not None for part in _caches(cache)):
+    empty = jax.eval_shape(quantize, empty)
   want = dict(jax.tree.leaves_with_path(empty))
   have = dict(jax.tree.leaves_with_path(cache))
   if not _caches(empty):

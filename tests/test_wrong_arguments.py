@@ -447,6 +447,7 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     cache.evict,
     {"cache": _held("nsa"), "index": np.array([1, 0])},
   ),
+  "nsa_jax.cache.quantize": (cache.quantize, {"cache": _held("nsa")}),
   "nsa_jax.cache.take": (
     cache.take,
     {"cache": _held("nsa"), "index": np.array([1, 1, 0])},

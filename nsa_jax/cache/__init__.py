@@ -11,6 +11,7 @@ from nsa_jax.cache.state import (
   max_append,
   num_bytes,
   prefill,
+  quantize,
   rewind,
   too_short,
 )
@@ -31,6 +32,7 @@ __all__ = [
   "max_append",
   "num_bytes",
   "prefill",
+  "quantize",
   "rewind",
   "take",
   "too_short",

@@ -21,7 +21,7 @@ from nsa_jax.typing import KV, Array
 _T = TypeVar("_T")
 
 # In order of position, so that a smaller capacity is a part of a larger one.
-_BY_POSITION = ("selected", "compressed")
+_BY_POSITION = ("selected", "compressed", "scales")
 
 
 def insert(cache: _T, rows: _T, index: ArrayLike) -> _T:
@@ -73,7 +73,7 @@ def insert(cache: _T, rows: _T, index: ArrayLike) -> _T:
       if (own is None) != (old is None):
         raise ValueError(
           f"`rows.{name}` must be None exactly if `cache.{name}` is: both must "
-          "be caches of the same kind."
+          "be caches of the same kind, quantized or not."
         )
       axis = held.lengths.ndim - 1
       put = functools.partial(_put, f"rows.{name}", axis, places)
@@ -209,10 +209,10 @@ def _check(held: Any, name: str) -> Cache:
     parts = _checks.two(f"{name}.{field}", pair)._asdict()
     for part, x in parts.items():
       label = f"{name}.{field}.{part}"
-      x = _checks.array(label, x, lengths.ndim + 3, "[..., B, S, K, H]")
+      rest = 2 if field == "scales" else 3
+      x = _checks.array(label, x, lengths.ndim + rest, "[..., B, S, K, H]")
       rule = f"rows as in `{name}.lengths`"
-      _checks.shape(label, x, (*lengths.shape, None, None, None), rule)
-      _checks.floating(label, x)
+      _checks.shape(label, x, (*lengths.shape, *(None,) * rest), rule)
       parts[part] = x
     fields[field] = KV(**parts)
   return Cache(**fields)

@@ -11,6 +11,7 @@ from nsa_jax.cache.state import (
   Cache,
   check_cache,
   checked_max_append,
+  dequantized,
   ring_rows,
   take_rows,
 )
@@ -168,7 +169,7 @@ def attend(
   cache = check_cache(cache)
   if cache.selected is None or cache.compressed is None or cache.tail is None:
     raise ValueError("`cache` must be of kind 'nsa': it lacks fields.")
-  query, selected = _checks.pair("cache.selected", query, cache.selected)
+  query, selected = _check_selected(query, cache)
   batch, length = query.shape[:2]
   gates, compressed_query = nsa.check_queries(query, gates, compressed_query)
   scale = _checks.scale(scale, query)
@@ -210,13 +211,21 @@ def attend(
   )
   index = cache.lengths, Queries(query_offset)
   run = None
-  if few and prefill_window is None:
+  quantized = cache.scales is not None
+  if few and prefill_window is None and not quantized:
     run = dispatch.choose_fused(
       "decode", implementation, spec, arrays, index, _compose_by_xla
     )
   if run is None:
     out, ids = _compose(
-      spec, arrays, index, implementation, prefill_window, select, tiles
+      spec,
+      arrays,
+      index,
+      implementation,
+      prefill_window,
+      select,
+      tiles,
+      quantized,
     )
   else:
     out, ids = run()
@@ -333,7 +342,7 @@ def attend_full(
   cache = check_cache(cache)
   if cache.selected is None:
     raise ValueError("`cache` must be of kind 'full': it has no `selected`.")
-  query, selected = _checks.pair("cache.selected", query, cache.selected)
+  query, selected = _check_selected(query, cache)
   batch, length = query.shape[:2]
   query_offset = _checks.offset("query_offset", query_offset, ((), (batch,)))
   key_length = selected.key.shape[1]
@@ -345,12 +354,32 @@ def attend_full(
   return attend_branch("full", implementation, spec, arrays, scope)[0]
 
 
+def _check_selected(query: Any, cache: Cache) -> tuple[Array, KV]:
+  """Validates query and `cache.selected`, which is dequantized."""
+  query = _checks.queries(query)
+  selected: Any = cache.selected
+  selected = dequantized(selected, cache.scales, query.dtype)
+  return _checks.pair("cache.selected", query, selected)
+
+
 def _compose(
-  spec, arrays, index, implementation, prefill_window, select, tiles
+  spec,
+  arrays,
+  index,
+  implementation,
+  prefill_window,
+  select,
+  tiles,
+  quantized=False,
 ):
   """`attend` composed of the separate branches."""
   lengths, queries = index
   query = arrays.query
+  # A kernel would need all of the cache dequantized. For few queries that is
+  # most of the work.
+  num_read = query.shape[1] * spec.config.num_selected
+  few = num_read * spec.config.selection_block < spec.key_length
+  by_xla = quantized and few and implementation is None
   scope = _held_scope(query, spec.key_length, queries.offset, lengths)
   window, window_scope = arrays.selected, scope
   own_keys = arrays.window is not None or prefill_window is not None
@@ -380,6 +409,7 @@ def _compose(
     implementation,
     select,
     tiles,
+    of_selected="xla" if by_xla else None,
   )
   return out, keep(ids, scope.valid_queries, -1)
 
