@@ -170,6 +170,85 @@ def test_attention_is_that_over_the_dequantized(kind, share_kv, implementation):
     helpers.assert_close(got, want, "float32")
 
 
+def _kernel_case(batch, capacity, lengths, share_kv, dtype, **sizes):
+  """A quantized cache of random numbers, and what attends to it."""
+  config = sizes.pop("config")
+  head_dim = sizes["head_dim"]
+  held = jax.eval_shape(
+    lambda: cache.init(
+      batch,
+      capacity,
+      config=config,
+      num_kv_heads=2,
+      share_kv=share_kv,
+      max_append=2,
+      dtype=dtype,
+      **sizes,
+    )
+  )
+  rng = np.random.default_rng(0)
+
+  def draw(x):
+    return jnp.asarray(rng.normal(size=x.shape), x.dtype)
+
+  held = jax.tree.map(draw, held)._replace(
+    lengths=jnp.array(lengths), earliest=jnp.zeros(batch, jnp.int32)
+  )
+  query = jnp.asarray(rng.normal(size=(batch, 2, 8, head_dim)), dtype)
+  gates = jnp.asarray(rng.uniform(size=(batch, 2, 8, 3)), jnp.float32)
+  return cache.quantize(held), query, gates
+
+
+def _attend_by(implementation, config):
+  return jax.jit(
+    lambda held, query, gates: cache.attend(
+      query,
+      held,
+      gates,
+      config=config,
+      query_offset=held.lengths - 2,
+      return_block_ids=True,
+      implementation=implementation,
+    )
+  )
+
+
+@pytest.mark.parametrize("share_kv", [False, pytest.param(True, marks=SLOW)])
+def test_the_decode_kernels_dequantize(share_kv):
+  config = NSAConfig(8, 4, 16, 4, 1, 1, window=20)
+  case = _kernel_case(
+    2, 128, [128, 37], share_kv, "float32", config=config, head_dim=16
+  )
+  held, *rest = case
+  # What no query may read.
+  scale = held.scales.key.at[1, 37:].set(jnp.nan)
+  held = held._replace(scales=held.scales._replace(key=scale))
+  got, want = (
+    _attend_by(name, config)(held, *rest) for name in ("triton", "xla")
+  )
+  helpers.assert_close(got, want, "float32")
+  assert "nsa_decode_blocks" in _cuda_text(config, case)
+
+
+def _cuda_text(config, case):
+  with helpers.h200():
+    traced = _attend_by(None, config).trace(*case)
+    return traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("share_kv", [False, True])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_gpu_kernels_dequantize(share_kv, dtype):
+  config = NSAConfig()
+  case = _kernel_case(
+    3, 8192, [8000, 700, 5], share_kv, dtype, config=config, head_dim=128
+  )
+  got, want = (_attend_by(name, config)(*case) for name in (None, "xla"))
+  np.testing.assert_array_equal(got[1], want[1])
+  helpers.assert_close(got[0], want[0], dtype)
+
+
 def test_rows_move_with_their_scales():
   held = _filled(cache.quantize(_init()))
   row = cache.take(held, jnp.array([1]))

@@ -197,9 +197,10 @@ def attend(
     query,
     compressed_query,
     _first(cache.compressed, blocks),
-    _first(selected, key_length),
+    _first(cache.selected, key_length),
     cache.window,
     gates,
+    _first(cache.scales, key_length),
   )
   tiles = nsa.check_tiles(tiles, "decode")
   spec = Spec(
@@ -211,8 +212,7 @@ def attend(
   )
   index = cache.lengths, Queries(query_offset)
   run = None
-  quantized = cache.scales is not None
-  if few and prefill_window is None and not quantized:
+  if few and prefill_window is None:
     run = dispatch.choose_fused(
       "decode", implementation, spec, arrays, index, _compose_by_xla
     )
@@ -225,7 +225,6 @@ def attend(
       prefill_window,
       select,
       tiles,
-      quantized,
     )
   else:
     out, ids = run()
@@ -370,18 +369,18 @@ def _compose(
   prefill_window,
   select,
   tiles,
-  quantized=False,
 ):
   """`attend` composed of the separate branches."""
   lengths, queries = index
   query = arrays.query
+  selected = dequantized(arrays.selected, arrays.scales, query.dtype)
   # A kernel would need all of the cache dequantized. For few queries that is
   # most of the work.
   num_read = query.shape[1] * spec.config.num_selected
   few = num_read * spec.config.selection_block < spec.key_length
-  by_xla = quantized and few and implementation is None
+  by_xla = arrays.scales is not None and few and implementation is None
   scope = _held_scope(query, spec.key_length, queries.offset, lengths)
-  window, window_scope = arrays.selected, scope
+  window, window_scope = selected, scope
   own_keys = arrays.window is not None or prefill_window is not None
   few_keys = spec.config.window + query.shape[1] <= spec.key_length
   if own_keys or few_keys:
@@ -392,14 +391,14 @@ def _compose(
       queries.offset,
       lengths,
       spec.config.window,
-      selected=arrays.selected,
+      selected=selected,
     )
   out, ids = nsa.compose(
     nsa.Arguments(
       query,
       arrays.compressed_query,
       arrays.compressed,
-      arrays.selected,
+      selected,
       window,
       arrays.gates,
     ),
@@ -502,4 +501,4 @@ def _held(positions, lengths):
 
 
 def _first(pair, length):
-  return KV(*(x[:, :length] for x in pair))
+  return None if pair is None else KV(*(x[:, :length] for x in pair))
