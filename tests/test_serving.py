@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 from nsa_jax import NSAConfig, TransformerConfig, TransformerLM, cache
 from nsa_jax.sampling import empty_cache
@@ -235,6 +237,37 @@ def test_stacked_layers_are_layers():
     inserted.selected.key[0, :8], rows[0].selected.key[1]
   )
   np.testing.assert_array_equal(inserted.tail.value[2], rows[0].tail.value[0])
+
+
+@pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto])
+def test_rows_of_a_batch_on_many_devices(kind):
+  """Rows and heads are split, as by a layout."""
+  rng = np.random.default_rng(0)
+  held = jax.tree.map(
+    lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype),
+    cache.quantize(_held(4, num_kv_heads=2)),
+  )._replace(lengths=jnp.array([4, 3, 2, 1]))
+  row = cache.take(held, jnp.array([3]))
+  index = jnp.array([1, 2])
+  calls = {
+    cache.insert: (row, index),
+    cache.evict: (index,),
+    cache.take: (jnp.array([3, 3, 0, 1]),),
+  }
+  want = [call(held, *rest) for call, rest in calls.items()]
+  mesh = jax.make_mesh((2, 2), ("rows", "heads"), axis_types=(kind,) * 2)
+  with jax.set_mesh(mesh):
+    spread = jax.tree.map(
+      lambda x: jax.device_put(
+        x, P("rows", None, "heads") if x.ndim > 1 else P("rows")
+      ),
+      held,
+    )
+    for (call, rest), one in zip(calls.items(), want, strict=True):
+      got = jax.jit(call)(spread, *rest)
+      helpers.assert_same_bits(got, one)
+      if kind == AxisType.Explicit:  # else the compiler chooses
+        assert got.tail.key.sharding.spec[:3] == ("rows", None, "heads")
 
 
 def test_a_donated_batch_is_updated_in_place():

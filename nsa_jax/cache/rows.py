@@ -114,7 +114,10 @@ def evict(cache: _T, index: ArrayLike) -> _T:
     lengths, _ = check_lengths(held)
     rows = _places(index, lengths.shape[-1], distinct=False)
     lengths = lengths.at[..., rows].set(
-      0, mode="drop", wrap_negative_indices=False
+      0,
+      mode="drop",
+      wrap_negative_indices=False,
+      out_sharding=explicit_sharding(lengths),
     )
     return held._replace(lengths=lengths)
 
