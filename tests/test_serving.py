@@ -249,7 +249,7 @@ def test_rows_of_a_batch_on_many_devices(kind):
   )._replace(lengths=jnp.array([4, 3, 2, 1]))
   row = cache.take(held, jnp.array([3]))
   index = jnp.array([1, 2])
-  calls = {
+  calls: dict[Any, Any] = {
     cache.insert: (row, index),
     cache.evict: (index,),
     cache.take: (jnp.array([3, 3, 0, 1]),),
