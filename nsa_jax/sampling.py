@@ -8,7 +8,16 @@ and `nsa_jax.cache`; tokenisation is up to the caller.
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import (
+  Any,
+  Literal,
+  NamedTuple,
+  Required,
+  TypeAlias,
+  TypedDict,
+  Unpack,
+  overload,
+)
 
 import flax.linen as nn
 import jax
@@ -17,7 +26,14 @@ import numpy as np
 from flax.core import unfreeze
 
 from nsa_jax import _checks
-from nsa_jax.typing import Array
+from nsa_jax.cache.state import Cache, quantize
+from nsa_jax.typing import KV, Array
+
+# Logits float32 [B, vocabulary], tokens int32 [B, capacity] and lengths int32
+# [B] to the logits to sample from.
+LogitsHook: TypeAlias = Callable[[Array, Array, Array], Array]
+# One number for all rows, or one for each.
+_PerRow: TypeAlias = float | Sequence[float] | np.ndarray | Array
 
 # With a lower temperature, the scaled logits may overflow float32.
 MIN_TEMPERATURE = 1e-6
@@ -36,6 +52,25 @@ class Generated(NamedTuple):
   lengths: Array
 
 
+class GeneratedDetails(NamedTuple):
+  """What `generate` returns if it is asked for more than tokens.
+
+  Attributes:
+    tokens: as in `Generated`.
+    lengths: as in `Generated`.
+    log_probs: float32, the shape of `tokens`: the log-probability of every new
+      token by the model, before `logits_hook`, `temperature`, `top_k` and
+      `top_p`; 0 at prompts and padding. None unless asked for.
+    cache: the model's cache, which holds all tokens of a row except the last;
+      the argument `cache` of a later call. None unless asked for.
+  """
+
+  tokens: Array
+  lengths: Array
+  log_probs: Array | None
+  cache: Any
+
+
 class _State(NamedTuple):
   """Carry of the sampling loop; `tokens` and `lengths` as in Generated."""
 
@@ -44,6 +79,62 @@ class _State(NamedTuple):
   lengths: Array
   live: Array  # bool [B], rows that have not stopped
   step: Array  # int32 (), tokens sampled so far in each live row
+  log_probs: Array | None = None  # as in GeneratedDetails
+
+
+class _Options(TypedDict, total=False):
+  """Arguments of `generate` on which the type of its result does not depend."""
+
+  max_new_tokens: Required[_PerRow]
+  lengths: Any
+  temperature: _PerRow
+  top_k: int | None
+  top_p: float | None
+  stop_token: int | Sequence[int] | None
+  logits_hook: LogitsHook | None
+  pad_token: int
+  key: int | Array
+  cache: Any
+  capacity: int | None
+  prefill_chunk: int | None
+  stream: Callable[[np.ndarray], Any] | None
+  stream_every: int
+
+
+@overload
+def generate(
+  model: Any,
+  params: Any,
+  prompts: Any,
+  *,
+  return_log_probs: Literal[False] = False,
+  return_cache: Literal[False] = False,
+  **options: Unpack[_Options],
+) -> Generated: ...
+
+
+@overload
+def generate(
+  model: Any,
+  params: Any,
+  prompts: Any,
+  *,
+  return_log_probs: Literal[True],
+  return_cache: bool = False,
+  **options: Unpack[_Options],
+) -> GeneratedDetails: ...
+
+
+@overload
+def generate(
+  model: Any,
+  params: Any,
+  prompts: Any,
+  *,
+  return_log_probs: bool = False,
+  return_cache: Literal[True],
+  **options: Unpack[_Options],
+) -> GeneratedDetails: ...
 
 
 def generate(
@@ -51,29 +142,34 @@ def generate(
   params: Any,
   prompts: Any,
   *,
-  max_new_tokens: int,
+  max_new_tokens: _PerRow,
   lengths: Any = None,
-  temperature: float = 1.0,
+  temperature: _PerRow = 1.0,
   top_k: int | None = None,
   top_p: float | None = None,
-  stop_token: int | None = None,
+  stop_token: int | Sequence[int] | None = None,
+  logits_hook: LogitsHook | None = None,
   pad_token: int = 0,
   key: int | Array = 0,
+  cache: Any = None,
   capacity: int | None = None,
   prefill_chunk: int | None = None,
+  return_log_probs: bool = False,
+  return_cache: bool = False,
   stream: Callable[[np.ndarray], Any] | None = None,
   stream_every: int = 1,
-) -> Generated:
+) -> Generated | GeneratedDetails:
   """Continues prompts token by token.
 
   Row b draws the token at position t with `key` folded with b, then t. So it
-  does not depend on the other rows, on padding or on streaming, except for the
-  rounding of logits in programs of other shapes.
+  does not depend on the other rows, on padding, on streaming or on `cache`,
+  except for the rounding of logits in programs of other shapes.
 
   `generate` calls compiled functions itself and cannot be called under `jit`.
-  The loop is compiled once per model, B, `capacity`, `top_k`, and which of
-  temperature, `top_p` and `stop_token` are used; the prefill also per P and
-  `prefill_chunk`. Pad prompts to few different lengths.
+  The loop is compiled once per model, B, `capacity`, `top_k`, `logits_hook`,
+  number of stop tokens, and which of temperature, `top_p`, values per row and
+  log-probabilities are used; the prefill also per P and `prefill_chunk`. Pad
+  prompts to few different lengths.
 
   Args:
     model: `TransformerLM`, or another flax module with the same interface: a
@@ -81,25 +177,41 @@ def generate(
     params: parameters of the model, what `init` returns under "params".
     prompts: int [B, P] with at least one token per row; or B sequences of
       tokens, which may differ in length.
-    max_new_tokens: number of tokens to sample per row.
+    max_new_tokens: number of tokens to sample per row, or int [B] with one
+      number for each row.
     lengths: int [B], prompt lengths; P by default. Later tokens of a row are
       padding.
     temperature: divides the logits. 0 takes the most likely token; ties go to
-      the lowest.
+      the lowest. Or [B], one for each row.
     top_k: samples only among the `top_k` most likely tokens; ties go to the
       lower token.
     top_p: then samples only among the smallest set of most likely tokens whose
       probability reaches `top_p`, in (0, 1]; ties likewise. The set is never
       empty.
-    stop_token: ends its row; the loop ends when all rows have ended.
+    stop_token: ends its row, as does each of several tokens; the loop ends when
+      all rows have ended.
+    logits_hook: `hook(logits, tokens, lengths)` returns the logits to sample
+      from, before temperature, `top_k` and `top_p`: -inf forbids a token. It
+      gets float32 [B, vocabulary], int32 [B, capacity] and int32 [B], where row
+      b has the `lengths[b]` tokens `tokens[b, : lengths[b]]` so far. It is
+      compiled into the loop, so that the same function should be passed again
+      and again, and no new lambda.
     pad_token: fills a row after its end; any int32, since it is never read.
     key: `jax.random.key`, or a seed in [0, 2**32).
+    cache: what an earlier call returned under `return_cache` for the same rows,
+      or a cache that `nsa_jax.cache` made of some. `prompts` are whole, as
+      without it: the first tokens of row b, as many as its cache holds, are not
+      read again, nor compared with those in the cache. The cache is donated: it
+      cannot be used afterwards. With `prefill_chunk` prompts of all lengths
+      share one program.
     capacity: tokens per row of the cache, at least P + max_new_tokens, which is
-      the default. Memory grows with it and, without kernels, the time of a step
-      too; but with a fixed capacity all calls with B rows share one compiled
-      loop.
+      the default, or what `cache` has. Memory grows with it and, without
+      kernels, the time of a step too; but with a fixed capacity all calls with
+      B rows share one compiled loop.
     prefill_chunk: prompt tokens per prefill step, all by default. It bounds the
       memory of long prompts.
+    return_log_probs: also return the log-probabilities of the new tokens.
+    return_cache: also return the cache, for a next turn.
     stream: called with the new tokens of each step in turn, int32 [B] on the
       host; `pad_token` in rows that have ended. The loop returns to Python for
       it, so on any backend tokens arrive in order, and exceptions, including
@@ -109,7 +221,8 @@ def generate(
       but their tokens arrive together.
 
   Returns:
-    Generated. A token is -1 if its logits contained a NaN.
+    Generated; with `return_log_probs` or `return_cache` GeneratedDetails. A
+    token is -1 if its logits contained a NaN.
 
   Raises:
     ValueError: if an argument does not fit, before anything runs.
@@ -128,39 +241,40 @@ def generate(
     >>> out.tokens.shape, out.lengths.tolist()
     ((2, 8), [8, 6])
   """
-  if not isinstance(model, nn.Module) or not hasattr(model, "decode"):
-    raise ValueError(
-      f"`model` of type {type(model).__name__} must be a TransformerLM or "
-      "another flax module with a field `decode`."
-    )
+  model = _decoder(model)
   if isinstance(params, Mapping) and "params" in params:
     raise ValueError(
       f"`params` has the collections {sorted(params)}; it must be what `init` "
       'returns under "params".'
     )
-  max_new_tokens = _checks.static_int("max_new_tokens", max_new_tokens, 1)
   pad_token = _checks.static_int("pad_token", pad_token)
   tokens, lengths = _read_prompts(prompts, lengths)
   batch, longest = tokens.shape
-  needed = longest + max_new_tokens
-  if capacity is None:
-    capacity = needed
-  capacity = _checks.static_int("capacity", capacity, 1)
+  limits = None  # final lengths of rows that end at different steps
+  if _is_scalar(max_new_tokens):
+    most = _checks.static_int("max_new_tokens", max_new_tokens, 1)
+    needed = longest + most
+  else:
+    own = _row_integers("max_new_tokens", max_new_tokens, batch, 1)
+    limits, most = lengths + own, int(own.max())
+    needed = max(longest, int(limits.max()))
+  capacity, name = _read_capacity(capacity, cache, needed)
   if capacity < needed:
     raise ValueError(
-      f"`capacity`={capacity} must be at least {needed}, for prompts of "
-      f"{longest} tokens and `max_new_tokens`={max_new_tokens}."
+      f"{name}={capacity} must be at least {needed}, for prompts of {longest} "
+      f"tokens and `max_new_tokens`={_checks.show(max_new_tokens)}."
     )
   if prefill_chunk is not None:
     prefill_chunk = _checks.static_int("prefill_chunk", prefill_chunk, 1)
+  _checks.flag("return_log_probs", return_log_probs)
+  _checks.flag("return_cache", return_cache)
   if stream is not None and not callable(stream):
     raise ValueError(
       f"`stream`={_checks.show(stream)} must be a function or None."
     )
   stream_every = _checks.static_int("stream_every", stream_every, 1)
 
-  model = model.clone(decode=True)
-  logits, _, shapes = _shapes(model, batch, capacity)
+  logits, empty, shapes = _shapes(model, batch, capacity)
   check_params(params, shapes)
   vocabulary = logits.shape[-1]
   given = np.arange(longest) < lengths[:, None]
@@ -170,52 +284,100 @@ def generate(
       f"`prompts` has the token {tokens[wrong][0]}; tokens must lie in [0, "
       f"{vocabulary})."
     )
-  if stop_token is not None:
-    stop_token = _checks.static_int("stop_token", stop_token, 0)
-    if stop_token >= vocabulary:
-      raise ValueError(
-        f"`stop_token`={stop_token} must lie in [0, {vocabulary})."
-      )
-  options = _read_sampling(temperature, top_k, top_p, vocabulary)
+  options = _read_sampling(temperature, top_k, top_p, batch, vocabulary)
   top_k = options.pop("top_k")
-  options |= {"key": _checks.random_key(key), "stop_token": stop_token}
+  _check_hook(logits_hook, (batch, vocabulary), capacity)
+  options |= {
+    "key": _checks.random_key(key),
+    "stop_tokens": _read_stop_tokens(stop_token, vocabulary),
+    "limits": None if limits is None else limits.astype(np.int32),
+  }
+  held = _read_cache(cache, empty, lengths)
 
   # As wide as the cache, so that prompts of all lengths share one loop.
   padded = np.full((batch, capacity), pad_token, np.int32)
   padded[:, :longest][given] = tokens[given]
   # From here on, transfers are explicit: a user's `jax.transfer_guard` may
   # forbid others.
-  cache = _empty_cache(model, batch, capacity)
+  if cache is None:
+    cache = _empty_cache(model, batch, capacity)
+  else:
+    cache = jax.tree.map(
+      lambda x: x if isinstance(x, jax.Array) else jax.device_put(x), cache
+    )
   # The loop starts with the last token of the prompt: no other logits of the
   # prompt are needed, and none are computed.
-  chunk = prefill_chunk or longest
-  for start in range(0, longest - 1, chunk):
-    stop = min(start + chunk, longest - 1)
-    known = np.arange(start, stop) < lengths[:, None] - 1
-    part = np.where(known, padded[:, start:stop], 0)
-    part, segment_ids = jax.device_put((part, known.astype(np.int32)))
-    cache = _prefill(model, start, params, cache, part, segment_ids)
+  for start, *part in _chunks(
+    padded, lengths - 1, held, longest, prefill_chunk
+  ):
+    cache = _prefill(model, start, params, cache, *jax.device_put(part))
   host = padded, lengths.astype(np.int32), np.ones(batch, bool), np.int32(0)
-  state = _State(cache, *jax.device_put(host))
+  zeros = np.zeros(padded.shape, np.float32) if return_log_probs else None
+  state = _State(cache, *jax.device_put((*host, zeros)))
+  del cache  # It is donated to the loop.
 
   decode = functools.partial(
-    _decode, model, params=params, top_k=top_k, **jax.device_put(options)
+    _decode,
+    model,
+    params=params,
+    top_k=top_k,
+    logits_hook=logits_hook,
+    **jax.device_put(options),
   )
-  every = max_new_tokens if stream is None else stream_every
-  for before in range(0, max_new_tokens, every):
-    until = min(before + every, max_new_tokens)
+  every = most if stream is None else stream_every
+  for before in range(0, most, every):
+    until = min(before + every, most)
     state = decode(state=state, until=jax.device_put(until))
     if stream is None:
       break
     first = jax.device_put(lengths + before)
-    new = _window(state.tokens, first, every)
+    new = _window(
+      state.tokens, first, jax.device_put(np.int32(pad_token)), every
+    )
     new, step = jax.device_get((new, state.step))
     for column in new.T[: step - before]:
       stream(column)
     if step < until:
       break
   tokens = jax.lax.slice_in_dim(state.tokens, 0, needed, axis=1)
-  return Generated(tokens, state.lengths)
+  if not (return_log_probs or return_cache):
+    return Generated(tokens, state.lengths)
+  log_probs = state.log_probs
+  if log_probs is not None:
+    log_probs = jax.lax.slice_in_dim(log_probs, 0, needed, axis=1)
+  cache = state.cache if return_cache else None
+  return GeneratedDetails(tokens, state.lengths, log_probs, cache)
+
+
+def empty_cache(model: nn.Module, batch: int, capacity: int) -> Any:
+  """A model's cache without tokens, for steps of one's own.
+
+  Args:
+    model: as in `generate`; its `max_append` is that of the cache.
+    batch: B.
+    capacity: tokens per row.
+
+  Returns:
+    What `init` returns under "cache" for tokens [B, capacity], but without
+    parameters.
+
+  Raises:
+    ValueError: if an argument does not fit.
+
+  Example:
+    >>> from nsa_jax import TransformerConfig, TransformerLM, cache
+    >>> from nsa_jax.sampling import empty_cache
+    >>> model = TransformerLM(
+    ...   TransformerConfig.preset("tiny", num_layers=1, attention="window")
+    ... )
+    >>> cache.num_bytes(empty_cache(model, 2, 64))
+    16400
+  """
+  batch = _checks.static_int("batch", batch, 1)
+  capacity = _checks.static_int("capacity", capacity, 1)
+  model = _decoder(model)
+  _shapes(model, batch, capacity)  # Raises if the model has no cache.
+  return _empty_cache(model, batch, capacity)
 
 
 def filter_logits(
@@ -267,12 +429,37 @@ def filter_logits(
   )
 
 
+# What depends on the kind of module is in `_decoder`, `_init` and `_apply`.
+
+
+def _decoder(model):
+  """The model with its cache."""
+  if not isinstance(model, nn.Module) or not hasattr(model, "decode"):
+    raise ValueError(
+      f"`model` of type {type(model).__name__} must be a TransformerLM or "
+      "another flax module with a field `decode`."
+    )
+  return model.clone(decode=True)
+
+
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _init(model, batch, capacity):
   """Logits and cache, evaluated only for their shapes."""
   tokens = jnp.zeros((batch, capacity), jnp.int32)
   logits, variables = model.init_with_output(jax.random.key(0), tokens)
   return logits, variables["cache"], variables.get("params", {})
+
+
+def _apply(model, params, cache, tokens, segment_ids, prefix_length=None):
+  """Logits [B, T, vocabulary] and the cache with the tokens [B, T]."""
+  logits, updated = model.apply(
+    {"params": params, "cache": cache},
+    tokens,
+    segment_ids=segment_ids,
+    prefix_length=prefix_length,
+    mutable=["cache"],
+  )
+  return logits, updated["cache"]
 
 
 def _shapes(model, batch, capacity):
@@ -312,48 +499,66 @@ def _empty_cache(model, batch, capacity):
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnames="cache")
 def _prefill(model, start, params, cache, tokens, segment_ids):
-  """Appends tokens [start, start + T) of the prompts to the cache."""
-  _, updated = model.apply(
-    {"params": params, "cache": cache},
-    tokens,
-    segment_ids=segment_ids,
-    prefix_length=start,
-    mutable=["cache"],
-  )
-  return updated["cache"]
+  """Appends tokens [B, T] of the prompts, from position `start` if static."""
+  return _apply(model, params, cache, tokens, segment_ids, start)[1]
 
 
 @functools.partial(
-  jax.jit, static_argnames=("model", "top_k"), donate_argnames="state"
+  jax.jit,
+  static_argnames=("model", "top_k", "logits_hook"),
+  donate_argnames="state",
 )
 def _decode(
-  model, params, state, until, key, temperature, top_k, top_p, stop_token
+  model,
+  params,
+  state,
+  until,
+  key,
+  temperature,
+  top_k,
+  top_p,
+  stop_tokens,
+  limits=None,
+  logits_hook=None,
 ):
   """Samples until step `until` or until all rows have stopped."""
   rows = jnp.arange(state.tokens.shape[0])
+  all_live = stop_tokens is None and limits is None
 
   def advance(state):
     segment_ids = None
-    if stop_token is not None:  # else all rows are live
+    if not all_live:
       segment_ids = state.live[:, None].astype(jnp.int32)
-    logits, updated = model.apply(
-      {"params": params, "cache": state.cache},
+    logits, cache = _apply(
+      model,
+      params,
+      state.cache,
       state.tokens[rows, state.lengths - 1][:, None],
-      segment_ids=segment_ids,
-      mutable=["cache"],
+      segment_ids,
     )
-    token = _sample(logits[:, 0], key, state.lengths, temperature, top_k, top_p)
+    logits = raw = logits[:, 0].astype(jnp.float32)
+    if logits_hook is not None:
+      logits = logits_hook(logits, state.tokens, state.lengths)
+    token = _sample(logits, key, state.lengths, temperature, top_k, top_p)
     # Stopped rows write out of range, which is dropped.
     place = jnp.where(state.live, state.lengths, state.tokens.shape[1])
+    lengths = state.lengths + state.live.astype(jnp.int32)
     live = state.live
-    if stop_token is not None:
-      live &= token != stop_token
+    if stop_tokens is not None:
+      live &= (token[:, None] != stop_tokens[None]).all(axis=1)
+    if limits is not None:
+      live &= lengths < limits
+    log_probs = state.log_probs
+    if log_probs is not None:
+      own = _log_prob(raw, token)
+      log_probs = log_probs.at[rows, place].set(own, mode="drop")
     return _State(
-      cache=updated["cache"],
+      cache=cache,
       tokens=state.tokens.at[rows, place].set(token, mode="drop"),
-      lengths=state.lengths + state.live.astype(jnp.int32),
+      lengths=lengths,
       live=live,
       step=state.step + 1,
+      log_probs=log_probs,
     )
 
   return jax.lax.while_loop(
@@ -362,10 +567,11 @@ def _decode(
 
 
 @functools.partial(jax.jit, static_argnames="size")
-def _window(tokens, first, size):
-  """`size` tokens of each row from `first` [B] on; -1 past the end."""
+def _window(tokens, first, pad_token, size):
+  """`size` tokens of each row from `first` [B] on; `pad_token` past the end."""
   index = first[:, None] + jnp.arange(size)[None]
-  return jnp.take_along_axis(tokens, index, axis=1, mode="fill", fill_value=-1)
+  new = jnp.take_along_axis(tokens, index, axis=1, mode="clip")
+  return jnp.where(index < tokens.shape[1], new, pad_token)
 
 
 def _sample(logits, key, positions, temperature, top_k, top_p):
@@ -373,13 +579,25 @@ def _sample(logits, key, positions, temperature, top_k, top_p):
   logits = logits.astype(jnp.float32)
   token = logits.argmax(axis=-1)
   if temperature is not None:
+    per_row = jnp.ndim(temperature) == 1
+    divisor = temperature
+    if per_row:
+      divisor = jnp.where(temperature > 0, temperature, 1)[:, None]
     # The largest logit becomes 0, which no temperature can overflow, even if it
     # is infinite.
     high = logits.max(axis=-1, keepdims=True)
-    scaled = jnp.where(logits == high, 0, (logits - high) / temperature)
-    token = _draw(key, positions, filter_logits(scaled, top_k, top_p))
+    scaled = jnp.where(logits == high, 0, (logits - high) / divisor)
+    drawn = _draw(key, positions, filter_logits(scaled, top_k, top_p))
+    token = jnp.where(temperature > 0, drawn, token) if per_row else drawn
   valid = ~jnp.isnan(logits).any(axis=-1)
   return jnp.where(valid, token, -1).astype(jnp.int32)
+
+
+def _log_prob(logits, token):
+  """Of one token per row, float32 [B]; NaN for token -1."""
+  log_probs = jax.nn.log_softmax(logits)
+  own = jnp.take_along_axis(log_probs, token.clip(0)[:, None], axis=1)[:, 0]
+  return jnp.where(token < 0, jnp.nan, own)
 
 
 def _draw(key, positions, logits):
@@ -394,6 +612,161 @@ def _draw(key, positions, logits):
     return jax.vmap(one)(*rows)
   # Under vmap, the other generators draw all rows from the key of the first.
   return jax.lax.map(lambda row: one(*row), rows)
+
+
+def _chunks(padded, counts, held, longest, size):
+  """Start, if static, tokens [B, n] and segments of each step of the prefill.
+
+  Args:
+    padded: int32 [B, capacity], the prompts.
+    counts: int [B], tokens of each prompt that the cache must hold.
+    held: int [B], tokens that it holds.
+    longest: P.
+    size: tokens per step; None for all.
+  """
+  if not held.any():
+    size = size or longest
+    for start in range(0, longest - 1, size):
+      stop = min(start + size, longest - 1)
+      known = np.arange(start, stop) < counts[:, None]
+      part = np.where(known, padded[:, start:stop], 0)
+      yield start, part, known.astype(np.int32)
+    return
+  # Rows go on from lengths of their own, which a program does not know. All
+  # steps have the same shape.
+  new = counts - held
+  size = size or max(int(new.max()), 1)
+  for first in range(0, int(new.max()), size):
+    index = first + np.arange(size)
+    known = index < new[:, None]
+    place = np.where(known, held[:, None] + index, 0)
+    part = np.where(known, np.take_along_axis(padded, place, axis=1), 0)
+    yield None, part, known.astype(np.int32)
+
+
+def _read_capacity(capacity, cache, needed):
+  """The capacity and what it is called: the argument, or that of the cache."""
+  if capacity is not None:
+    return _checks.static_int("capacity", capacity, 1), "`capacity`"
+  keys = [x.selected[0] for x in _caches(cache) if isinstance(x.selected, KV)]
+  sizes = [x.shape[-3] for x in keys if getattr(x, "ndim", 0) >= 4]
+  return min(sizes, default=needed), "`capacity` of `cache`"
+
+
+def _caches(cache):
+  """The caches of the layers in a model's cache."""
+  parts = jax.tree.leaves(cache, is_leaf=lambda x: isinstance(x, Cache))
+  return [x for x in parts if isinstance(x, Cache)]
+
+
+def _read_cache(cache, empty, lengths):
+  """Tokens that the rows of a given cache hold, int [B] in NumPy."""
+  if cache is None:
+    return np.zeros_like(lengths)
+  if any(part.scales is not None for part in _caches(cache)):
+    empty = jax.eval_shape(quantize, empty)
+  want = dict(jax.tree.leaves_with_path(empty))
+  have = dict(jax.tree.leaves_with_path(cache))
+  if not _caches(empty):
+    raise ValueError(
+      "`cache` must be None for a model whose layers have no "
+      "nsa_jax.cache.Cache."
+    )
+  other = sorted(map(jax.tree_util.keystr, want.keys() ^ have.keys()))
+  if other:
+    raise ValueError(
+      f"`cache{other[0]}` is missing or one too many: `cache` must be what an "
+      "earlier call returned for this model."
+    )
+  for path, x in have.items():
+    name = f"cache{jax.tree_util.keystr(path)}"
+    like = want[path]
+    if not isinstance(x, jax.Array):
+      x = _checks.array(name, x, like.ndim, f"{like.shape}")
+    rule = "that of the model's cache for these prompts and this capacity"
+    _checks.shape(name, x, like.shape, rule)
+    if x.dtype != like.dtype:
+      raise ValueError(
+        f"`{name}` of dtype {x.dtype} must have the dtype {like.dtype}, {rule}."
+      )
+    if not isinstance(x, jax.core.Tracer) and x.is_deleted():
+      raise ValueError(
+        f"`{name}` was donated to an earlier call: pass the cache that it "
+        "returned."
+      )
+  known = _checks.concrete(_caches(cache)[0].lengths)
+  if known is None:
+    raise ValueError(
+      "`cache` must hold lengths that are known here, not traced: `generate` "
+      "calls compiled functions itself."
+    )
+  held = known.reshape(-1, len(lengths))[
+    0
+  ]  # A scanned model stacks its layers.
+  wrong = (held < 0) | (held >= lengths)
+  if wrong.any():
+    row = int(wrong.argmax())
+    raise ValueError(
+      f"`cache` holds {held[row]} tokens in row {row}, whose prompt has "
+      f"{lengths[row]}: prompts must be whole, with at least one token after "
+      "those in the cache, from which `nsa_jax.cache.rewind` takes some back."
+    )
+  return held
+
+
+def _check_hook(hook, shape, capacity):
+  """Checks that a hook maps logits of a shape to such."""
+  if hook is None:
+    return
+  if not callable(hook) or getattr(hook, "__hash__", None) is None:
+    raise ValueError(
+      f"`logits_hook`={_checks.show(hook)} must be a function, with a hash, or "
+      "None."
+    )
+  batch = shape[0]
+  found = jax.eval_shape(
+    hook,
+    jax.ShapeDtypeStruct(shape, jnp.float32),
+    jax.ShapeDtypeStruct((batch, capacity), jnp.int32),
+    jax.ShapeDtypeStruct((batch,), jnp.int32),
+  )
+  if getattr(found, "shape", None) != shape or not jnp.issubdtype(
+    found.dtype, jnp.floating
+  ):
+    raise ValueError(
+      f"`logits_hook` returns {_checks.show(found)}, which must be logits of "
+      f"shape {shape}."
+    )
+
+
+def _read_stop_tokens(stop_token, vocabulary):
+  """Tokens that end a row, int32 [n] in NumPy; None if there are none."""
+  if stop_token is None:
+    return None
+  if _is_scalar(stop_token):
+    stop_token = [_checks.static_int("stop_token", stop_token, 0)]
+  known = _integers("stop_token", stop_token, 1)
+  for token in known:
+    if not 0 <= token < vocabulary:
+      raise ValueError(f"`stop_token`={token} must lie in [0, {vocabulary}).")
+  return known.astype(np.int32) if known.size else None
+
+
+def _is_scalar(value):
+  """Whether a value is not one for each row."""
+  return not (isinstance(value, list | tuple) or np.ndim(value))
+
+
+def _row_integers(name, value, batch, minimum):
+  """Integers of at least `minimum`, one per row, in NumPy."""
+  known = _integers(name, value, 1)
+  _checks.shape(name, known, (batch,), "one entry for each of `prompts`")
+  if known.min() < minimum:
+    row = int(known.argmin())
+    raise ValueError(
+      f"`{name}`[{row}]={known[row]} must be at least {minimum}."
+    )
+  return known
 
 
 def _read_prompts(prompts, lengths):
@@ -450,22 +823,43 @@ def _integers(name, value, rank):
   return known.astype(np.int64)
 
 
-def _read_sampling(temperature, top_k, top_p, vocabulary):
+def _read_sampling(temperature, top_k, top_p, batch, vocabulary):
   """Validated arguments of `_decode`; those without effect become None."""
-  temperature = _checks.number("temperature", temperature)
-  if temperature != 0 and not MIN_TEMPERATURE <= temperature < math.inf:
-    raise ValueError(
-      f"`temperature`={temperature} must be 0, for the most likely token, or a "
-      f"finite number of at least {MIN_TEMPERATURE}."
-    )
+  temperature = _read_temperature(temperature, batch)
   top_k, top_p = _check_top_k(top_k, vocabulary), _check_top_p(top_p)
-  if temperature == 0:
+  if not np.any(temperature):
     return {"temperature": None, "top_k": None, "top_p": None}
   return {
     "temperature": temperature,
     "top_k": top_k,
     "top_p": None if top_p == 1 else top_p,
   }
+
+
+def _read_temperature(temperature, batch):
+  """A number, or float32 [B] in NumPy."""
+  if _is_scalar(temperature):
+    temperature = _checks.number("temperature", temperature)
+    _check_temperature("temperature", temperature)
+    return temperature
+  known = _checks.concrete(temperature)
+  if known is None or known.shape != (batch,):
+    raise ValueError(
+      f"`temperature`={_checks.show(temperature)} must be a number, or {batch} "
+      "numbers that are known here, one for each of `prompts`."
+    )
+  for row, one in enumerate(known):
+    name = f"temperature[{row}]"
+    _check_temperature(name, _checks.number(name, one))
+  return known.astype(np.float32)
+
+
+def _check_temperature(name, value):
+  if value != 0 and not MIN_TEMPERATURE <= value < math.inf:
+    raise ValueError(
+      f"`{name}`={value} must be 0, for the most likely token, or a finite "
+      f"number of at least {MIN_TEMPERATURE}."
+    )
 
 
 def _check_top_k(top_k, vocabulary, what="the vocabulary"):

@@ -150,6 +150,8 @@ class DecodeArrays(NamedTuple):
       largest position p < lengths with p % R == r. None if the window reads
       `selected`.
     gates: [B, T, N, 3], in the order compressed, selected, window.
+    scales: float32 [B, S, K] of keys and values, by which those in `selected`,
+      of int8, are multiplied. None if they are not quantized.
   """
 
   query: jax.Array
@@ -158,6 +160,7 @@ class DecodeArrays(NamedTuple):
   selected: KV
   window: KV | None
   gates: jax.Array
+  scales: KV | None = None
 
 
 def per_row(offset: int | jax.Array, batch: int) -> jax.Array:

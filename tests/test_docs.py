@@ -26,7 +26,7 @@ PAGES = [
   *sorted(DOCS.rglob("*.md")),
 ]
 # Pages whose blocks go on from one another.
-NOTEBOOKS = ("docs/inside-a-model.md",)
+NOTEBOOKS = ("docs/inside-a-model.md", "docs/serving.md")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 

@@ -1,7 +1,9 @@
 """Generation: the loop, the sampler, the example that completes text."""
 
 import dataclasses
+import functools
 import io
+import re
 from types import SimpleNamespace
 from typing import Any
 
@@ -157,6 +159,130 @@ def test_gpu_greedy_is_the_argmax_of_a_full_pass_by_xla():
     np.testing.assert_allclose(logits[:, 0], want[:, t], atol=5e-3)
 
 
+# ------------------------------------------------- turns of a conversation
+
+
+@functools.cache
+def _mixed(scan_layers: bool = False):
+  """A model with layers of every kind, or scanned ones, and its parameters."""
+  config = TransformerConfig(
+    vocab_size=17,
+    num_layers=2 if scan_layers else 3,
+    attention="nsa" if scan_layers else ("nsa", "full", "window"),
+    model_dim=12,
+    num_heads=2,
+    num_kv_heads=1,
+    head_dim=4,
+    mlp_dim=16,
+    scan_layers=scan_layers,
+    compression="mean",
+    nsa=NSAConfig(4, 2, 8, 3, 1, 1, 6),
+  )
+  model = TransformerLM(config)
+  rng = np.random.default_rng(1)
+  shapes = jax.eval_shape(
+    model.init, jax.random.key(0), jnp.zeros((1, 8), jnp.int32)
+  )
+  params = jax.tree.map(
+    lambda x: jnp.float32(0.5 * rng.normal(size=x.shape)), shapes["params"]
+  )
+  return model, params
+
+
+def _rows(out):
+  """Tokens of each row without padding."""
+  return [
+    row[:length].tolist()
+    for row, length in zip(out.tokens, out.lengths.tolist(), strict=True)
+  ]
+
+
+@pytest.mark.parametrize(
+  "scan_layers", [False, pytest.param(True, marks=pytest.mark.slow)]
+)
+def test_turns_with_a_cache_equal_whole_prompts(scan_layers):
+  """Rows stop at steps of their own, and get turns of other lengths."""
+  model, params = _mixed(scan_layers)
+  options: Any = {
+    "max_new_tokens": np.array([6, 3]),
+    "stop_token": [3, 8],
+    "capacity": 48,
+    "key": 4,
+    "return_log_probs": True,
+    "return_cache": True,
+  }
+  texts: list[list[int]] = [[1, 2, 3, 4, 5], [6]]
+  cache = None
+  for turn in ([], [[7], [3, 4, 5, 6, 7, 8]]):
+    texts = [a + b for a, b in zip(texts, turn or [[], []], strict=True)]
+    want = generate(model, params, texts, **options)
+    assert want.cache is not None
+    chunk = 4 if cache is not None else None
+    out = generate(
+      model, params, texts, cache=cache, prefill_chunk=chunk, **options
+    )
+    np.testing.assert_array_equal(out.tokens, want.tokens)
+    np.testing.assert_array_equal(out.lengths, want.lengths)
+    np.testing.assert_allclose(out.log_probs, want.log_probs, atol=1e-5)
+    cache = out.cache
+    first = next(x for x in jax.tree.leaves(cache) if x.dtype == jnp.int32)
+    np.testing.assert_array_equal(
+      first.reshape(-1, 2)[0], out.lengths - 1, strict=True
+    )
+    texts = _rows(out)
+  # Its capacity is that of the cache.
+  more = generate(
+    model,
+    params,
+    [[*row, 1] for row in texts],
+    cache=cache,
+    prefill_chunk=4,
+    **options | {"capacity": None},
+  )
+  if not scan_layers:
+    assert more.cache["layer_1"]["attention"]["kv"].selected.key.shape[1] == 48
+
+
+def test_a_cache_may_be_numpy_and_hold_whole_prompts():
+  model, params = _mixed()
+  options: Any = {"max_new_tokens": 3, "temperature": 0}
+  first = generate(
+    model, params, [[1, 2, 3]], capacity=16, return_cache=True, **options
+  )
+  want = generate(model, params, first.tokens, capacity=16, **options)
+  held = jax.tree.map(np.asarray, first.cache)
+  out = generate(model, params, first.tokens, cache=held, **options)
+  np.testing.assert_array_equal(out.tokens, want.tokens)
+
+
+def test_wrong_caches():
+  model, params = _mixed()
+  options: Any = {"max_new_tokens": 3, "temperature": 0, "return_cache": True}
+  first = generate(model, params, [[1, 2, 3]], capacity=16, **options)
+  for prompts, cache, message in (
+    ([[1] * 5], first.cache, "`cache` holds 5 tokens in row 0, whose prompt h"),
+    ([[1] * 20], first.cache, "`capacity` of `cache`=16 must be at least 23"),
+    ([[1] * 6] * 2, first.cache, "must have shape (2, 16, 1, 4): that of the"),
+    ([[1] * 6], {}, "is missing or one too many: `cache` must be what an"),
+    ([[1] * 6], 3, "is missing or one too many: `cache` must be what an"),
+    (
+      [[1] * 6],
+      jax.tree.map(lambda x: x.astype(jnp.float16), first.cache),
+      "of dtype float16 must have the dtype",
+    ),
+  ):
+    with pytest.raises(ValueError, match=re.escape(message)):
+      generate(model, params, prompts, cache=cache, **options)
+  whole = np.asarray(first.tokens)
+  generate(model, params, whole, cache=first.cache, **options)
+  with pytest.raises(ValueError, match="was donated to an earlier call"):
+    generate(model, params, whole, cache=first.cache, **options)
+  with pytest.raises(
+    ValueError, match="`cache` must be None for a model whose"
+  ):
+    _run(cache={"lengths": jnp.zeros(3, jnp.int32)})
+
+
 # ------------------------------------------------------------------ the loop
 
 
@@ -225,6 +351,123 @@ def test_stop_token():
     [-5, -5, 3],
     [-5, -5, 4],
   ]
+
+
+def test_several_stop_tokens():
+  def run(stop):
+    return _run(COUNTER, [[1], [4]], temperature=0, stop_token=stop)
+
+  tokens, lengths = run((3, 6))
+  assert tokens[:, :3].tolist() == [[1, 2, 3], [4, 5, 6]]
+  assert lengths.tolist() == [3, 3]
+  for one, several in ((3, [3]), (None, [])):
+    for x, y in zip(run(one), run(several), strict=True):
+      np.testing.assert_array_equal(x, y)
+
+
+@pytest.mark.parametrize("stop_token", [None, 6])
+def test_new_tokens_per_row(stop_token):
+  calls: list[Any] = []
+  tokens, lengths = _run(
+    COUNTER,
+    [[1, 2, 3], [4], [5, 6]],
+    temperature=0,
+    max_new_tokens=[1, 5, 2],
+    stop_token=stop_token,
+    stream=calls.append,
+  )
+  last = 3 if stop_token else 6
+  assert lengths.tolist() == [4, last, 4]
+  assert tokens.tolist() == [
+    [1, 2, 3, 4, 0, 0],
+    [4, 5, 6, 7, 0, 1] if last == 6 else [4, 5, 6, 0, 0, 0],
+    [5, 6, 7, 0, 0, 0],
+  ]
+  assert [call[0] for call in calls] == [4, *[0] * (len(calls) - 1)]
+  # Each row is as if alone with its number.
+  tokens, lengths = _run(max_new_tokens=[1, 5, 2], key=9)
+  whole, _ = _run(max_new_tokens=5, key=9)
+  for row, want, length in zip(tokens, whole, lengths, strict=True):
+    np.testing.assert_array_equal(row[:length], want[:length])
+
+
+def test_temperature_per_row():
+  """Each row has the tokens of a call with its temperature."""
+  mixed = _run(temperature=[0, 0.7, 2.0], top_p=0.9)[0]
+  for row, temperature in enumerate((0, 0.7, 2.0)):
+    want = _run(temperature=temperature, top_p=0.9)[0]
+    np.testing.assert_array_equal(mixed[row], want[row])
+  want = _run(temperature=0)[0]
+  np.testing.assert_array_equal(_run(temperature=np.zeros(3))[0], want)
+
+
+def test_log_probs_are_those_of_the_model():
+  """Whatever is sampled from: hook, temperature and top_k come later."""
+  prompts, new = [[1, 2, 3], [4], [5, 6]], 7
+  out = generate(
+    Bigram(),
+    RANDOM,
+    prompts,
+    max_new_tokens=new,
+    temperature=0.5,
+    top_k=3,
+    stop_token=2,
+    logits_hook=_never_seven,
+    return_log_probs=True,
+  )
+  assert out.cache is None
+  assert out.log_probs is not None
+  assert out.log_probs.shape == out.tokens.shape
+  want = np.zeros(out.tokens.shape)
+  table = jax.nn.log_softmax(RANDOM["table"])
+  for row, prompt in enumerate(prompts):
+    for t in range(len(prompt), int(out.lengths[row])):
+      want[row, t] = table[out.tokens[row, t - 1], out.tokens[row, t]]
+  assert (want < 0).sum() == (out.lengths - np.array([3, 1, 2])).sum()
+  np.testing.assert_allclose(out.log_probs, want, rtol=1e-6)
+  # Neither they nor the cache change tokens.
+  options: Any = {"temperature": 0.5, "top_k": 3, "stop_token": 2}
+  tokens, _ = _run(**options, logits_hook=_never_seven)
+  np.testing.assert_array_equal(out.tokens, tokens)
+  nan = {"table": np.full((VOCAB, VOCAB), np.nan, np.float32)}
+  bad = generate(Bigram(), nan, [[1]], max_new_tokens=1, return_log_probs=True)
+  assert bad.log_probs is not None
+  assert np.isnan(bad.log_probs[0, 1])
+
+
+def _never_seven(logits, tokens, lengths):
+  del tokens, lengths
+  return logits.at[:, 7].set(-jnp.inf)
+
+
+def _no_token_twice(logits, tokens, lengths):
+  """Forbids the tokens that a row has."""
+  have = jnp.arange(tokens.shape[1]) < lengths[:, None]
+  rows = jnp.arange(len(tokens))[:, None]
+  forbidden = jnp.where(have, -jnp.inf, 0)
+  return logits.at[rows, tokens].add(forbidden)
+
+
+@pytest.mark.parametrize("temperature", [0, 3.0])
+def test_logits_hook(temperature):
+  tokens, lengths = _run(
+    prompts=[[1, 2, 3], [4]],
+    max_new_tokens=[5, 7],
+    temperature=temperature,
+    logits_hook=_no_token_twice,
+  )
+  for row, length in zip(tokens, lengths, strict=True):
+    assert length == 8
+    assert sorted(row) == [*range(8)]
+  # Equal functions share a compiled loop.
+  before = len(TRACES)
+  _run(
+    prompts=[[1, 2, 3], [4]],
+    max_new_tokens=[5, 7],
+    temperature=temperature,
+    logits_hook=_no_token_twice,
+  )
+  assert len(TRACES) == before
 
 
 @pytest.mark.parametrize("every", [1, 3, 50])
@@ -307,8 +550,9 @@ def test_the_loop_updates_the_cache_in_place():
     step=jnp.int32(0),
   )
   params = jax.eval_shape(model.init, jax.random.key(0), state.tokens)["params"]
+  stop = jnp.array([3])
   lowered = _decode.lower(
-    model, params, state, 1, jax.random.key(0), 1.0, None, None, 3
+    model, params, state, 1, jax.random.key(0), 1.0, None, None, stop
   )
   memory: Any = lowered.compile().memory_analysis()
   size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache))
@@ -435,6 +679,37 @@ def test_an_infinite_logit_is_certain(top_k, top_p):
     ({"top_p": np.nan}, "`top_p`=nan must be a number."),
     ({"stop_token": 8}, "`stop_token`=8 must lie in [0, 8)."),
     ({"stop_token": -1}, "`stop_token`=-1 must be at least 0."),
+    ({"stop_token": [1, 8]}, "`stop_token`=8 must lie in [0, 8)."),
+    ({"stop_token": [[1]]}, "`stop_token` of shape (1, 1) must have rank 1."),
+    ({"stop_token": [0.5]}, "`stop_token` of dtype float64 must have an int"),
+    (
+      {"max_new_tokens": [1, 2]},
+      "`max_new_tokens` of shape (2,) must have shape (3): one entry for each",
+    ),
+    (
+      {"max_new_tokens": [1, 0, 2]},
+      "`max_new_tokens`[1]=0 must be at least 1.",
+    ),
+    (
+      {"max_new_tokens": [1, 9, 2], "capacity": 9},
+      "`capacity`=9 must be at least 10, for prompts of 3 tokens and `max_new",
+    ),
+    (
+      {"temperature": [1.0, 2.0]},
+      "`temperature`=[1.0, 2.0] must be a number, or 3 numbers that are known",
+    ),
+    (
+      {"temperature": [1.0, -2.0, 0]},
+      "`temperature[1]`=-2.0 must be 0, for the most likely token, or a fini",
+    ),
+    ({"logits_hook": 3}, "`logits_hook`=3 must be a function, with a hash, or"),
+    (
+      {"logits_hook": lambda logits, tokens, lengths: logits[:1]},
+      "`logits_hook` returns ShapeDtypeStruct(shape=(1, 8), dtype=float32), w",
+    ),
+    ({"return_cache": 1}, "`return_cache`=1 must be True or False."),
+    ({"return_log_probs": None}, "`return_log_probs`=None must be True or"),
+    ({"cache": 3}, "`cache` must be None for a model whose layers have no"),
     ({"pad_token": 0.5}, "`pad_token`=0.5 must be a static integer."),
     ({"key": -1}, "`key`=-1 must be one key made by jax.random.key"),
     ({"key": "a"}, "`key`='a' must be one key made by jax.random.key"),

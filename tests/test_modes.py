@@ -276,12 +276,15 @@ def generate(implementation: Any, *names: str) -> Any:
       lm,
       params,
       [[1, 2, 3], [4]],
-      max_new_tokens=3,
-      temperature=0.5,
+      max_new_tokens=[3, 3],
+      temperature=[0.5, 0],
       top_k=5,
       top_p=0.9,
-      stop_token=7,
+      stop_token=[7, 9],
+      logits_hook=lambda logits, tokens, lengths: logits,
       key=1,
+      return_log_probs=True,
+      return_cache=True,
       stream=streamed.append,
     )
   return np.asarray(out.tokens), np.array(streamed)

@@ -469,6 +469,19 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     cache.too_short,
     {"cache": _held("nsa"), "lengths": np.array([3, 3], np.int32)},
   ),
+  "nsa_jax.cache.insert": (
+    cache.insert,
+    {"cache": _held("nsa"), "rows": _held("nsa"), "index": np.array([1, 0])},
+  ),
+  "nsa_jax.cache.evict": (
+    cache.evict,
+    {"cache": _held("nsa"), "index": np.array([1, 0])},
+  ),
+  "nsa_jax.cache.quantize": (cache.quantize, {"cache": _held("nsa")}),
+  "nsa_jax.cache.take": (
+    cache.take,
+    {"cache": _held("nsa"), "index": np.array([1, 1, 0])},
+  ),
   "nsa_jax.cache.max_append": (
     cache.max_append,
     {"cache": _held("nsa"), "config": CONFIG},
@@ -574,6 +587,10 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
       "prompts": _ones(2, 3),
       "max_new_tokens": 2,
     },
+  ),
+  "nsa_jax.sampling.empty_cache": (
+    sampling.empty_cache,
+    {"model": MODEL, "batch": 2, "capacity": 12},
   ),
   "nsa_jax.sampling.filter_logits": (
     sampling.filter_logits,
@@ -769,7 +786,7 @@ def _near(value: Any) -> Iterator[tuple[str, Any]]:
 
 
 # Their errors are those of the function that they are given.
-FUNCTIONS = ("compress", "kernel_init", "select", "stream")
+FUNCTIONS = ("compress", "kernel_init", "logits_hook", "select", "stream")
 
 
 def _wrong_arguments(name: str) -> Iterator[tuple[str, str, Any]]:
@@ -888,6 +905,7 @@ OTHERS = {
   "nsa_jax.models.convert.Loaded",
   "nsa_jax.packing.PackingReport",
   "nsa_jax.sampling.Generated",
+  "nsa_jax.sampling.GeneratedDetails",
 }
 
 

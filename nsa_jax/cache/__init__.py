@@ -1,5 +1,6 @@
 """Decode caches: state, and attention over it."""
 
+from nsa_jax.cache.rows import evict, insert, take
 from nsa_jax.cache.state import (
   KINDS,
   Cache,
@@ -10,6 +11,7 @@ from nsa_jax.cache.state import (
   max_append,
   num_bytes,
   prefill,
+  quantize,
   rewind,
   too_short,
 )
@@ -24,10 +26,14 @@ __all__ = [
   "attend_full",
   "attend_window",
   "bytes_per_token",
+  "evict",
   "init",
+  "insert",
   "max_append",
   "num_bytes",
   "prefill",
+  "quantize",
   "rewind",
+  "take",
   "too_short",
 ]

@@ -32,6 +32,7 @@ from nsa_jax.typing import KV, Array, AttentionName
 from pallas_kernels.interface import query_positions
 
 KINDS = get_args(AttentionName)
+_SCALE = jnp.dtype(jnp.float32)
 
 # phi with the layer's parameters bound: maps keys and values of (n - 1) d + l
 # tokens, and the index of each block's first token, int32 [B, n], to n
@@ -57,6 +58,8 @@ class Cache(NamedTuple):
       rewound; the rings no longer hold what a shorter row needs. It is the
       largest int32 after tokens were appended to a row that was too short: such
       a row must be emptied.
+    scales: float32 [B, S, K] for keys and values, of a cache that `quantize`
+      made: `selected` is then int8, and its numbers are these times those.
   """
 
   selected: KV | None
@@ -65,6 +68,7 @@ class Cache(NamedTuple):
   tail: KV | None
   lengths: Array
   earliest: Array
+  scales: KV | None = None
 
 
 export.register_namedtuple_serialization(
@@ -162,6 +166,7 @@ def check_cache(cache: Any, name: str = "cache") -> Cache:
   _checks.shape(f"{name}.lengths", lengths, (None,), "[B]")
   fields: dict[str, Any] = {"lengths": lengths, "earliest": earliest}
   first: dict[str, Array] = {}  # the first key and the first value
+  dtype = None
   for field in ("selected", "compressed", "window", "tail"):
     pair = getattr(cache, field)
     if pair is None:
@@ -171,7 +176,16 @@ def check_cache(cache: Any, name: str = "cache") -> Cache:
     for part, x in parts.items():
       label = f"{name}.{field}.{part}"
       x = _checks.array(label, x, 4, "[B, S, K, H]")
-      _checks.floating(label, x)
+      if field == "selected" and cache.scales is not None:
+        _check_int8(label, x)
+      else:
+        _checks.floating(label, x)
+        dtype = dtype or x.dtype
+        if x.dtype != dtype:
+          raise ValueError(
+            f"`{label}` of dtype {x.dtype} must have the dtype of the rest of "
+            f"the cache, {dtype}."
+          )
       _checks.not_empty(label, x, axes=(0, 2, 3))
       like = first.setdefault(part, x)
       heads = first["key"].shape[2]
@@ -181,14 +195,11 @@ def check_cache(cache: Any, name: str = "cache") -> Cache:
         (lengths.shape[0], rows, heads, like.shape[3]),
         "B, K, H and V are the same in all of the cache",
       )
-      if x.dtype != first["key"].dtype:
-        raise ValueError(
-          f"`{label}` of dtype {x.dtype} must have the dtype of the rest of "
-          f"the cache, {first['key'].dtype}."
-        )
       rows = x.shape[1]
       parts[part] = x
     fields[field] = KV(**parts)
+  if cache.scales is not None:
+    fields["scales"] = _check_scales(name, cache.scales, fields.get("selected"))
   nsa = cache.compressed is not None
   if nsa != (cache.tail is not None) or (nsa and cache.selected is None):
     raise ValueError(
@@ -196,6 +207,28 @@ def check_cache(cache: Any, name: str = "cache") -> Cache:
       "together, and with `selected`."
     )
   return cache._replace(**fields)
+
+
+def _check_int8(label, x):
+  if x.dtype != jnp.int8:
+    raise ValueError(
+      f"`{label}` of dtype {x.dtype} must be int8, as it has `scales`."
+    )
+
+
+def _check_scales(name, scales, selected):
+  """Validates the field `scales` of a cache and returns it."""
+  parts = _checks.two(f"{name}.scales", scales)._asdict()
+  if selected is None:
+    raise ValueError(f"`{name}.scales` must be None without `selected`.")
+  for part, x in parts.items():
+    label = f"{name}.scales.{part}"
+    like = getattr(selected, part)
+    x = _checks.array(label, x, like.ndim - 1, "[B, S, K]")
+    _checks.shape(label, x, like.shape[:-1], "one for each key or value")
+    _checks.floating(label, x)
+    parts[part] = x
+  return KV(**parts)
 
 
 def check_lengths(cache: Any, name: str = "cache") -> tuple[Array, Array]:
@@ -270,12 +303,14 @@ def bytes_per_token(
   value_head_dim: int | None = None,
   kind: AttentionName = "nsa",
   dtype: Any = jnp.float32,
+  quantized: bool = False,
 ) -> float:
   """Bytes per batch row of a cache and per token of capacity.
 
       K (H + V) itemsize (1 + 1 / d)
 
   for kind "nsa", without the 1 / d for kind "full", and 0 for kind "window".
+  After `quantize` the 1 is 1 / itemsize, and there are 8 K more for the scales.
 
   Args:
     config: `compression_stride` (d) is read.
@@ -284,6 +319,7 @@ def bytes_per_token(
     value_head_dim: V; H by default.
     kind: as in `init`.
     dtype: dtype of keys and values.
+    quantized: whether `quantize` made the cache.
 
   Raises:
     ValueError: if an argument breaks a rule.
@@ -296,6 +332,7 @@ def bytes_per_token(
     2176.0
   """
   check_config(config)
+  _checks.flag("quantized", quantized)
   _checks.choice("kind", kind, KINDS)
   heads = _checks.static_int("num_kv_heads", num_kv_heads, 1)
   width = _checks.static_int("head_dim", head_dim, 1)
@@ -304,8 +341,96 @@ def bytes_per_token(
   else:
     width += _checks.static_int("value_head_dim", value_head_dim, 1)
   row = heads * width * _checks.dtype("dtype", dtype).itemsize
-  rows = {"nsa": 1 + 1 / config.compression_stride, "full": 1, "window": 0}
-  return float(row * rows[kind])
+  if kind == "window":
+    return 0.0
+  token = heads * (width + 2 * _SCALE.itemsize) if quantized else row
+  return float(token + (row / config.compression_stride) * (kind == "nsa"))
+
+
+def quantize(cache: _T) -> _T:
+  """Keys and values of the selected branch (or of full attention) in 8 bit.
+
+  Each key and each value of a head gets a scale of its own, a 127th of its
+  largest magnitude, so that appended tokens change no earlier ones. The
+  compressed blocks, which are 1/d of the size, and the rings, whose size does
+  not depend on the capacity, stay as they are, and so does the selection of
+  blocks.
+
+  The functions of this module and the layers take such a cache as any other:
+  they quantize what they append, and attend to its dequantized values.
+
+  Args:
+    cache: a Cache, or any pytree of them, such as the `cache` collection of a
+      model; empty or not.
+
+  Returns:
+    The same pytree with `selected` in int8 and `scales`. A Cache without
+    `selected`, of kind "window", or with `scales` does not change.
+
+  Raises:
+    ValueError: if it is no pytree of Cache.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> from nsa_jax import NSAConfig, cache
+    >>> held = cache.init(
+    ...   1, 65536, config=NSAConfig(), num_kv_heads=1, head_dim=128,
+    ...   dtype="bfloat16"
+    ... )
+    >>> small = cache.quantize(held)
+    >>> small.selected.key.dtype, small.scales.key.shape
+    (dtype('int8'), (1, 65536, 1))
+    >>> round(cache.num_bytes(small) / cache.num_bytes(held), 2)
+    0.55
+  """
+
+  def one(held: Cache) -> Cache:
+    lengths, _ = check_lengths(held)
+    if held.selected is None or held.scales is not None:
+      return held
+    parts = _checks.two("cache.selected", held.selected)._asdict()
+    for part, x in parts.items():
+      label = f"cache.selected.{part}"
+      x = _checks.array(label, x, lengths.ndim + 3, "[..., B, S, K, H]")
+      _checks.floating(label, x)
+      _checks.not_empty(label, x, axes=(x.ndim - 1,))
+      parts[part] = x
+    small, scales = _quantized(KV(**parts))
+    return held._replace(selected=small, scales=scales)
+
+  return map_caches(one, cache=cache)
+
+
+def _quantized(pair):
+  """int8 of the shape of a pair, and scales without its last axis."""
+
+  def scale_of(x):
+    return (jnp.abs(x).max(axis=-1).astype(_SCALE) / 127).astype(_SCALE)
+
+  def round_by(x, scale):
+    # A scale that is 0 or NaN tells all: the integers are not read.
+    scale = jnp.where(scale > 0, scale, 1)[..., None]
+    return jnp.round(x.astype(_SCALE) / scale).clip(-127, 127).astype(jnp.int8)
+
+  scales = jax.tree.map(scale_of, pair)
+  return jax.tree.map(round_by, pair, scales), scales
+
+
+def dequantized(selected: KV, scales: KV | None, dtype: Any) -> KV:
+  """Keys and values of a cache's `selected` in `dtype`.
+
+  Elementwise, so that XLA computes only the entries that are read.
+
+  Args:
+    selected: [B, S, K, H or V].
+    scales: [B, S, K], or None if `selected` is not quantized.
+    dtype: of the result if it is.
+  """
+  if scales is None:
+    return selected
+  return jax.tree.map(
+    lambda x, scale: (x * scale[..., None]).astype(dtype), selected, scales
+  )
 
 
 def append(
@@ -463,14 +588,7 @@ def rewind(cache: _T, lengths: int | Array) -> _T:
     [8, 7]
   """
 
-  def is_cache(part: Any) -> bool:
-    return isinstance(part, Cache)
-
-  def one(part: Any) -> Any:
-    if not is_cache(part):
-      raise ValueError(
-        f"`cache` holds a {type(part).__name__}; it must be a pytree of Cache."
-      )
+  def one(part: Cache) -> Cache:
     held, earliest = check_lengths(part)
     # A scanned model stacks its layers on an axis before the batch.
     given = _checks.as_array(lengths)
@@ -493,11 +611,49 @@ def rewind(cache: _T, lengths: int | Array) -> _T:
       )
     return part._replace(lengths=new)
 
-  if not any(map(is_cache, jax.tree.leaves(cache, is_leaf=is_cache))):
-    raise ValueError(
-      f"`cache` of type {type(cache).__name__} must be a pytree of Cache."
-    )
-  return jax.tree.map(one, cache, is_leaf=is_cache)
+  return map_caches(one, cache=cache)
+
+
+def map_caches(function: Callable[..., Cache], **caches: Any) -> Any:
+  """Maps the caches of the layers in pytrees of the same structure.
+
+  Args:
+    function: gets a Cache of each pytree.
+    caches: pytrees of Cache, by the names of the arguments that they are.
+
+  Returns:
+    A pytree like the first.
+
+  Raises:
+    ValueError: if a pytree holds something else, or another structure.
+  """
+
+  def is_cache(part: Any) -> bool:
+    return isinstance(part, Cache)
+
+  flat: dict[str, tuple[list[Any], Any]] = {}
+  for name, tree in caches.items():
+    leaves = jax.tree.leaves(tree, is_leaf=is_cache)
+    if not leaves:
+      raise ValueError(
+        f"`{name}` of type {type(tree).__name__} must be a pytree of Cache."
+      )
+    for part in leaves:
+      if not is_cache(part):
+        raise ValueError(
+          f"`{name}` holds a {type(part).__name__}; it must be a pytree of "
+          "Cache."
+        )
+    flat[name] = leaves, jax.tree.structure(tree, is_leaf=is_cache)
+  (first, (_, structure)), *others = flat.items()
+  for name, (_, other) in others:
+    if other != structure:
+      raise ValueError(
+        f"`{name}` must have the layers of `{first}`, of the same model: "
+        f"{other} differs from {structure}."
+      )
+  parts = zip(*(leaves for leaves, _ in flat.values()), strict=True)
+  return jax.tree.unflatten(structure, [function(*one) for one in parts])
 
 
 def too_short(cache: Cache, lengths: Array) -> Array:
@@ -565,7 +721,7 @@ def checked_max_append(cache: Cache, config: NSAConfig) -> int | None:
     sizes = {
       name: pair.key.shape[1]
       for name, pair in zip(Cache._fields, cache, strict=True)
-      if isinstance(pair, KV)
+      if isinstance(pair, KV) and name != "scales"
     }
     raise ValueError(
       f"`config`={config} must be that of `init`: it does not fit the rows of "
@@ -604,7 +760,9 @@ def _check_new(cache, new, compress, counts, config):
         "`selected` and `window`",
       )
       _checks.not_empty(label, x, axes=(1,))
-      if x.dtype != old.dtype:
+      if name == "selected" and cache.scales is not None:
+        _checks.floating(label, x)
+      elif x.dtype != old.dtype:
         raise ValueError(
           f"`{label}` of dtype {x.dtype} must have the dtype of the cache, "
           f"{old.dtype}."
@@ -656,9 +814,11 @@ def _append(cache, new, compress, counts, config):
     capacity = cache.selected.key.shape[1]
     stop = jnp.minimum(stop, capacity)
     positions = query_positions(lengths, *selected.key.shape[:2])
-    fields["selected"] = _write(
-      cache.selected, selected, positions, positions < stop[:, None]
-    )
+    valid = positions < stop[:, None]
+    if cache.scales is not None:
+      selected, scales = _quantized(selected)
+      fields["scales"] = _write(cache.scales, scales, positions, valid)
+    fields["selected"] = _write(cache.selected, selected, positions, valid)
   if cache.window is not None:
     fields["window"] = _write_ring(cache.window, window, lengths, stop)
   if cache.tail is not None:

@@ -289,9 +289,16 @@ class Decoding(NamedTuple):
 
   def add(self, config: AttentionConfig, **new: Any) -> tuple[Cache, KV | None]:
     """The new cache and the argument `prefill_window` of `attend`."""
-    made, kept = (
-      next(x.key.dtype for x in pairs if isinstance(x, KV))
-      for pairs in (new.values(), self.held)
+    made = next(x.key.dtype for x in new.values() if isinstance(x, KV))
+    held = self.held
+    # Quantized keys fit any dtype.
+    kept = next(
+      (
+        x.key.dtype
+        for x in (held.selected, held.window, held.tail)
+        if x is not None and x.key.dtype != jnp.int8
+      ),
+      made,
     )
     if made != kept:
       raise ValueError(

@@ -11,6 +11,7 @@ from nsa_jax.cache.state import (
   Cache,
   check_cache,
   checked_max_append,
+  dequantized,
   ring_rows,
   take_rows,
 )
@@ -168,7 +169,7 @@ def attend(
   cache = check_cache(cache)
   if cache.selected is None or cache.compressed is None or cache.tail is None:
     raise ValueError("`cache` must be of kind 'nsa': it lacks fields.")
-  query, selected = _checks.pair("cache.selected", query, cache.selected)
+  query, selected = _check_selected(query, cache)
   batch, length = query.shape[:2]
   gates, compressed_query = nsa.check_queries(query, gates, compressed_query)
   scale = _checks.scale(scale, query)
@@ -196,9 +197,10 @@ def attend(
     query,
     compressed_query,
     _first(cache.compressed, blocks),
-    _first(selected, key_length),
+    _first(cache.selected, key_length),
     cache.window,
     gates,
+    _first(cache.scales, key_length),
   )
   tiles = nsa.check_tiles(tiles, "decode")
   spec = Spec(
@@ -216,7 +218,13 @@ def attend(
     )
   if run is None:
     out, ids = _compose(
-      spec, arrays, index, implementation, prefill_window, select, tiles
+      spec,
+      arrays,
+      index,
+      implementation,
+      prefill_window,
+      select,
+      tiles,
     )
   else:
     out, ids = run()
@@ -440,7 +448,7 @@ def attend_full(
   cache = check_cache(cache)
   if cache.selected is None:
     raise ValueError("`cache` must be of kind 'full': it has no `selected`.")
-  query, selected = _checks.pair("cache.selected", query, cache.selected)
+  query, selected = _check_selected(query, cache)
   batch, length = query.shape[:2]
   query_offset = _checks.offset("query_offset", query_offset, ((), (batch,)))
   key_length = selected.key.shape[1]
@@ -459,14 +467,34 @@ def attend_full(
   return (out, lse) if return_lse else out
 
 
+def _check_selected(query: Any, cache: Cache) -> tuple[Array, KV]:
+  """Validates query and `cache.selected`, which is dequantized."""
+  query = _checks.queries(query)
+  selected: Any = cache.selected
+  selected = dequantized(selected, cache.scales, query.dtype)
+  return _checks.pair("cache.selected", query, selected)
+
+
 def _compose(
-  spec, arrays, index, implementation, prefill_window, select, tiles
+  spec,
+  arrays,
+  index,
+  implementation,
+  prefill_window,
+  select,
+  tiles,
 ):
   """`attend` composed of the separate branches."""
   lengths, queries = index
   query = arrays.query
+  selected = dequantized(arrays.selected, arrays.scales, query.dtype)
+  # A kernel would need all of the cache dequantized. For few queries that is
+  # most of the work.
+  num_read = query.shape[1] * spec.config.num_selected
+  few = num_read * spec.config.selection_block < spec.key_length
+  by_xla = arrays.scales is not None and few and implementation is None
   scope = _held_scope(query, spec.key_length, queries.offset, lengths)
-  window, window_scope = arrays.selected, scope
+  window, window_scope = selected, scope
   own_keys = arrays.window is not None or prefill_window is not None
   few_keys = spec.config.window + query.shape[1] <= spec.key_length
   if own_keys or few_keys:
@@ -477,14 +505,14 @@ def _compose(
       queries.offset,
       lengths,
       spec.config.window,
-      selected=arrays.selected,
+      selected=selected,
     )
   out, ids = nsa.compose(
     nsa.Arguments(
       query,
       arrays.compressed_query,
       arrays.compressed,
-      arrays.selected,
+      selected,
       window,
       arrays.gates,
     ),
@@ -494,6 +522,7 @@ def _compose(
     implementation,
     select,
     tiles,
+    of_selected="xla" if by_xla else None,
   )
   return out, keep(ids, scope.valid_queries, -1)
 
@@ -586,4 +615,4 @@ def _held(positions, lengths):
 
 
 def _first(pair, length):
-  return KV(*(x[:, :length] for x in pair))
+  return None if pair is None else KV(*(x[:, :length] for x in pair))

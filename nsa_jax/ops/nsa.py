@@ -316,6 +316,7 @@ def compose(
   implementation: Implementation,
   select: Selector | None,
   tiles: Mapping[str, Any],
+  of_selected: Implementation = None,
 ) -> tuple[Array, Array]:
   """compressed -> select -> selected -> window -> gated sum.
 
@@ -327,6 +328,7 @@ def compose(
     implementation: as in `native_sparse_attention`.
     select: as in `native_sparse_attention`.
     tiles: as in `native_sparse_attention`.
+    of_selected: the implementation of the selected branch, if another.
 
   Returns:
     out and block ids.
@@ -357,7 +359,7 @@ def compose(
     )
   out_selected, _ = attend_branch(
     "selected",
-    implementation,
+    of_selected or implementation,
     spec._replace(tiles=tiles.get("selected"), need_lse=False),
     selected,
     scope,

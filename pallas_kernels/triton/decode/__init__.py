@@ -56,7 +56,7 @@ def forward(
   """As in `interface`."""
   lengths, queries = index
   spec = _with_tiles(spec, arrays)
-  query, compressed_query, pair, selected, ring, gates = arrays
+  query, compressed_query, pair, selected, ring, gates, scales = arrays
   offset = per_row(queries.offset, len(query))
   num_blocks = pl.cdiv(selected.key.shape[1], spec.config.selection_block)
   num_keys = pair.key.shape[1]
@@ -73,7 +73,15 @@ def forward(
       compressed_query, pair, offset, lengths, num_tiles=num_tiles, spec=spec
     )
   ids, far, near = read_blocks(
-    query, selected, ring, partial, weights, offset, lengths, spec=spec
+    query,
+    selected,
+    scales,
+    ring,
+    partial,
+    weights,
+    offset,
+    lengths,
+    spec=spec,
   )
   branches = [far, near] if partial is None else [partial, far, near]
   return merge_branches(branches, gates, query.dtype, spec), ids

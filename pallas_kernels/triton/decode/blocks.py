@@ -47,26 +47,38 @@ def _softmax(
 
   Args:
     q_ref: [G, H], G padded to a power of two, at least 16.
-    keys: refs [S, H] and [S, V].
+    keys: refs [S, H] and [S, V]; of int8, refs of their scales [S] follow.
     out_refs: acc [G, V], top [G], total [G].
     group: G without padding.
     spec: static arguments of the call.
     exp2: 2^x.
   """
   rows, head_dim = q_ref.shape
-  value_dim = keys[1].shape[1]
+  k_ref, v_ref, *scale_refs = keys
+  k_scale_ref, v_scale_ref = scale_refs or (None, None)
+  value_dim = v_ref.shape[1]
   head_pieces = common.pieces(head_dim)
   value_pieces = common.pieces(value_dim)
   row_mask = common.padding_mask(group, rows)
   q = common.load_pieces(q_ref, slice(None), head_pieces, row_mask)
+
+  def load(ref, scale_ref, span_k, pieces, mask):
+    loaded = common.load_pieces(ref, span_k, pieces, mask)
+    if scale_ref is None:
+      return loaded
+    scale = common.load(scale_ref.at[span_k], mask)[:, None]
+    # In float32, as by other implementations.
+    return tuple(
+      (x.astype(jnp.float32) * scale).astype(q_ref.dtype) for x in loaded
+    )
 
   def fold(carry, row, mask):
     span_k = pl.ds(row, spec.tiles.blocks.block_k)
     return fold_keys(
       carry,
       q,
-      common.load_pieces(keys[0], span_k, head_pieces, mask),
-      lambda: common.load_pieces(keys[1], span_k, value_pieces, mask),
+      load(k_ref, k_scale_ref, span_k, head_pieces, mask),
+      lambda: load(v_ref, v_scale_ref, span_k, value_pieces, mask),
       None if mask is None else mask[None, :],
       spec.scale * common.LOG2E,
       exp2,
@@ -169,18 +181,21 @@ def _blocks_kernel(
   v_ref,  # [S, V]
   window_k_ref,  # [R, H] of a ring, or [S, H]
   window_v_ref,  # [R, V] of a ring, or [S, V]
-  *refs,  # `weight_refs` of `select_ids`; ids [n]; acc [G, V], top [G] and
-  # total [G] of a piece of the selected blocks; the same of the window
+  *refs,  # scales [S] of keys and values if `quantized`; `weight_refs` of
+  # `select_ids`; ids [n]; acc [G, V], top [G] and total [G] of a piece of the
+  # selected blocks; the same of the window
   num_pieces: int,
   group: int,
   num_blocks: int,
   num_splits: int,
   ring: bool,
+  quantized: bool,
   spec: Spec,
   exp2: Callable[[jax.Array], jax.Array],
 ):
   """Programs [0, num_pieces) read selected blocks, the others the window."""
-  *weight_refs, ids_ref = refs[:-6]
+  scale_refs = refs[: 2 * quantized]
+  *weight_refs, ids_ref = refs[2 * quantized : -6]
   piece = pl.program_id(3)
   t = offset_ref[0] + pl.program_id(0)
   length = length_ref[0]
@@ -191,7 +206,7 @@ def _blocks_kernel(
   @pl.when(piece < num_pieces)
   def _():
     # The load of the query is in flight during selection.
-    own = softmax((k_ref, v_ref), refs[-6:-3])
+    own = softmax((k_ref, v_ref, *scale_refs), refs[-6:-3])
     ids = select_ids(
       weight_refs,
       t,
@@ -213,8 +228,9 @@ def _blocks_kernel(
 
   @pl.when(piece >= num_pieces)
   def _():
+    of_window = () if ring else scale_refs
     _read_window(
-      softmax((window_k_ref, window_v_ref), refs[-3:]),
+      softmax((window_k_ref, window_v_ref, *of_window), refs[-3:]),
       piece - num_pieces,
       t,
       length,
@@ -227,6 +243,7 @@ def _blocks_kernel(
 def read_blocks(
   query: jax.Array,
   selected: KV,
+  scales: KV | None,
   ring: KV | None,
   partial: PartialSoftmax | None,
   weights: Weights | None,
@@ -251,14 +268,16 @@ def read_blocks(
       lambda i, h, b, p: (b, i, h, *(0,) * len(block)),
     )
 
-  def of_head(x):  # of an array [B, S, K, width]
+  def of_head(x):  # of an array [B, S, K, width] or [B, S, K]
+    rest = x.shape[3:]
     return pl.BlockSpec(
-      (None, x.shape[1], None, x.shape[3]), lambda i, h, b, p: (b, 0, h, 0)
+      (None, x.shape[1], None, *rest),
+      lambda i, h, b, p: (b, 0, h, *(0,) * len(rest)),
     )
 
   args: list[Any] = [offset, lengths, group_heads(query, kv_heads)]
   specs = [one, one, of_query(padded, head_dim)]
-  for x in (*selected, *window):
+  for x in (*selected, *window, *(scales or ())):
     args.append(x)
     specs.append(of_head(x))
 
@@ -319,6 +338,7 @@ def read_blocks(
       num_blocks=num_blocks,
       num_splits=num_splits,
       ring=ring is not None,
+      quantized=scales is not None,
       spec=spec,
       exp2=common.exp2(spec.interpret),
     ),
