@@ -1,5 +1,6 @@
 """The layer: equal to the op on hand-made projections, and its promises."""
 
+import dataclasses
 import functools
 import re
 from typing import Any
@@ -513,15 +514,28 @@ def test_nnx_recipe():
     ({"implementation": "cuda"}, "`implementation`='cuda' must be None, one"),
     ({"decode": 1}, "`decode`=1 must be True or False."),
     ({"max_append": 0}, "`max_append`=0 must be at least 1."),
+    (
+      {"qkv_features": 24},
+      "`qkv_features`=24 must be `num_heads` * `head_dim`=32, or None.",
+    ),
+    (
+      {"qkv_features": 6, "head_dim": None},
+      "`qkv_features`=6 must be a multiple of `num_heads`=4, or `head_dim`",
+    ),
+    ({"out_features": 0}, "`out_features`=0 must be at least 1."),
+    ({"bias_init": 0}, "`bias_init`=0 must be an initialiser function."),
+    ({"out_kernel_init": 0}, "`out_kernel_init`=0 must be an initialiser"),
+    ({"dropout_rate": 0.1}, "`dropout_rate`=0.1 must be 0: the weights are"),
+    ({"attention_fn": len}, "must be None: `implementation` chooses the"),
+    ({"out_dot_general": len}, "must be None: `precision`, `dtype` and"),
   ],
 )
 def test_attribute_messages(fields, message):
   with pytest.raises(ValueError, match=re.escape(message)):
     _layer(**fields)
   # Those of the layer alone are not fields of the configuration.
-  if not {"config", "kernel_init", "use_bias", "decode", "max_append"} & {
-    *fields
-  }:
+  own = {field.name for field in dataclasses.fields(AttentionConfig)}
+  if set(fields) <= own:
     with pytest.raises(ValueError, match=re.escape(message)):
       AttentionConfig(
         **{"num_heads": 4, "num_kv_heads": 2, "head_dim": 8, **fields}
@@ -548,6 +562,50 @@ def test_the_configuration_names_its_own_fields():
     )
 
 
+def test_heads_from_features():
+  """As in `nn.MultiHeadDotProductAttention`."""
+
+  def shapes(**fields):
+    layer = NativeSparseAttention(4, config=CONFIG, **fields)
+    tree = jax.eval_shape(layer.init, jax.random.key(0), _x(1, T, 16))
+    params = tree["params"]
+    return [params[name]["kernel"].shape for name in ("query", "key_window")]
+
+  assert shapes() == [(16, 4, 4), (16, 4, 4)]
+  assert shapes(qkv_features=24) == [(16, 4, 6), (16, 4, 6)]
+  assert shapes(num_kv_heads=2, head_dim=8) == [(16, 4, 8), (16, 2, 8)]
+  assert shapes(head_dim=8, qkv_features=32) == [(16, 4, 8), (16, 4, 8)]
+
+
+def test_initialisers_of_out_and_biases():
+  constant = nn.initializers.constant
+  layer = _layer(
+    out_features=6,
+    kernel_init=constant(1.0),
+    out_kernel_init=constant(2.0),
+    use_bias=True,
+    bias_init=constant(3.0),
+    out_bias_init=constant(4.0),
+  )
+  out, params = layer.init_with_output(jax.random.key(0), _x())
+  assert out.shape == (B, T, 6)
+  for name, module in params["params"].items():
+    if not name.startswith("compress_"):
+      own = name == "out"
+      assert (module["kernel"] == 1 + own).all()
+      assert (module["bias"] == 3 + own).all()
+
+
+def test_what_says_the_same_in_a_call():
+  _, params, apply = _setup()
+  layer, x = _layer(deterministic=True, dropout_rate=0), _x()
+  for mask in (nn.make_causal_mask(x[..., 0]), np.tri(T), np.tri(T) > 0):
+    out = layer.apply(params, x, x, x, mask=mask, deterministic=True)
+    np.testing.assert_allclose(out, apply(params, x), atol=1e-5)
+  with pytest.raises(ValueError, match=r"^`mask`=.* is traced and cannot be"):
+    jax.eval_shape(lambda mask: layer.apply(params, x, mask=mask), np.tri(T))
+
+
 def test_odd_head_dim_without_rope():
   layer = _layer(head_dim=7, rope=None)
   out, _ = jax.eval_shape(layer.init_with_output, jax.random.key(0), _x())
@@ -557,9 +615,15 @@ def test_odd_head_dim_without_rope():
 @pytest.mark.parametrize(
   "arguments, message",
   [
-    ({"inputs_k": 1}, "`inputs_k` must be None: causal self-attention only."),
-    ({"inputs_v": 1}, "`inputs_v` must be None: causal self-attention only."),
-    ({"mask": 1}, "`mask` must be None: the attention is causal. For padded"),
+    ({"inputs_k": 1}, "`inputs_k` must be None or `x` itself: causal"),
+    ({"inputs_v": 1}, "`inputs_v` must be None or `x` itself: causal"),
+    (
+      {"mask": np.ones((B, 1, T, T))},
+      f"`mask` of shape ({B}, 1, {T}, {T}) must be None or exactly causal, ",
+    ),
+    ({"mask": np.tri(T - 1)}, "`mask` of shape (39, 39) must be None or exact"),
+    ({"mask": "causal"}, "`mask`='causal' is no array and cannot be read. It"),
+    ({"sow_weights": True}, "`sow_weights`=True must be False: the weights"),
     ({"x": jnp.ones((T, D))}, "`x` of shape (40, 12) must have rank 3"),
     (
       {"x": jnp.ones((B, T, D), jnp.int32)},
