@@ -12,8 +12,9 @@ import sys
 import nsa_jax
 from jax._src import xla_bridge
 assert xla_bridge._backends == {}, xla_bridge._backends
-for name in ("pallas_kernels.triton", "jax.experimental.pallas"):
+for name in ("pallas_kernels.triton", "jax.experimental.pallas", "flax.nnx"):
   assert name not in sys.modules, name
+assert nsa_jax.nnx is sys.modules["nsa_jax.nnx"]
 """
 
 
@@ -49,6 +50,7 @@ def test_only_the_modules_of_flax_import_flax() -> None:
   }
   assert users == {
     "nsa_jax/layers/linen.py",
+    "nsa_jax/layers/nnx.py",
     "nsa_jax/models/linen.py",
     "nsa_jax/sampling.py",
   }

@@ -466,70 +466,70 @@ def test_nnx_recipe():
   )
 
 
-@pytest.mark.parametrize(
-  "fields, message",
-  [
-    ({"num_heads": 0}, "`num_heads`=0 must be at least 1."),
-    ({"num_heads": 4.0}, "`num_heads`=4.0 must be a static integer."),
-    ({"num_kv_heads": -1}, "`num_kv_heads`=-1 must be at least 1."),
-    (
-      {"num_kv_heads": 3},
-      "`num_heads`=4 must be a multiple of `num_kv_heads`=3.",
-    ),
-    ({"head_dim": 0}, "`head_dim`=0 must be at least 1."),
-    ({"head_dim": 7}, "`head_dim`=7 must be even: RoPE rotates pairs"),
-    ({"value_head_dim": 0}, "`value_head_dim`=0 must be at least 1."),
-    ({"config": None}, "`config`=None must be an NSAConfig."),
-    (
-      {"compression": "max"},
-      "`compression`='max' must be one of 'mean', 'weighted', 'linear', 'mlp'.",
-    ),
-    ({"share_kv": 1}, "`share_kv`=1 must be True or False."),
-    (
-      {"rope_compressed": None},
-      "`rope_compressed`=None must be one of 'block', 'tokens', 'none'.",
-    ),
-    ({"rope": 10_000.0}, "`rope`=10000.0 must be a RopeConfig or None."),
-    (
-      {"branches": "window"},
-      "`branches`='window' must be a sequence of one or more of 'compressed', "
-      "'selected', 'window'.",
-    ),
-    ({"branches": ()}, "`branches`=() must be a sequence of one or more of"),
-    ({"branches": ("window", "all")}, "`branches`=('window', 'all') must be"),
-    ({"branches": 2 * ["window"]}, "`branches`=['window', 'window'] must be"),
-    ({"branches": [{}]}, "`branches`=[{}] must be a sequence of one or more"),
-    ({"normalize_qk": "yes"}, "`normalize_qk`='yes' must be True or False."),
-    ({"dtype": "int32"}, "`dtype`='int32' must be a floating-point dtype."),
-    ({"dtype": "f33"}, "`dtype`='f33' must be a floating-point dtype."),
-    (
-      {"param_dtype": None},
-      "`param_dtype`=None must be a floating-point dtype.",
-    ),
-    (
-      {"kernel_init": "zeros"},
-      "`kernel_init`='zeros' must be an initialiser function.",
-    ),
-    ({"use_bias": None}, "`use_bias`=None must be True or False."),
-    ({"implementation": "cuda"}, "`implementation`='cuda' must be None, one"),
-    ({"decode": 1}, "`decode`=1 must be True or False."),
-    ({"max_append": 0}, "`max_append`=0 must be at least 1."),
-    (
-      {"qkv_features": 24},
-      "`qkv_features`=24 must be `num_heads` * `head_dim`=32, or None.",
-    ),
-    (
-      {"qkv_features": 6, "head_dim": None},
-      "`qkv_features`=6 must be a multiple of `num_heads`=4, or `head_dim`",
-    ),
-    ({"out_features": 0}, "`out_features`=0 must be at least 1."),
-    ({"bias_init": 0}, "`bias_init`=0 must be an initialiser function."),
-    ({"out_kernel_init": 0}, "`out_kernel_init`=0 must be an initialiser"),
-    ({"dropout_rate": 0.1}, "`dropout_rate`=0.1 must be 0: the weights are"),
-    ({"attention_fn": len}, "must be None: `implementation` chooses the"),
-    ({"out_dot_general": len}, "must be None: `precision`, `dtype` and"),
-  ],
-)
+ATTRIBUTE_MESSAGES: list[Any] = [
+  ({"num_heads": 0}, "`num_heads`=0 must be at least 1."),
+  ({"num_heads": 4.0}, "`num_heads`=4.0 must be a static integer."),
+  ({"num_kv_heads": -1}, "`num_kv_heads`=-1 must be at least 1."),
+  (
+    {"num_kv_heads": 3},
+    "`num_heads`=4 must be a multiple of `num_kv_heads`=3.",
+  ),
+  ({"head_dim": 0}, "`head_dim`=0 must be at least 1."),
+  ({"head_dim": 7}, "`head_dim`=7 must be even: RoPE rotates pairs"),
+  ({"value_head_dim": 0}, "`value_head_dim`=0 must be at least 1."),
+  ({"config": None}, "`config`=None must be an NSAConfig."),
+  (
+    {"compression": "max"},
+    "`compression`='max' must be one of 'mean', 'weighted', 'linear', 'mlp'.",
+  ),
+  ({"share_kv": 1}, "`share_kv`=1 must be True or False."),
+  (
+    {"rope_compressed": None},
+    "`rope_compressed`=None must be one of 'block', 'tokens', 'none'.",
+  ),
+  ({"rope": 10_000.0}, "`rope`=10000.0 must be a RopeConfig or None."),
+  (
+    {"branches": "window"},
+    "`branches`='window' must be a sequence of one or more of 'compressed', "
+    "'selected', 'window'.",
+  ),
+  ({"branches": ()}, "`branches`=() must be a sequence of one or more of"),
+  ({"branches": ("window", "all")}, "`branches`=('window', 'all') must be"),
+  ({"branches": 2 * ["window"]}, "`branches`=['window', 'window'] must be"),
+  ({"branches": [{}]}, "`branches`=[{}] must be a sequence of one or more"),
+  ({"normalize_qk": "yes"}, "`normalize_qk`='yes' must be True or False."),
+  ({"dtype": "int32"}, "`dtype`='int32' must be a floating-point dtype."),
+  ({"dtype": "f33"}, "`dtype`='f33' must be a floating-point dtype."),
+  (
+    {"param_dtype": None},
+    "`param_dtype`=None must be a floating-point dtype.",
+  ),
+  (
+    {"kernel_init": "zeros"},
+    "`kernel_init`='zeros' must be an initialiser function.",
+  ),
+  ({"use_bias": None}, "`use_bias`=None must be True or False."),
+  ({"implementation": "cuda"}, "`implementation`='cuda' must be None, one"),
+  ({"decode": 1}, "`decode`=1 must be True or False."),
+  ({"max_append": 0}, "`max_append`=0 must be at least 1."),
+  (
+    {"qkv_features": 24},
+    "`qkv_features`=24 must be `num_heads` * `head_dim`=32, or None.",
+  ),
+  (
+    {"qkv_features": 6, "head_dim": None},
+    "`qkv_features`=6 must be a multiple of `num_heads`=4, or `head_dim`",
+  ),
+  ({"out_features": 0}, "`out_features`=0 must be at least 1."),
+  ({"bias_init": 0}, "`bias_init`=0 must be an initialiser function."),
+  ({"out_kernel_init": 0}, "`out_kernel_init`=0 must be an initialiser"),
+  ({"dropout_rate": 0.1}, "`dropout_rate`=0.1 must be 0: the weights are"),
+  ({"attention_fn": len}, "must be None: `implementation` chooses the"),
+  ({"out_dot_general": len}, "must be None: `precision`, `dtype` and"),
+]
+
+
+@pytest.mark.parametrize("fields, message", ATTRIBUTE_MESSAGES)
 def test_attribute_messages(fields, message):
   with pytest.raises(ValueError, match=re.escape(message)):
     _layer(**fields)
@@ -612,42 +612,42 @@ def test_odd_head_dim_without_rope():
   assert out.shape == (B, T, D)
 
 
-@pytest.mark.parametrize(
-  "arguments, message",
-  [
-    ({"inputs_k": 1}, "`inputs_k` must be None or `x` itself: causal"),
-    ({"inputs_v": 1}, "`inputs_v` must be None or `x` itself: causal"),
-    (
-      {"mask": np.ones((B, 1, T, T))},
-      f"`mask` of shape ({B}, 1, {T}, {T}) must be None or exactly causal, ",
-    ),
-    ({"mask": np.tri(T - 1)}, "`mask` of shape (39, 39) must be None or exact"),
-    ({"mask": "causal"}, "`mask`='causal' is no array and cannot be read. It"),
-    ({"sow_weights": True}, "`sow_weights`=True must be False: the weights"),
-    ({"x": jnp.ones((T, D))}, "`x` of shape (40, 12) must have rank 3"),
-    (
-      {"x": jnp.ones((B, T, D), jnp.int32)},
-      "`x` of dtype int32 must have a floating-point dtype",
-    ),
-    (
-      {"positions": jnp.zeros((T,), jnp.int32)},
-      "`positions` of shape (40,) must have rank 2",
-    ),
-    (
-      {"segment_ids": jnp.ones((B, T))},
-      "`segment_ids` of dtype float32 must have an integer dtype.",
-    ),
-    (
-      {"segment_ids": np.r_[np.ones(5, int), np.full(T - 5, 2)][None]},
-      "`segment_ids` of shape (1, 40) must have shape (2, 40)",
-    ),
-    (
-      {"segment_ids": np.tile(np.r_[[1] * 5, [2] * (T - 5)], (B, 1))},
-      "`segment_ids` starts segment 2 of row 0 at position 5; starts must be "
-      "multiples of `selection_block`=8.",
-    ),
-  ],
-)
+CALL_MESSAGES: list[Any] = [
+  ({"inputs_k": 1}, "`inputs_k` must be None or `x` itself: causal"),
+  ({"inputs_v": 1}, "`inputs_v` must be None or `x` itself: causal"),
+  (
+    {"mask": np.ones((B, 1, T, T))},
+    f"`mask` of shape ({B}, 1, {T}, {T}) must be None or exactly causal, ",
+  ),
+  ({"mask": np.tri(T - 1)}, "`mask` of shape (39, 39) must be None or exact"),
+  ({"mask": "causal"}, "`mask`='causal' is no array and cannot be read. It"),
+  ({"sow_weights": True}, "`sow_weights`=True must be False: the weights"),
+  ({"x": jnp.ones((T, D))}, "`x` of shape (40, 12) must have rank 3"),
+  (
+    {"x": jnp.ones((B, T, D), jnp.int32)},
+    "`x` of dtype int32 must have a floating-point dtype",
+  ),
+  (
+    {"positions": jnp.zeros((T,), jnp.int32)},
+    "`positions` of shape (40,) must have rank 2",
+  ),
+  (
+    {"segment_ids": jnp.ones((B, T))},
+    "`segment_ids` of dtype float32 must have an integer dtype.",
+  ),
+  (
+    {"segment_ids": np.r_[np.ones(5, int), np.full(T - 5, 2)][None]},
+    "`segment_ids` of shape (1, 40) must have shape (2, 40)",
+  ),
+  (
+    {"segment_ids": np.tile(np.r_[[1] * 5, [2] * (T - 5)], (B, 1))},
+    "`segment_ids` starts segment 2 of row 0 at position 5; starts must be "
+    "multiples of `selection_block`=8.",
+  ),
+]
+
+
+@pytest.mark.parametrize("arguments, message", CALL_MESSAGES)
 def test_call_messages(arguments, message):
   layer, params, _ = _setup()
   with pytest.raises(ValueError, match=re.escape(message)):

@@ -6,6 +6,7 @@ which have one value only, and where to turn for the others. Nothing here knows
 Flax; how a layer computes is in `core`.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -13,7 +14,9 @@ import jax
 import numpy as np
 
 from nsa_jax import _checks
+from nsa_jax.config import AttentionConfig
 from nsa_jax.layers.core import Attended
+from nsa_jax.sharding import decoding_layout
 from nsa_jax.typing import Array
 
 Initializer = Callable[..., Any]
@@ -122,6 +125,32 @@ def head_sizes(
       "`head_dim` be given."
     )
   return num_kv_heads, total // num_heads
+
+
+# Fields of `AttentionConfig` that have another name in the layer.
+_FIELDS = {"nsa": "config"}
+
+
+def layer_fields(config: AttentionConfig) -> dict[str, Any]:
+  """The options as keyword arguments of `NativeSparseAttention`."""
+  return {
+    _FIELDS.get(field.name, field.name): getattr(config, field.name)
+    for field in dataclasses.fields(AttentionConfig)
+  }
+
+
+def attention_fields(layer: Any) -> dict[str, Any]:
+  """The inverse: arguments of `AttentionConfig` from a layer's attributes."""
+  names = (field.name for field in dataclasses.fields(AttentionConfig))
+  return {name: getattr(layer, _FIELDS.get(name, name)) for name in names}
+
+
+def of_call(config: AttentionConfig, decode: bool) -> AttentionConfig:
+  """The options of a call: tokens that go to a cache are not split."""
+  if not decode:
+    return config
+  layout = decoding_layout(config.layout)
+  return dataclasses.replace(config, layout=layout)
 
 
 def check_features(name: str, value: Any) -> None:

@@ -1,6 +1,5 @@
 """Flax (linen) attention layers: the parameters for `core`."""
 
-import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, get_args
@@ -20,7 +19,7 @@ from nsa_jax.config import (
 from nsa_jax.layers import arguments, core
 from nsa_jax.partitioning import parameter_axes
 from nsa_jax.rope import RopeConfig
-from nsa_jax.sharding import Layout, decoding_layout, dot_general
+from nsa_jax.sharding import Layout, dot_general
 from nsa_jax.typing import (
   BRANCHES,
   Array,
@@ -178,8 +177,7 @@ class NativeSparseAttention(nn.Module):
     self, features: int | None = None, unknown_head_dim: int | None = None
   ) -> AttentionConfig:
     """`attention` for an input of so many features."""
-    names = (field.name for field in dataclasses.fields(AttentionConfig))
-    options = {name: getattr(self, _FIELDS.get(name, name)) for name in names}
+    options = arguments.attention_fields(self)
     kv_heads, head_dim = arguments.head_sizes(
       self.num_heads,
       self.num_kv_heads,
@@ -189,9 +187,7 @@ class NativeSparseAttention(nn.Module):
     )
     options["num_kv_heads"] = kv_heads
     options["head_dim"] = unknown_head_dim if head_dim is None else head_dim
-    if self.decode:
-      options["layout"] = decoding_layout(self.layout)
-    return AttentionConfig(**options)
+    return arguments.of_call(AttentionConfig(**options), self.decode)
 
   def _initializers(self) -> arguments.Initializers:
     return arguments.initializers(
@@ -297,18 +293,6 @@ class NativeSparseAttention(nn.Module):
     return attended.out
 
 
-# Fields of `AttentionConfig` that have another name in the layer.
-_FIELDS = {"nsa": "config"}
-
-
-def layer_fields(config: AttentionConfig) -> dict[str, Any]:
-  """The options as keyword arguments of `NativeSparseAttention`."""
-  return {
-    _FIELDS.get(field.name, field.name): getattr(config, field.name)
-    for field in dataclasses.fields(AttentionConfig)
-  }
-
-
 class DenseAttention(nn.Module):
   """Full or window attention, the baselines.
 
@@ -342,10 +326,7 @@ class DenseAttention(nn.Module):
     prefix_length: int | None = None,
   ) -> Array:
     """Attends causally within segments, [B, T, D] to [B, T, D]."""
-    config = self.config
-    if self.decode:
-      layout = decoding_layout(config.layout)
-      config = dataclasses.replace(config, layout=layout)
+    config = arguments.of_call(self.config, self.decode)
     x = _checks.layer_input(x)
     check_width(self, x)
     dense = functools.partial(

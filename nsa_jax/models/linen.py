@@ -15,10 +15,10 @@ import jax
 import numpy as np
 
 from nsa_jax import _checks
+from nsa_jax.layers import arguments
 from nsa_jax.layers.linen import (
   DenseAttention,
   NativeSparseAttention,
-  layer_fields,
   named,
   projection_options,
   rms_norm,
@@ -291,5 +291,5 @@ class TransformerBlock(nn.Module):
       "name": "attention",
     }
     if self.kind == "nsa":
-      return NativeSparseAttention(**layer_fields(config), **call)
+      return NativeSparseAttention(**arguments.layer_fields(config), **call)
     return DenseAttention(config, self.kind, **call)
