@@ -15,6 +15,7 @@ from nsa_jax.layers.nnx import (
   from_linen,
   to_linen,
 )
+from nsa_jax.models.nnx import TransformerBlock, TransformerLM, unstack_layers
 
 __all__ = [
   "Attention",
@@ -22,6 +23,9 @@ __all__ = [
   "DenseAttention",
   "Inspect",
   "NativeSparseAttention",
+  "TransformerBlock",
+  "TransformerLM",
   "from_linen",
   "to_linen",
+  "unstack_layers",
 ]

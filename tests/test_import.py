@@ -52,6 +52,7 @@ def test_only_the_modules_of_flax_import_flax() -> None:
     "nsa_jax/layers/linen.py",
     "nsa_jax/layers/nnx.py",
     "nsa_jax/models/linen.py",
+    "nsa_jax/models/nnx.py",
     "nsa_jax/sampling.py",
   }
 
