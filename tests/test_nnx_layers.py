@@ -233,7 +233,7 @@ def test_decoding_has_the_same_bits(view):
   assert_same_bits(nnx.to_pure_dict(nnx.state(ours, nnx.Cache)), held)
 
   @functools.partial(jax.jit, static_argnames="prefix_length")
-  def want(held, x, ids, prefix_length=None):
+  def want(params, held, x, ids, prefix_length=None):
     out, new = layer.apply(
       {"params": params, "cache": held},
       x,
@@ -253,7 +253,7 @@ def test_decoding_has_the_same_bits(view):
   for size, counts, prefix in calls:
     new = x[np.arange(B)[:, None], at[:, None] + np.arange(size)]
     ids = (np.arange(size) < np.array(counts)[:, None]).astype(np.int32)
-    out, held = want(held, new, ids, prefix_length=prefix)
+    out, held = want(params, held, new, ids, prefix_length=prefix)
     assert_same_bits(got(ours, new, ids, prefix_length=prefix), out)
     assert_same_bits(nnx.to_pure_dict(nnx.state(ours, nnx.Cache)), held)
     at += counts

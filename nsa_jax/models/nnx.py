@@ -141,19 +141,10 @@ class TransformerLM(nnx.Module):
       return block(x, *where, prefix_length=prefix_length, decode=decode)
 
     if config.remat != "none" and not decode:
-      run = nnx.remat(
-        run,
-        prevent_cse=decoder.prevent_cse(config),
-        policy=remat_policy(config.remat),
-      )
+      policy = remat_policy(config.remat)
+      run = _remat(run, prevent_cse=decoder.prevent_cse(config), policy=policy)
     if config.scan_layers:
-      run = nnx.scan(
-        run,
-        in_axes=(0, nnx.Carry, None),
-        out_axes=nnx.Carry,
-        length=config.num_layers,
-        transform_metadata=_LAYERS,
-      )
+      run = _scan(run)
     for name in decoder.blocks(config):
       x = run(getattr(self, name), x, where)
     return x
@@ -259,9 +250,55 @@ class TransformerBlock(nnx.Module):
         self.attention_norm,
         {name: getattr(self, name) for name in names},
       ),
-      remat=nnx.remat,
+      remat=_remat,
       decode=decode,
     )
+
+
+# The transforms of nnx write all variables back, and so refuse a model that a
+# function has closed over, as in `jax.jit(model)`. These write back what can
+# have changed: decode caches and what is captured, but no parameters.
+
+_CHANGING = nnx.Not(nnx.Param)
+
+
+def _remat(run, **options):
+  """`jax.checkpoint` of `run(modules, *arrays)`."""
+
+  def recomputed(modules, *arrays):
+    graph, params, *rest = nnx.split(modules, nnx.Param, ...)
+
+    def pure(params, rest, arrays):
+      own = nnx.merge(graph, params, *rest)
+      return run(own, *arrays), nnx.state(own, _CHANGING)
+
+    out, changed = jax.checkpoint(pure, **options)(params, rest, arrays)
+    _write_back(modules, changed)
+    return out
+
+  return recomputed
+
+
+def _scan(run):
+  """A scan of `run(block, x, where)` over stacked blocks, with the carry x."""
+
+  def scanned(blocks, x, where):
+    graph, *states = nnx.split(blocks, nnx.Param, ...)
+
+    def body(x, states):
+      block = nnx.merge(graph, *states)
+      return run(block, x, where), nnx.state(block, _CHANGING)
+
+    x, changed = jax.lax.scan(body, x, states)
+    _write_back(blocks, changed)
+    return x
+
+  return scanned
+
+
+def _write_back(modules, changed):
+  if jax.tree.leaves(changed):
+    nnx.update(modules, changed)
 
 
 def _make_block(config, kind, max_append, rngs):
