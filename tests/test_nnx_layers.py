@@ -358,7 +358,7 @@ def test_attribute_messages(fields, message):
     ({"in_kv_features": 3}, "`in_kv_features`=3 must be None: the attention"),
     (
       {"head_dim": None, "in_features": 10},
-      "`head_dim`=None and D=10 must be a multiple of `num_heads`=4, or",
+      "`in_features`=10 must be a multiple of `num_heads`=4, or",
     ),
   ],
 )

@@ -327,8 +327,8 @@ def test_call_messages(arguments, message):
     (
       lambda m: nsa_nnx.TransformerLM(
         m.config,
-        decode=1,
-        rngs=nnx.Rngs(0),  # type: ignore
+        decode=1,  # type: ignore
+        rngs=nnx.Rngs(0),
       ),
       "`decode`=1 must be True or False.",
     ),

@@ -7,7 +7,7 @@ Flax; how a layer computes is in `core`.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -88,6 +88,7 @@ def head_sizes(
   head_dim: Any,
   qkv_features: Any,
   features: int | None,
+  name: str = "`in_features`",
 ) -> tuple[int, int | None]:
   """Resolves K, and H from the features of all heads or of the input.
 
@@ -97,6 +98,7 @@ def head_sizes(
     head_dim: H, or None.
     qkv_features: N H, or None.
     features: D, from which H follows without both; None if it is not known yet.
+    name: of D in messages.
 
   Returns:
     (K, H), where H is None if nothing tells it.
@@ -116,7 +118,7 @@ def head_sizes(
     return num_kv_heads, head_dim
   total, what = qkv_features, "`qkv_features`"
   if total is None:
-    total, what = features, "`head_dim`=None and D"
+    total, what = features, name
   if total is None:
     return num_kv_heads, None
   if total % num_heads:
@@ -153,10 +155,22 @@ def of_call(config: AttentionConfig, decode: bool) -> AttentionConfig:
   return dataclasses.replace(config, layout=layout)
 
 
-def check_features(name: str, value: Any) -> None:
-  """Checks a width that may be None."""
-  if value is not None:
-    _checks.static_int(name, value, 1)
+def output_width(out_features: Any, features: int) -> int:
+  """Features of the output: D without `out_features`."""
+  if out_features is None:
+    return features
+  return _checks.static_int("out_features", out_features, 1)
+
+
+def cache_sizes(value: Any, letters: str) -> tuple[int, ...]:
+  """Checks the `input_shape` of a cache with so many sizes."""
+  if (
+    isinstance(value, Sequence)
+    and not isinstance(value, str)
+    and len(value) == letters.count(",") + 1
+  ):
+    return tuple(_checks.static_int("input_shape", size, 1) for size in value)
+  raise ValueError(f"`input_shape`={_checks.show(value)} must be {letters}.")
 
 
 def check_initializer(name: str, value: Any, entry: str = "") -> None:

@@ -161,7 +161,7 @@ class NativeSparseAttention(nn.Module):
     self._options(unknown_head_dim=2)
     _checks.flag("use_bias", self.use_bias)
     _checks.static_int("max_append", self.max_append, 1)
-    arguments.check_features("out_features", self.out_features)
+    arguments.output_width(self.out_features, 1)
     self._initializers()
     _checks.precision(self.precision)
     fixed = arguments.FIXED & set(self.__dataclass_fields__)
@@ -184,6 +184,7 @@ class NativeSparseAttention(nn.Module):
       self.head_dim,
       self.qkv_features,
       features,
+      "D of `x`",
     )
     options["num_kv_heads"] = kv_heads
     options["head_dim"] = unknown_head_dim if head_dim is None else head_dim
@@ -264,7 +265,7 @@ class NativeSparseAttention(nn.Module):
     )
     decoding = begin_decoding(self, x, segment_ids, prefix_length)
     inits = self._initializers()
-    out_width = width if self.out_features is None else self.out_features
+    out_width = arguments.output_width(self.out_features, width)
     parts = _parts(config, "nsa", dense, out_width, inits)
     for name in core.COMPRESSIONS:
       parts[name] = CompressBlocks(

@@ -14,6 +14,7 @@ from flax.typing import Dtype, Initializer, PrecisionLike
 from jax import lax
 
 from nsa_jax import _checks
+from nsa_jax.cache.state import check_batch
 from nsa_jax.config import (
   AttentionConfig,
   NSAConfig,
@@ -82,11 +83,11 @@ class Attention(nnx.Module):
     """Makes the parameters that `core` names."""
     self.attention, self.kind = config, kind
     self.in_features = _checks.static_int("in_features", in_features, 1)
-    arguments.check_features("out_features", out_features)
-    self.out_features = out_features or self.in_features
-    self.decode = False if decode is None else decode
-    _checks.flag("decode", self.decode)
+    self.out_features = arguments.output_width(out_features, self.in_features)
+    decode = False if decode is None else decode
+    _checks.flag("decode", decode)
     _checks.flag("use_bias", use_bias)
+    self.decode = decode
     self.max_append = _checks.static_int("max_append", max_append, 1)
     _checks.precision(precision)
     _checks.instance("rngs", rngs, nnx.Rngs)
@@ -127,16 +128,17 @@ class Attention(nnx.Module):
     prefix_length: int | None,
     decode: bool | None,
     return_block_ids: bool,
+    name: str = "x",
   ) -> core.Attended:
     """What both kinds of layers do, with the new cache stored."""
-    arguments.check_width("x", x, self.in_features)
+    arguments.check_width(name, x, self.in_features)
     decode = self.decode if decode is None else decode
     _checks.flag("decode", decode)
     config = arguments.of_call(self.attention, decode)
     call: dict[str, Any] = {
       "positions": positions,
       "segment_ids": segment_ids,
-      "decoding": self._decoding(x, segment_ids, prefix_length, decode),
+      "decoding": self._decoding(x, segment_ids, prefix_length, decode, name),
     }
     parts = self._parts(config)
     if self.kind == "nsa":
@@ -148,13 +150,14 @@ class Attention(nnx.Module):
       self.kv.set_value(attended.cache)
     return attended
 
-  def _decoding(self, x, segment_ids, prefix_length, decode):
+  def _decoding(self, x, segment_ids, prefix_length, decode, name):
     prefix_length = arguments.check_prefix_length(prefix_length, decode)
     if not decode:
       return None
     if self.kv is None:
       raise ValueError("`decode`=True needs a cache: call `init_cache` first.")
     held = self.kv.get_value()
+    check_batch(name, x, held)
     return core.begin_decoding(held, x, segment_ids, prefix_length)
 
   def init_cache(
@@ -171,14 +174,11 @@ class Attention(nnx.Module):
       ValueError: if an argument does not fit.
     """
     config = self.attention
-    if not isinstance(input_shape, Sequence) or len(input_shape) != 3:
-      raise ValueError(
-        f"`input_shape`={_checks.show(input_shape)} must be (B, capacity, D)."
-      )
-    batch, capacity, width = input_shape
+    sizes = arguments.cache_sizes(input_shape, "(B, capacity, D)")
+    batch, capacity, width = sizes
     if width != self.in_features:
       raise ValueError(
-        f"`input_shape`={tuple(input_shape)} must end with D="
+        f"`input_shape`={sizes} must end with D="
         f"{self.in_features}, as the parameters have."
       )
     if dtype is None:
@@ -401,13 +401,12 @@ class NativeSparseAttention(Attention):
     x = arguments.check_call(
       "inputs_q", inputs_q, inputs_k, inputs_v, mask, sow_weights
     )
-    arguments.check_width("inputs_q", x, self.in_features)
     _checks.flag("is_causal", is_causal)
     if not is_causal:
       raise ValueError("`is_causal`=False must be True: causal only.")
     asked = [name for name in _COLLECTIONS if _captured(self, name)]
     attended = self._attend(
-      x, positions, segment_ids, prefix_length, decode, bool(asked)
+      x, positions, segment_ids, prefix_length, decode, bool(asked), "inputs_q"
     )
     done = set[str]()
     for name in asked:

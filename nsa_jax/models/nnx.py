@@ -158,13 +158,10 @@ class TransformerLM(nnx.Module):
     Raises:
       ValueError: if an argument does not fit.
     """
-    if not isinstance(input_shape, Sequence) or len(input_shape) != 2:
-      raise ValueError(
-        f"`input_shape`={_checks.show(input_shape)} must be (B, capacity)."
-      )
+    sizes = arguments.cache_sizes(input_shape, "(B, capacity)")
     for _, layer in nnx.iter_modules(self):
       if isinstance(layer, Attention):
-        layer.init_cache((*input_shape, layer.in_features))
+        layer.init_cache((*sizes, layer.in_features))
 
   def set_view(self, decode: bool | None = None) -> None:
     """What `nnx.view` changes here; the layers have more, such as the cache.
