@@ -26,7 +26,7 @@ PAGES = [
   *sorted(DOCS.rglob("*.md")),
 ]
 # Pages whose blocks go on from one another.
-NOTEBOOKS = ("docs/inside-a-model.md",)
+NOTEBOOKS = ("docs/inside-a-model.md", "docs/nnx.md")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 
@@ -70,6 +70,7 @@ SHORT = {
     " --max-bytes=200000 --eval-batches=1 --sample-tokens=2"
   ),
   "generate.py": "--max-new-tokens=8",
+  "train_nnx.py": "--steps=2",
 }
 
 

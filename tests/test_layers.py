@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 import nsa_jax
 from nsa_jax import AttentionConfig, NSAConfig
@@ -437,33 +436,6 @@ def test_partitioned_over_devices():
   _, _, apply = _setup()
   host = jax.device_get(nn.meta.unbox(params))
   np.testing.assert_allclose(got, apply(host, _x()), atol=1e-5)
-
-
-def test_nnx_recipe():
-  linen, _, apply = _setup(compression="mean", share_kv=True)
-  model = nnx.bridge.ToNNX(linen, rngs=nnx.Rngs(0))
-  model = nnx.bridge.lazy_init(model, _x())
-
-  @nnx.jit
-  def out_and_grads(model, x):
-    def loss(model):
-      out = model(x)
-      return jnp.sum(jnp.sin(out)), out
-
-    grads, out = nnx.grad(loss, has_aux=True)(model)
-    return out, grads
-
-  out, grads = out_and_grads(model, _x())
-  params = {"params": nnx.to_pure_dict(nnx.state(model, nnx.Param))}
-  np.testing.assert_allclose(out, apply(params, _x()), atol=1e-5)
-  want = jax.jit(
-    jax.grad(lambda params: jnp.sum(jnp.sin(linen.apply(params, _x()))))
-  )(params)
-  jax.tree.map(
-    lambda g, w: np.testing.assert_allclose(g, w, atol=1e-4),
-    nnx.to_pure_dict(grads),
-    want["params"],
-  )
 
 
 ATTRIBUTE_MESSAGES: list[Any] = [
