@@ -70,7 +70,6 @@ SHORT = {
     " --max-bytes=200000 --eval-batches=1 --sample-tokens=2"
   ),
   "generate.py": "--max-new-tokens=8",
-  "train_nnx.py": "--steps=2",
 }
 
 
