@@ -7,7 +7,6 @@ linen, and the same parameters give the same numbers.
 """
 
 from nsa_jax.layers.nnx import (
-  Attention,
   CompressBlocks,
   DenseAttention,
   Inspect,
@@ -15,15 +14,13 @@ from nsa_jax.layers.nnx import (
   from_linen,
   to_linen,
 )
-from nsa_jax.models.nnx import TransformerBlock, TransformerLM, unstack_layers
+from nsa_jax.models.nnx import TransformerLM, unstack_layers
 
 __all__ = [
-  "Attention",
   "CompressBlocks",
   "DenseAttention",
   "Inspect",
   "NativeSparseAttention",
-  "TransformerBlock",
   "TransformerLM",
   "from_linen",
   "to_linen",

@@ -5,6 +5,10 @@ import pathlib
 import subprocess
 import sys
 
+import pytest
+
+import nsa_jax
+
 ROOT = pathlib.Path(__file__).parents[1]
 
 SCRIPT = """
@@ -27,6 +31,12 @@ def test_import_creates_no_backend_and_imports_no_pallas() -> None:
     check=False,
   )
   assert done.returncode == 0, done.stderr
+
+
+def test_other_names_are_missing() -> None:
+  """Though some modules are imported on demand."""
+  with pytest.raises(AttributeError, match="'nsa_jax' has no attribute 'mlx'"):
+    nsa_jax.mlx  # noqa: B018
 
 
 def _imports(path: pathlib.Path) -> set[str]:

@@ -101,9 +101,8 @@ def test_phi_has_the_same_bits(kind):
   assert_same_bits(got, want)
 
 
-@pytest.mark.parametrize(
-  "kind", ["window", pytest.param("full", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow  # The tests of the model have it, too.
+@pytest.mark.parametrize("kind", ["window", "full"])
 def test_dense_attention_has_the_same_bits(kind):
   config = nsa_jax.AttentionConfig(
     num_heads=4, num_kv_heads=2, head_dim=8, nsa=CONFIG, normalize_qk=True
@@ -199,6 +198,7 @@ def test_an_optimizer_trains_it():
   assert losses[-1] < 0.8 * losses[0]
 
 
+@pytest.mark.slow
 def test_initial_values_are_those_of_linen():
   """The same initialisers: as wide, and the same where they are constant."""
   want = twin._layer().init(jax.random.key(0), twin._x())["params"]
@@ -215,9 +215,8 @@ def test_initial_values_are_those_of_linen():
 # --------------------------------------------------------------------- decoding
 
 
-@pytest.mark.parametrize(
-  "view", [False, pytest.param(True, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow  # The tests of the model have it, too.
+@pytest.mark.parametrize("view", [False, True])
 def test_decoding_has_the_same_bits(view):
   """A ragged prompt, single tokens, and a prefix known when tracing."""
   layer, params, ours = pair()

@@ -945,6 +945,7 @@ def _public_names() -> set[str]:
   """What `__all__` lists and what the pages of the reference show."""
   names = {f"nsa_jax.{name}" for name in nsa_jax.__all__}
   names |= {f"nsa_jax.cache.{name}" for name in cache.__all__}
+  names |= {f"nsa_jax.nnx.{name}" for name in nsa_nnx.__all__}
   for page in (pathlib.Path(__file__).parents[1] / "docs/api").glob("*.md"):
     names |= set(re.findall(r"^::: (nsa_jax\S+)", page.read_text(), re.M))
   for name, value in vars(core).items():

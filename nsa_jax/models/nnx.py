@@ -328,7 +328,7 @@ def unstack_layers(model: TransformerLM) -> TransformerLM:
     >>> import nsa_jax
     >>> from flax import nnx
     >>> config = nsa_jax.TransformerConfig.preset(
-    ...   "tiny", num_layers=2, model_dim=16, scan_layers=True
+    ...   "tiny", num_layers=2, attention="window", scan_layers=True
     ... )
     >>> make = nnx.jit(lambda: nsa_jax.nnx.TransformerLM(
     ...   config, rngs=nnx.Rngs(0)
