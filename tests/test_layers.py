@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import inspect
 import re
 from typing import Any
 
@@ -568,12 +569,28 @@ def test_initialisers_of_out_and_biases():
       assert (module["bias"] == 3 + own).all()
 
 
+def test_every_argument_of_flax_attention_is_known():
+  dense = nn.MultiHeadDotProductAttention
+  fields = {field.name for field in dataclasses.fields(dense)}
+  ours = {field.name for field in dataclasses.fields(NativeSparseAttention)}
+  assert fields <= ours
+  call, own = (
+    set(inspect.signature(kind.__call__).parameters)
+    for kind in (dense, NativeSparseAttention)
+  )
+  assert call - own == {"inputs_q"}  # It is `x` here.
+
+
 def test_what_says_the_same_in_a_call():
   _, params, apply = _setup()
   layer, x = _layer(deterministic=True, dropout_rate=0), _x()
-  for mask in (nn.make_causal_mask(x[..., 0]), np.tri(T), np.tri(T) > 0):
-    out = layer.apply(params, x, x, x, mask=mask, deterministic=True)
-    np.testing.assert_allclose(out, apply(params, x), atol=1e-5)
+  call = functools.partial(layer.apply, params, deterministic=True)
+  mask = nn.make_causal_mask(x[..., 0])
+  out = jax.jit(lambda x: call(x, x, x, mask=mask))(x)
+  np.testing.assert_allclose(out, apply(params, x), atol=1e-5)
+  for mask in (np.tri(T), np.tri(T) > 0):
+    out = jax.eval_shape(lambda x, mask=mask: call(x, mask=mask), x)
+    assert out.shape == x.shape
   with pytest.raises(ValueError, match=r"^`mask`=.* is traced and cannot be"):
     jax.eval_shape(lambda mask: layer.apply(params, x, mask=mask), np.tri(T))
 

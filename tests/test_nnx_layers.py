@@ -1,6 +1,8 @@
 """Layers of nnx: the same bits as linen's, in every transform of nnx."""
 
+import dataclasses
 import functools
+import inspect
 import re
 from typing import Any
 
@@ -14,7 +16,7 @@ from flax import nnx
 import nsa_jax
 from nsa_jax import cache
 from nsa_jax import nnx as nsa_nnx
-from nsa_jax.layers import linen
+from nsa_jax.layers import arguments, linen
 from tests import test_layers as twin
 from tests.helpers import assert_same_bits
 from tests.test_layers import CONFIG, B, D, T
@@ -355,6 +357,7 @@ def test_attribute_messages(fields, message):
     ({"in_features": 0}, "`in_features`=0 must be at least 1."),
     ({"rngs": 0}, "`rngs`=0 must be a Rngs."),
     ({"in_kv_features": 3}, "`in_kv_features`=3 must be None: the attention"),
+    ({"kernel_metadata": {"a": 1}}, "must be None: `logical_axes` names the"),
     (
       {"head_dim": None, "in_features": 10},
       "`in_features`=10 must be a multiple of `num_heads`=4, or",
@@ -391,6 +394,10 @@ def test_call_messages(arguments, message):
     (
       lambda m, x: m(x, prefix_length=0),
       "`prefix_length`=0 needs `decode`=True.",
+    ),
+    (
+      lambda m, x: m(x, out_sharding="data"),
+      "`out_sharding`='data' must be None: `precision`, `dtype` and `layout`",
     ),
     (lambda m, x: m(x, decode="no"), "`decode`='no' must be True or False."),
     (
@@ -436,6 +443,19 @@ def test_more_messages(call, message):
     call(nnx.clone(ours), twin._x())
 
 
+def test_every_argument_of_flax_attention_is_known():
+  options = {x.name for x in dataclasses.fields(nsa_jax.AttentionConfig)}
+  for method, more in (
+    ("__init__", options | arguments.FIXED),
+    ("__call__", set()),
+  ):
+    dense, own = (
+      set(inspect.signature(getattr(kind, method)).parameters)
+      for kind in (nnx.MultiHeadAttention, nsa_nnx.NativeSparseAttention)
+    )
+    assert dense - own - more == set()
+
+
 def test_arguments_of_flax_attention():
   """What `nnx.MultiHeadAttention` takes and means the same."""
   dense = nnx.MultiHeadAttention(4, D, 16, 8, 2, rngs=nnx.Rngs(0), decode=False)
@@ -451,6 +471,7 @@ def test_arguments_of_flax_attention():
     deterministic=True,
     broadcast_dropout=False,
     keep_rngs=False,
+    in_kv_features=D,
     decode=None,
     rngs=nnx.Rngs(0),
   )

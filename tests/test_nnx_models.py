@@ -246,16 +246,21 @@ def test_orbax_checkpoints(tmp_path):
 # ----------------------------------------------------------------------- meshes
 
 
-def make_mesh() -> Any:
+def make_mesh(kind: str = "Auto") -> Any:
   return jax.make_mesh(
-    (4, 2), ("data", "heads"), axis_types=2 * (jax.sharding.AxisType.Auto,)
+    (4, 2),
+    ("data", "heads"),
+    axis_types=2 * (getattr(jax.sharding.AxisType, kind),),
   )
 
 
-@pytest.mark.parametrize("scan_layers", [True, slow(False)])
-def test_parameters_on_a_mesh(scan_layers):
+@pytest.mark.parametrize(
+  "scan_layers, kind",
+  [(True, "Auto"), slow(False, "Auto"), slow(True, "Explicit")],
+)
+def test_parameters_on_a_mesh(scan_layers, kind):
   """By rule, by metadata, and as flax puts them there."""
-  mesh, rules = make_mesh(), [*nsa_jax.PARAMETER_RULES.items()]
+  mesh, rules = make_mesh(kind), [*nsa_jax.PARAMETER_RULES.items()]
   config = twin._config(
     model_dim=16,
     mlp_dim=8,
@@ -285,9 +290,10 @@ def test_parameters_on_a_mesh(scan_layers):
 
 
 @pytest.mark.slow
-def test_training_on_a_mesh_as_on_one_device():
+@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+def test_training_on_a_mesh_as_on_one_device(kind):
   _, _, ours = pair(scan_layers=True, model_dim=16, mlp_dim=8)
-  mesh = make_mesh()
+  mesh = make_mesh(kind)
 
   @nnx.jit
   def loss_and_grads(model, tokens, labels):

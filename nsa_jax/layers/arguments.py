@@ -39,6 +39,10 @@ _OWN_FUNCTION = (
 )
 _OWN_PRODUCTS = "`precision`, `dtype` and `layout` say how products are taken."
 _OWN_INPUTS = "the attention is causal self-attention."
+_OWN_AXES = (
+  "`logical_axes` names the axes of parameters; initialisers by "
+  "`nnx.with_metadata` bring metadata of your own."
+)
 # Arguments of flax's layers by name: the values that say what happens here
 # anyway, and the way out for others. With None any value will do.
 _FIXED: dict[str, tuple[tuple[Any, ...] | None, str]] = {
@@ -64,6 +68,17 @@ _FIXED: dict[str, tuple[tuple[Any, ...] | None, str]] = {
       "qkv_sharding",
     ),
     ((None,), _OWN_PRODUCTS),
+  ),
+  **dict.fromkeys(
+    (
+      "kernel_metadata",
+      "out_kernel_metadata",
+      "bias_metadata",
+      "out_bias_metadata",
+      "query_ln_scale_metadata",
+      "key_ln_scale_metadata",
+    ),
+    ((None,), _OWN_AXES),
   ),
 }
 FIXED = frozenset(_FIXED)
@@ -226,27 +241,21 @@ def initializers(
 
 
 def check_call(
-  name: str,
-  x: Any,
-  inputs_k: Any,
-  inputs_v: Any,
-  mask: Any,
-  sow_weights: Any,
+  name: str, x: Any, others: Mapping[str, Any], mask: Any, sow_weights: Any
 ) -> Array:
   """Checks what a call of flax's attention may say beside its input.
 
   Args:
     name: of the input in messages.
     x: [B, T, D].
-    inputs_k: None, or the input itself.
-    inputs_v: None, or the input itself.
+    others: None, or the input itself, by the names of arguments.
     mask: None, or one that can be read and is exactly causal.
     sow_weights: False.
 
   Returns:
     x.
   """
-  for other, value in (("inputs_k", inputs_k), ("inputs_v", inputs_v)):
+  for other, value in others.items():
     if value is not None and value is not x:
       raise ValueError(
         f"`{other}` must be None or `{name}` itself: causal self-attention "

@@ -202,6 +202,7 @@ class NativeSparseAttention(nn.Module):
     inputs_k: Array | None = None,
     inputs_v: Array | None = None,
     *,
+    inputs_kv: Array | None = None,
     mask: Array | None = None,
     positions: Array | None = None,
     segment_ids: Array | None = None,
@@ -216,6 +217,7 @@ class NativeSparseAttention(nn.Module):
       x: [B, T, D].
       inputs_k: None, or x itself.
       inputs_v: None, or x itself.
+      inputs_kv: None, or x itself.
       mask: None, or exactly causal and known outside of `jax.jit`, such as
         `nn.make_causal_mask` makes: the attention is causal without it, and
         `segment_ids` masks padding and other segments.
@@ -244,7 +246,12 @@ class NativeSparseAttention(nn.Module):
       ValueError: if an argument does not fit.
     """
     del deterministic, dropout_rng
-    x = arguments.check_call("x", x, inputs_k, inputs_v, mask, sow_weights)
+    others = {
+      "inputs_k": inputs_k,
+      "inputs_v": inputs_v,
+      "inputs_kv": inputs_kv,
+    }
+    x = arguments.check_call("x", x, others, mask, sow_weights)
     check_width(self, x)
     width = x.shape[-1]
     config = self._options(width)

@@ -308,9 +308,11 @@ class NativeSparseAttention(Attention):
     **options: Any,
   ):
     check_config(config)
-    fixed = arguments.FIXED & set(options)
-    arguments.check_fixed({name: options.pop(name) for name in fixed})
     in_features = _checks.static_int("in_features", in_features, 1)
+    fixed = {name: options.pop(name) for name in arguments.FIXED & {*options}}
+    if fixed.get("in_kv_features") == in_features:
+      del fixed["in_kv_features"]
+    arguments.check_fixed(fixed)
     kv_heads, head_size = arguments.head_sizes(
       num_heads, num_kv_heads, head_dim, qkv_features, in_features
     )
@@ -369,6 +371,8 @@ class NativeSparseAttention(Attention):
     sow_weights: bool = False,
     decode: bool | None = None,
     is_causal: bool = True,
+    out_sharding: None = None,
+    qkv_sharding: None = None,
     positions: Array | None = None,
     segment_ids: Array | None = None,
     prefix_length: int | None = None,
@@ -387,6 +391,8 @@ class NativeSparseAttention(Attention):
       sow_weights: must be False; `gates` and `block_ids` are sown instead.
       decode: in place of the attribute.
       is_causal: must be True.
+      out_sharding: must be None; `layout` says how arrays are split.
+      qkv_sharding: must be None, likewise.
       positions: as in `nsa_jax.NativeSparseAttention`.
       segment_ids: as in `nsa_jax.NativeSparseAttention`.
       prefix_length: as in `nsa_jax.NativeSparseAttention`.
@@ -398,9 +404,11 @@ class NativeSparseAttention(Attention):
       ValueError: if an argument does not fit.
     """
     del deterministic, rngs
-    x = arguments.check_call(
-      "inputs_q", inputs_q, inputs_k, inputs_v, mask, sow_weights
+    arguments.check_fixed(
+      {"out_sharding": out_sharding, "qkv_sharding": qkv_sharding}
     )
+    others = {"inputs_k": inputs_k, "inputs_v": inputs_v}
+    x = arguments.check_call("inputs_q", inputs_q, others, mask, sow_weights)
     _checks.flag("is_causal", is_causal)
     if not is_causal:
       raise ValueError("`is_causal`=False must be True: causal only.")
