@@ -3,6 +3,9 @@
 Importing this package touches no device.
 """
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from nsa_jax import cache
 
 # Not in `__all__`: a star import would hide the standard library's.
@@ -40,6 +43,9 @@ from nsa_jax.rope import RopeConfig, apply_rope
 from nsa_jax.sampling import generate
 from nsa_jax.sharding import Layout, restore_zigzag, zigzag
 from nsa_jax.typing import KV, Implementation
+
+if TYPE_CHECKING:
+  from nsa_jax import nnx as nnx
 
 __version__ = "0.1.0"
 
@@ -83,3 +89,10 @@ __all__ = [
   "window_attention",
   "zigzag",
 ]
+
+
+def __getattr__(name: str) -> Any:
+  # Who uses linen does not wait for the import of `flax.nnx`.
+  if name == "nnx":
+    return importlib.import_module("nsa_jax.nnx")
+  raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

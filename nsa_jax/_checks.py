@@ -471,11 +471,11 @@ def same_as(name: str, value: Any, other_name: str, other: Array) -> Array:
   return value
 
 
-def layer_input(x: Any) -> Array:
+def layer_input(x: Any, name: str = "x") -> Array:
   """Validates a layer's input and returns it."""
-  x = array("x", x, 3, "[B, T, D]")
-  floating("x", x)
-  not_empty("x", x)
+  x = array(name, x, 3, "[B, T, D]")
+  floating(name, x)
+  not_empty(name, x)
   return x
 
 

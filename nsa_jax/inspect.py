@@ -16,14 +16,14 @@ from jax.typing import ArrayLike
 
 from nsa_jax import _checks, geometry
 from nsa_jax.config import NSAConfig, check_config
-from nsa_jax.models.linen import TransformerLM
+from nsa_jax.models.config import TransformerConfig
 from nsa_jax.ops.branches import (
   check_block_ids,
   full_attention,
   selected_attention,
 )
 from nsa_jax.ops.selection import block_ids_from_scores, block_mass
-from nsa_jax.sampling import check_params
+from nsa_jax.sampling import check_params, with_params
 from nsa_jax.sharding import Layout
 from nsa_jax.typing import BRANCHES, Array, Implementation
 from nsa_jax.xla.chunks import chunk_queries, map_chunks
@@ -187,8 +187,8 @@ def distinct_blocks(block_ids: ArrayLike, neighbours: int = 16) -> Array:
 
 
 def inspect_model(
-  model: TransformerLM,
-  params: Mapping[str, Any],
+  model: Any,
+  params: Mapping[str, Any] | None,
   tokens: ArrayLike,
   *,
   positions: ArrayLike | None = None,
@@ -203,8 +203,9 @@ def inspect_model(
   times per layer.
 
   Args:
-    model: the model; `config.layout` must be None.
-    params: its parameters, what `init` returns under "params".
+    model: a `TransformerLM` of linen or nnx; `config.layout` must be None.
+    params: its parameters, what `init` returns under "params"; None for a model
+      of nnx.
     tokens: int32 [B, T].
     positions: as in `TransformerLM`.
     segment_ids: as in `TransformerLM`.
@@ -232,8 +233,10 @@ def inspect_model(
     >>> {name: layer.recall.shape for name, layer in layers.items()}
     {'layer_0': (1, 96, 4)}
   """
-  _checks.instance("model", model, TransformerLM)
-  config = model.config
+  config = getattr(model, "config", None)
+  if not isinstance(config, TransformerConfig):
+    raise ValueError(f"`model`={_checks.show(model)} must be a TransformerLM.")
+  model, params = with_params(model, params)
   if config.layout is not None:
     raise ValueError(
       f"`model` has `config.layout`={config.layout}, which must be None: the "

@@ -138,7 +138,7 @@ def generate(
 
 
 def generate(
-  model: nn.Module,
+  model: Any,
   params: Any,
   prompts: Any,
   *,
@@ -173,8 +173,10 @@ def generate(
 
   Args:
     model: `TransformerLM`, or another flax module with the same interface: a
-      field `decode`, of any value, and a cache that is initially zero.
-    params: parameters of the model, what `init` returns under "params".
+      field `decode`, of any value, and a cache that is initially zero; or one
+      of nnx, such as `nsa_jax.nnx.TransformerLM`, with `init_cache`.
+    params: parameters of the model, what `init` returns under "params"; None
+      for a model of nnx.
     prompts: int [B, P] with at least one token per row; or B sequences of
       tokens, which may differ in length.
     max_new_tokens: number of tokens to sample per row, or int [B] with one
@@ -241,6 +243,7 @@ def generate(
     >>> out.tokens.shape, out.lengths.tolist()
     ((2, 8), [8, 6])
   """
+  model, params = with_params(model, params)
   model = _decoder(model)
   if isinstance(params, Mapping) and "params" in params:
     raise ValueError(
@@ -434,7 +437,7 @@ def filter_logits(
 
 def _decoder(model):
   """The model with its cache."""
-  if not isinstance(model, nn.Module) or not hasattr(model, "decode"):
+  if not hasattr(model, "decode"):
     raise ValueError(
       f"`model` of type {type(model).__name__} must be a TransformerLM or "
       "another flax module with a field `decode`."
@@ -471,6 +474,22 @@ def _shapes(model, batch, capacity):
       f"`model` of type {type(model).__name__} must make logits, and a "
       f"collection `cache`, of tokens [B, T]: {error}"
     ) from error
+
+
+def with_params(model, params):
+  """A module of linen and its parameters, or what stands for a model of nnx."""
+  if isinstance(model, nn.Module):
+    return model, params
+  if params is None:
+    # Who uses linen does not wait for the import of `flax.nnx`.
+    from nsa_jax.models.nnx import functional
+
+    return functional(model)
+  raise ValueError(
+    f"`model` of type {type(model).__name__} must be a TransformerLM or "
+    "another flax module with a field `decode`; for one of nnx, which holds "
+    "its parameters, `params` must be None."
+  )
 
 
 def check_params(params, shapes):

@@ -26,7 +26,7 @@ PAGES = [
   *sorted(DOCS.rglob("*.md")),
 ]
 # Pages whose blocks go on from one another.
-NOTEBOOKS = ("docs/inside-a-model.md", "docs/serving.md")
+NOTEBOOKS = ("docs/inside-a-model.md", "docs/nnx.md", "docs/serving.md")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 
@@ -309,6 +309,7 @@ def test_the_reference_has_every_public_name() -> None:
   text = "".join(page.read_text() for page in (DOCS / "api").glob("*.md"))
   shown = re.findall(r"^::: nsa_jax\.([\w.]+)$", text, re.M)
   assert set(nsa_jax.__all__) - {"cache"} <= set(shown)
+  assert {f"nnx.{name}" for name in nsa_jax.nnx.__all__} <= set(shown)
   # The other names of the cache are types of arguments.
   names = set(nsa_jax.cache.__all__) - {"Compress", "KINDS"}
   assert {f"cache.{name}" for name in names} <= set(shown)

@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 
-from examples import check_kernels, plot_reads, train_minimal
+from examples import check_kernels, plot_reads, train_minimal, train_nnx
 from nsa_jax import TransformerConfig
 
 
@@ -34,14 +34,15 @@ def test_plot_reads_that_cannot_be_written(capsys, monkeypatch):
   assert "argument --out: [Errno 20] Not a dir" in capsys.readouterr().err
 
 
-def test_train_minimal(capsys, monkeypatch):
+@pytest.mark.parametrize("example", [train_minimal, train_nnx])
+def test_train_minimal(capsys, monkeypatch, example):
   """A smaller model here, which compiles faster."""
   config = TransformerConfig.preset(
     "tiny", num_layers=1, compression="mean", implementation="reference"
   )
-  monkeypatch.setattr(train_minimal, "CONFIG", config)
-  monkeypatch.setattr(train_minimal, "SEQ_LEN", 64)
-  losses = train_minimal.train(train_minimal.__file__, steps=20)
+  monkeypatch.setattr(example, "CONFIG", config)
+  monkeypatch.setattr(example, "SEQ_LEN", 64)
+  losses = example.train(train_minimal.__file__, steps=20)
   assert len(losses) == 20
   assert losses[0] > 5  # that of a uniform guess is log(256) = 5.5
   assert np.mean(losses[-5:]) < losses[0] - 1.5

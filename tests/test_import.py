@@ -5,6 +5,10 @@ import pathlib
 import subprocess
 import sys
 
+import pytest
+
+import nsa_jax
+
 ROOT = pathlib.Path(__file__).parents[1]
 
 SCRIPT = """
@@ -12,8 +16,9 @@ import sys
 import nsa_jax
 from jax._src import xla_bridge
 assert xla_bridge._backends == {}, xla_bridge._backends
-for name in ("pallas_kernels.triton", "jax.experimental.pallas"):
+for name in ("pallas_kernels.triton", "jax.experimental.pallas", "flax.nnx"):
   assert name not in sys.modules, name
+assert nsa_jax.nnx is sys.modules["nsa_jax.nnx"]
 """
 
 
@@ -26,6 +31,12 @@ def test_import_creates_no_backend_and_imports_no_pallas() -> None:
     check=False,
   )
   assert done.returncode == 0, done.stderr
+
+
+def test_other_names_are_missing() -> None:
+  """Though some modules are imported on demand."""
+  with pytest.raises(AttributeError, match="'nsa_jax' has no attribute 'mlx'"):
+    nsa_jax.mlx  # noqa: B018
 
 
 def _imports(path: pathlib.Path) -> set[str]:
@@ -49,7 +60,9 @@ def test_only_the_modules_of_flax_import_flax() -> None:
   }
   assert users == {
     "nsa_jax/layers/linen.py",
+    "nsa_jax/layers/nnx.py",
     "nsa_jax/models/linen.py",
+    "nsa_jax/models/nnx.py",
     "nsa_jax/sampling.py",
   }
 

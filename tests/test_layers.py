@@ -1,6 +1,8 @@
 """The layer: equal to the op on hand-made projections, and its promises."""
 
+import dataclasses
 import functools
+import inspect
 import re
 from typing import Any
 
@@ -9,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 import nsa_jax
 from nsa_jax import AttentionConfig, NSAConfig
@@ -438,90 +439,76 @@ def test_partitioned_over_devices():
   np.testing.assert_allclose(got, apply(host, _x()), atol=1e-5)
 
 
-def test_nnx_recipe():
-  linen, _, apply = _setup(compression="mean", share_kv=True)
-  model = nnx.bridge.ToNNX(linen, rngs=nnx.Rngs(0))
-  model = nnx.bridge.lazy_init(model, _x())
+ATTRIBUTE_MESSAGES: list[Any] = [
+  ({"num_heads": 0}, "`num_heads`=0 must be at least 1."),
+  ({"num_heads": 4.0}, "`num_heads`=4.0 must be a static integer."),
+  ({"num_kv_heads": -1}, "`num_kv_heads`=-1 must be at least 1."),
+  (
+    {"num_kv_heads": 3},
+    "`num_heads`=4 must be a multiple of `num_kv_heads`=3.",
+  ),
+  ({"head_dim": 0}, "`head_dim`=0 must be at least 1."),
+  ({"head_dim": 7}, "`head_dim`=7 must be even: RoPE rotates pairs"),
+  ({"value_head_dim": 0}, "`value_head_dim`=0 must be at least 1."),
+  ({"config": None}, "`config`=None must be an NSAConfig."),
+  (
+    {"compression": "max"},
+    "`compression`='max' must be one of 'mean', 'weighted', 'linear', 'mlp'.",
+  ),
+  ({"share_kv": 1}, "`share_kv`=1 must be True or False."),
+  (
+    {"rope_compressed": None},
+    "`rope_compressed`=None must be one of 'block', 'tokens', 'none'.",
+  ),
+  ({"rope": 10_000.0}, "`rope`=10000.0 must be a RopeConfig or None."),
+  (
+    {"branches": "window"},
+    "`branches`='window' must be a sequence of one or more of 'compressed', "
+    "'selected', 'window'.",
+  ),
+  ({"branches": ()}, "`branches`=() must be a sequence of one or more of"),
+  ({"branches": ("window", "all")}, "`branches`=('window', 'all') must be"),
+  ({"branches": 2 * ["window"]}, "`branches`=['window', 'window'] must be"),
+  ({"branches": [{}]}, "`branches`=[{}] must be a sequence of one or more"),
+  ({"normalize_qk": "yes"}, "`normalize_qk`='yes' must be True or False."),
+  ({"dtype": "int32"}, "`dtype`='int32' must be a floating-point dtype."),
+  ({"dtype": "f33"}, "`dtype`='f33' must be a floating-point dtype."),
+  (
+    {"param_dtype": None},
+    "`param_dtype`=None must be a floating-point dtype.",
+  ),
+  (
+    {"kernel_init": "zeros"},
+    "`kernel_init`='zeros' must be an initialiser function.",
+  ),
+  ({"use_bias": None}, "`use_bias`=None must be True or False."),
+  ({"implementation": "cuda"}, "`implementation`='cuda' must be None, one"),
+  ({"decode": 1}, "`decode`=1 must be True or False."),
+  ({"max_append": 0}, "`max_append`=0 must be at least 1."),
+  (
+    {"qkv_features": 24},
+    "`qkv_features`=24 must be `num_heads` * `head_dim`=32, or None.",
+  ),
+  (
+    {"qkv_features": 6, "head_dim": None},
+    "`qkv_features`=6 must be a multiple of `num_heads`=4, or `head_dim`",
+  ),
+  ({"out_features": 0}, "`out_features`=0 must be at least 1."),
+  ({"bias_init": 0}, "`bias_init`=0 must be an initialiser function."),
+  ({"out_kernel_init": 0}, "`out_kernel_init`=0 must be an initialiser"),
+  ({"dropout_rate": 0.1}, "`dropout_rate`=0.1 must be 0: the weights are"),
+  ({"attention_fn": len}, "must be None: `implementation` chooses the"),
+  ({"out_dot_general": len}, "must be None: `precision`, `dtype` and"),
+]
 
-  @nnx.jit
-  def out_and_grads(model, x):
-    def loss(model):
-      out = model(x)
-      return jnp.sum(jnp.sin(out)), out
 
-    grads, out = nnx.grad(loss, has_aux=True)(model)
-    return out, grads
-
-  out, grads = out_and_grads(model, _x())
-  params = {"params": nnx.to_pure_dict(nnx.state(model, nnx.Param))}
-  np.testing.assert_allclose(out, apply(params, _x()), atol=1e-5)
-  want = jax.jit(
-    jax.grad(lambda params: jnp.sum(jnp.sin(linen.apply(params, _x()))))
-  )(params)
-  jax.tree.map(
-    lambda g, w: np.testing.assert_allclose(g, w, atol=1e-4),
-    nnx.to_pure_dict(grads),
-    want["params"],
-  )
-
-
-@pytest.mark.parametrize(
-  "fields, message",
-  [
-    ({"num_heads": 0}, "`num_heads`=0 must be at least 1."),
-    ({"num_heads": 4.0}, "`num_heads`=4.0 must be a static integer."),
-    ({"num_kv_heads": -1}, "`num_kv_heads`=-1 must be at least 1."),
-    (
-      {"num_kv_heads": 3},
-      "`num_heads`=4 must be a multiple of `num_kv_heads`=3.",
-    ),
-    ({"head_dim": 0}, "`head_dim`=0 must be at least 1."),
-    ({"head_dim": 7}, "`head_dim`=7 must be even: RoPE rotates pairs"),
-    ({"value_head_dim": 0}, "`value_head_dim`=0 must be at least 1."),
-    ({"config": None}, "`config`=None must be an NSAConfig."),
-    (
-      {"compression": "max"},
-      "`compression`='max' must be one of 'mean', 'weighted', 'linear', 'mlp'.",
-    ),
-    ({"share_kv": 1}, "`share_kv`=1 must be True or False."),
-    (
-      {"rope_compressed": None},
-      "`rope_compressed`=None must be one of 'block', 'tokens', 'none'.",
-    ),
-    ({"rope": 10_000.0}, "`rope`=10000.0 must be a RopeConfig or None."),
-    (
-      {"branches": "window"},
-      "`branches`='window' must be a sequence of one or more of 'compressed', "
-      "'selected', 'window'.",
-    ),
-    ({"branches": ()}, "`branches`=() must be a sequence of one or more of"),
-    ({"branches": ("window", "all")}, "`branches`=('window', 'all') must be"),
-    ({"branches": 2 * ["window"]}, "`branches`=['window', 'window'] must be"),
-    ({"branches": [{}]}, "`branches`=[{}] must be a sequence of one or more"),
-    ({"normalize_qk": "yes"}, "`normalize_qk`='yes' must be True or False."),
-    ({"dtype": "int32"}, "`dtype`='int32' must be a floating-point dtype."),
-    ({"dtype": "f33"}, "`dtype`='f33' must be a floating-point dtype."),
-    (
-      {"param_dtype": None},
-      "`param_dtype`=None must be a floating-point dtype.",
-    ),
-    (
-      {"kernel_init": "zeros"},
-      "`kernel_init`='zeros' must be an initialiser function.",
-    ),
-    ({"use_bias": None}, "`use_bias`=None must be True or False."),
-    ({"implementation": "cuda"}, "`implementation`='cuda' must be None, one"),
-    ({"decode": 1}, "`decode`=1 must be True or False."),
-    ({"max_append": 0}, "`max_append`=0 must be at least 1."),
-  ],
-)
+@pytest.mark.parametrize("fields, message", ATTRIBUTE_MESSAGES)
 def test_attribute_messages(fields, message):
   with pytest.raises(ValueError, match=re.escape(message)):
     _layer(**fields)
   # Those of the layer alone are not fields of the configuration.
-  if not {"config", "kernel_init", "use_bias", "decode", "max_append"} & {
-    *fields
-  }:
+  own = {field.name for field in dataclasses.fields(AttentionConfig)}
+  if set(fields) <= own:
     with pytest.raises(ValueError, match=re.escape(message)):
       AttentionConfig(
         **{"num_heads": 4, "num_kv_heads": 2, "head_dim": 8, **fields}
@@ -548,42 +535,108 @@ def test_the_configuration_names_its_own_fields():
     )
 
 
+def test_heads_from_features():
+  """As in `nn.MultiHeadDotProductAttention`."""
+
+  def shapes(**fields):
+    layer = NativeSparseAttention(4, config=CONFIG, **fields)
+    tree = jax.eval_shape(layer.init, jax.random.key(0), _x(1, T, 16))
+    params = tree["params"]
+    return [params[name]["kernel"].shape for name in ("query", "key_window")]
+
+  assert shapes() == [(16, 4, 4), (16, 4, 4)]
+  assert shapes(qkv_features=24) == [(16, 4, 6), (16, 4, 6)]
+  assert shapes(num_kv_heads=2, head_dim=8) == [(16, 4, 8), (16, 2, 8)]
+  assert shapes(head_dim=8, qkv_features=32) == [(16, 4, 8), (16, 4, 8)]
+
+
+def test_initialisers_of_out_and_biases():
+  constant = nn.initializers.constant
+  layer = _layer(
+    out_features=6,
+    kernel_init=constant(1.0),
+    out_kernel_init=constant(2.0),
+    use_bias=True,
+    bias_init=constant(3.0),
+    out_bias_init=constant(4.0),
+  )
+  out, params = layer.init_with_output(jax.random.key(0), _x())
+  assert out.shape == (B, T, 6)
+  for name, module in params["params"].items():
+    if not name.startswith("compress_"):
+      own = name == "out"
+      assert (module["kernel"] == 1 + own).all()
+      assert (module["bias"] == 3 + own).all()
+
+
+def test_every_argument_of_flax_attention_is_known():
+  dense = nn.MultiHeadDotProductAttention
+  fields = {field.name for field in dataclasses.fields(dense)}
+  ours = {field.name for field in dataclasses.fields(NativeSparseAttention)}
+  assert fields <= ours
+  call, own = (
+    set(inspect.signature(kind.__call__).parameters)
+    for kind in (dense, NativeSparseAttention)
+  )
+  assert call - own == {"inputs_q"}  # It is `x` here.
+
+
+def test_what_says_the_same_in_a_call():
+  _, params, apply = _setup()
+  layer, x = _layer(deterministic=True, dropout_rate=0), _x()
+  call = functools.partial(layer.apply, params, deterministic=True)
+  mask = nn.make_causal_mask(x[..., 0])
+  out = jax.jit(lambda x: call(x, x, x, mask=mask))(x)
+  np.testing.assert_allclose(out, apply(params, x), atol=1e-5)
+  for mask in (np.tri(T), np.tri(T) > 0):
+    out = jax.eval_shape(lambda x, mask=mask: call(x, mask=mask), x)
+    assert out.shape == x.shape
+  with pytest.raises(ValueError, match=r"^`mask`=.* is traced and cannot be"):
+    jax.eval_shape(lambda mask: layer.apply(params, x, mask=mask), np.tri(T))
+
+
 def test_odd_head_dim_without_rope():
   layer = _layer(head_dim=7, rope=None)
   out, _ = jax.eval_shape(layer.init_with_output, jax.random.key(0), _x())
   assert out.shape == (B, T, D)
 
 
-@pytest.mark.parametrize(
-  "arguments, message",
-  [
-    ({"inputs_k": 1}, "`inputs_k` must be None: causal self-attention only."),
-    ({"inputs_v": 1}, "`inputs_v` must be None: causal self-attention only."),
-    ({"mask": 1}, "`mask` must be None: the attention is causal. For padded"),
-    ({"x": jnp.ones((T, D))}, "`x` of shape (40, 12) must have rank 3"),
-    (
-      {"x": jnp.ones((B, T, D), jnp.int32)},
-      "`x` of dtype int32 must have a floating-point dtype",
-    ),
-    (
-      {"positions": jnp.zeros((T,), jnp.int32)},
-      "`positions` of shape (40,) must have rank 2",
-    ),
-    (
-      {"segment_ids": jnp.ones((B, T))},
-      "`segment_ids` of dtype float32 must have an integer dtype.",
-    ),
-    (
-      {"segment_ids": np.r_[np.ones(5, int), np.full(T - 5, 2)][None]},
-      "`segment_ids` of shape (1, 40) must have shape (2, 40)",
-    ),
-    (
-      {"segment_ids": np.tile(np.r_[[1] * 5, [2] * (T - 5)], (B, 1))},
-      "`segment_ids` starts segment 2 of row 0 at position 5; starts must be "
-      "multiples of `selection_block`=8.",
-    ),
-  ],
-)
+CALL_MESSAGES: list[Any] = [
+  ({"inputs_k": 1}, "`inputs_k` must be None or `x` itself: causal"),
+  ({"inputs_v": 1}, "`inputs_v` must be None or `x` itself: causal"),
+  (
+    {"mask": np.ones((B, 1, T, T))},
+    f"`mask` of shape ({B}, 1, {T}, {T}) must be None or exactly causal, ",
+  ),
+  ({"mask": np.tri(T - 1)}, "`mask` of shape (39, 39) must be None or exact"),
+  ({"mask": "causal"}, "`mask`='causal' is no array and cannot be read. It"),
+  ({"sow_weights": True}, "`sow_weights`=True must be False: the weights"),
+  ({"x": jnp.ones((T, D))}, "`x` of shape (40, 12) must have rank 3"),
+  (
+    {"x": jnp.ones((B, T, D), jnp.int32)},
+    "`x` of dtype int32 must have a floating-point dtype",
+  ),
+  (
+    {"positions": jnp.zeros((T,), jnp.int32)},
+    "`positions` of shape (40,) must have rank 2",
+  ),
+  (
+    {"segment_ids": jnp.ones((B, T))},
+    "`segment_ids` of dtype float32 must have an integer dtype.",
+  ),
+  (
+    {"segment_ids": np.r_[np.ones(5, int), np.full(T - 5, 2)][None]},
+    "`segment_ids` of shape (1, 40) must have shape (2, 40)",
+  ),
+  (
+    {"segment_ids": np.tile(np.r_[[1] * 5, [2] * (T - 5)], (B, 1))},
+    "`segment_ids` starts segment 2 of row 0 at position 5; starts must be "
+    "multiples of `selection_block`=8.",
+  ),
+]
+
+
+@pytest.mark.parametrize("arguments, message", CALL_MESSAGES)
 def test_call_messages(arguments, message):
   layer, params, _ = _setup()
   with pytest.raises(ValueError, match=re.escape(message)):

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import json
 import re
-from typing import get_args
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -665,25 +665,25 @@ def test_preset_message():
     TransformerConfig.preset("huge")
 
 
-@pytest.mark.parametrize(
-  "arguments, message",
-  [
-    ({"tokens": np.zeros(3, int)}, "`tokens` of shape (3,) must have rank 2"),
-    (
-      {"tokens": np.zeros((1, 3))},
-      "`tokens` of dtype float32 must have an integer dtype.",
-    ),
-    (
-      {"positions": np.zeros((B, 3), int)},
-      "`positions` of shape (2, 3) must have shape (2, 40)",
-    ),
-    (
-      {"segment_ids": np.tile([1] * 5 + [2] * (T - 5), (B, 1))},
-      "`segment_ids` starts segment 2 of row 0 at position 5; starts must be "
-      "multiples of `selection_block`=8.",
-    ),
-  ],
-)
+CALL_MESSAGES: list[Any] = [
+  ({"tokens": np.zeros(3, int)}, "`tokens` of shape (3,) must have rank 2"),
+  (
+    {"tokens": np.zeros((1, 3))},
+    "`tokens` of dtype float32 must have an integer dtype.",
+  ),
+  (
+    {"positions": np.zeros((B, 3), int)},
+    "`positions` of shape (2, 3) must have shape (2, 40)",
+  ),
+  (
+    {"segment_ids": np.tile([1] * 5 + [2] * (T - 5), (B, 1))},
+    "`segment_ids` starts segment 2 of row 0 at position 5; starts must be "
+    "multiples of `selection_block`=8.",
+  ),
+]
+
+
+@pytest.mark.parametrize("arguments, message", CALL_MESSAGES)
 def test_call_messages(arguments, message):
   model, params, _ = _setup(num_layers=1, compression="mean")
   with pytest.raises(ValueError, match=re.escape(message)):

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from flax import nnx
 from matplotlib import figure
 
 import nsa_jax
@@ -35,6 +36,7 @@ from nsa_jax import (
   rope,
   sampling,
 )
+from nsa_jax import nnx as nsa_nnx
 from nsa_jax.layers import core
 from nsa_jax.layers import linen as layers
 from nsa_jax.models import convert
@@ -193,6 +195,30 @@ def _apply(module: Any, *inputs: Any, **options: Any) -> Callable[..., Any]:
   return functools.partial(call, module)
 
 
+RNGS = nnx.Rngs(0)
+
+
+def _create(module: Any) -> Callable[..., Any]:
+  """The constructor of a module of nnx; RNGS stands for some of the trace."""
+
+  @functools.wraps(module.__init__)
+  def call(self: Any, *args: Any, rngs: Any, **kwargs: Any) -> Any:
+    rngs = nnx.Rngs(0) if rngs is RNGS else rngs
+    return module(*args, rngs=rngs, **kwargs)
+
+  return functools.partial(call, None)
+
+
+def _call(module: Any, method: str = "__call__") -> Callable[..., Any]:
+  """A method of a module of nnx, each time of a new copy."""
+
+  @functools.wraps(getattr(type(module), method))
+  def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+    return getattr(nnx.clone(self), method)(*args, **kwargs)
+
+  return functools.partial(call, module)
+
+
 @functools.wraps(PackedRows)
 def _pack(*args: Any, **kwargs: Any) -> None:
   """Reads all rows, because documents are checked when they are read."""
@@ -216,6 +242,11 @@ LAYER = nsa_jax.NativeSparseAttention(
   2, 1, 4, config=CONFIG, compression="mean"
 )
 DENSE = layers.DenseAttention(OPTIONS, "full")
+NNX_LAYER = nsa_nnx.NativeSparseAttention(
+  2, 8, num_kv_heads=1, config=CONFIG, compression="mean", rngs=nnx.Rngs(0)
+)
+NNX_DECODER = nnx.view(NNX_LAYER, decode=True, batch_size=2, max_length=12)
+NNX_MODEL = nsa_nnx.TransformerLM(MODEL.config, rngs=nnx.Rngs(0))
 NO_IDS: dict[str, Any] = {"positions": None, "segment_ids": None}
 SCORES: dict[str, Any] = {
   "query": QUERY,
@@ -578,6 +609,74 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     {"config": FULL.config, "name": "llama"},
   ),
   "nsa_jax.remat_policy": (nsa_jax.remat_policy, {"name": "full"}),
+  # nnx
+  "nsa_jax.nnx.NativeSparseAttention": (
+    _create(nsa_nnx.NativeSparseAttention),
+    {
+      "num_heads": 2,
+      "in_features": 8,
+      "config": CONFIG,
+      "compression": "mean",
+      "rngs": RNGS,
+    },
+  ),
+  "nsa_jax.nnx.NativeSparseAttention.__call__": (
+    _call(NNX_LAYER),
+    {"inputs_q": TOKENS},
+  ),
+  "nsa_jax.nnx.NativeSparseAttention.__call__ decode": (
+    _call(NNX_DECODER),
+    {"inputs_q": TOKENS[:, :1]},
+  ),
+  "nsa_jax.nnx.NativeSparseAttention.attend": (
+    _call(NNX_LAYER, "attend"),
+    {"x": TOKENS},
+  ),
+  "nsa_jax.nnx.NativeSparseAttention.init_cache": (
+    _call(NNX_LAYER, "init_cache"),
+    {"input_shape": (2, 12, 8)},
+  ),
+  "nsa_jax.nnx.DenseAttention": (
+    _create(nsa_nnx.DenseAttention),
+    {"config": OPTIONS, "kind": "full", "in_features": 8, "rngs": RNGS},
+  ),
+  "nsa_jax.nnx.CompressBlocks": (
+    _create(nsa_nnx.CompressBlocks),
+    {
+      "kind": "mlp",
+      "config": CONFIG,
+      "num_kv_heads": 1,
+      "head_dim": 4,
+      "rngs": RNGS,
+    },
+  ),
+  "nsa_jax.nnx.CompressBlocks.__call__": (
+    _call(nsa_nnx.CompressBlocks("mean", CONFIG, 1, 4, rngs=nnx.Rngs(0))),
+    {"x": X, "segment_ids": IDS},
+  ),
+  "nsa_jax.nnx.TransformerLM": (
+    _create(nsa_nnx.TransformerLM),
+    {"config": MODEL.config, "rngs": RNGS},
+  ),
+  "nsa_jax.nnx.TransformerLM.__call__": (
+    _call(NNX_MODEL),
+    {"tokens": IDS, "labels": IDS},
+  ),
+  "nsa_jax.nnx.TransformerLM.init_cache": (
+    _call(NNX_MODEL, "init_cache"),
+    {"input_shape": (2, 12)},
+  ),
+  "nsa_jax.nnx.unstack_layers": (
+    nsa_nnx.unstack_layers,
+    {
+      "model": nsa_nnx.TransformerLM(STACKED.config, rngs=nnx.Rngs(0)),
+    },
+  ),
+  "nsa_jax.nnx.from_linen": (
+    nsa_nnx.from_linen,
+    {"module": NNX_LAYER, "params": nsa_nnx.to_linen(NNX_LAYER)},
+  ),
+  "nsa_jax.nnx.to_linen": (nsa_nnx.to_linen, {"module": NNX_LAYER}),
   # sampling
   "nsa_jax.generate": (
     nsa_jax.generate,
@@ -786,7 +885,16 @@ def _near(value: Any) -> Iterator[tuple[str, Any]]:
 
 
 # Their errors are those of the function that they are given.
-FUNCTIONS = ("compress", "kernel_init", "logits_hook", "select", "stream")
+FUNCTIONS = (
+  "compress",
+  "kernel_init",
+  "out_kernel_init",
+  "bias_init",
+  "out_bias_init",
+  "logits_hook",
+  "select",
+  "stream",
+)
 
 
 def _wrong_arguments(name: str) -> Iterator[tuple[str, str, Any]]:
@@ -903,6 +1011,7 @@ OTHERS = {
   "nsa_jax.layers.core.Decoding",
   "nsa_jax.layers.core",
   "nsa_jax.models.convert.Loaded",
+  "nsa_jax.nnx.Inspect",
   "nsa_jax.packing.PackingReport",
   "nsa_jax.sampling.Generated",
   "nsa_jax.sampling.GeneratedDetails",
@@ -913,6 +1022,7 @@ def _public_names() -> set[str]:
   """What `__all__` lists and what the pages of the reference show."""
   names = {f"nsa_jax.{name}" for name in nsa_jax.__all__}
   names |= {f"nsa_jax.cache.{name}" for name in cache.__all__}
+  names |= {f"nsa_jax.nnx.{name}" for name in nsa_nnx.__all__}
   for page in (pathlib.Path(__file__).parents[1] / "docs/api").glob("*.md"):
     names |= set(re.findall(r"^::: (nsa_jax\S+)", page.read_text(), re.M))
   for name, value in vars(core).items():

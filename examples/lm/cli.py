@@ -43,7 +43,8 @@ def make_parser(prog: str = "train_lm.py") -> argparse.ArgumentParser:
     "text. Its tokens are bytes, unless there is a --tokenizer.",
     epilog="Ctrl-C during training saves a checkpoint first, and a second one "
     "stops at once; the same command with --resume continues, and ends where "
-    "the uninterrupted run would have ended.",
+    "the uninterrupted run would have ended. The model is in linen: nnx has "
+    "the same numbers, and loads the parameters of a run (docs/nnx.md).",
     allow_abbrev=False,
   )
   add = parser.add_argument

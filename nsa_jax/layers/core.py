@@ -177,7 +177,11 @@ def _check_sparse(config):
 
 
 def phi_parameters(
-  kind: CompressionName, config: NSAConfig, heads: int, head_dim: int
+  kind: CompressionName,
+  config: NSAConfig,
+  heads: int,
+  head_dim: int,
+  kernel_init: Callable[..., Any] | None = None,
 ) -> dict[str, tuple[Any, tuple[int, ...]]]:
   """Initialiser and shape of every parameter of phi, by name.
 
@@ -189,6 +193,8 @@ def phi_parameters(
     config: `compression_block` is read.
     heads: K.
     head_dim: H for keys, V for values.
+    kernel_init: of "w1" and "w2", or of "weight" of "linear"; LeCun's by
+      default.
   """
   _checks.choice("kind", kind, get_args(CompressionName))
   check_config(config)
@@ -196,7 +202,13 @@ def phi_parameters(
   head_dim = _checks.static_int("head_dim", head_dim, 1)
   block, hidden = config.compression_block, 2 * head_dim
   zeros = jax.nn.initializers.zeros
-  kernel = jax.nn.initializers.lecun_normal(batch_axis=(0,))
+  kernel = kernel_init
+  if kernel is None:
+    kernel = jax.nn.initializers.lecun_normal(batch_axis=(0,))
+  elif not callable(kernel):
+    raise ValueError(
+      f"`kernel_init`={_checks.show(kernel)} must be an initialiser function."
+    )
   position = jax.nn.initializers.normal(0.02)
   average = jax.nn.initializers.constant(1 / block)
   tables: dict[str, dict[str, tuple[Any, tuple[int, ...]]]] = {
@@ -238,7 +250,8 @@ def compress(
   _checks.choice("kind", kind, get_args(CompressionName))
   x = _checks.array("x", x, 4, "[B, S, K, H]")
   _checks.not_empty("x", x, axes=(2, 3))
-  known = phi_parameters(kind, config, *x.shape[2:])
+  heads, width = x.shape[2:]
+  known = phi_parameters(kind, config, heads, width)
   if not isinstance(parameters, Mapping) or set(parameters) != set(known):
     raise ValueError(
       f"`parameters`={_checks.show(parameters)} must be a mapping with the "

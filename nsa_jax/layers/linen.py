@@ -1,9 +1,7 @@
 """Flax (linen) attention layers: the parameters for `core`."""
 
-import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from types import MappingProxyType
 from typing import Any, get_args
 
 import flax.linen as nn
@@ -18,10 +16,10 @@ from nsa_jax.config import (
   check_attention_config,
   check_config,
 )
-from nsa_jax.layers import core
+from nsa_jax.layers import arguments, core
 from nsa_jax.partitioning import parameter_axes
 from nsa_jax.rope import RopeConfig
-from nsa_jax.sharding import Layout, decoding_layout, dot_general
+from nsa_jax.sharding import Layout, dot_general
 from nsa_jax.typing import (
   BRANCHES,
   Array,
@@ -33,26 +31,6 @@ from nsa_jax.typing import (
   RopeCompressedName,
   Selector,
 )
-
-_LECUN = nn.initializers.lecun_normal()
-# Keys of a mapping in `kernel_init`.
-_PROJECTIONS = ("query", "key", "value", "gate", "out")
-
-
-def _check_kernel_init(value):
-  inits = value if isinstance(value, Mapping) else {"": value}
-  for name, init in inits.items():
-    if name and name not in (*_PROJECTIONS, "phi"):
-      raise ValueError(
-        f"`kernel_init` has {_checks.show(name)}, which must be one of "
-        f"{[*_PROJECTIONS, 'phi']}."
-      )
-    if not callable(init):
-      entry = f"[{name!r}]" if name else ""
-      raise ValueError(
-        f"`kernel_init`{entry}={_checks.show(init)} must be an initialiser "
-        "function."
-      )
 
 
 class NativeSparseAttention(nn.Module):
@@ -70,8 +48,8 @@ class NativeSparseAttention(nn.Module):
 
   Attributes:
     num_heads: as in `AttentionConfig`.
-    num_kv_heads: as in `AttentionConfig`.
-    head_dim: as in `AttentionConfig`.
+    num_kv_heads: as in `AttentionConfig`; by default `num_heads`.
+    head_dim: as in `AttentionConfig`; by default `qkv_features` / `num_heads`.
     value_head_dim: as in `AttentionConfig`.
     config: the algorithm's hyper-parameters, `nsa` of `AttentionConfig`.
     compression: as in `AttentionConfig`.
@@ -107,6 +85,25 @@ class NativeSparseAttention(nn.Module):
     layout: as in `AttentionConfig`.
     logical_axes: as in `AttentionConfig`.
     branches: as in `AttentionConfig`.
+    qkv_features: N H, features of all query heads; by default D.
+    out_features: features of the output; by default D.
+    out_kernel_init: initialiser of the kernel of "out" in place of the one in
+      `kernel_init`.
+    bias_init: initialiser of the biases.
+    out_bias_init: initialiser of the bias of "out", by default `bias_init`.
+    broadcast_dropout: this and the fields below are those of
+      `nn.MultiHeadDotProductAttention`. They have one value or are not read; an
+      error says what stands in for another value.
+    dropout_rate: must be 0.
+    deterministic: not read.
+    attention_fn: must be None.
+    force_fp32_for_softmax: not read; the softmax is always in float32 at least.
+    qkv_dot_general: must be None, as the following fields.
+    out_dot_general: see above.
+    qkv_dot_general_cls: see above.
+    out_dot_general_cls: see above.
+    qk_attn_weights_einsum_cls: see above.
+    attn_weights_value_einsum_cls: see above.
 
   Raises:
     ValueError: if an attribute or argument does not fit.
@@ -126,8 +123,8 @@ class NativeSparseAttention(nn.Module):
   """
 
   num_heads: int
-  num_kv_heads: int
-  head_dim: int
+  num_kv_heads: int | None = None
+  head_dim: int | None = None
   value_head_dim: int | None = None
   config: NSAConfig = NSAConfig()
   compression: CompressionName = "mlp"
@@ -144,7 +141,7 @@ class NativeSparseAttention(nn.Module):
   dtype: Dtype | None = None
   param_dtype: Dtype = jnp.float32
   precision: PrecisionLike = None
-  kernel_init: Initializer | Mapping[str, Initializer] = _LECUN
+  kernel_init: Initializer | Mapping[str, Initializer] = arguments.LECUN
   use_bias: bool = False
   implementation: Implementation = None
   decode: bool = False
@@ -153,34 +150,73 @@ class NativeSparseAttention(nn.Module):
   layout: Layout | None = None
   logical_axes: bool = False
   branches: Sequence[BranchName] = BRANCHES
+  qkv_features: int | None = None
+  out_features: int | None = None
+  out_kernel_init: Initializer | None = None
+  bias_init: Initializer = arguments.ZEROS
+  out_bias_init: Initializer | None = None
+  broadcast_dropout: bool = True
+  dropout_rate: float = 0.0
+  deterministic: bool | None = None
+  attention_fn: None = None
+  force_fp32_for_softmax: bool = True
+  qkv_dot_general: None = None
+  out_dot_general: None = None
+  qkv_dot_general_cls: None = None
+  out_dot_general_cls: None = None
+  qk_attn_weights_einsum_cls: None = None
+  attn_weights_value_einsum_cls: None = None
 
   def __post_init__(self):
     check_config(self.config)
     _checks.flag("decode", self.decode)
-    _ = self.attention  # Validates the options.
+    # Validates the options; any even number stands for an unknown head_dim.
+    self._options(unknown_head_dim=2)
     _checks.flag("use_bias", self.use_bias)
     _checks.static_int("max_append", self.max_append, 1)
-    _check_kernel_init(self.kernel_init)
+    arguments.output_width(self.out_features, 1)
+    self._initializers()
     _checks.precision(self.precision)
+    fixed = arguments.FIXED & set(self.__dataclass_fields__)
+    arguments.check_fixed({name: getattr(self, name) for name in fixed})
     super().__post_init__()
 
   @property
   def attention(self) -> AttentionConfig:
     """The options that are independent of the module system."""
-    names = (field.name for field in dataclasses.fields(AttentionConfig))
-    options = {name: getattr(self, _FIELDS.get(name, name)) for name in names}
-    if self.decode:
-      options["layout"] = decoding_layout(self.layout)
-    return AttentionConfig(**options)
+    return self._options()
+
+  def _options(
+    self, features: int | None = None, unknown_head_dim: int | None = None
+  ) -> AttentionConfig:
+    """`attention` for an input of so many features."""
+    options = arguments.attention_fields(self)
+    kv_heads, head_dim = arguments.head_sizes(
+      self.num_heads,
+      self.num_kv_heads,
+      self.head_dim,
+      self.qkv_features,
+      features,
+      "D of `x`",
+    )
+    options["num_kv_heads"] = kv_heads
+    options["head_dim"] = unknown_head_dim if head_dim is None else head_dim
+    return arguments.of_call(AttentionConfig(**options), self.decode)
+
+  def _initializers(self) -> arguments.Initializers:
+    return arguments.initializers(
+      self.kernel_init, self.out_kernel_init, self.bias_init, self.out_bias_init
+    )
 
   @nn.compact
   def __call__(
     self,
     x: Array,
-    inputs_k: None = None,
-    inputs_v: None = None,
+    inputs_k: Array | None = None,
+    inputs_v: Array | None = None,
     *,
-    mask: None = None,
+    inputs_kv: Array | None = None,
+    mask: Array | None = None,
     positions: Array | None = None,
     segment_ids: Array | None = None,
     deterministic: bool | None = None,
@@ -192,10 +228,12 @@ class NativeSparseAttention(nn.Module):
 
     Args:
       x: [B, T, D].
-      inputs_k: must be None.
-      inputs_v: must be None.
-      mask: must be None; the attention is causal, and `segment_ids` masks
-        padding and other segments.
+      inputs_k: None, or x itself.
+      inputs_v: None, or x itself.
+      inputs_kv: None, or x itself.
+      mask: None, or exactly causal and known outside of `jax.jit`, such as
+        `nn.make_causal_mask` makes: the attention is causal without it, and
+        `segment_ids` masks padding and other segments.
       positions: int32 [B, T] for RoPE; by default 0, 1, ... in each segment.
         With `decode` they must be consecutive, and start at the row's length by
         default.
@@ -220,27 +258,16 @@ class NativeSparseAttention(nn.Module):
     Raises:
       ValueError: if an argument does not fit.
     """
-    for name, value in (("inputs_k", inputs_k), ("inputs_v", inputs_v)):
-      if value is not None:
-        raise ValueError(
-          f"`{name}` must be None: causal self-attention only. Pass `x` alone; "
-          "for padded or packed sequences pass `segment_ids`."
-        )
-    if mask is not None:
-      raise ValueError(
-        "`mask` must be None: the attention is causal. For padded or packed "
-        "sequences pass `segment_ids`."
-      )
-    _checks.flag("sow_weights", sow_weights)
-    if sow_weights:
-      raise ValueError(
-        f"`sow_weights`={sow_weights} must be False: the weights are never "
-        "materialised. `gates` and `block_ids` are sown."
-      )
     del deterministic, dropout_rng
-    x = _checks.layer_input(x)
+    others = {
+      "inputs_k": inputs_k,
+      "inputs_v": inputs_v,
+      "inputs_kv": inputs_kv,
+    }
+    x = arguments.check_call("x", x, others, mask, sow_weights)
     check_width(self, x)
-    config = self.attention
+    width = x.shape[-1]
+    config = self._options(width)
     dense = functools.partial(
       nn.DenseGeneral,
       dtype=self.dtype,
@@ -256,19 +283,16 @@ class NativeSparseAttention(nn.Module):
       and not self.is_initializing()
     )
     decoding = begin_decoding(self, x, segment_ids, prefix_length)
-    inits = self.kernel_init
-    if not isinstance(inits, Mapping):
-      inits = dict.fromkeys(_PROJECTIONS, inits)
-    parts = _parts(
-      self, config, "nsa", dense, x.shape[-1], inits, self.use_bias
-    )
+    inits = self._initializers()
+    out_width = arguments.output_width(self.out_features, width)
+    parts = _parts(self, config, "nsa", dense, out_width, inits, self.use_bias)
     for name in core.COMPRESSIONS:
       parts[name] = CompressBlocks(
         self.compression,
         self.config,
         self.param_dtype,
         config.layout,
-        inits.get("phi"),
+        inits("phi", "kernel"),
         self.logical_axes,
         name=name,
       )
@@ -281,29 +305,12 @@ class NativeSparseAttention(nn.Module):
       decoding=decoding,
       return_block_ids=collected or inspected,
     )
-    if collected:
-      self.sow("intermediates", "gates", attended.gates)
-      self.sow("intermediates", "block_ids", attended.block_ids)
-    if inspected:
-      self.sow("inspect", "gates", attended.gates)
-      self.sow("inspect", "block_ids", attended.block_ids)
-      # The names of projections are taken.
-      self.sow("inspect", "selected_query", attended.query)
-      self.sow("inspect", "selected_key", attended.key)
+    asked = {"intermediates": collected, "inspect": inspected}
+    for collection in (name for name, wanted in asked.items() if wanted):
+      for name, value in arguments.sown(collection, attended).items():
+        self.sow(collection, name, value)
     keep_cache(self, config, "nsa", attended, x)
     return attended.out
-
-
-# Fields of `AttentionConfig` that have another name in the layer.
-_FIELDS = {"nsa": "config"}
-
-
-def layer_fields(config: AttentionConfig) -> dict[str, Any]:
-  """The options as keyword arguments of `NativeSparseAttention`."""
-  return {
-    _FIELDS.get(field.name, field.name): getattr(config, field.name)
-    for field in dataclasses.fields(AttentionConfig)
-  }
 
 
 class DenseAttention(nn.Module):
@@ -339,10 +346,7 @@ class DenseAttention(nn.Module):
     prefix_length: int | None = None,
   ) -> Array:
     """Attends causally within segments, [B, T, D] to [B, T, D]."""
-    config = self.config
-    if self.decode:
-      layout = decoding_layout(config.layout)
-      config = dataclasses.replace(config, layout=layout)
+    config = arguments.of_call(self.config, self.decode)
     x = _checks.layer_input(x)
     check_width(self, x)
     dense = functools.partial(
@@ -371,8 +375,7 @@ class CompressBlocks(nn.Module):
     config: `compression_block` and `compression_stride` are read.
     param_dtype: dtype of the parameters.
     layout: as in `compress_mean`.
-    kernel_init: of "w1" and "w2", or of "weight" of "linear"; by default those
-      of `core.phi_parameters`.
+    kernel_init: as in `core.phi_parameters`.
     logical_axes: as in `AttentionConfig`.
 
   Example:
@@ -397,7 +400,7 @@ class CompressBlocks(nn.Module):
     check_config(self.config)
     _checks.dtype("param_dtype", self.param_dtype)
     if self.kernel_init is not None:
-      _check_kernel_init(self.kernel_init)
+      arguments.check_initializer("kernel_init", self.kernel_init)
     _checks.flag("logical_axes", self.logical_axes)
     super().__post_init__()
 
@@ -406,12 +409,12 @@ class CompressBlocks(nn.Module):
     """Compresses [B, S, K, H] keys or values to [B, C, K, H]."""
     x = _checks.array("x", x, 4, "[B, S, K, H]")
     _checks.not_empty("x", x, axes=(2, 3))
-    table = core.phi_parameters(self.kind, self.config, *x.shape[2:])
+    heads, width = x.shape[2:]
+    table = core.phi_parameters(
+      self.kind, self.config, heads, width, self.kernel_init
+    )
     parameters = {}
     for name, (init, shape) in table.items():
-      kernel = name in ("w1", "w2") or (name == "weight" and len(shape) == 3)
-      if kernel and self.kernel_init is not None:
-        init = self.kernel_init
       if self.logical_axes:
         init = named("compress_key", name, init, len(shape))
       parameters[name] = self.param(name, init, shape, self.param_dtype)
@@ -435,8 +438,8 @@ def rms_norm(config: AttentionConfig, name: str) -> nn.RMSNorm:
 def projection_options(
   config: AttentionConfig,
   name: str,
-  kernel_init: Initializer = _LECUN,
-  bias_init: Initializer = nn.initializers.zeros,
+  kernel_init: Initializer = arguments.LECUN,
+  bias_init: Initializer = arguments.ZEROS,
 ) -> dict[str, Any]:
   """Keyword arguments of a linear map that has the sharding of its kernel."""
   if config.logical_axes:
@@ -508,18 +511,15 @@ def _parts(
   kind: AttentionName,
   dense: Callable[..., Any],
   width: int,
-  inits: Mapping[str, Initializer] = MappingProxyType({}),
+  inits: arguments.Initializers | None = None,
   use_bias: bool = False,
 ) -> dict[str, Any]:
   """The submodules and parameters for `core`, by name."""
-  biases = core.initial_biases(config, kind)
+  start = arguments.of_projections(config, kind, inits, use_bias)
 
   def project(name, features, **options):
-    init = inits.get(name.split("_")[0], _LECUN)
-    init = core.initial_kernel(config, name, init)
-    bias_init = biases.get(name, nn.initializers.zeros)
-    options |= projection_options(config, name, init, bias_init)
-    options["use_bias"] = use_bias or name in biases
+    kernel, bias, options["use_bias"] = start(name)
+    options |= projection_options(config, name, kernel, bias)
     for each in ("kernel_init", "bias_init"):
       options[each] = functools.partial(_flat, options[each])
     return dense(features, **options)
@@ -542,11 +542,8 @@ def check_width(module: nn.Module, x: Array) -> None:
   """Checks x [B, T, D] against the parameters; flax names only them."""
   query = module.variables.get("params", {}).get("query", {})
   kernels = jax.tree.leaves(query.get("kernel"))  # It may be in a box.
-  width = jnp.shape(kernels[0])[:1] if kernels else ()
-  if width and width != x.shape[-1:]:
-    raise ValueError(
-      f"`x` of shape {x.shape} must have D={width[0]}, as the parameters have."
-    )
+  if kernels and jnp.ndim(kernels[0]):
+    arguments.check_width("x", x, jnp.shape(kernels[0])[0])
 
 
 def begin_decoding(
@@ -559,10 +556,7 @@ def begin_decoding(
 
   Returns None if the layer does not decode or is being initialised.
   """
-  if prefix_length is not None:
-    prefix_length = _checks.static_int("prefix_length", prefix_length, 0)
-    if not module.decode:
-      raise ValueError(f"`prefix_length`={prefix_length} needs `decode`=True.")
+  prefix_length = arguments.check_prefix_length(prefix_length, module.decode)
   if not module.decode or module.is_initializing():
     return None
   if not module.has_variable("cache", "kv"):

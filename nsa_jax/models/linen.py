@@ -12,27 +12,20 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.ad_checkpoint import checkpoint_name
 
 from nsa_jax import _checks
-from nsa_jax.cache.state import Cache, check_batch
-from nsa_jax.layers import core
+from nsa_jax.layers import arguments
 from nsa_jax.layers.linen import (
   DenseAttention,
   NativeSparseAttention,
-  layer_fields,
   named,
   projection_options,
   rms_norm,
 )
+from nsa_jax.models import decoder
 from nsa_jax.models.config import TransformerConfig
-from nsa_jax.models.embedding import embed
-from nsa_jax.models.loss import logits_of, token_losses
-from nsa_jax.models.remat import INPUT_NAME, remat_policy
-from nsa_jax.ops.scope import keep
-from nsa_jax.sharding import constrain, decoding_layout, per_token
+from nsa_jax.models.remat import remat_policy
 from nsa_jax.typing import Array, AttentionName
 
 
@@ -62,9 +55,7 @@ class TransformerLM(nn.Module):
   max_append: int = 1
 
   def __post_init__(self):
-    _checks.instance("config", self.config, TransformerConfig)
-    _checks.flag("decode", self.decode)
-    _checks.static_int("max_append", self.max_append, 1)
+    decoder.check_model(self.config, self.decode, self.max_append)
     super().__post_init__()
 
   @nn.compact
@@ -98,78 +89,28 @@ class TransformerLM(nn.Module):
       ValueError: if an argument does not fit.
     """
     config = self.config
-    layout = config.layout
-    if self.decode:
-      layout = decoding_layout(layout)
-    shape = _checks.array("tokens", tokens, 2, "[B, T]").shape
-    tokens = _checks.integers("tokens", tokens, shape)
-    _checks.not_empty("tokens", tokens)
-    caches = jax.tree.leaves(
-      self.variables.get("cache", {}), is_leaf=lambda x: isinstance(x, Cache)
-    )
-    for held in caches[:1]:
-      check_batch("tokens", tokens, held)
-    if labels is not None:
-      labels = _checks.integers(
-        "labels",
-        labels,
-        tokens.shape,
-        "one entry per row and token of `tokens`",
-      )
-    # With `decode`, each layer derives the positions from its cache.
-    if positions is not None or not self.decode:
-      positions, segment_ids = core.complete_positions(
-        tokens,
-        positions,
-        segment_ids,
-        config.segment_alignment,
-        name="tokens",
-        layout=layout,
-      )
-
-    if segment_ids is not None:
-      # Even without a cotangent, the NaN of a padding token such as -1 would
-      # reach the gradients of all parameters.
-      ids = _checks.integers(
-        "segment_ids",
-        segment_ids,
-        tokens.shape,
-        "one entry per row and token of `tokens`",
-      )
-      tokens = keep(tokens, ids > 0)
-    if config.vocab_rows > config.vocab_size:  # The other rows are no tokens.
-      tokens = jnp.where(tokens < config.vocab_size, tokens, -1)
-    embedding = self._table("embedding")
-    # Out-of-range tokens give NaN instead of another token's embedding.
-    x = per_token(
-      layout,
-      lambda table, tokens: embed(table, tokens, config.dtype),
-      embedding,
+    inputs = decoder.check_inputs(
+      config,
       tokens,
+      positions,
+      segment_ids,
+      labels,
+      decode=self.decode,
+      caches=self.variables.get("cache", {}),
     )
-    if config.embedding_scale != 1:
-      x = x * jnp.asarray(config.embedding_scale, x.dtype)
-    x = self._blocks(x, positions, segment_ids, prefix_length)
+    embedding = self._table("embedding")
+    x = decoder.embed_tokens(config, embedding, inputs.tokens, self.decode)
+    x = self._blocks(x, inputs.positions, inputs.segment_ids, prefix_length)
     x = rms_norm(config, "final_norm")(x)
-    head = embedding
-    if not config.tie_embeddings:
-      head = jnp.asarray(self._table("head"))
-    capped: dict[str, Any] = {
-      "vocab_size": config.vocab_size,
-      "softcap": config.logit_softcap,
-    }
-    if labels is not None:
-      losses = functools.partial(token_losses, **capped)
-      return per_token(layout, losses, head, x, labels)
-    return logits_of(x, head.astype(config.dtype), **capped)
+    head = embedding if config.tie_embeddings else self._table("head")
+    return decoder.finish(config, head, x, inputs.labels, self.decode)
 
   def _table(self, name):
     """A parameter with a row per token of the vocabulary."""
     config = self.config
-    init: Any = nn.initializers.normal(config.model_dim**-0.5)
+    init, shape = decoder.tables(config)[name]
     if config.logical_axes:
       init = named("", name, init)
-    shape = (config.vocab_rows, config.model_dim)
     return self.param(name, init, shape, config.param_dtype)
 
   def _blocks(self, x, positions, segment_ids, prefix_length):
@@ -178,7 +119,7 @@ class TransformerLM(nn.Module):
     if config.remat != "none" and not self.decode:
       block = nn.remat(
         block,
-        prevent_cse=_prevent_cse(config),
+        prevent_cse=decoder.prevent_cse(config),
         policy=remat_policy(config.remat),
       )
     if config.scan_layers:
@@ -192,13 +133,10 @@ class TransformerLM(nn.Module):
         length=config.num_layers,
         metadata_params={nn.PARTITION_NAME: "layers"},
       )
-      names = {"layers": config.layer_kinds[0]}
-    else:
-      names = {f"layer_{i}": kind for i, kind in enumerate(config.layer_kinds)}
     fields = (self.decode, self.max_append, prefix_length)
     blocks = [
-      block(config.of_layer(i), kind, *fields, name=name)
-      for i, (name, kind) in enumerate(names.items())
+      block(own, kind, *fields, name=name)
+      for name, (own, kind) in decoder.blocks(config).items()
     ]
     for one in blocks:
       x, _ = one(x, positions, segment_ids)
@@ -282,18 +220,6 @@ def unstack_layers(
   return model.clone(config=config), single
 
 
-def _prevent_cse(config: TransformerConfig) -> bool:
-  """Whether a recomputation needs barriers to stay apart from the first pass.
-
-  Inside a scan, CSE cannot merge the two anyway.
-  """
-  return not config.scan_layers
-
-
-# What the backward pass of SwiGLU keeps.
-_MLP_NAMES = ("mlp_gate", "mlp_up")
-
-
 def _norm(block: "TransformerBlock", x: Array) -> Array:
   return rms_norm(block.config, "attention_norm")(x)
 
@@ -307,15 +233,11 @@ def _mlp(block: "TransformerBlock", x: Array) -> Array:
     dtype=config.dtype,
     param_dtype=config.param_dtype,
   )
-  h = rms_norm(config, "mlp_norm")(x)
-  gate, up = (
-    checkpoint_name(
-      dense(config.mlp_dim, **projection_options(config, name))(h), name
-    )
-    for name in _MLP_NAMES
-  )
-  down = dense(config.model_dim, **projection_options(config, "mlp_down"))
-  return down(nn.silu(gate) * up)
+  parts = {
+    name: dense(features, **projection_options(config, name))
+    for name, (_, features) in decoder.mlp_features(config).items()
+  }
+  return decoder.swiglu(parts, rms_norm(config, "mlp_norm")(x))
 
 
 class TransformerBlock(nn.Module):
@@ -340,28 +262,26 @@ class TransformerBlock(nn.Module):
     self, x: Array, positions: Array | None, segment_ids: Array | None
   ) -> tuple[Array, None]:
     """Maps [B, T, D] to [B, T, D]; the None is for `nn.scan` to stack."""
-    norm, mlp, layout = _norm, _mlp, self.config.layout
-    if self.decode:
-      layout = decoding_layout(layout)
-    else:
-      # Left to itself, the backward pass keeps every step of norms and SwiGLU,
-      # in float32 or as wide as the hidden layer: more than twice its needs.
-      recompute = functools.partial(
-        nn.remat, prevent_cse=_prevent_cse(self.config)
+
+    def attention(h):
+      return self._attention()(
+        h,
+        positions=positions,
+        segment_ids=segment_ids,
+        prefix_length=self.prefix_length,
       )
-      saved = jax.checkpoint_policies.save_only_these_names(*_MLP_NAMES)
-      norm, mlp = recompute(_norm), recompute(_mlp, policy=saved)
-      x = checkpoint_name(x, INPUT_NAME)
-    x = constrain(layout, x)
-    h = norm(self, x)
-    x = x + self._attention()(
-      h,
-      positions=positions,
-      segment_ids=segment_ids,
-      prefix_length=self.prefix_length,
+
+    x = decoder.block(
+      self.config,
+      x,
+      norm=_norm,
+      attention=attention,
+      mlp=_mlp,
+      bound=(self, self),
+      remat=nn.remat,
+      decode=self.decode,
     )
-    x = constrain(layout, x)
-    return constrain(layout, x + mlp(self, x)), None
+    return x, None
 
   def _attention(self):
     config = self.config
@@ -371,5 +291,5 @@ class TransformerBlock(nn.Module):
       "name": "attention",
     }
     if self.kind == "nsa":
-      return NativeSparseAttention(**layer_fields(config), **call)
+      return NativeSparseAttention(**arguments.layer_fields(config), **call)
     return DenseAttention(config, self.kind, **call)
