@@ -159,7 +159,8 @@ def _resolve(rules, mesh):
         f"`rules` has {_checks.show(name)}, which must be one of "
         f"{sorted(PARAMETER_RULES)}."
       )
-    if not all(axis in mesh.axis_names for axis in axis_names(axes)):
+    known = [str(axis) for axis in mesh.axis_names]
+    if not all(isinstance(x, str) and x in known for x in axis_names(axes)):
       raise ValueError(
         f"`rules`[{name!r}]={_checks.show(axes)} must name axes of the mesh, "
         f"{list(mesh.axis_names)}, or be None."

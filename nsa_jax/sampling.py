@@ -437,7 +437,7 @@ def filter_logits(
 
 def _decoder(model):
   """The model with its cache."""
-  if not hasattr(model, "decode"):
+  if not hasattr(model, "decode") or not hasattr(model, "clone"):
     raise ValueError(
       f"`model` of type {type(model).__name__} must be a TransformerLM or "
       "another flax module with a field `decode`."

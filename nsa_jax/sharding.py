@@ -71,7 +71,10 @@ class Layout:
         )
       used += axis_names(axes)
     if len(set(used)) < len(used):
-      raise ValueError(f"{self} must use a mesh axis once.")
+      raise ValueError(
+        f"`data`={self.data!r}, `sequence`={self.sequence!r} and `heads`="
+        f"{self.heads!r} must use a mesh axis once."
+      )
     _checks.flag("zigzag", self.zigzag)
 
 

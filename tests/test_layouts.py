@@ -1110,8 +1110,8 @@ MESSAGES: list[Any] = [
   (
     "Auto",
     lambda: Layout("data", ("heads", "data")),
-    "Layout(data='data', sequence=('heads', 'data'), heads=None, zigzag=False) "
-    "must use a mesh axis once.",
+    "`data`='data', `sequence`=('heads', 'data') and `heads`=None must use a "
+    "mesh axis once.",
   ),
   (
     "Auto",

@@ -604,6 +604,15 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     convert.read_config,
     {"fields": FIELDS, "overrides": {"vocab_multiple": 4}},
   ),
+  "nsa_jax.models.convert.to_nsa": (
+    convert.to_nsa,
+    {
+      "config": FULL.config,
+      "params": _params(FULL, IDS)["params"],
+      "tokens": IDS,
+      "layers": [0],
+    },
+  ),
   "nsa_jax.models.convert.write_config": (
     convert.write_config,
     {"config": FULL.config, "name": "llama"},

@@ -130,7 +130,7 @@ def load(
   try:
     config = _configure(fields, reader, ignore, overrides)
     model = TransformerLM(config)
-    shapes = _shapes(config)
+    shapes = shapes_of(config)
     plan = _plan(family, config, shapes)
     _check(plan, reader.entries, config, ignore)
     if mesh is not None:
@@ -180,7 +180,7 @@ def _configure(
   return read_config(fields, ignore=ignore, overrides=options)
 
 
-def _shapes(config: TransformerConfig) -> Any:
+def shapes_of(config: TransformerConfig) -> Any:
   """Shapes and dtypes of the parameters, without boxes."""
   model = TransformerLM(dataclasses.replace(config, logical_axes=False))
   tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
@@ -418,10 +418,10 @@ def save(
   name = choose_family(config) if family is None else family
   _checks.choice("family", name, tuple(FAMILIES))
   fields = write_config(config, name)
-  shapes = _shapes(config)
+  shapes = shapes_of(config)
   plan = _plan(FAMILIES[name], config, shapes)
-  arrays = _unboxed(params)
-  _check_params(arrays, shapes)
+  arrays = unboxed(params)
+  check_params(arrays, shapes)
   folder.mkdir(parents=True, exist_ok=True)
   sizes, order = {}, []
   for step in plan:
@@ -455,7 +455,7 @@ def _leaf(tree, path):
   return tree
 
 
-def _unboxed(params):
+def unboxed(params: Any) -> Any:
   """Arrays in place of boxes with the names of their axes."""
   return jax.tree.map(
     lambda x: x.unbox() if hasattr(x, "unbox") else x,
@@ -464,7 +464,8 @@ def _unboxed(params):
   )
 
 
-def _check_params(params: Any, shapes: Any) -> None:
+def check_params(params: Any, shapes: Any) -> None:
+  """Raises ValueError unless `params` has the parameters of `shapes_of`."""
   _checks.instance("params", params, Mapping)
   found = dict(_shapes_by_name(params))
   wanted = dict(_shapes_by_name(shapes))
