@@ -609,7 +609,6 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     {
       "config": FULL.config,
       "params": _params(FULL, IDS)["params"],
-      "tokens": IDS,
       "layers": [0],
     },
   ),

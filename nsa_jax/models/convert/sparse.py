@@ -1,8 +1,9 @@
 """Dense models made sparse: the same weights, with sparse attention."""
 
 import dataclasses
+import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,49 +14,39 @@ from nsa_jax.config import NSAConfig
 from nsa_jax.layers import core
 from nsa_jax.models.config import TransformerConfig
 from nsa_jax.models.convert.load import check_params, shapes_of, unboxed
-from nsa_jax.models.linen import TransformerLM
-from nsa_jax.typing import (
-  BRANCHES,
-  Array,
-  CompressionName,
-  RopeCompressedName,
-)
+from nsa_jax.typing import BRANCHES, CompressionName, RopeCompressedName
 
 # Those of phi that can start as the mean.
 _COMPRESSIONS = ("mean", "weighted", "linear")
-# Without tokens to fit them: the gates of a small trained model, rounded.
-_GATES = (0.05, 0.85, 0.1)
-# What a gate may be fitted to: it must be able to learn.
-_LEAST, _MOST = 0.02, 0.98
 
 
 def to_nsa(
   config: TransformerConfig,
   params: Mapping[str, Any],
   *,
-  tokens: Any = None,
   layers: Sequence[int] | None = None,
   nsa: NSAConfig | None = None,
   compression: CompressionName = "mean",
   rope_compressed: RopeCompressedName = "tokens",
+  gates: Sequence[float] = (0.05, 0.9, 0.05),
 ) -> tuple[TransformerConfig, dict[str, Any]]:
   """Replaces dense attention by Native Sparse Attention with its weights.
 
-  All branches share the keys and values of the dense layer, and phi starts as
-  the mean. Gates start the same for all tokens: with `tokens`, for every head
-  what brings its output nearest to the dense one, by least squares; otherwise
-  0.05, 0.85 and 0.1. Their kernels start at 0. A model that is trained on
-  afterwards learns the rest.
+  All branches share the keys and values of the dense layer, phi starts as the
+  mean of a block, and the gates start as constants with which the selected
+  branch, nearest to full attention, does most. Training on teaches the model
+  the rest.
 
   Args:
     config: of the dense model.
     params: its parameters, what `init` returns under "params".
-    tokens: int32 [B, T], text to fit the gates on; its rows should be as long
-      as those that the model will read.
     layers: indices of the layers to convert; all by default.
     nsa: hyper-parameters of the algorithm; `config.nsa` by default.
     compression: phi: "mean", or "weighted" or "linear", which can learn.
-    rope_compressed: as in `AttentionConfig`.
+    rope_compressed: as in `AttentionConfig`. The mean of rotated keys gives a
+      block the mean of its tokens' scores.
+    gates: initial gates, between 0 and 1, in the order compressed, selected,
+      window.
 
   Returns:
     The configuration and parameters of the sparse model. Arrays that the dense
@@ -75,7 +66,7 @@ def to_nsa(
     >>> tokens = jnp.arange(64)[None]
     >>> init = jax.jit(nsa_jax.TransformerLM(config).init)
     >>> params = init(jax.random.key(0), tokens)["params"]
-    >>> config, params = to_nsa(config, params, tokens=tokens, layers=[1])
+    >>> config, params = to_nsa(config, params, layers=[1])
     >>> config.layer_kinds
     ('full', 'nsa')
     >>> nsa_jax.TransformerLM(config).apply({"params": params}, tokens).shape
@@ -84,6 +75,7 @@ def to_nsa(
   _checks.instance("config", config, TransformerConfig)
   _checks.choice("compression", compression, _COMPRESSIONS)
   chosen = _chosen(config, layers)
+  biases = _gate_biases(gates)
   names = ["layers"] if config.scan_layers else [f"layer_{i}" for i in chosen]
   arrays = unboxed(params)
   check_params(arrays, shapes_of(config))
@@ -97,36 +89,31 @@ def to_nsa(
     compression=compression,
     share_kv=True,
     rope_compressed=rope_compressed,
-    gate_bias=tuple(math.log(x / (1 - x)) for x in _GATES),
+    gate_bias=biases,
     gate_init_scale=0.0,
   )
   core.vectors(sparse)  # Raises NotImplementedError.
-  params = dict(arrays)
-  inputs = None
-  if tokens is not None:
-    shape = _checks.array("tokens", tokens, 2, "[B, T]").shape
-    tokens = _checks.integers("tokens", tokens, shape)
-    _checks.not_empty("tokens", tokens)
-    inputs = _attention_inputs(config, params, tokens)
-
+  convert = functools.partial(_sparse_parameters, sparse)
+  if config.scan_layers:
+    convert = jax.vmap(convert)
+  made = dict(arrays)
   for name in names:
-    block = dict(params[name])
+    made[name] = {
+      **arrays[name],
+      "attention": convert(arrays[name]["attention"]),
+    }
+  return sparse, made
 
-    def convert(dense: Any, x: Any) -> dict[str, Any]:
-      made = _sparse_parameters(sparse, dense)
-      if x is not None:
-        kind = config.layer_kinds[chosen[0]]
-        made["gate"]["bias"] = _fit_gates(config, kind, sparse, dense, made, x)
-      return made
 
-    x = None if inputs is None else inputs[name]
-    if config.scan_layers:
-      axes = (0, None if x is None else 0)
-      block["attention"] = jax.vmap(convert, axes)(block["attention"], x)
-    else:
-      block["attention"] = convert(block["attention"], x)
-    params[name] = block
-  return sparse, params
+def _gate_biases(gates: Any) -> tuple[float, ...]:
+  """The logits of `gates`."""
+  several = isinstance(gates, Sequence) and not isinstance(gates, str | bytes)
+  found = [_checks.finite("gates", x) for x in gates] if several else []
+  if len(found) != len(BRANCHES) or not all(0 < x < 1 for x in found):
+    raise ValueError(
+      f"`gates`={_checks.show(gates)} must be three numbers between 0 and 1."
+    )
+  return tuple(math.log(x / (1 - x)) for x in found)
 
 
 def _chosen(config: TransformerConfig, layers: Any) -> list[int]:
@@ -195,99 +182,3 @@ def _phi_of_means(
       value = jnp.broadcast_to(mean, shape).astype(dtype)
     phi[name] = value
   return phi
-
-
-def _attention_inputs(
-  config: TransformerConfig, params: Mapping[str, Any], tokens: Array
-) -> dict[str, Any]:
-  """What every layer attends from, [B, T, D], by the name of its block."""
-
-  @jax.jit
-  def run(params: Any, tokens: Array) -> Any:
-    _, found = TransformerLM(config).apply(
-      {"params": params},
-      tokens,
-      capture_intermediates=lambda module, _: module.name == "attention_norm",
-      mutable=["intermediates"],
-    )
-    return found["intermediates"]
-
-  return {
-    name: found["attention_norm"]["__call__"][0]
-    for name, found in run(params, tokens).items()
-  }
-
-
-def _fit_gates(
-  config: TransformerConfig,
-  kind: Any,
-  sparse: TransformerConfig,
-  dense: Mapping[str, Any],
-  made: Mapping[str, Any],
-  x: Array,
-) -> Array:
-  """Biases [N, 3] that bring the heads nearest to those of dense attention.
-
-  Minimises |dense - sum over c of g_c Attn_c|^2 over the gates g of each head,
-  within their bounds, by coordinate descent.
-  """
-  where: dict[str, Any] = {"positions": None, "segment_ids": None}
-  target = core.dense_attention(
-    config, kind, _bind(config, kind, dense), x, **where
-  ).out
-  heads = made["gate"]["bias"].shape
-  parts = _bind(sparse, "nsa", made)
-  # Gates of 1 in float32.
-  parts["gate"] = lambda x: jnp.full((*x.shape[:2], *heads), 40.0)
-  branches = []
-  for branch in BRANCHES:
-    alone = dataclasses.replace(sparse, branches=(branch,))
-    branches.append(core.sparse_attention(alone, parts, x, **where).out)
-  found = jnp.stack(branches).astype(jnp.float32)
-  target = target.astype(jnp.float32)
-  products = jnp.einsum("ibtnv,jbtnv->nij", found, found)
-  wanted = jnp.einsum("ibtnv,btnv->ni", found, target)
-
-  def sweep(_: Any, gates: Array) -> Array:
-    for i in range(len(BRANCHES)):
-      rest = (products[:, i] * gates).sum(1) - products[:, i, i] * gates[:, i]
-      best = (wanted[:, i] - rest) / jnp.maximum(products[:, i, i], 1e-30)
-      gates = gates.at[:, i].set(jnp.clip(best, _LEAST, _MOST))
-    return gates
-
-  start = jnp.broadcast_to(jnp.asarray(_GATES), heads)
-  gates = jax.lax.fori_loop(0, 200, sweep, start)
-  return jax.scipy.special.logit(gates).astype(made["gate"]["bias"].dtype)
-
-
-def _bind(
-  config: TransformerConfig, kind: Any, params: Mapping[str, Any]
-) -> dict[str, Callable[..., Array]]:
-  """The functions that `core` calls; "out" leaves the heads as they are."""
-
-  def project(name: str) -> Callable[..., Array]:
-    kernel, bias = params[name]["kernel"], params[name].get("bias", 0)
-    return lambda x: jnp.einsum("btd,dnh->btnh", x, kernel) + bias
-
-  def normalize(name: str) -> Callable[..., Array]:
-    scale = params[name]["scale"]
-
-    def apply(x: Array) -> Array:
-      square = jnp.mean(jnp.square(x.astype(jnp.float32)), -1, keepdims=True)
-      return x * jax.lax.rsqrt(square + config.norm_epsilon) * scale
-
-    return apply
-
-  def compress(name: str) -> Callable[..., Array]:
-    own = params.get(name, {})
-    return lambda x, ids: core.compress(
-      config.compression, config.nsa, own, x, ids
-    )
-
-  parts = {name: project(name) for name in core.projections(config, kind)}
-  parts |= {name: normalize(name) for name in core.norms(config, kind)}
-  if kind == "nsa":
-    parts |= {name: compress(name) for name in core.COMPRESSIONS}
-  for name in core.vectors(config, kind):
-    parts[name] = lambda name=name: params[name]
-  return parts | {"out": lambda x: x}
