@@ -31,13 +31,14 @@ import pathlib
 import re
 import sysconfig
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import matplotlib
 import numpy as np
+import optax
 import orbax.checkpoint as ocp
 
 import nsa_jax
@@ -376,21 +377,22 @@ def make_evaluation(model: TransformerLM, batch_size: int) -> Any:
   return evaluate
 
 
-def run_trial(
-  study: Study, trial: Trial, folder: pathlib.Path, stop_at: float
-) -> dict[str, Any] | None:
-  """Trains a model, from its last checkpoint on.
+class DivergedError(Exception):
+  """The loss is not finite."""
 
-  Args:
-    study: what all trials share.
-    trial: the model.
-    folder: has the tokens, and gets a folder with the checkpoints.
-    stop_at: the time at which to save a checkpoint and return None.
-  """
-  texts = {
+
+def load_text(folder: pathlib.Path) -> dict[str, np.ndarray]:
+  """The tokens of `prepare`, by "train" and "validation"."""
+  return {
     name: np.load(folder / f"{name}.npy", mmap_mode="r")
     for name in ("train", "validation")
   }
+
+
+def make_init(
+  study: Study, trial: Trial
+) -> tuple[TransformerLM, optax.GradientTransformation, Callable[[], Any]]:
+  """The model of a trial, its optimiser, and what makes the first state."""
   config = study.config(trial.kind)
   model = TransformerLM(config)
   optimizer = train.make_optimizer(trial.rate, trial.steps)
@@ -400,11 +402,40 @@ def run_trial(
     params = model.init(jax.random.key(trial.seed), tokens)["params"]
     return {"params": params, "opt_state": optimizer.init(params)}
 
+  return model, optimizer, init
+
+
+def fit(
+  study: Study,
+  trial: Any,
+  folder: pathlib.Path,
+  stop_at: float,
+  *,
+  init: Callable[[], Any],
+  step_fn: Callable[..., Any],
+  evaluate: Callable[..., np.ndarray],
+) -> tuple[Any, dict[str, Any]] | None:
+  """Trains a model, from its last checkpoint on.
+
+  Args:
+    study: what all trials share.
+    trial: has a name, a seed and a number of steps.
+    folder: has the tokens, and gets a folder with the checkpoints.
+    stop_at: the time at which to save a checkpoint and return None.
+    init: makes the first state.
+    step_fn: a jitted function from a state and a batch to a state and a loss.
+    evaluate: what `make_evaluation` returns.
+
+  Returns:
+    The parameters; losses, curve and speed.
+
+  Raises:
+    DivergedError: naming the step.
+  """
+  texts = load_text(folder)
   rows = data.validation_windows(
     texts["validation"], count=study.rows, seq_len=study.length
   )
-  step_fn = jax.jit(train.make_train_step(model, optimizer), donate_argnums=0)
-  evaluate = make_evaluation(model, study.batch_size)
   every = -(-trial.steps // study.curve)
   options = ocp.CheckpointManagerOptions(max_to_keep=1)
   with ocp.CheckpointManager(
@@ -413,14 +444,7 @@ def run_trial(
     step = manager.latest_step() or 0
     log: dict[str, Any] = {"losses": [], "curve": [], "tokens/s": []}
     if step:
-      like = jax.eval_shape(init)
-      restored = manager.restore(
-        step,
-        args=ocp.args.Composite(
-          state=ocp.args.StandardRestore(like), log=ocp.args.JsonRestore()
-        ),
-      )
-      state, log = restored.state, restored.log
+      state, log = _restore(manager, step, init)
     else:
       state = jax.jit(init)()
     pending: list[Any] = []
@@ -441,7 +465,7 @@ def run_trial(
         continue
       log["losses"] += map(float, pending)
       if not np.isfinite(log["losses"][-1]):
-        return _diverged(trial, step)
+        raise DivergedError(step)
       now = time.perf_counter()
       if mark is not None:
         tokens = len(pending) * study.batch_size * study.length
@@ -450,7 +474,7 @@ def run_trial(
       if step % every == 0 or last:
         loss = float(evaluate(state["params"], rows).mean())
         if not np.isfinite(loss):
-          return _diverged(trial, step)
+          raise DivergedError(step)
         log["curve"].append([step, loss])
         print(f"{trial.name}: {step} {loss:.4f}", flush=True)
         mark = None
@@ -463,38 +487,92 @@ def run_trial(
         )
         if not last:
           return None
+  return state["params"], log
 
-  params = state["params"]
 
-  def averages(losses: np.ndarray) -> list[float]:
-    return [float(losses[a:b].mean()) for a, b in study.ranges(len(losses))]
+def load_params(study: Study, trial: Trial, folder: pathlib.Path) -> Any:
+  """The parameters of a trial that has ended."""
+  _, _, init = make_init(study, trial)
+  with ocp.CheckpointManager((folder / trial.name).absolute()) as manager:
+    state, _ = _restore(manager, trial.steps, init)
+  return state["params"]
 
-  found = evaluate(params, rows)
-  result = {
-    "parameters": sum(x.size for x in jax.tree.leaves(params)),
+
+def _restore(
+  manager: ocp.CheckpointManager, step: int, init: Callable[[], Any]
+) -> tuple[Any, dict[str, Any]]:
+  restored = manager.restore(
+    step,
+    args=ocp.args.Composite(
+      state=ocp.args.StandardRestore(jax.eval_shape(init)),
+      log=ocp.args.JsonRestore(),
+    ),
+  )
+  return restored.state, restored.log
+
+
+def result_of(
+  study: Study, losses: np.ndarray, log: Mapping[str, Any]
+) -> dict[str, Any]:
+  """What is recorded of a trial, given the losses by position in the end."""
+  return {
     "device": jax.devices()[0].device_kind,
-    "validation": float(found.mean()),
-    "by position": averages(found),
+    "validation": float(losses.mean()),
+    "by position": averages(study, losses),
     "training": float(np.mean(log["losses"][-50:])),
     "curve": log["curve"],
     "tokens/s": float(np.median(log["tokens/s"] or [np.nan])),
   }
+
+
+def averages(study: Study, losses: np.ndarray) -> list[float]:
+  """Means of losses by position, over the ranges of their length."""
+  return [float(losses[a:b].mean()) for a, b in study.ranges(len(losses))]
+
+
+def run_trial(
+  study: Study, trial: Trial, folder: pathlib.Path, stop_at: float
+) -> dict[str, Any] | None:
+  """Trains and evaluates a model; the arguments are those of `fit`."""
+  model, optimizer, init = make_init(study, trial)
+  evaluate = make_evaluation(model, study.batch_size)
+  try:
+    fitted = fit(
+      study,
+      trial,
+      folder,
+      stop_at,
+      init=init,
+      step_fn=jax.jit(
+        train.make_train_step(model, optimizer), donate_argnums=0
+      ),
+      evaluate=evaluate,
+    )
+  except DivergedError as error:
+    (step,) = error.args
+    print(f"{trial.name}: the loss is not finite at step {step}", flush=True)
+    return {"validation": float("inf"), "diverged": step}
+  if fitted is None:
+    return None
+  params, log = fitted
+  text = load_text(folder)["validation"]
+  rows = data.validation_windows(text, count=study.rows, seq_len=study.length)
+  result = {
+    "parameters": sum(x.size for x in jax.tree.leaves(params)),
+    **result_of(study, evaluate(params, rows), log),
+  }
   if trial.kind in ("full", "nsa") and trial.steps == study.steps(study.tokens):
     length = LONGER * study.length
     rows = data.validation_windows(
-      texts["validation"], count=-(-study.rows // LONGER), seq_len=length
+      text, count=-(-study.rows // LONGER), seq_len=length
     )
-    yarn = RopeConfig(yarn_factor=LONGER, original_max_position=study.length)
+    config = model.config
+    yarn = RopeConfig(factor=LONGER, original_max_position=study.length)
     for name, rope in (("plain", config.rope), ("YaRN", yarn)):
       longer = TransformerLM(dataclasses.replace(config, rope=rope))
-      result[name] = averages(make_evaluation(longer, 1)(params, rows))
+      losses = make_evaluation(longer, 1)(params, rows)
+      result[name] = averages(study, losses)
   return result
-
-
-def _diverged(trial: Trial, step: int) -> dict[str, Any]:
-  """The result of a trial whose loss is not finite."""
-  print(f"{trial.name}: the loss is not finite at step {step}", flush=True)
-  return {"validation": float("inf"), "diverged": step}
 
 
 # ----------------------------------------------------------------- all trials
