@@ -676,10 +676,9 @@ def plot(path: pathlib.Path, study: Study, found: Sequence[Any]) -> None:
   plt.close(figure)
 
 
-def parser() -> argparse.ArgumentParser:
-  """The flags."""
-  result = harness.arguments(__doc__.splitlines()[0])
-  add = result.add_argument
+def add_text_flags(parser: argparse.ArgumentParser) -> None:
+  """The flags of a command that trains on this text."""
+  add = parser.add_argument
   add(
     "--corpus",
     type=pathlib.Path,
@@ -688,6 +687,14 @@ def parser() -> argparse.ArgumentParser:
   )
   add("--max-bytes", type=int, default=2**29, help="of the corpus (2**29)")
   add("--tokenizer", choices=("bpe", "bytes"), default="bpe")
+  trials.add_flags(parser, pathlib.Path("runs/quality"))
+
+
+def parser() -> argparse.ArgumentParser:
+  """The flags."""
+  result = harness.arguments(__doc__.splitlines()[0])
+  add_text_flags(result)
+  add = result.add_argument
   add("--tokens", type=int, help="to train on (default: 200 million)")
   add(
     "--kinds",
@@ -700,28 +707,31 @@ def parser() -> argparse.ArgumentParser:
   add("--rates", nargs="+", type=float, help=f"learning rates {RATES}")
   add("--seeds", type=int, nargs="+", help="default: 0 1 2")
   add("--name", help="of the records (default: quality_bpe, quality_bytes)")
-  trials.add_flags(result, pathlib.Path("runs/quality"))
   return result
 
 
 def study_of(args: argparse.Namespace) -> Study:
   """The study that the flags ask for."""
   study = QUICK if args.quick else STUDY
-  given: dict[str, Any] = {
-    "tokens": args.tokens,
-    "kinds": args.kinds and tuple(args.kinds),
-    "seeds": args.seeds and tuple(args.seeds),
-    "rates": args.rates and tuple(args.rates),
-    "vocab_size": 256 if args.tokenizer == "bytes" else None,
-  }
-  changed = {k: x for k, x in given.items() if x is not None}
+  changed: dict[str, Any] = {}
+  if args.tokenizer == "bytes":
+    changed["vocab_size"] = 256
+  for name in ("tokens", "kinds", "seeds", "rates"):
+    value = getattr(args, name, None)
+    if value is not None:
+      changed[name] = tuple(value) if isinstance(value, list) else value
   return dataclasses.replace(study, **changed)
+
+
+def text_folder(args: argparse.Namespace) -> pathlib.Path:
+  """Where the text, the checkpoints and the results of trials are."""
+  return args.runs / (args.tokenizer + "-quick" * args.quick)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
   args = parser().parse_args(argv)
   study = study_of(args)
-  folder = args.runs / (args.tokenizer + "-quick" * args.quick)
+  folder = text_folder(args)
   if args.trial is not None:
     if not args.quick:
       harness.require_gpu()
