@@ -92,6 +92,24 @@ def test_chosen_layers_and_hyperparameters():
   )
 
 
+def test_layers_of_different_kinds_and_windows():
+  """Gates are fitted to what each layer was; others keep their window."""
+  wide = NSAConfig(8, 4, 16, num_selected=4, window=24)
+  config, params = dense(attention=("full", "window"), layer_nsa=[NSA, wide])
+  _, both = to_nsa(config, params, tokens=TOKENS)
+  for i in range(2):
+    sparse, alone = to_nsa(config, params, tokens=TOKENS, layers=[i])
+    assert sparse.of_layer(1).nsa == wide
+    name = f"layer_{i}"
+    chex.assert_trees_all_close(both[name], alone[name], rtol=1e-6)
+  other = NSAConfig(4, 4, 8, num_selected=4, window=8)
+  sparse, _ = to_nsa(config, params, layers=[0], nsa=other)
+  assert [sparse.of_layer(i).nsa for i in range(2)] == [other, wide]
+  sparse, _ = to_nsa(config, params, nsa=other)
+  assert sparse.nsa == other
+  assert sparse.layer_nsa is None
+
+
 def test_rows_that_are_read_whole_are_as_before():
   # 64 tokens are 4 blocks: the selected branch is full attention.
   config, params = dense()

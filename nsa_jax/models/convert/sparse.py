@@ -1,10 +1,12 @@
 """Dense models made sparse: the same weights, with sparse attention."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
@@ -12,7 +14,7 @@ from nsa_jax import _checks
 from nsa_jax.config import NSAConfig
 from nsa_jax.layers import core
 from nsa_jax.models.config import TransformerConfig
-from nsa_jax.models.convert.load import check_params, shapes_of, unboxed
+from nsa_jax.models.convert.load import check_params, shapes_of
 from nsa_jax.models.linen import TransformerLM
 from nsa_jax.typing import (
   BRANCHES,
@@ -53,7 +55,8 @@ def to_nsa(
     tokens: int32 [B, T], text to fit the gates on; its rows should be as long
       as those that the model will read.
     layers: indices of the layers to convert; all by default.
-    nsa: hyper-parameters of the algorithm; `config.nsa` by default.
+    nsa: hyper-parameters of the converted layers; by default those that they
+      have. Other layers keep their window.
     compression: phi: "mean", or "weighted" or "linear", which can learn.
     rope_compressed: as in `AttentionConfig`.
 
@@ -84,16 +87,27 @@ def to_nsa(
   _checks.instance("config", config, TransformerConfig)
   _checks.choice("compression", compression, _COMPRESSIONS)
   chosen = _chosen(config, layers)
-  names = ["layers"] if config.scan_layers else [f"layer_{i}" for i in chosen]
-  arrays = unboxed(params)
+  # The blocks of parameters, by the first of their layers.
+  names = {0: "layers"}
+  if not config.scan_layers:
+    names = {i: f"layer_{i}" for i in chosen}
+  arrays = nn.meta.unbox(params)
   check_params(arrays, shapes_of(config))
   kinds = list(config.layer_kinds)
   for i in chosen:
     kinds[i] = "nsa"
+  layer_nsa = [config.of_layer(i).nsa for i in range(config.num_layers)]
+  if nsa is not None:
+    _checks.instance("nsa", nsa, NSAConfig)
+    # A layer that keeps its window keeps the width of it.
+    layer_nsa = [
+      own if kind == "window" else nsa
+      for own, kind in zip(layer_nsa, kinds, strict=True)
+    ]
   sparse = dataclasses.replace(
     config,
     attention=kinds[0] if len(set(kinds)) == 1 else tuple(kinds),
-    nsa=config.nsa if nsa is None else nsa,
+    layer_nsa=layer_nsa,
     compression=compression,
     share_kv=True,
     rope_compressed=rope_compressed,
@@ -109,22 +123,23 @@ def to_nsa(
     _checks.not_empty("tokens", tokens)
     inputs = _attention_inputs(config, params, tokens)
 
-  for name in names:
+  def convert(i: int, dense: Any, x: Any) -> dict[str, Any]:
+    before, after = config.of_layer(i), sparse.of_layer(i)
+    made = _sparse_parameters(after, dense)
+    if x is not None:
+      kind = config.layer_kinds[i]
+      made["gate"]["bias"] = _fit_gates(before, kind, after, dense, made, x)
+    return made
+
+  for i, name in names.items():
     block = dict(params[name])
-
-    def convert(dense: Any, x: Any) -> dict[str, Any]:
-      made = _sparse_parameters(sparse, dense)
-      if x is not None:
-        kind = config.layer_kinds[chosen[0]]
-        made["gate"]["bias"] = _fit_gates(config, kind, sparse, dense, made, x)
-      return made
-
+    one = functools.partial(convert, i)
     x = None if inputs is None else inputs[name]
     if config.scan_layers:
       axes = (0, None if x is None else 0)
-      block["attention"] = jax.vmap(convert, axes)(block["attention"], x)
+      block["attention"] = jax.vmap(one, axes)(block["attention"], x)
     else:
-      block["attention"] = convert(block["attention"], x)
+      block["attention"] = one(block["attention"], x)
     params[name] = block
   return sparse, params
 
