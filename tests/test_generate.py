@@ -470,6 +470,21 @@ def test_logits_hook(temperature):
   assert len(TRACES) == before
 
 
+@pytest.mark.parametrize("temperature", [0, 1.0])
+def test_a_hook_that_forbids_every_token_gives_none(temperature):
+  out = generate(
+    Bigram(),
+    RANDOM,
+    [[1, 2]],
+    max_new_tokens=1,
+    temperature=temperature,
+    logits_hook=lambda logits, *_: jnp.full_like(logits, -jnp.inf),
+    return_log_probs=True,
+  )
+  assert out.tokens.tolist() == [[1, 2, -1]]
+  assert np.isnan(np.asarray(out.log_probs)[0, 2])
+
+
 @pytest.mark.parametrize("every", [1, 3, 50])
 def test_the_loop_ends_with_its_last_row(every):
   calls: list[Any] = []
