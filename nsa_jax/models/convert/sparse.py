@@ -212,27 +212,24 @@ def _phi_of_means(
   return phi
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def _attention_inputs(
   config: TransformerConfig, params: Mapping[str, Any], tokens: Array
 ) -> dict[str, Any]:
   """What every layer attends from, [B, T, D], by the name of its block."""
-
-  @jax.jit
-  def run(params: Any, tokens: Array) -> Any:
-    _, found = TransformerLM(config).apply(
-      {"params": params},
-      tokens,
-      capture_intermediates=lambda module, _: module.name == "attention_norm",
-      mutable=["intermediates"],
-    )
-    return found["intermediates"]
-
+  _, found = TransformerLM(config).apply(
+    {"params": params},
+    tokens,
+    capture_intermediates=lambda module, _: module.name == "attention_norm",
+    mutable=["intermediates"],
+  )
   return {
-    name: found["attention_norm"]["__call__"][0]
-    for name, found in run(params, tokens).items()
+    name: block["attention_norm"]["__call__"][0]
+    for name, block in found["intermediates"].items()
   }
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _fit_gates(
   config: TransformerConfig,
   kind: Any,
