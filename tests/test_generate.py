@@ -307,7 +307,10 @@ def test_forms_of_prompts():
     np.testing.assert_array_equal(tokens, again[0])
 
 
-@pytest.mark.parametrize("generator", ["threefry2x32", "rbg", "unsafe_rbg"])
+@pytest.mark.parametrize(
+  "generator",
+  ["threefry2x32", "rbg", pytest.param("unsafe_rbg", marks=pytest.mark.slow)],
+)
 def test_key_and_the_other_rows(generator):
   with jax.default_prng_impl(generator):
     _check_key_and_the_other_rows()

@@ -79,7 +79,7 @@ def load(
   The folder has config.json, safetensors files and perhaps tokenizer.json, as
   transformers writes them. All names and shapes are checked before the first
   array is read. Then one tensor at a time goes to the devices, so that the host
-  needs memory for one, and a mesh for the parameters.
+  needs memory for one and a copy of it, and a mesh for the parameters.
 
   Args:
     folder: of the checkpoint.
