@@ -580,6 +580,12 @@ UNKNOWN = "config.json has the field `{}`={}, which nsa_jax does not know."
       "{'factor': 2.0} if it has both.",
     ),
     (
+      {"rope_theta": 5e5, "rope_parameters": {"rope_theta": 1e6}},
+      ValueError,
+      "config.json has `rope_theta`=500000.0, which must be `rope_parameters."
+      "rope_theta`=1000000.0 if it has both.",
+    ),
+    (
       {"rope_parameters": {"rope_type": "linear", "factor": 0.5}},
       ValueError,
       "config.json has `rope_parameters`: `factor`=0.5 must be at least 1",

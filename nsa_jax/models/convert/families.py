@@ -439,11 +439,20 @@ def _read_rope(
       "scaling for all layers."
     )
   scaling = _Fields(given, f"{name}.")
-  base = source.number("rope_theta", 10_000.0)
-  part = source.number("partial_rotary_factor", 1.0)
-  part = scaling.number("partial_rotary_factor", part)
+
+  def either(field: str, default: float) -> float:
+    """A number that newer versions have in `rope_parameters`."""
+    outer, inner = source.get(field), scaling.get(field)
+    if outer is not None and inner not in (None, outer):
+      raise ValueError(
+        f"config.json has `{field}`={_checks.show(outer)}, which must be "
+        f"`{name}.{field}`={_checks.show(inner)} if it has both."
+      )
+    return (source if inner is None else scaling).number(field, default)
+
+  part = either("partial_rotary_factor", 1.0)
   options: dict[str, Any] = {
-    "base": scaling.number("rope_theta", base),
+    "base": either("rope_theta", 10_000.0),
     "original_max_position": longest,
     "rotary_dim": None if part == 1 else int(head_dim * part),
   }
