@@ -43,7 +43,8 @@ class Generated(NamedTuple):
   """Prompts and their continuations.
 
   Attributes:
-    tokens: int32 [B, P + max_new_tokens]: in each row the prompt, then the new
+    tokens: int32 [B, P + max_new_tokens], or as many columns as the longest row
+      may have, if `max_new_tokens` is one per row: the prompt, then the new
       tokens, then `pad_token`.
     lengths: int32 [B], tokens per row, including the prompt and a stop token.
   """
@@ -224,7 +225,7 @@ def generate(
 
   Returns:
     Generated; with `return_log_probs` or `return_cache` GeneratedDetails. A
-    token is -1 if its logits contained a NaN.
+    token is -1 if its logits contained a NaN or were all -inf.
 
   Raises:
     ValueError: if an argument does not fit, before anything runs.
@@ -352,17 +353,18 @@ def generate(
   return GeneratedDetails(tokens, state.lengths, log_probs, cache)
 
 
-def empty_cache(model: nn.Module, batch: int, capacity: int) -> Any:
+def empty_cache(model: Any, batch: int, capacity: int) -> Any:
   """A model's cache without tokens, for steps of one's own.
 
   Args:
-    model: as in `generate`; its `max_append` is that of the cache.
+    model: as in `generate`, of linen or nnx; its `max_append` is that of the
+      cache.
     batch: B.
     capacity: tokens per row.
 
   Returns:
     What `init` returns under "cache" for tokens [B, capacity], but without
-    parameters.
+    parameters; for a model of nnx the same, of its `nnx.Cache` variables.
 
   Raises:
     ValueError: if an argument does not fit.
@@ -378,6 +380,8 @@ def empty_cache(model: nn.Module, batch: int, capacity: int) -> Any:
   """
   batch = _checks.static_int("batch", batch, 1)
   capacity = _checks.static_int("capacity", capacity, 1)
+  if not isinstance(model, nn.Module):
+    model, _ = with_params(model, None)
   model = _decoder(model)
   _shapes(model, batch, capacity)  # Raises if the model has no cache.
   return _empty_cache(model, batch, capacity)
@@ -608,7 +612,8 @@ def _sample(logits, key, positions, temperature, top_k, top_p):
     scaled = jnp.where(logits == high, 0, (logits - high) / divisor)
     drawn = _draw(key, positions, filter_logits(scaled, top_k, top_p))
     token = jnp.where(temperature > 0, drawn, token) if per_row else drawn
-  valid = ~jnp.isnan(logits).any(axis=-1)
+  # A hook may forbid every token.
+  valid = ~jnp.isnan(logits).any(axis=-1) & (logits > -jnp.inf).any(axis=-1)
   return jnp.where(valid, token, -1).astype(jnp.int32)
 
 
@@ -719,9 +724,8 @@ def _read_cache(cache, empty, lengths):
       "`cache` must hold lengths that are known here, not traced: `generate` "
       "calls compiled functions itself."
     )
-  held = known.reshape(-1, len(lengths))[
-    0
-  ]  # A scanned model stacks its layers.
+  # A scanned model stacks its layers.
+  held = known.reshape(-1, len(lengths))[0]
   wrong = (held < 0) | (held >= lengths)
   if wrong.any():
     row = int(wrong.argmax())

@@ -1,7 +1,9 @@
 """Checkpoints: the logits of transformers, round trips, shardings, messages."""
 
+import dataclasses
 import gc
 import json
+import pathlib
 import re
 import shutil
 import sys
@@ -36,6 +38,12 @@ def _results(case):
   return dict(np.load(parity.FOLDER / case / parity.RESULTS))
 
 
+def _fast(*fast):
+  """All cases; the others are slow."""
+  slow = [case for case in parity.CASES if case not in fast]
+  return [*fast, *(pytest.param(case, marks=pytest.mark.slow) for case in slow)]
+
+
 def _equal(got: Any, want: Any) -> None:
   structure: Any = jax.tree.structure(got)
   assert structure == jax.tree.structure(want)
@@ -47,12 +55,21 @@ def _equal(got: Any, want: Any) -> None:
 
 
 @pytest.mark.parametrize("case", parity.CASES)
-def test_logits_and_greedy_tokens_are_those_of_transformers(case):
+def test_logits_are_those_of_transformers(case):
   loaded = nsa_jax.load(parity.FOLDER / case, **FLOAT32, **FAST)
   results = _results(case)
   apply = jax.jit(loaded.model.apply)
   logits = apply({"params": loaded.params}, results["tokens"])
   np.testing.assert_allclose(logits[:, ::4], results["logits"], atol=1e-4)
+  assert loaded.tokenizer is None
+
+
+@pytest.mark.parametrize(
+  "case", _fast("llama3", "llama_dynamic", "mistral", "qwen3")
+)
+def test_greedy_tokens_are_those_of_transformers(case):
+  loaded = nsa_jax.load(parity.FOLDER / case, **FLOAT32, **FAST)
+  results = _results(case)
   prompts = results["tokens"][:, : parity.PROMPT]
   generated = nsa_jax.generate(
     loaded.model,
@@ -62,7 +79,6 @@ def test_logits_and_greedy_tokens_are_those_of_transformers(case):
     temperature=0,
   )
   np.testing.assert_array_equal(generated.tokens, results["generated"])
-  assert loaded.tokenizer is None
 
 
 def test_the_cases_hit_every_option():
@@ -97,15 +113,7 @@ def test_the_cases_hit_every_option():
   assert kept.dtype == kept.param_dtype == jnp.bfloat16
 
 
-@pytest.mark.parametrize(
-  "case",
-  [
-    case
-    if case in ("llama3", "qwen2", "qwen3", "mistral")
-    else pytest.param(case, marks=pytest.mark.slow)
-    for case in parity.CASES
-  ],
-)
+@pytest.mark.parametrize("case", _fast("llama3", "qwen2", "qwen3", "mistral"))
 def test_a_round_trip_keeps_the_bytes(case, tmp_path):
   """Of every tensor; and of the parameters, whether stacked or not."""
   folder = parity.FOLDER / case
@@ -157,6 +165,75 @@ def test_rows_of_the_vocabulary(tmp_path):
   np.testing.assert_allclose(logits[:, ::4], results["logits"], atol=1e-4)
   nsa_jax.save(tmp_path, loaded.config, loaded.params)
   _equal(nsa_jax.load(tmp_path).params, nsa_jax.load(folder).params)
+
+
+@pytest.mark.parametrize("before, after", [(16_000, 10**9), (10**9, 16_000)])
+def test_an_interrupted_save_leaves_no_mixture(
+  before, after, tmp_path, monkeypatch
+):
+  """Over a checkpoint with another number of files, at any step."""
+  old = nsa_jax.load(parity.FOLDER / "llama3")
+  new = jax.tree.map(lambda x: x + 1, old.params)
+  folder, saved = tmp_path / "folder", tmp_path / "saved"
+  nsa_jax.save(saved, old.config, old.params, max_file_bytes=before)
+  steps: list[str] = []
+
+  def counted(function, allowed):
+    def call(self, *args, **options):
+      if len(steps) == allowed:
+        raise KeyboardInterrupt
+      steps.append(self.name)
+      return function(self, *args, **options)
+
+    return call
+
+  found = []
+  for allowed in range(100):
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(saved, folder)
+    steps.clear()
+    with monkeypatch.context() as patch:
+      for name in ("write_text", "unlink", "replace"):
+        function = counted(getattr(pathlib.Path, name), allowed)
+        patch.setattr(pathlib.Path, name, function)
+      try:
+        nsa_jax.save(folder, old.config, new, max_file_bytes=after)
+      except KeyboardInterrupt:
+        done = False
+      else:
+        done = True
+    if not done and not (folder / "config.json").exists():
+      with pytest.raises(ValueError, match=r"config.json cannot be read"):
+        nsa_jax.load(folder)
+      found.append("none")
+      continue
+    params = nsa_jax.load(folder).params
+    _equal(params, new if done else old.params)
+    found.append("new" if done else "old")
+    if done:
+      break
+  assert found == sorted(found, key=["old", "none", "new"].index)
+  assert {*found} == {"old", "none", "new"}
+  # Nothing else is left: transformers may read other files first.
+  names = {path.name for path in folder.iterdir()}
+  assert ("model.safetensors" in names) == (after > before)
+  assert (tensors.INDEX in names) == (after < before)
+  assert not [name for name in names if name.startswith(".")]
+
+
+def test_a_failed_save_leaves_what_was_there(tmp_path, monkeypatch):
+  old = nsa_jax.load(parity.FOLDER / "mistral")
+  nsa_jax.save(tmp_path, old.config, old.params)
+  names = sorted(path.name for path in tmp_path.iterdir())
+
+  def full(*_, **__):
+    raise OSError("No space left on device")
+
+  monkeypatch.setattr(safetensors.numpy, "save_file", full)
+  with pytest.raises(OSError, match="No space"):
+    nsa_jax.save(tmp_path, old.config, jax.tree.map(jnp.zeros_like, old.params))
+  assert sorted(path.name for path in tmp_path.iterdir()) == names
+  _equal(nsa_jax.load(tmp_path).params, old.params)
 
 
 @pytest.mark.parametrize("scan_layers", [False, True])
@@ -265,11 +342,13 @@ def check_attention(kind, arrays):
     nsa=NSAConfig(window=12),
     implementation="xla",
   )
-  query = arrays["query"]
+  query, key, value = (
+    jnp.asarray(arrays[name]) for name in ("query", "key", "value")
+  )
   parts: Any = {
-    "query": lambda x: query[:, x[0, :, 0].astype(int)],
-    "key": lambda x: arrays["key"][:, x[0, :, 0].astype(int)],
-    "value": lambda x: arrays["value"][:, x[0, :, 0].astype(int)],
+    "query": lambda x: query[:, x[0, :, 0].astype(jnp.int32)],
+    "key": lambda x: key[:, x[0, :, 0].astype(jnp.int32)],
+    "value": lambda x: value[:, x[0, :, 0].astype(jnp.int32)],
     "sink": lambda: jnp.asarray(arrays["sinks"]),
     "out": lambda heads: heads.reshape(*heads.shape[:2], -1),
   }
@@ -278,19 +357,26 @@ def check_attention(kind, arrays):
   call: dict[str, Any] = {"positions": None, "segment_ids": None}
   dense: Any
   for dense in core.DENSE_KINDS:
-    all_at_once = core.dense_attention(config, dense, parts, x, **call)
-    np.testing.assert_allclose(all_at_once.out, want, atol=1e-5)
-    held: Any = core.empty_cache(
-      config, 1, 12, max_append=1, dtype=jnp.float32, kind=dense
-    )
-    for start, stop in ((0, 11), (11, 12)):
-      token = x[:, start:stop]
-      decoding = core.begin_decoding(held, token, None, None)
-      step = core.dense_attention(
-        config, dense, parts, token, decoding=decoding, **call
+
+    @jax.jit
+    def run(x, dense=dense):
+      every = [core.dense_attention(config, dense, parts, x, **call).out]
+      held: Any = core.empty_cache(
+        config, 1, 12, max_append=1, dtype=jnp.float32, kind=dense
       )
-      held = step.cache
-      np.testing.assert_allclose(step.out, want[:, start:stop], atol=1e-5)
+      for token in (x[:, :11], x[:, 11:]):
+        decoding = core.begin_decoding(held, token, None, None)
+        step = core.dense_attention(
+          config, dense, parts, token, decoding=decoding, **call
+        )
+        held = step.cache
+        every.append(step.out)
+      return every
+
+    for got, part in zip(
+      run(x), (want, want[:, :11], want[:, 11:]), strict=True
+    ):
+      np.testing.assert_allclose(got, part, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["softcap", "sink"])
@@ -397,6 +483,41 @@ def _write(folder, change):
   safetensors.numpy.save_file(stored, path)
 
 
+def test_defaults_are_those_of_transformers():
+  fields = {name: NSA_1B[name] for name in convert.families._SAME}
+  fields |= {"model_type": "mistral", "num_hidden_layers": 2}
+  config = convert.read_config(fields)
+  assert (config.attention, config.nsa.window) == ("window", 4096)
+  assert convert.read_config(fields | {"sliding_window": None}) == (
+    dataclasses.replace(config, attention="full", nsa=NSAConfig())
+  )
+
+
+def test_every_rotary_dimension_is_written():
+  for head_dim, width in ((44, 30), (46, 26), (86, 62), (64, 32)):
+    rope = nsa_jax.RopeConfig(rotary_dim=width)
+    config = TransformerConfig.preset(
+      "tiny", attention="full", head_dim=head_dim, rope=rope
+    )
+    fields = convert.write_config(config, "llama")
+    # As transformers reads it.
+    assert int(head_dim * fields["partial_rotary_factor"]) == width
+
+
+def test_fields_to_pass_over():
+  fields = {name: NSA_1B[name] for name in convert.families._SAME}
+  scaling = {"rope_type": "linear", "factor": 2.0, "new": 1}
+  fields |= {"model_type": "llama", "rope_scaling": scaling, "other": 2}
+  config = convert.read_config(fields, ignore=["rope_scaling.new", "other"])
+  assert config.rope is not None
+  assert config.rope.factor == 2
+  both = fields | {"rope_parameters": scaling}
+  convert.read_config(both, ignore=["rope_parameters.new", "other"])
+  message = "`ignore`=['rope_scaling.new'] passes over it."
+  with pytest.raises(ValueError, match=re.escape(message)):
+    convert.read_config(fields, ignore=["new", "other"])
+
+
 UNKNOWN = "config.json has the field `{}`={}, which nsa_jax does not know."
 
 
@@ -453,6 +574,28 @@ UNKNOWN = "config.json has the field `{}`={}, which nsa_jax does not know."
       "one scaling for all layers.",
     ),
     (
+      {"rope_parameters": {}, "rope_scaling": {"factor": 2.0}},
+      ValueError,
+      "config.json has `rope_parameters`={}, which must be `rope_scaling`="
+      "{'factor': 2.0} if it has both.",
+    ),
+    (
+      {"rope_theta": 5e5, "rope_parameters": {"rope_theta": 1e6}},
+      ValueError,
+      "config.json has `rope_theta`=500000.0, which must be `rope_parameters."
+      "rope_theta`=1000000.0 if it has both.",
+    ),
+    (
+      {"rope_parameters": {"rope_type": "linear", "factor": 0.5}},
+      ValueError,
+      "config.json has `rope_parameters`: `factor`=0.5 must be at least 1",
+    ),
+    (
+      {"rope_parameters": {"rope_type": "yarn", "mscale": "x", "factor": 2.0}},
+      ValueError,
+      "config.json has `rope_parameters.mscale`='x', which must be a positive",
+    ),
+    (
       {"head_dim": 8},
       ValueError,
       "The tensor `model.layers.0.self_attn.k_proj.bias` of shape (8,) must "
@@ -486,7 +629,9 @@ def test_messages_about_layers():
   message = "config.json has `layer_types[1]`='chunked'; nsa_jax takes"
   with pytest.raises(NotImplementedError, match=re.escape(message)):
     convert.read_config(fields | {"layer_types": ["full_attention", "chunked"]})
-  message = "config.json has `layer_types` with 'sliding_attention' and lacks"
+  with pytest.raises(NotImplementedError, match=r"`layer_types\[0\]`=\[\]"):
+    convert.read_config(fields | {"layer_types": [[], []]})
+  message = "config.json has `layer_types` with 'sliding_attention', and `slid"
   with pytest.raises(ValueError, match=re.escape(message)):
     convert.read_config(fields | {"layer_types": ["sliding_attention"] * 2})
 
@@ -551,6 +696,15 @@ def test_messages_about_dtypes(folder):
   mixed = nsa_jax.load(folder)
   assert mixed.config.param_dtype == jnp.float32
   assert mixed.params["layer_1"]["mlp_up"]["kernel"].dtype == jnp.float16
+  wide = dict.fromkeys([name], np.zeros((24, 16)))
+  _write(folder, lambda stored: stored.update(wide))
+  message = f"The tensor `{name}` has the type float64, which jax has only with"
+  with pytest.raises(ValueError, match=re.escape(message)):
+    nsa_jax.load(folder)
+  same = nsa_jax.load(folder, param_dtype="float32")
+  assert same.params["layer_1"]["mlp_up"]["kernel"].dtype == jnp.float32
+  narrow = {name: np.zeros((24, 16), np.float16)}
+  _write(folder, lambda stored: stored.update(narrow))
   with pytest.raises(ValueError, match=r"several types, float16, float32"):
     nsa_jax.load(folder, scan_layers=True)
   half = nsa_jax.load(folder, param_dtype="bfloat16", scan_layers=True)
@@ -568,6 +722,11 @@ def test_messages_about_files(folder, tmp_path):
   path.write_text(json.dumps(index))
   with pytest.raises(ValueError, match=r"The tensor `.*` is in two files: mod"):
     nsa_jax.load(folder)
+  for text in ("{}", "[]", "x", '{"weight_map": 3}'):
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"index.json must hold an object"):
+      nsa_jax.load(folder)
+  path.write_text(json.dumps(index))
   (folder / "other.safetensors").write_bytes(b"12345678")
   with pytest.raises(ValueError, match=r"other.safetensors cannot be read: "):
     nsa_jax.load(folder)
@@ -626,6 +785,18 @@ def test_messages_about_arguments(arguments, message):
       "llama",
       "`config.layer_kinds`=('full', 'nsa') must be ('full', 'full')",
     ),
+    (
+      {
+        "attention": "nsa",
+        "compression": "mean",
+        "share_kv": True,
+        "rope_compressed": "tokens",
+        "nsa": NSAConfig(16, 16, 16, 4, 0, 1),
+        "select": print,
+      },
+      None,
+      "`config.select`=<built-in function print> must be None",
+    ),
     ({"biases": ["query"]}, None, "`config.biases`=('query',) must be"),
     ({}, "gpt2", "`family`='gpt2' must be one of 'llama', 'mistral', "),
   ],
@@ -660,6 +831,11 @@ def test_a_tokenizer(folder, tmp_path, monkeypatch):
   again = nsa_jax.load(tmp_path).tokenizer
   assert again.encode("b").ids == [1]
   assert nsa_jax.load(tmp_path, tokenizer=False).tokenizer is None
+  nsa_jax.save(tmp_path, loaded.config, loaded.params)
+  assert nsa_jax.load(tmp_path).tokenizer.encode("b").ids == [1]
+  (tmp_path / "tokenizer.json").write_text("x")
+  with pytest.raises(ValueError, match=r"tokenizer.json cannot be read: "):
+    nsa_jax.load(tmp_path)
   monkeypatch.setitem(sys.modules, "tokenizers", None)
   with pytest.raises(ImportError, match=r"`tokenizer`=False.*checkpoints"):
     nsa_jax.load(tmp_path)

@@ -59,7 +59,11 @@ def _run(params: Any = RANDOM, prompts: Any = PROMPTS, **options: Any):
 
 
 @pytest.mark.parametrize(
-  "options", [{}, {"prefill_chunk": 4, "capacity": 40, "stop_token": 16}]
+  "options",
+  [
+    pytest.param({}, marks=pytest.mark.slow),
+    {"prefill_chunk": 4, "capacity": 40, "stop_token": 16},
+  ],
 )
 def test_greedy_is_the_argmax_of_full_passes(options):
   """Each row as if alone, in layers of every kind."""
@@ -249,7 +253,10 @@ def test_a_cache_may_be_numpy_and_hold_whole_prompts():
   first = generate(
     model, params, [[1, 2, 3]], capacity=16, return_cache=True, **options
   )
-  want = generate(model, params, first.tokens, capacity=16, **options)
+  # In one call: the same programs.
+  want = generate(
+    model, params, [[1, 2, 3]], capacity=16, **options | {"max_new_tokens": 6}
+  )
   held = jax.tree.map(np.asarray, first.cache)
   out = generate(model, params, first.tokens, cache=held, **options)
   np.testing.assert_array_equal(out.tokens, want.tokens)
@@ -300,7 +307,10 @@ def test_forms_of_prompts():
     np.testing.assert_array_equal(tokens, again[0])
 
 
-@pytest.mark.parametrize("generator", ["threefry2x32", "rbg", "unsafe_rbg"])
+@pytest.mark.parametrize(
+  "generator",
+  ["threefry2x32", "rbg", pytest.param("unsafe_rbg", marks=pytest.mark.slow)],
+)
 def test_key_and_the_other_rows(generator):
   with jax.default_prng_impl(generator):
     _check_key_and_the_other_rows()
@@ -468,6 +478,21 @@ def test_logits_hook(temperature):
     logits_hook=_no_token_twice,
   )
   assert len(TRACES) == before
+
+
+@pytest.mark.parametrize("temperature", [0, 1.0])
+def test_a_hook_that_forbids_every_token_gives_none(temperature):
+  out = generate(
+    Bigram(),
+    RANDOM,
+    [[1, 2]],
+    max_new_tokens=1,
+    temperature=temperature,
+    logits_hook=lambda logits, *_: jnp.full_like(logits, -jnp.inf),
+    return_log_probs=True,
+  )
+  assert out.tokens.tolist() == [[1, 2, -1]]
+  assert np.isnan(np.asarray(out.log_probs)[0, 2])
 
 
 @pytest.mark.parametrize("every", [1, 3, 50])

@@ -15,6 +15,7 @@ from flax import nnx
 import nsa_jax
 from nsa_jax import nnx as nsa_nnx
 from nsa_jax.models.nnx import functional
+from nsa_jax.sampling import empty_cache
 from tests import test_transformer as twin
 from tests.helpers import assert_same_bits
 from tests.test_transformer import MIXED, SMALL, B, T
@@ -177,6 +178,10 @@ def test_generate_and_inspect_take_it():
   }
   want = nsa_jax.generate(model, params, **call)
   assert_same_bits(nsa_jax.generate(ours, None, **call), want)
+  # With a cache made before, which stays its own.
+  held = empty_cache(ours, 2, 8)
+  assert_same_bits(held, empty_cache(model, 2, 8))
+  assert_same_bits(nsa_jax.generate(ours, None, cache=held, **call), want)
   assert ours.layer_0.attention.kv is None  # As it was.
   found = nsa_jax.inspect.inspect_model(ours, None, TOKENS)
   assert_same_bits(found, nsa_jax.inspect.inspect_model(model, params, TOKENS))

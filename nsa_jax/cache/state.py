@@ -408,7 +408,7 @@ def _quantized(pair):
     return (jnp.abs(x).max(axis=-1).astype(_SCALE) / 127).astype(_SCALE)
 
   def round_by(x, scale):
-    # A scale that is 0 or NaN tells all: the integers are not read.
+    # With a scale of 0 or not finite the product is so, whatever is rounded.
     scale = jnp.where(scale > 0, scale, 1)[..., None]
     return jnp.round(x.astype(_SCALE) / scale).clip(-127, 127).astype(jnp.int8)
 

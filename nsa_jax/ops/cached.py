@@ -218,13 +218,7 @@ def attend(
     )
   if run is None:
     out, ids = _compose(
-      spec,
-      arrays,
-      index,
-      implementation,
-      prefill_window,
-      select,
-      tiles,
+      spec, arrays, index, implementation, prefill_window, select, tiles
     )
   else:
     out, ids = run()
@@ -476,13 +470,7 @@ def _check_selected(query: Any, cache: Cache) -> tuple[Array, KV]:
 
 
 def _compose(
-  spec,
-  arrays,
-  index,
-  implementation,
-  prefill_window,
-  select,
-  tiles,
+  spec, arrays, index, implementation, prefill_window, select, tiles
 ):
   """`attend` composed of the separate branches."""
   lengths, queries = index

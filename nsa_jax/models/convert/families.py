@@ -185,10 +185,10 @@ class _Fields:
     self._where = where
     self.unread = set(fields)
 
-  def get(self, name: str, default: Any = None) -> Any:
-    """The value; the default if it is missing or null."""
+  def get(self, name: str, default: Any = None, missing: Any = None) -> Any:
+    """The value; the default if it is null, or missing without `missing`."""
     self.unread.discard(name)
-    value = self._fields.get(name)
+    value = self._fields.get(name, missing)
     return default if value is None else value
 
   def need(self, name: str) -> Any:
@@ -237,14 +237,17 @@ class _Fields:
       )
 
   def check_all_read(self, ignore: Sequence[str]) -> None:
-    for name in sorted(self.unread - set(ignore)):
+    for name in sorted(self.unread):
+      if self._where + name in ignore:
+        continue
       value = self._fields[name]
       if value is None or value is False:  # An option that is off.
         continue
       raise ValueError(
         f"config.json has the field `{self._where}{name}`="
         f"{_checks.show(value)}, which nsa_jax does not know. If it changes "
-        f"neither parameters nor logits, `ignore`=[{name!r}] passes over it."
+        f"neither parameters nor logits, `ignore`=[{self._where + name!r}] "
+        "passes over it."
       )
 
 
@@ -296,7 +299,7 @@ def read_config(
 
   Args:
     fields: what config.json holds.
-    ignore: fields to pass over.
+    ignore: unknown fields to pass over, such as "a" or "rope_scaling.b".
     overrides: fields of the `TransformerConfig`, which come first.
 
   Raises:
@@ -335,7 +338,7 @@ def read_config(
     "normalize_qk": family.normalize_qk,
     "biases": _read_biases(source, family),
   }
-  options["rope"] = _read_rope(source, options["head_dim"])
+  options["rope"] = _read_rope(source, options["head_dim"], ignore)
   options |= _read_layers(source, family, options["num_layers"])
   source.check_all_read(ignore)
   try:
@@ -373,7 +376,8 @@ def _read_layers(
     return _SPARSE | {"attention": "nsa", "nsa": nsa}
   if not family.windows:
     return {"attention": "full"}
-  window = source.get("sliding_window")
+  # null is none; one that is missing has transformers' default.
+  window = source.get("sliding_window", missing=4096)
   types = source.get("layer_types")
   first = 0
   if family.windows == "some":
@@ -392,7 +396,7 @@ def _read_layers(
     )
   kinds: dict[str, AttentionName] = {_FULL: "full", _WINDOW: "window"}
   for i, kind in enumerate(types):
-    if kind not in kinds:
+    if not isinstance(kind, str) or kind not in kinds:
       raise NotImplementedError(
         f"config.json has `layer_types[{i}]`={_checks.show(kind)}; nsa_jax "
         f"takes {' or '.join(map(repr, kinds))}."
@@ -402,22 +406,29 @@ def _read_layers(
     return {"attention": "full"}
   if window is None:
     raise ValueError(
-      "config.json has `layer_types` with 'sliding_attention' and lacks the "
-      "field `sliding_window`, or has `use_sliding_window`=False."
+      "config.json has `layer_types` with 'sliding_attention', and "
+      "`sliding_window`=None or `use_sliding_window`=False."
     )
   same = len(set(layers)) == 1
   return {
     "attention": layers[0] if same else layers,
-    "nsa": NSAConfig(window=source.integer("sliding_window")),
+    "nsa": NSAConfig(window=source.integer("sliding_window", window)),
   }
 
 
-def _read_rope(source: _Fields, head_dim: int) -> RopeConfig:
+def _read_rope(
+  source: _Fields, head_dim: int, ignore: Sequence[str]
+) -> RopeConfig:
   """From `rope_theta` and `rope_scaling`, or `rope_parameters` of version 5."""
   longest = source.integer("max_position_embeddings", 2048)
   name = "rope_parameters"
   given = source.get(name)
   old = source.get("rope_scaling")
+  if given is not None and old not in (None, given):
+    raise ValueError(
+      f"config.json has `{name}`={_checks.show(given)}, which must be "
+      f"`rope_scaling`={_checks.show(old)} if it has both."
+    )
   if given is None:
     name, given = "rope_scaling", old or {}
   if not isinstance(given, Mapping) or any(
@@ -428,11 +439,20 @@ def _read_rope(source: _Fields, head_dim: int) -> RopeConfig:
       "scaling for all layers."
     )
   scaling = _Fields(given, f"{name}.")
-  base = source.number("rope_theta", 10_000.0)
-  part = source.number("partial_rotary_factor", 1.0)
-  part = scaling.number("partial_rotary_factor", part)
+
+  def either(field: str, default: float) -> float:
+    """A number that newer versions have in `rope_parameters`."""
+    outer, inner = source.get(field), scaling.get(field)
+    if outer is not None and inner not in (None, outer):
+      raise ValueError(
+        f"config.json has `{field}`={_checks.show(outer)}, which must be "
+        f"`{name}.{field}`={_checks.show(inner)} if it has both."
+      )
+    return (source if inner is None else scaling).number(field, default)
+
+  part = either("partial_rotary_factor", 1.0)
   options: dict[str, Any] = {
-    "base": scaling.number("rope_theta", base),
+    "base": either("rope_theta", 10_000.0),
     "original_max_position": longest,
     "rotary_dim": None if part == 1 else int(head_dim * part),
   }
@@ -465,16 +485,19 @@ def _read_rope(source: _Fields, head_dim: int) -> RopeConfig:
       f"config.json has `{name}.rope_type`={_checks.show(kind)}; nsa_jax takes "
       "'default', 'linear', 'dynamic', 'llama3' or 'yarn'."
     )
-  scaling.check_all_read(())
-  return RopeConfig(**options)
+  scaling.check_all_read(ignore)
+  try:
+    return RopeConfig(**options)
+  except ValueError as error:
+    raise ValueError(f"config.json has `{name}`: {error}") from error
 
 
 def _yarn_temperature(scaling: _Fields, factor: float) -> float | None:
-  own = scaling.get("attention_factor")
-  parts = [scaling.get(name) for name in ("mscale", "mscale_all_dim")]
-  if own is not None:
+  names = ("mscale", "mscale_all_dim")
+  parts = [scaling.number(name) for name in names if scaling.get(name)]
+  if scaling.get("attention_factor") is not None:
     return scaling.number("attention_factor")
-  if not all(parts):
+  if len(parts) < len(names):
     return None
   over, under = (0.1 * part * math.log(factor) + 1 for part in parts)
   return over / under
@@ -530,7 +553,10 @@ def _write_rope(rope: RopeConfig | None, head_dim: int) -> dict[str, Any]:
   longest = rope.original_max_position
   fields: dict[str, Any] = {"rope_theta": rope.base}
   if rope.rotary_dim is not None:
-    fields["partial_rotary_factor"] = rope.rotary_dim / head_dim
+    part = rope.rotary_dim / head_dim
+    if int(head_dim * part) < rope.rotary_dim:  # By rounding.
+      part = math.nextafter(part, 1)
+    fields["partial_rotary_factor"] = part
   scaling: dict[str, Any] = {"rope_type": rope.scaling, "factor": rope.factor}
   if rope.scaling == "llama3":
     scaling |= {
@@ -593,7 +619,7 @@ def _compared(config: TransformerConfig) -> dict[str, Any]:
     "layer_nsa",
   ]
   if "nsa" in kinds:
-    names += [*_SPARSE, "nsa", "branches"]
+    names += [*_SPARSE, "nsa", "branches", "select"]
   found = {name: getattr(config, name) for name in names}
   if "nsa" in kinds:
     # A bias of the gates is a parameter, whatever it starts as.

@@ -4,6 +4,8 @@ import dataclasses
 import json
 import pathlib
 import re
+import shutil
+import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -33,6 +35,7 @@ from nsa_jax.models.convert.tensors import (
   Entry,
   Reader,
   import_extra,
+  remove,
   write,
 )
 from nsa_jax.models.linen import TransformerLM
@@ -75,7 +78,7 @@ def load(
   The folder has config.json, safetensors files and perhaps tokenizer.json, as
   transformers writes them. All names and shapes are checked before the first
   array is read. Then one tensor at a time goes to the devices, so that the host
-  needs memory for one, and a mesh for the parameters.
+  needs memory for one and a copy of it, and a mesh for the parameters.
 
   Args:
     folder: of the checkpoint.
@@ -175,9 +178,20 @@ def _configure(
     name = TABLES["embedding"].name
     if name not in reader.entries:
       raise ValueError(f"The checkpoint lacks the tensor `{name}`.")
-    options["param_dtype"] = reader.dtype(name)
+    options["param_dtype"] = _kept(reader, name)
   options.setdefault("dtype", options["param_dtype"])
   return read_config(fields, ignore=ignore, overrides=options)
+
+
+def _kept(reader: Reader, name: str) -> jnp.dtype:
+  """The dtype of a tensor, which its parameter keeps."""
+  dtype = reader.dtype(name)
+  if jax.dtypes.canonicalize_dtype(dtype) != dtype:
+    raise ValueError(
+      f"The tensor `{name}` has the type {dtype.name}, which jax has only with "
+      "`jax_enable_x64`: `param_dtype` must say another."
+    )
+  return dtype
 
 
 def shapes_of(config: TransformerConfig) -> Any:
@@ -310,7 +324,8 @@ def _read(
 def _parameter(
   step: _Step, reader: Reader, dtype: jnp.dtype | None, sharding: Any
 ) -> jax.Array:
-  kept = {reader.dtype(name) for name in step.names}
+  of = _kept if dtype is None else Reader.dtype
+  kept = {of(reader, name) for name in step.names}
   if dtype is None and len(kept) > 1:
     raise ValueError(
       f"The tensors from `{step.names[0]}` to `{step.names[-1]}` have several "
@@ -360,7 +375,10 @@ def _tokenizer(folder: pathlib.Path) -> Any:
   package = import_extra(
     "tokenizers", f"Reading {TOKENIZER} (or `tokenizer`=False)"
   )
-  return package.Tokenizer.from_file(str(path))
+  try:
+    return package.Tokenizer.from_file(str(path))
+  except Exception as error:  # The package has no type of its own.
+    raise ValueError(f"{path} cannot be read: {error}.") from error
 
 
 def save(
@@ -374,6 +392,10 @@ def save(
 ) -> None:
   """Writes a checkpoint that `load`, and transformers, can read.
 
+  Once it is complete, it takes the place of one that is in the folder; until
+  then the disk has both. An interruption leaves either of them, or a folder
+  without config.json, but no mixture.
+
   Args:
     folder: made if it does not exist.
     config: of the model. Options that change neither parameters nor logits,
@@ -382,7 +404,8 @@ def save(
       they may be split over the devices of this host.
     family: "llama", "mistral", "qwen2", "qwen3" or "llama-nsa"; None is the one
       that is nearest to the options.
-    tokenizer: a `tokenizers.Tokenizer`, kept as tokenizer.json.
+    tokenizer: a `tokenizers.Tokenizer`, kept as tokenizer.json; with None, one
+      that is there stays.
     max_file_bytes: a larger checkpoint has several files and an index. One file
       at a time is in memory.
 
@@ -439,14 +462,30 @@ def save(
         x = x[: config.vocab_size]
       yield tensor, step.tensor.write(x)
 
-  write(folder, sizes, tensors(), max_file_bytes)
   counts = Counter(
     _leaf(arrays, step.path).dtype.name for step in plan for _ in step.names
   )
   fields["torch_dtype"] = counts.most_common(1)[0][0]
-  (folder / CONFIG).write_text(json.dumps(fields, indent=2) + "\n")
-  if tokenizer is not None:
-    tokenizer.save(str(folder / TOKENIZER))
+  made = pathlib.Path(tempfile.mkdtemp(prefix=".save-", dir=folder))
+  try:
+    write(made, sizes, tensors(), max_file_bytes)
+    if tokenizer is not None:
+      tokenizer.save(str(made / TOKENIZER))
+    (made / CONFIG).write_text(json.dumps(fields, indent=2) + "\n")
+  except BaseException:
+    shutil.rmtree(made)
+    raise
+  _replace(folder, made)
+
+
+def _replace(folder: pathlib.Path, made: pathlib.Path) -> None:
+  """Moves the files of a checkpoint to its folder, in place of earlier ones."""
+  # Without config.json no folder is read: it goes first and comes last.
+  (folder / CONFIG).unlink(missing_ok=True)
+  remove(folder)
+  for path in sorted(made.iterdir(), key=lambda path: path.name == CONFIG):
+    path.replace(folder / path.name)
+  made.rmdir()
 
 
 def _leaf(tree, path):

@@ -41,7 +41,8 @@ def to_nsa(
     config: of the dense model.
     params: its parameters, what `init` returns under "params".
     layers: indices of the layers to convert; all by default.
-    nsa: hyper-parameters of the algorithm; `config.nsa` by default.
+    nsa: hyper-parameters of the converted layers; by default those that they
+      have. Other layers keep their window.
     compression: phi: "mean", or "weighted" or "linear", which can learn.
     rope_compressed: as in `AttentionConfig`. The mean of rotated keys gives a
       block the mean of its tokens' scores.
@@ -76,16 +77,27 @@ def to_nsa(
   _checks.choice("compression", compression, _COMPRESSIONS)
   chosen = _chosen(config, layers)
   biases = _gate_biases(gates)
-  names = ["layers"] if config.scan_layers else [f"layer_{i}" for i in chosen]
+  # The blocks of parameters, by the first of their layers.
+  names = {0: "layers"}
+  if not config.scan_layers:
+    names = {i: f"layer_{i}" for i in chosen}
   arrays = unboxed(params)
   check_params(arrays, shapes_of(config))
   kinds = list(config.layer_kinds)
   for i in chosen:
     kinds[i] = "nsa"
+  layer_nsa = [config.of_layer(i).nsa for i in range(config.num_layers)]
+  if nsa is not None:
+    _checks.instance("nsa", nsa, NSAConfig)
+    # A layer that keeps its window keeps the width of it.
+    layer_nsa = [
+      own if kind == "window" else nsa
+      for own, kind in zip(layer_nsa, kinds, strict=True)
+    ]
   sparse = dataclasses.replace(
     config,
     attention=kinds[0] if len(set(kinds)) == 1 else tuple(kinds),
-    nsa=config.nsa if nsa is None else nsa,
+    layer_nsa=layer_nsa,
     compression=compression,
     share_kv=True,
     rope_compressed=rope_compressed,
@@ -93,15 +105,13 @@ def to_nsa(
     gate_init_scale=0.0,
   )
   core.vectors(sparse)  # Raises NotImplementedError.
-  convert = functools.partial(_sparse_parameters, sparse)
-  if config.scan_layers:
-    convert = jax.vmap(convert)
   made = dict(arrays)
-  for name in names:
-    made[name] = {
-      **arrays[name],
-      "attention": convert(arrays[name]["attention"]),
-    }
+  for i, name in names.items():
+    convert = functools.partial(_sparse_parameters, sparse.of_layer(i))
+    if config.scan_layers:
+      convert = jax.vmap(convert)
+    attention = convert(arrays[name]["attention"])
+    made[name] = {**arrays[name], "attention": attention}
   return sparse, made
 
 

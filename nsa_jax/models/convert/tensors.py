@@ -6,6 +6,7 @@ What the tensors mean is in `families`.
 import contextlib
 import json
 import pathlib
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ import numpy as np
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+_PART = re.compile(r"model-\d+-of-\d+\.safetensors")
 # Of jax.numpy, whose bfloat16 NumPy knows by then.
 _DTYPES = {
   "F64": jnp.dtype(jnp.float64),
@@ -120,7 +122,14 @@ def _files(folder: pathlib.Path) -> list[str]:
   """Names of the files of a checkpoint."""
   index = folder / INDEX
   if index.exists():
-    names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    try:
+      places = json.loads(index.read_text())["weight_map"]
+      names = sorted({str(name) for name in places.values()})
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as e:
+      raise ValueError(
+        f"{index} must hold an object of JSON whose `weight_map` has the file "
+        f"of every tensor: {type(e).__name__}: {e}."
+      ) from e
   elif (folder / SINGLE).exists():
     names = [SINGLE]
   else:
@@ -178,3 +187,10 @@ def write(
       "weight_map": places,
     }
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def remove(folder: pathlib.Path) -> None:
+  """Removes the files that `write` has made in a folder before."""
+  for path in list(folder.iterdir()):
+    if path.name in (SINGLE, INDEX) or _PART.fullmatch(path.name):
+      path.unlink()
