@@ -92,6 +92,27 @@ def test_chosen_layers_and_hyperparameters():
   )
 
 
+def test_layers_keep_hyperparameters_of_their_own():
+  wide, new = dataclasses.replace(NSA, window=64), NSAConfig(4, 4, 8, num_selected=4)
+  config, params = dense(
+    num_layers=3,
+    attention=["window", "full", "window"],
+    layer_nsa=[NSA, NSA, wide],
+  )
+  for nsa, want in (
+    (None, [NSA, NSA, wide]),
+    (new, [dataclasses.replace(new, window=16), new, new]),
+  ):
+    sparse, made = to_nsa(
+      config, params, layers=[1, 2], nsa=nsa, compression="weighted"
+    )
+    assert [sparse.of_layer(i).nsa for i in range(3)] == want
+    expected = jax.eval_shape(
+      TransformerLM(sparse).init, jax.random.key(0), TOKENS
+    )["params"]
+    chex.assert_trees_all_equal_shapes(made, expected)
+
+
 def test_rows_that_are_read_whole_are_as_before():
   # 64 tokens are 4 blocks: the selected branch is full attention.
   config, params = dense()

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from nsa_jax import _checks
 from nsa_jax.config import NSAConfig
 from nsa_jax.layers import core
+from nsa_jax.models import decoder
 from nsa_jax.models.config import TransformerConfig
 from nsa_jax.models.convert.load import check_params, shapes_of, unboxed
 from nsa_jax.typing import BRANCHES, CompressionName, RopeCompressedName
@@ -41,7 +42,8 @@ def to_nsa(
     config: of the dense model.
     params: its parameters, what `init` returns under "params".
     layers: indices of the layers to convert; all by default.
-    nsa: hyper-parameters of the algorithm; `config.nsa` by default.
+    nsa: hyper-parameters of the algorithm; by default every layer keeps its
+      own. Layers that are not converted keep their window in any case.
     compression: phi: "mean", or "weighted" or "linear", which can learn.
     rope_compressed: as in `AttentionConfig`. The mean of rotated keys gives a
       block the mean of its tokens' scores.
@@ -85,7 +87,7 @@ def to_nsa(
   sparse = dataclasses.replace(
     config,
     attention=kinds[0] if len(set(kinds)) == 1 else tuple(kinds),
-    nsa=config.nsa if nsa is None else nsa,
+    layer_nsa=_layer_nsa(config, chosen, nsa),
     compression=compression,
     share_kv=True,
     rope_compressed=rope_compressed,
@@ -93,16 +95,34 @@ def to_nsa(
     gate_init_scale=0.0,
   )
   core.vectors(sparse)  # Raises NotImplementedError.
-  convert = functools.partial(_sparse_parameters, sparse)
-  if config.scan_layers:
-    convert = jax.vmap(convert)
+  blocks = decoder.blocks(sparse)
   made = dict(arrays)
   for name in names:
+    convert = functools.partial(_sparse_parameters, blocks[name][0])
+    if config.scan_layers:
+      convert = jax.vmap(convert)
     made[name] = {
       **arrays[name],
       "attention": convert(arrays[name]["attention"]),
     }
   return sparse, made
+
+
+def _layer_nsa(
+  config: TransformerConfig, chosen: Sequence[int], nsa: Any
+) -> list[NSAConfig]:
+  """The hyper-parameters of every layer."""
+  own = [config.of_layer(i).nsa for i in range(config.num_layers)]
+  if nsa is None:
+    return own
+  _checks.instance("nsa", nsa, NSAConfig)
+  # Of a dense layer the window is read, and lengths of blocks to align segments.
+  return [
+    nsa
+    if i in chosen or kind == "full"
+    else dataclasses.replace(nsa, window=own[i].window)
+    for i, kind in enumerate(config.layer_kinds)
+  ]
 
 
 def _gate_biases(gates: Any) -> tuple[float, ...]:
