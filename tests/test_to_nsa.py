@@ -93,7 +93,10 @@ def test_chosen_layers_and_hyperparameters():
 
 
 def test_layers_keep_hyperparameters_of_their_own():
-  wide, new = dataclasses.replace(NSA, window=64), NSAConfig(4, 4, 8, num_selected=4)
+  wide, new = (
+    dataclasses.replace(NSA, window=64),
+    NSAConfig(4, 4, 8, num_selected=4),
+  )
   config, params = dense(
     num_layers=3,
     attention=["window", "full", "window"],

@@ -64,6 +64,7 @@ class TransformerLM(nnx.Module):
 
   embedding: nnx.Param[Array]
   head: nnx.Param[Array]  # without `tie_embeddings`
+  layers: "TransformerBlock"  # with `scan_layers`
 
   def __init__(
     self,
@@ -346,7 +347,12 @@ def unstack_layers(model: TransformerLM) -> TransformerLM:
   for i in range(config.num_layers):
     params[f"layer_{i}"] = jax.tree.map(lambda x, i=i: x[i], stacked)
   abstract = nnx.eval_shape(
-    lambda: TransformerLM(config, decode=model.decode, rngs=nnx.Rngs(0))
+    lambda: TransformerLM(
+      config,
+      decode=model.decode,
+      max_append=model.layers.attention.max_append,
+      rngs=nnx.Rngs(0),
+    )
   )
   return from_linen(abstract, params)
 

@@ -116,7 +116,7 @@ def _layer_nsa(
   if nsa is None:
     return own
   _checks.instance("nsa", nsa, NSAConfig)
-  # Of a dense layer the window is read, and lengths of blocks to align segments.
+  # Dense layers read the window, and where segments may start.
   return [
     nsa
     if i in chosen or kind == "full"
