@@ -115,7 +115,8 @@ class AttentionConfig:
     norm_epsilon: added to the mean square in every RMSNorm, those of a model
       too.
     biases: which projections have a bias: "query", "key" (all branches),
-      "value" (likewise), "out". Linen's `use_bias` adds all of them.
+      "value" (likewise), "out". `use_bias` of a layer gives one to all of
+      them and to the gates.
     gate_bias: initial bias of the gates' logits, one number or one per branch
       in the order compressed, selected, window; None: they have no bias.
     gate_init_scale: factor on the gates' initial kernel; with 0 the gates start
