@@ -238,7 +238,8 @@ def test_branches(branches):
   layer, params, apply = _setup()
   x = _x()
   part = layer.clone(branches=branches)
-  out, sown = part.apply(params, x, mutable=["intermediates"])
+  collect = functools.partial(part.apply, mutable=["intermediates"])
+  out, sown = jax.jit(collect)(params, x)
   gates = np.asarray(sown["intermediates"]["gates"][0])
   kept = np.array([name in branches for name in BRANCHES])
   assert (gates[..., ~kept] == 0).all()
@@ -246,9 +247,9 @@ def test_branches(branches):
   assert part.attention == layer.clone(branches=sorted(branches)).attention
   if len(branches) == 1:  # Of one branch and the others the sum is the whole.
     rest = tuple(name for name in BRANCHES if name not in branches)
-    both = out + layer.clone(branches=rest).apply(params, x)
+    both = out + jax.jit(layer.clone(branches=rest).apply)(params, x)
     np.testing.assert_allclose(both, apply(params, x), atol=1e-5)
-  grads = jax.grad(lambda p: (part.apply(p, x) ** 2).sum())(params)
+  grads = jax.jit(jax.grad(lambda p: (part.apply(p, x) ** 2).sum()))(params)
   for name, kernel in grads["params"].items():
     branch = name.rsplit("_", 1)[-1]
     if name.startswith(("key_", "value_")):
@@ -559,8 +560,10 @@ def test_initialisers_of_out_and_biases():
     use_bias=True,
     bias_init=constant(3.0),
     out_bias_init=constant(4.0),
+    compression="mean",
   )
-  out, params = layer.init_with_output(jax.random.key(0), _x())
+  init = jax.jit(layer.init_with_output)
+  out, params = init(jax.random.key(0), _x())
   assert out.shape == (B, T, 6)
   for name, module in params["params"].items():
     if not name.startswith("compress_"):
