@@ -230,6 +230,37 @@ def test_padding_of_the_baselines_is_inert(kind):
   jax.tree.map(np.testing.assert_array_equal, actual, expected)
 
 
+@pytest.mark.parametrize("kind", ["nsa", "full", "window"])
+def test_rows_without_new_tokens_get_zeros(kind):
+  """Of a static prefix, padding is at positions that the cache holds."""
+  layer = _layer(decode=True, compression="mean", implementation="xla")
+  call: dict[str, Any] = {"positions": None}
+  if kind != "nsa":
+    layer = DenseAttention(layer.attention, kind, decode=True)
+    call["segment_ids"] = None
+  variables = jax.jit(functools.partial(layer.init, **call))(
+    jax.random.key(0), _x()
+  )
+  ids = np.array([[1] * 4, [0] * 4])
+
+  @functools.partial(jax.jit, static_argnames="prefix_length")
+  def append(cache, ids, prefix_length):
+    return layer.apply(
+      variables | cache,
+      _x()[:, :4],
+      positions=None,
+      segment_ids=ids,
+      prefix_length=prefix_length,
+      mutable=["cache"],
+    )
+
+  empty = {"cache": jax.tree.map(jnp.zeros_like, variables["cache"])}
+  out, full = append(empty, np.ones_like(ids), prefix_length=0)
+  again, _ = append(full, ids, prefix_length=0)
+  np.testing.assert_array_equal(again[0], out[0])
+  np.testing.assert_array_equal(again[1], 0)
+
+
 @pytest.mark.parametrize(
   "branches", [("window", "compressed"), ["selected"], ("window",)]
 )

@@ -651,6 +651,8 @@ def dense_attention(
     # The sink takes its share of the weights: lse - log(e^lse + e^sink).
     share = jax.nn.sigmoid(lse - parts["sink"]().astype(lse.dtype)[None, None])
     heads = (heads * share[..., None]).astype(query.dtype)
+  if decoding is not None:
+    heads = decoding.keep_new(heads)
   out = parts["out"](heads)
   if decoding is not None:
     out = decoding.mark_lost(out)
