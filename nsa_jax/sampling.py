@@ -352,7 +352,7 @@ def generate(
   return GeneratedDetails(tokens, state.lengths, log_probs, cache)
 
 
-def empty_cache(model: nn.Module, batch: int, capacity: int) -> Any:
+def empty_cache(model: Any, batch: int, capacity: int) -> Any:
   """A model's cache without tokens, for steps of one's own.
 
   Args:
@@ -378,6 +378,7 @@ def empty_cache(model: nn.Module, batch: int, capacity: int) -> Any:
   """
   batch = _checks.static_int("batch", batch, 1)
   capacity = _checks.static_int("capacity", capacity, 1)
+  model, _ = with_params(model, None)
   model = _decoder(model)
   _shapes(model, batch, capacity)  # Raises if the model has no cache.
   return _empty_cache(model, batch, capacity)

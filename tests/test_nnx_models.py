@@ -14,6 +14,7 @@ import pytest
 from flax import nnx
 
 import nsa_jax
+from nsa_jax import cache, sampling
 from nsa_jax import nnx as nsa_nnx
 from nsa_jax.models.nnx import functional
 from tests import test_transformer as twin
@@ -232,6 +233,34 @@ def test_inspect_takes_stacked_layers():
   model, params, ours = pair(scan_layers=True)
   found = nsa_jax.inspect.inspect_model(ours, None, TOKENS)
   assert_same_bits(found, nsa_jax.inspect.inspect_model(model, params, TOKENS))
+
+
+def test_functions_of_serving_take_its_caches():
+  model, _, ours = pair(num_layers=1, attention="window")
+  batch, row = (
+    nnx.view(ours, decode=True, batch_size=rows, max_length=16)
+    for rows in (2, 1)
+  )
+  append = nnx.jit(lambda model, tokens: model(tokens))
+  append(batch, TOKENS[:, :5])
+  append(row, TOKENS[:1, 5:8])
+
+  @jax.jit
+  def change(held, new):
+    return cache.evict(cache.insert(held, new, 1), 0)
+
+  caches = [nnx.state(model, nnx.Cache) for model in (batch, row)]
+  nnx.update(batch, change(*caches))
+  assert batch.layer_0.attention.kv.get_value().lengths.tolist() == [0, 3]
+  new = TOKENS[:, 8:9]
+  got, want = append(batch, new), append(row, new[1:])
+  np.testing.assert_allclose(got[1], want[0], atol=1e-5)
+  assert_same_bits(
+    sampling.empty_cache(ours, B, 16),
+    sampling.empty_cache(model, B, 16),
+  )
+  with pytest.raises(ValueError, match="method `init_cache`"):
+    sampling.empty_cache(3, B, 16)
 
 
 class Bigrams(nnx.Module):

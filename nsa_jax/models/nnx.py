@@ -446,7 +446,7 @@ def functional(model: Any) -> tuple[Functional, dict[str, Any]]:
   if not isinstance(model, nnx.Module) or not hasattr(model, "init_cache"):
     raise ValueError(
       f"`model` of type {type(model).__name__} must be a TransformerLM or "
-      "another nnx module with a method `init_cache`, if `params` is None."
+      "another nnx module with a method `init_cache`."
     )
   model = nnx.clone(model)
   model.init_cache((1, 1))
