@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any, get_args
 
 import jax.numpy as jnp
+import numpy as np
 
 from nsa_jax import _checks
 from nsa_jax.rope import RopeConfig, check_head_dim
@@ -264,14 +265,17 @@ class AttentionConfig:
     if given is None:
       return
     several = isinstance(given, Sequence) and not isinstance(given, str | bytes)
-    if several and len(given) != len(BRANCHES):
+    # Arrays have no hash, and are no sequences.
+    if len(given) != len(BRANCHES) if several else np.ndim(given):
       raise ValueError(
         f"`gate_bias`={_checks.show(given)} must be None, a number, or one for "
         f"each of {', '.join(map(repr, BRANCHES))}."
       )
-    values = given if several else (given,) * len(BRANCHES)
-    kept = tuple(_checks.finite("gate_bias", value) for value in values)
-    object.__setattr__(self, "gate_bias", kept)
+    if several:
+      kept = [_checks.finite(f"gate_bias[{i}]", x) for i, x in enumerate(given)]
+    else:
+      kept = [_checks.finite("gate_bias", given)] * len(BRANCHES)
+    object.__setattr__(self, "gate_bias", tuple(kept))
 
   @property
   def value_dim(self) -> int:

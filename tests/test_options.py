@@ -424,6 +424,11 @@ def test_rope_messages(fields, message):
       "`gate_bias`=[1.0] must be None, a number, or one for each of 'compres",
     ),
     ({"gate_bias": "0"}, "`gate_bias`='0' must be a finite number."),
+    (
+      {"gate_bias": np.ones(3)},
+      "`gate_bias`=array([1., 1., 1.]) must be None, a number, or one for each",
+    ),
+    ({"gate_bias": (0, None, 0)}, "`gate_bias[1]`=None must be a finite num"),
     ({"gate_init_scale": math.inf}, "`gate_init_scale`=inf must be a finite"),
     ({"attention_sinks": 1}, "`attention_sinks`=1 must be True or False."),
     ({"score_softcap": 0.0}, "`score_softcap`=0.0 must be positive."),
