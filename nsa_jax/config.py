@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any, get_args
 
 import jax.numpy as jnp
+import numpy as np
 
 from nsa_jax import _checks
 from nsa_jax.rope import RopeConfig, check_head_dim
@@ -115,7 +116,8 @@ class AttentionConfig:
     norm_epsilon: added to the mean square in every RMSNorm, those of a model
       too.
     biases: which projections have a bias: "query", "key" (all branches),
-      "value" (likewise), "out". Linen's `use_bias` adds all of them.
+      "value" (likewise), "out". `use_bias` of a layer gives one to all of
+      them and to the gates.
     gate_bias: initial bias of the gates' logits, one number or one per branch
       in the order compressed, selected, window; None: they have no bias.
     gate_init_scale: factor on the gates' initial kernel; with 0 the gates start
@@ -263,14 +265,17 @@ class AttentionConfig:
     if given is None:
       return
     several = isinstance(given, Sequence) and not isinstance(given, str | bytes)
-    if several and len(given) != len(BRANCHES):
+    # Arrays have no hash, and are no sequences.
+    if len(given) != len(BRANCHES) if several else np.ndim(given):
       raise ValueError(
         f"`gate_bias`={_checks.show(given)} must be None, a number, or one for "
         f"each of {', '.join(map(repr, BRANCHES))}."
       )
-    values = given if several else (given,) * len(BRANCHES)
-    kept = tuple(_checks.finite("gate_bias", value) for value in values)
-    object.__setattr__(self, "gate_bias", kept)
+    if several:
+      kept = [_checks.finite(f"gate_bias[{i}]", x) for i, x in enumerate(given)]
+    else:
+      kept = [_checks.finite("gate_bias", given)] * len(BRANCHES)
+    object.__setattr__(self, "gate_bias", tuple(kept))
 
   @property
   def value_dim(self) -> int:

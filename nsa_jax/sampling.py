@@ -380,8 +380,7 @@ def empty_cache(model: Any, batch: int, capacity: int) -> Any:
   """
   batch = _checks.static_int("batch", batch, 1)
   capacity = _checks.static_int("capacity", capacity, 1)
-  if not isinstance(model, nn.Module):
-    model, _ = with_params(model, None)
+  model, _ = with_params(model, None)
   model = _decoder(model)
   _shapes(model, batch, capacity)  # Raises if the model has no cache.
   return _empty_cache(model, batch, capacity)

@@ -230,6 +230,37 @@ def test_padding_of_the_baselines_is_inert(kind):
   jax.tree.map(np.testing.assert_array_equal, actual, expected)
 
 
+@pytest.mark.parametrize("kind", ["nsa", "full", "window"])
+def test_rows_without_new_tokens_get_zeros(kind):
+  """Of a static prefix, padding is at positions that the cache holds."""
+  layer = _layer(decode=True, compression="mean", implementation="xla")
+  call: dict[str, Any] = {"positions": None}
+  if kind != "nsa":
+    layer = DenseAttention(layer.attention, kind, decode=True)
+    call["segment_ids"] = None
+  variables = jax.jit(functools.partial(layer.init, **call))(
+    jax.random.key(0), _x()
+  )
+  ids = np.array([[1] * 4, [0] * 4])
+
+  @functools.partial(jax.jit, static_argnames="prefix_length")
+  def append(cache, ids, prefix_length):
+    return layer.apply(
+      variables | cache,
+      _x()[:, :4],
+      positions=None,
+      segment_ids=ids,
+      prefix_length=prefix_length,
+      mutable=["cache"],
+    )
+
+  empty = {"cache": jax.tree.map(jnp.zeros_like, variables["cache"])}
+  out, full = append(empty, np.ones_like(ids), prefix_length=0)
+  again, _ = append(full, ids, prefix_length=0)
+  np.testing.assert_array_equal(again[0], out[0])
+  np.testing.assert_array_equal(again[1], 0)
+
+
 @pytest.mark.parametrize(
   "branches", [("window", "compressed"), ["selected"], ("window",)]
 )
@@ -238,7 +269,8 @@ def test_branches(branches):
   layer, params, apply = _setup()
   x = _x()
   part = layer.clone(branches=branches)
-  out, sown = part.apply(params, x, mutable=["intermediates"])
+  collect = functools.partial(part.apply, mutable=["intermediates"])
+  out, sown = jax.jit(collect)(params, x)
   gates = np.asarray(sown["intermediates"]["gates"][0])
   kept = np.array([name in branches for name in BRANCHES])
   assert (gates[..., ~kept] == 0).all()
@@ -246,9 +278,9 @@ def test_branches(branches):
   assert part.attention == layer.clone(branches=sorted(branches)).attention
   if len(branches) == 1:  # Of one branch and the others the sum is the whole.
     rest = tuple(name for name in BRANCHES if name not in branches)
-    both = out + layer.clone(branches=rest).apply(params, x)
+    both = out + jax.jit(layer.clone(branches=rest).apply)(params, x)
     np.testing.assert_allclose(both, apply(params, x), atol=1e-5)
-  grads = jax.grad(lambda p: (part.apply(p, x) ** 2).sum())(params)
+  grads = jax.jit(jax.grad(lambda p: (part.apply(p, x) ** 2).sum()))(params)
   for name, kernel in grads["params"].items():
     branch = name.rsplit("_", 1)[-1]
     if name.startswith(("key_", "value_")):
@@ -559,8 +591,10 @@ def test_initialisers_of_out_and_biases():
     use_bias=True,
     bias_init=constant(3.0),
     out_bias_init=constant(4.0),
+    compression="mean",
   )
-  out, params = layer.init_with_output(jax.random.key(0), _x())
+  init = jax.jit(layer.init_with_output)
+  out, params = init(jax.random.key(0), _x())
   assert out.shape == (B, T, 6)
   for name, module in params["params"].items():
     if not name.startswith("compress_"):

@@ -53,7 +53,15 @@ def loss_of(out: jax.Array) -> jax.Array:
 VARIANTS: list[Any] = [
   *twin.VARIANTS,
   {"use_bias": True, "out_features": 6},
-  {"dtype": jnp.bfloat16, "normalize_qk": True},
+  {
+    "dtype": jnp.bfloat16,
+    "normalize_qk": True,
+    "norm_epsilon": 1e-2,
+    "biases": ("query", "value"),
+    "gate_bias": (1.0, 0.0, -1.0),
+    "gate_init_scale": 0.5,
+    "rope": nsa_jax.RopeConfig(factor=2.0, scaling="linear", rotary_dim=4),
+  },
 ]
 FAST = (0, 2, len(VARIANTS) - 1)
 
@@ -107,7 +115,14 @@ def test_phi_has_the_same_bits(kind):
 @pytest.mark.parametrize("kind", ["window", "full"])
 def test_dense_attention_has_the_same_bits(kind):
   config = nsa_jax.AttentionConfig(
-    num_heads=4, num_kv_heads=2, head_dim=8, nsa=CONFIG, normalize_qk=True
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    nsa=CONFIG,
+    normalize_qk=True,
+    biases=("query", "out"),
+    attention_sinks=True,
+    score_softcap=2.0,
   )
   layer = linen.DenseAttention(config, kind)
   none: dict[str, Any] = {"positions": None, "segment_ids": None}
@@ -154,16 +169,16 @@ def _is_variable(x):
 
 def test_vmap_and_scan():
   """An ensemble, and layers one after the other."""
-  _, _, one = pair()
   x = twin._x()
 
   @nnx.split_rngs(splits=3)
   @nnx.vmap
   def ensemble(rngs):
-    return make(rngs=rngs)
+    return make(rngs=rngs, compression="weighted")
 
   layers = ensemble(nnx.Rngs(1))
   assert layers.query.kernel.shape == (3, D, 4, 8)
+  call = nnx.jit(lambda layer, x: layer(x))
   out = nnx.jit(nnx.vmap(lambda layer, x: layer(x), in_axes=(0, None)))(
     layers, x
   )
@@ -172,7 +187,7 @@ def test_vmap_and_scan():
     nnx.merge(graph, jax.tree.map(lambda x, i=i: x[i], state)) for i in range(3)
   ]
   for i, layer in enumerate(single):
-    np.testing.assert_allclose(out[i], nnx.jit(layer)(x), atol=1e-5)
+    np.testing.assert_allclose(out[i], call(layer, x), atol=1e-5)
 
   @nnx.jit
   @nnx.scan(in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)
@@ -181,9 +196,8 @@ def test_vmap_and_scan():
 
   want = x
   for layer in single:
-    want = nnx.jit(layer)(want)
+    want = call(layer, want)
   np.testing.assert_allclose(run(x, layers), want, atol=1e-5)
-  del one
 
 
 def test_an_optimizer_trains_it():
@@ -212,6 +226,27 @@ def test_initial_values_are_those_of_linen():
     np.testing.assert_allclose(a.std(), b.std(), rtol=0.3, err_msg=str(path))
   other = nsa_nnx.to_linen(make(rngs=nnx.Rngs(params=1)))
   assert (other["query"]["kernel"] != got["query"]["kernel"]).any()
+
+
+def test_gates_start_as_told():
+  ours = make(
+    compression="mean",
+    gate_bias=(1.0, 0.0, -1.0),
+    gate_init_scale=0,
+    use_bias=True,
+    bias_init=nnx.initializers.ones,
+  )
+  np.testing.assert_array_equal(ours.gate.bias[...], [(1.0, 0.0, -1.0)] * 4)
+  assert not ours.gate.kernel[...].any()
+  assert (ours.query.bias[...] == 1).all()
+
+
+@pytest.mark.parametrize(
+  "option", [{"attention_sinks": True}, {"score_softcap": 30.0}]
+)
+def test_sparse_attention_has_no_sinks_and_no_soft_cap(option):
+  with pytest.raises(NotImplementedError, match=f"`{next(iter(option))}`="):
+    make(**option)
 
 
 # --------------------------------------------------------------------- decoding
@@ -304,7 +339,13 @@ def test_metadata_say_what_the_rules_say():
   )
   rules = [*nsa_jax.PARAMETER_RULES.items()]
   named = functools.partial(
-    make, in_features=16, logical_axes=True, normalize_qk=True, use_bias=True
+    make,
+    in_features=16,
+    logical_axes=True,
+    normalize_qk=True,
+    use_bias=True,
+    gate_bias=1.0,
+    gate_init_scale=0.5,
   )
   state = nnx.state(named())
   by_rule = nsa_jax.parameter_shardings(state, mesh)
@@ -335,8 +376,13 @@ def test_partitioned_initialisers():
     (2,), ("heads",), axis_types=(jax.sharding.AxisType.Auto,)
   )
   with jax.set_mesh(mesh):
-    layer = make(kernel_init={"query": init})
+    layer = make(kernel_init={"query": init, "gate": init}, compression="mean")
     assert layer.query.kernel.sharding.shard_shape((D, 4, 8)) == (D, 2, 8)
+    half = make(
+      kernel_init={"gate": init}, gate_init_scale=0.5, compression="mean"
+    )
+  assert half.gate.kernel.out_sharding == (None, "heads", None)
+  assert_same_bits(half.gate.kernel[...], 0.5 * layer.gate.kernel[...])
 
 
 # --------------------------------------------------------------------- messages

@@ -1,5 +1,6 @@
 """The model of nnx: the same bits as linen's, decoding, checkpoints, meshes."""
 
+import dataclasses
 import functools
 import re
 from typing import Any
@@ -13,15 +14,49 @@ import pytest
 from flax import nnx
 
 import nsa_jax
+from nsa_jax import cache, sampling
 from nsa_jax import nnx as nsa_nnx
 from nsa_jax.models.nnx import functional
 from nsa_jax.sampling import empty_cache
 from tests import test_transformer as twin
 from tests.helpers import assert_same_bits
-from tests.test_transformer import MIXED, SMALL, B, T
+from tests.test_transformer import MIXED, NSA, SMALL, B, T
 
 TOKENS = twin._tokens().astype(np.int32)
 LABELS = twin._tokens(seed=1).astype(np.int32)
+# What checkpoints need, in few programs: of all kinds of attention; of dense
+# attention alone; and of a scan.
+OPTIONS: dict[str, Any] = {
+  "normalize_qk": True,
+  "norm_epsilon": 1e-2,
+  "biases": ("key", "out"),
+  "vocab_multiple": 4,
+  "embedding_scale": 3.0,
+  "logit_softcap": 2.0,
+}
+NARROW = dataclasses.replace(NSA, window=3)
+ALL_KINDS = MIXED | {
+  **OPTIONS,
+  "gate_bias": (1.0, 0.0, -1.0),
+  "gate_init_scale": 0.5,
+  "layer_nsa": (NSA, NARROW, NARROW),
+  "rope": nsa_jax.RopeConfig(factor=2.0, scaling="llama3", rotary_dim=4),
+}
+DENSE = OPTIONS | {
+  "attention": ("window", "full"),
+  "layer_nsa": (NARROW, NSA),
+  "attention_sinks": True,
+  "score_softcap": 1.5,
+  "rope": nsa_jax.RopeConfig(
+    factor=2.0, scaling="dynamic", original_max_position=8
+  ),
+}
+SCANNED = DENSE | {
+  "attention": "window",
+  "layer_nsa": (NARROW, NARROW),
+  "scan_layers": True,
+  "tie_embeddings": False,
+}
 MASK = np.array([[1] * 16 + [2] * 20 + [0] * 4, [1] * T], np.int32)
 
 
@@ -47,14 +82,16 @@ def slow(*values: Any) -> Any:
 @pytest.mark.parametrize(
   "overrides",
   [
-    MIXED,
-    {"scan_layers": True, "remat": "full", "tie_embeddings": False},
+    ALL_KINDS,
+    SCANNED | {"remat": "full"},
+    slow(DENSE),
+    slow({"scan_layers": True, "remat": "full", "tie_embeddings": False}),
     slow({"remat": "save_attention", "dtype": "bfloat16"}),
     slow({"scan_layers": True}),
     slow({"scan_layers": True, "attention": "window"}),
     slow({"normalize_qk": True, "share_kv": True, "remat": "offload_all"}),
   ],
-  ids=str,
+  ids=lambda overrides: "-".join(overrides)[:40],
 )
 def test_same_bits_as_linen(overrides):
   """A step of training on labels, and the conversions."""
@@ -116,11 +153,14 @@ def test_transforms_of_jax_may_close_over_it(scan_layers):
 
 
 def test_unstacked_layers():
-  model, params, ours = pair(scan_layers=True)
-  single = nsa_nnx.unstack_layers(ours)
-  config, want = nsa_jax.unstack_layers(model, params)
-  assert single.config == config.config
+  model, params, ours = pair(**SCANNED)
+  ours = nnx.view(ours, decode=True, max_append=3)
+  single: Any = nsa_nnx.unstack_layers(ours)
+  twin_model, want = nsa_jax.unstack_layers(model, params)
+  assert single.config == twin_model.config
   assert_same_bits(nsa_nnx.to_linen(single), want)
+  assert single.decode
+  assert single.layer_1.attention.max_append == 3
   with pytest.raises(ValueError, match=r"`model\.config\.scan_layers`=F"):
     nsa_nnx.unstack_layers(single)
 
@@ -128,7 +168,11 @@ def test_unstacked_layers():
 # --------------------------------------------------------------------- decoding
 
 
-@pytest.mark.parametrize("overrides", [MIXED, {"scan_layers": True}], ids=str)
+@pytest.mark.parametrize(
+  "overrides",
+  [ALL_KINDS, DENSE, SCANNED, slow({"scan_layers": True})],
+  ids=["all_kinds", "dense", "scanned", "scanned_nsa"],
+)
 def test_decoding_has_the_same_bits(overrides):
   """A ragged prompt, then single tokens of some rows."""
   model, params, ours = pair(**overrides)
@@ -170,7 +214,9 @@ def test_decoding_has_the_same_bits(overrides):
 
 
 def test_generate_and_inspect_take_it():
-  model, params, ours = pair(**MIXED)
+  model, params, ours = pair(
+    attention=("nsa", "window"), layer_nsa=(NARROW, NSA), vocab_multiple=4
+  )
   call: dict[str, Any] = {
     "prompts": [[1, 2, 3], [4]],
     "max_new_tokens": 5,
@@ -192,6 +238,34 @@ def test_inspect_takes_stacked_layers():
   model, params, ours = pair(scan_layers=True)
   found = nsa_jax.inspect.inspect_model(ours, None, TOKENS)
   assert_same_bits(found, nsa_jax.inspect.inspect_model(model, params, TOKENS))
+
+
+def test_functions_of_serving_take_its_caches():
+  model, _, ours = pair(num_layers=1, attention="window")
+  batch, row = (
+    nnx.view(ours, decode=True, batch_size=rows, max_length=16)
+    for rows in (2, 1)
+  )
+  append = nnx.jit(lambda model, tokens: model(tokens))
+  append(batch, TOKENS[:, :5])
+  append(row, TOKENS[:1, 5:8])
+
+  @jax.jit
+  def change(held, new):
+    return cache.evict(cache.insert(held, new, 1), 0)
+
+  caches = [nnx.state(model, nnx.Cache) for model in (batch, row)]
+  nnx.update(batch, change(*caches))
+  assert batch.layer_0.attention.kv.get_value().lengths.tolist() == [0, 3]
+  new = TOKENS[:, 8:9]
+  got, want = append(batch, new), append(row, new[1:])
+  np.testing.assert_allclose(got[1], want[0], atol=1e-5)
+  assert_same_bits(
+    sampling.empty_cache(ours, B, 16),
+    sampling.empty_cache(model, B, 16),
+  )
+  with pytest.raises(ValueError, match="method `init_cache`"):
+    sampling.empty_cache(3, B, 16)
 
 
 class Bigrams(nnx.Module):
@@ -228,7 +302,7 @@ def test_generate_takes_other_models():
 
 def test_orbax_checkpoints(tmp_path):
   """Of the model with its cache, and of an optimizer."""
-  _, _, ours = pair()
+  _, _, ours = pair(num_layers=1)
   model = nnx.view(ours, decode=True, batch_size=B, max_length=16)
   run = nnx.jit(lambda model, tokens: model(tokens))
   run(model, TOKENS[:, :9])
@@ -260,18 +334,23 @@ def make_mesh(kind: str = "Auto") -> Any:
 
 
 @pytest.mark.parametrize(
-  "scan_layers, kind",
-  [(True, "Auto"), slow(False, "Auto"), slow(True, "Explicit")],
+  "overrides, kind",
+  [
+    (SCANNED, "Auto"),
+    slow(SCANNED, "Explicit"),
+    slow(DENSE, "Auto"),
+    slow({"scan_layers": True}, "Auto"),
+  ],
+  ids=str,
 )
-def test_parameters_on_a_mesh(scan_layers, kind):
+def test_parameters_on_a_mesh(overrides, kind):
   """By rule, by metadata, and as flax puts them there."""
   mesh, rules = make_mesh(kind), [*nsa_jax.PARAMETER_RULES.items()]
   config = twin._config(
+    **{**overrides, "tie_embeddings": False},
     model_dim=16,
     mlp_dim=8,
-    scan_layers=scan_layers,
     logical_axes=True,
-    tie_embeddings=False,
   )
 
   def make():
@@ -292,6 +371,9 @@ def test_parameters_on_a_mesh(scan_layers, kind):
     named = jax.sharding.NamedSharding(mesh, spec)
     assert named.is_equivalent_to(sharding, shape.ndim)
     assert x.sharding.is_equivalent_to(sharding, x.ndim)
+  if overrides is SCANNED:
+    sink = created.layers.attention.sink
+    assert sink.out_sharding == ("layers", "heads")
 
 
 @pytest.mark.slow

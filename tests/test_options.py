@@ -111,7 +111,8 @@ def test_gates_start_as_told(gate_bias, logical_axes):
   )
   x = jax.random.normal(jax.random.key(0), (1, 8, 6))
   params = jax.jit(layer.init)(jax.random.key(0), x)
-  _, sown = layer.apply(params, x, mutable=["intermediates"])
+  collect = functools.partial(layer.apply, mutable=["intermediates"])
+  _, sown = jax.jit(collect)(params, x)
   want = jax.nn.sigmoid(jnp.broadcast_to(jnp.asarray(gate_bias), (3,)))
   (gates,) = sown["intermediates"]["gates"]
   np.testing.assert_allclose(gates, jnp.broadcast_to(want, gates.shape))
@@ -140,6 +141,9 @@ def test_a_configuration_per_layer():
   assert config.nsa == NSA
   assert config.of_layer(1).nsa == wide
   assert config.segment_alignment == 24
+  for one in (config, _config(**fields)):
+    with pytest.raises(ValueError, match="`i`=2 must be less than `num_layer"):
+      one.of_layer(2)
   same = _config(**fields, layer_nsa=[wide, wide])
   assert same == _config(**fields, nsa=wide)
   params = _params(config)
@@ -158,8 +162,9 @@ def test_a_configuration_per_layer():
 
 
 def test_rows_without_a_token():
-  config = _config(vocab_multiple=4, tie_embeddings=False)
-  padded, plain = _params(config), _config(tie_embeddings=False)
+  fields = {"tie_embeddings": False, "attention": "window"}
+  config = _config(**fields, vocab_multiple=4)
+  padded, plain = _params(config), _config(**fields)
   assert padded["params"]["head"].shape == (12, 8)
   cut = {"params": dict(padded["params"])}
   for name in ("embedding", "head"):
@@ -176,15 +181,16 @@ def test_rows_without_a_token():
 
 
 def test_scaled_embeddings_and_capped_logits():
-  config = _config(embedding_scale=3.0, tie_embeddings=False)
+  fields = {"tie_embeddings": False, "attention": "window"}
+  config = _config(**fields, embedding_scale=3.0)
   scaled = {"params": dict(_params(config)["params"])}
   scaled["params"]["embedding"] = 3 * scaled["params"]["embedding"]
-  want = _logits(_config(tie_embeddings=False), scaled)
+  want = _logits(_config(**fields), scaled)
   np.testing.assert_allclose(_logits(config), want, atol=1e-5)
-  capped = _config(logit_softcap=0.5)
+  capped = _config(attention="window", logit_softcap=0.5)
   logits = _logits(capped)
   assert jnp.abs(logits).max() <= 0.5
-  want = 0.5 * np.tanh(_logits(_config()) / 0.5)
+  want = 0.5 * np.tanh(_logits(_config(attention="window")) / 0.5)
   np.testing.assert_allclose(logits, want, atol=1e-6)
   losses = _logits(capped, labels=_tokens())
   labels = _tokens()[..., None]
@@ -201,7 +207,7 @@ def test_losses_of_a_cut_vocabulary_have_no_gradient_past_it():
   def loss(head):
     return token_losses(head, x, jnp.array([[0, 4, 5]]), vocab_size=5).sum()
 
-  grads = jax.grad(loss)(head)
+  grads = jax.jit(jax.grad(loss))(head)
   assert not grads[5].any()
   assert (jnp.abs(grads[:5]).max(axis=1) > 0).all()
 
@@ -234,12 +240,12 @@ def test_a_sink_takes_weight(kind):
   apply = jax.jit(functools.partial(layer.apply, **call))
   plain = {"params": dict(params["params"])}
   del plain["params"]["sink"]
-  want = _dense(kind).apply(plain, x, **call)
+  want = jax.jit(functools.partial(_dense(kind).apply, **call))(plain, x)
   none = {"params": params["params"] | {"sink": jnp.full(2, -1e9)}}
   np.testing.assert_allclose(apply(none, x), want, atol=1e-6)
   everything = {"params": params["params"] | {"sink": jnp.full(2, 1e9)}}
   np.testing.assert_array_equal(apply(everything, x), 0)
-  grads = jax.grad(lambda p: (apply(p, x) ** 2).sum())(params)
+  grads = jax.jit(jax.grad(lambda p: (apply(p, x) ** 2).sum()))(params)
   assert jnp.abs(grads["params"]["sink"]).min() > 1e-6
 
 
@@ -418,6 +424,11 @@ def test_rope_messages(fields, message):
       "`gate_bias`=[1.0] must be None, a number, or one for each of 'compres",
     ),
     ({"gate_bias": "0"}, "`gate_bias`='0' must be a finite number."),
+    (
+      {"gate_bias": np.ones(3)},
+      "`gate_bias`=array([1., 1., 1.]) must be None, a number, or one for each",
+    ),
+    ({"gate_bias": (0, None, 0)}, "`gate_bias[1]`=None must be a finite num"),
     ({"gate_init_scale": math.inf}, "`gate_init_scale`=inf must be a finite"),
     ({"attention_sinks": 1}, "`attention_sinks`=1 must be True or False."),
     ({"score_softcap": 0.0}, "`score_softcap`=0.0 must be positive."),

@@ -11,7 +11,6 @@ import pytest
 
 from nsa_jax import NSAConfig, TransformerConfig, TransformerLM
 from nsa_jax.models.convert import to_nsa
-from nsa_jax.typing import CompressionName
 
 NSA = NSAConfig(8, 4, 16, num_selected=4, window=16)
 TOKENS = jax.random.randint(jax.random.key(1), (2, 160), 0, 256)
@@ -54,9 +53,7 @@ def logits(config: TransformerConfig, params: Any, tokens: Any) -> Any:
   ids=["plain", "scanned", "biases", "kinds"],
 )
 def test_parameters_are_those_of_the_sparse_model(options):
-  kinds: tuple[CompressionName, ...] = ("linear", "mean", "weighted")
-  # phi does not depend on the other options.
-  for compression in kinds[:1] if options else kinds:
+  for compression in ("mean", "weighted", "linear"):
     config, params = dense(**options)
     config, params = to_nsa(config, params, compression=compression)
     assert config.layer_kinds == ("nsa", "nsa")
@@ -95,18 +92,28 @@ def test_chosen_layers_and_hyperparameters():
   )
 
 
-def test_layers_of_different_kinds_and_windows():
-  wide = NSAConfig(8, 4, 16, num_selected=4, window=24)
-  config, params = dense(attention=("full", "window"), layer_nsa=[NSA, wide])
-  for i in range(2):
-    sparse, _ = to_nsa(config, params, layers=[i])
-    assert sparse.of_layer(1).nsa == wide
-  other = NSAConfig(4, 4, 8, num_selected=4, window=8)
-  sparse, _ = to_nsa(config, params, layers=[0], nsa=other)
-  assert [sparse.of_layer(i).nsa for i in range(2)] == [other, wide]
-  sparse, _ = to_nsa(config, params, nsa=other)
-  assert sparse.nsa == other
-  assert sparse.layer_nsa is None
+def test_layers_keep_hyperparameters_of_their_own():
+  wide, new = (
+    dataclasses.replace(NSA, window=64),
+    NSAConfig(4, 4, 8, num_selected=4),
+  )
+  config, params = dense(
+    num_layers=3,
+    attention=["window", "full", "window"],
+    layer_nsa=[NSA, NSA, wide],
+  )
+  for nsa, want in (
+    (None, [NSA, NSA, wide]),
+    (new, [dataclasses.replace(new, window=16), new, new]),
+  ):
+    sparse, made = to_nsa(
+      config, params, layers=[1, 2], nsa=nsa, compression="weighted"
+    )
+    assert [sparse.of_layer(i).nsa for i in range(3)] == want
+    expected = jax.eval_shape(
+      TransformerLM(sparse).init, jax.random.key(0), TOKENS
+    )["params"]
+    chex.assert_trees_all_equal_shapes(made, expected)
 
 
 def test_rows_that_are_read_whole_are_as_before():

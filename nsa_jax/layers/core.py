@@ -1,10 +1,11 @@
 """Attention layers without a module system: parameters in, arrays out.
 
-A module system (linen today) creates the parameters that the tables here name,
+A module system (linen, nnx) creates the parameters that the tables here name,
 binds them to functions, and calls `sparse_attention` or `dense_attention`.
 Everything here is shared by all module systems.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, get_args
@@ -106,8 +107,11 @@ def initial_kernel(
     return init
 
   def scaled(*args: Any, **kwargs: Any) -> Any:
-    # The kernel may be in a box with metadata.
-    return jax.tree.map(lambda x: x * scale, init(*args, **kwargs))
+    kernel = init(*args, **kwargs)
+    # It may be in a box with metadata: linen's is a pytree, that of nnx is not.
+    if hasattr(kernel, "raw_value"):
+      return dataclasses.replace(kernel, raw_value=kernel.raw_value * scale)
+    return jax.tree.map(lambda x: x * scale, kernel)
 
   return scaled
 
@@ -647,6 +651,8 @@ def dense_attention(
     # The sink takes its share of the weights: lse - log(e^lse + e^sink).
     share = jax.nn.sigmoid(lse - parts["sink"]().astype(lse.dtype)[None, None])
     heads = (heads * share[..., None]).astype(query.dtype)
+  if decoding is not None:
+    heads = decoding.keep_new(heads)
   out = parts["out"](heads)
   if decoding is not None:
     out = decoding.mark_lost(out)

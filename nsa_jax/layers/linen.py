@@ -89,7 +89,8 @@ class NativeSparseAttention(nn.Module):
     out_features: features of the output; by default D.
     out_kernel_init: initialiser of the kernel of "out" in place of the one in
       `kernel_init`.
-    bias_init: initialiser of the biases.
+    bias_init: initialiser of the biases; `gate_bias` takes its place for the
+      gates.
     out_bias_init: initialiser of the bias of "out", by default `bias_init`.
     broadcast_dropout: this and the fields below are those of
       `nn.MultiHeadDotProductAttention`. They have one value or are not read; an
@@ -317,8 +318,8 @@ class DenseAttention(nn.Module):
   """Full or window attention, the baselines.
 
   Attributes:
-    config: options; `compression`, `share_kv`, `rope_compressed`, `select` and
-      those of the gates are not read.
+    config: options; `compression`, `share_kv`, `rope_compressed`, `select`,
+      `branches` and those of the gates are not read.
     kind: "full" or "window".
     decode: as in `NativeSparseAttention`.
     max_append: as in `NativeSparseAttention`.

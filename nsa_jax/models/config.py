@@ -142,6 +142,9 @@ class TransformerConfig(AttentionConfig):
   def of_layer(self, i: int) -> "TransformerConfig":
     """The configuration of layer i alone: `nsa` is its own.
 
+    Raises:
+      ValueError: if i is not the index of a layer.
+
     Example:
       >>> from nsa_jax import NSAConfig, TransformerConfig
       >>> layers = [NSAConfig(window=64), NSAConfig(window=128)]
@@ -149,6 +152,11 @@ class TransformerConfig(AttentionConfig):
       >>> config.of_layer(1).nsa.window
       128
     """
+    i = _checks.static_int("i", i, 0)
+    if i >= self.num_layers:
+      raise ValueError(
+        f"`i`={i} must be less than `num_layers`={self.num_layers}."
+      )
     if self.layer_nsa is None:
       return self
     return dataclasses.replace(self, nsa=self.layer_nsa[i], layer_nsa=None)

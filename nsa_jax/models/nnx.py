@@ -64,6 +64,7 @@ class TransformerLM(nnx.Module):
 
   embedding: nnx.Param[Array]
   head: nnx.Param[Array]  # without `tie_embeddings`
+  layers: "TransformerBlock"  # with `scan_layers`
 
   def __init__(
     self,
@@ -346,7 +347,12 @@ def unstack_layers(model: TransformerLM) -> TransformerLM:
   for i in range(config.num_layers):
     params[f"layer_{i}"] = jax.tree.map(lambda x, i=i: x[i], stacked)
   abstract = nnx.eval_shape(
-    lambda: TransformerLM(config, decode=model.decode, rngs=nnx.Rngs(0))
+    lambda: TransformerLM(
+      config,
+      decode=model.decode,
+      max_append=model.layers.attention.max_append,
+      rngs=nnx.Rngs(0),
+    )
   )
   return from_linen(abstract, params)
 
@@ -440,7 +446,7 @@ def functional(model: Any) -> tuple[Functional, dict[str, Any]]:
   if not isinstance(model, nnx.Module) or not hasattr(model, "init_cache"):
     raise ValueError(
       f"`model` of type {type(model).__name__} must be a TransformerLM or "
-      "another nnx module with a method `init_cache`, if `params` is None."
+      "another nnx module with a method `init_cache`."
     )
   model = nnx.clone(model)
   model.init_cache((1, 1))

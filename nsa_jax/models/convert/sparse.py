@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from nsa_jax import _checks
 from nsa_jax.config import NSAConfig
 from nsa_jax.layers import core
+from nsa_jax.models import decoder
 from nsa_jax.models.config import TransformerConfig
 from nsa_jax.models.convert.load import check_params, shapes_of, unboxed
 from nsa_jax.typing import BRANCHES, CompressionName, RopeCompressedName
@@ -41,8 +42,8 @@ def to_nsa(
     config: of the dense model.
     params: its parameters, what `init` returns under "params".
     layers: indices of the layers to convert; all by default.
-    nsa: hyper-parameters of the converted layers; by default those that they
-      have. Other layers keep their window.
+    nsa: hyper-parameters of the algorithm; by default every layer keeps its
+      own. Layers that are not converted keep their window in any case.
     compression: phi: "mean", or "weighted" or "linear", which can learn.
     rope_compressed: as in `AttentionConfig`. The mean of rotated keys gives a
       block the mean of its tokens' scores.
@@ -77,27 +78,16 @@ def to_nsa(
   _checks.choice("compression", compression, _COMPRESSIONS)
   chosen = _chosen(config, layers)
   biases = _gate_biases(gates)
-  # The blocks of parameters, by the first of their layers.
-  names = {0: "layers"}
-  if not config.scan_layers:
-    names = {i: f"layer_{i}" for i in chosen}
+  names = ["layers"] if config.scan_layers else [f"layer_{i}" for i in chosen]
   arrays = unboxed(params)
   check_params(arrays, shapes_of(config))
   kinds = list(config.layer_kinds)
   for i in chosen:
     kinds[i] = "nsa"
-  layer_nsa = [config.of_layer(i).nsa for i in range(config.num_layers)]
-  if nsa is not None:
-    _checks.instance("nsa", nsa, NSAConfig)
-    # A layer that keeps its window keeps the width of it.
-    layer_nsa = [
-      own if kind == "window" else nsa
-      for own, kind in zip(layer_nsa, kinds, strict=True)
-    ]
   sparse = dataclasses.replace(
     config,
     attention=kinds[0] if len(set(kinds)) == 1 else tuple(kinds),
-    layer_nsa=layer_nsa,
+    layer_nsa=_layer_nsa(config, chosen, nsa),
     compression=compression,
     share_kv=True,
     rope_compressed=rope_compressed,
@@ -105,14 +95,34 @@ def to_nsa(
     gate_init_scale=0.0,
   )
   core.vectors(sparse)  # Raises NotImplementedError.
+  blocks = decoder.blocks(sparse)
   made = dict(arrays)
-  for i, name in names.items():
-    convert = functools.partial(_sparse_parameters, sparse.of_layer(i))
+  for name in names:
+    convert = functools.partial(_sparse_parameters, blocks[name][0])
     if config.scan_layers:
       convert = jax.vmap(convert)
-    attention = convert(arrays[name]["attention"])
-    made[name] = {**arrays[name], "attention": attention}
+    made[name] = {
+      **arrays[name],
+      "attention": convert(arrays[name]["attention"]),
+    }
   return sparse, made
+
+
+def _layer_nsa(
+  config: TransformerConfig, chosen: Sequence[int], nsa: Any
+) -> list[NSAConfig]:
+  """The hyper-parameters of every layer."""
+  own = [config.of_layer(i).nsa for i in range(config.num_layers)]
+  if nsa is None:
+    return own
+  _checks.instance("nsa", nsa, NSAConfig)
+  # Dense layers read the window, and where segments may start.
+  return [
+    nsa
+    if i in chosen or kind == "full"
+    else dataclasses.replace(nsa, window=own[i].window)
+    for i, kind in enumerate(config.layer_kinds)
+  ]
 
 
 def _gate_biases(gates: Any) -> tuple[float, ...]:
