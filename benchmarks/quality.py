@@ -746,6 +746,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     text = prepare(study, args.corpus, args.max_bytes, folder)
   except UsageError as error:
     raise SystemExit(str(error)) from error
+  trials.keep_known(folder, args.known, text)
   few = study.steps(study.tokens // 10)
   searched, rates = [], dict.fromkeys(study.kinds, study.rates[0])
   if len(study.rates) > 1:

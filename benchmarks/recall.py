@@ -409,7 +409,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     for kind in study.kinds
     for rate in study.rates
   ]
-  found = trials.Queue("benchmarks.recall", folder, args, argv).run(wanted)
+  queue = trials.Queue("benchmarks.recall", folder, args, argv)
+  trials.keep_known(folder, args.known, {})
+  found = queue.run(wanted)
   harness.record(
     args.out,
     args.name,

@@ -347,6 +347,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     text = quality.prepare(study, args.corpus, args.max_bytes, folder)
   except UsageError as error:
     raise SystemExit(str(error)) from error
+  trials.keep_known(folder, args.known, text)
   base = study.steps(study.tokens)
   steps = study.steps(args.more or study.tokens // 4)
   distances: list[dict[str, Any]] = []

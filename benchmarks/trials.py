@@ -36,6 +36,15 @@ def add_flags(parser: argparse.ArgumentParser, runs: pathlib.Path) -> None:
   )
   add("--workers", type=int, help="models at a time (default: one per GPU)")
   add("--minutes", type=float, default=float("inf"), help="stop after so long")
+  add(
+    "--known",
+    type=pathlib.Path,
+    nargs="+",
+    default=[],
+    metavar="RECORD",
+    help="records of this command, such as benchmarks/results/NAME.json, whose "
+    "trials are not repeated; they must be of the same text",
+  )
   add("--trial", type=json.loads, help=argparse.SUPPRESS)
   add("--stop-at", type=float, help=argparse.SUPPRESS)
 
@@ -55,8 +64,33 @@ def write(
     raise SystemExit(UNFINISHED)
   path = folder / f"{trial.name}.json"
   temporary = path.with_suffix(".tmp")
-  temporary.write_text(json.dumps(dataclasses.asdict(trial) | dict(result)))
+  known = {"name": trial.name, **dataclasses.asdict(trial)}
+  temporary.write_text(json.dumps(known | dict(result)))
   temporary.replace(path)
+
+
+def keep_known(
+  folder: pathlib.Path,
+  records: Iterable[pathlib.Path],
+  text: Mapping[str, Any],
+) -> None:
+  """Writes the results in records to `folder`, if they are not there.
+
+  Raises:
+    SystemExit: if a record is of another text than `text`.
+  """
+  for path in records:
+    record = json.loads(path.read_text())
+    for name in text.keys() - {"corpus"}:
+      if record["text"].get(name) != text[name]:
+        raise SystemExit(
+          f"--known {path}: its text has {record['text'].get(name)} {name}, "
+          f"not {text[name]}."
+        )
+    for result in (*record["results"], *record.get("searched", ())):
+      file = folder / f"{result['name']}.json"
+      if not file.exists():
+        file.write_text(json.dumps(result))
 
 
 class Queue:

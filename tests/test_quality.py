@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import nsa_jax
-from benchmarks import quality, recall, trials
+from benchmarks import harness, quality, recall, trials
 from examples.lm.flags import UsageError
 
 
@@ -378,6 +378,35 @@ def test_a_trial_that_fails_is_named(tmp_path, monkeypatch):
   queue = trials.Queue("benchmarks.recall", tmp_path, arguments("--workers=1"))
   with pytest.raises(SystemExit, match="pairs-nsa-1-0 ended with 1: see"):
     queue.run([recall.Trial("pairs", "nsa", 1)])
+
+
+def test_known_trials_are_not_repeated(tmp_path, monkeypatch):
+  monkeypatch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", "true")
+  trial = recall.Trial("pairs", "nsa", 1e-3)
+  folder = tmp_path / "other"
+  folder.mkdir()
+  trials.write(folder, trial, lambda _: {"wrong": 0.5})
+  (result,) = [json.loads(x.read_text()) for x in folder.iterdir()]
+  record = tmp_path / "record.json"
+  record.write_text(
+    json.dumps({"text": {"corpus": "a", "tokens": 3}, "results": [result]})
+  )
+  with pytest.raises(SystemExit, match="its text has 3 tokens, not 4"):
+    trials.keep_known(tmp_path, [record], {"corpus": "a", "tokens": 4})
+  trials.keep_known(tmp_path, [record], {"corpus": "b", "tokens": 3})
+  queue = trials.Queue("benchmarks.recall", tmp_path, arguments("--workers=1"))
+  assert queue.run([trial]) == [result]
+
+
+@pytest.mark.parametrize("name", ["quality_bpe", "quality_variants_75M"])
+def test_records_in_the_repository_are_known(tmp_path, name):
+  path = harness.RESULTS / f"{name}.json"
+  record = json.loads(path.read_text())
+  trials.keep_known(tmp_path, [path], record["text"])
+  fields = [field.name for field in dataclasses.fields(quality.Trial)]
+  for result in record["results"]:
+    trial = quality.Trial(**{field: result[field] for field in fields})
+    assert (tmp_path / f"{trial.name}.json").exists()
 
 
 def test_a_stopped_trial_has_no_result(tmp_path):
