@@ -7,12 +7,13 @@
 Trains a model with full attention on the text of `benchmarks.quality`, whose
 study says the rest. `to_nsa` then makes layers sparse, and before any further
 training the tables have the distance of the logits to the dense ones, in rows
-of two lengths. At last the dense model and sparse ones are trained on, on the
-same new tokens: as they are, with the first layer left dense, and "distilled",
-with the loss plus the KL divergence to the dense model in every token. That is
-an alignment with the full attention as it was, of the whole model at once; the
-loss of SSA (arXiv 2511.20102) aligns each layer with full attention over its
-own keys, which goes on learning.
+of two lengths: by the number of sparse layers, and by the size of the blocks
+and who selects them. At last the dense model and sparse ones are trained on, on
+the same new tokens: as they are, with the first layer left dense, and
+"distilled", with the loss plus the KL divergence to the dense model in every
+token. That is an alignment with the full attention as it was, of the whole
+model at once; the loss of SSA (arXiv 2511.20102) aligns each layer with full
+attention over its own keys, which goes on learning.
 """
 
 import argparse
@@ -32,7 +33,7 @@ import optax
 from benchmarks import harness, quality, trials
 from examples.lm import data, train
 from examples.lm.flags import UsageError
-from nsa_jax import TransformerLM, unstack_layers
+from nsa_jax import NSAConfig, TransformerLM, unstack_layers
 from nsa_jax.models.convert import to_nsa
 
 matplotlib.use("Agg")
@@ -46,6 +47,19 @@ KINDS: dict[str, dict[str, Any] | None] = {
   "sparse, phi learns": {"compression": "weighted"},
   "sparse, distilled": {},
   "sparse, first layer dense": {},
+}
+# What a query reads, and who selects it, when distances are measured.
+BLOCKS: dict[str, NSAConfig | None] = {
+  "those of the model": None,
+  **{
+    name: quality.CHANGES[name]["nsa"]
+    for name in ("blocks of 32", "blocks of 16", "32 blocks")
+  },
+}
+SELECTIONS: dict[str, Any] = {
+  "NSA's": None,
+  "best": quality.best_blocks,
+  "random": quality.random_blocks,
 }
 RATE = 5e-4
 KL_ROWS = 8
@@ -198,38 +212,46 @@ def run_trial(
 def measure_distances(
   study: quality.Study, trial: Distance, folder: pathlib.Path, stop_at: float
 ) -> dict[str, Any]:
-  """KL to the dense model, by the number of sparse layers, the last ones."""
+  """KL to the dense model: by the number of sparse layers, and by blocks."""
   del stop_at  # It is quick.
   params = quality.load_params(study, trial.dense, folder)
   model, _, _ = quality.make_init(study, trial.dense)
   if model.config.scan_layers:
     model, params = unstack_layers(model, params)
   text = quality.load_text(folder)["validation"]
-  found = []
   layers = model.config.num_layers
-  counts = sorted({1, layers // 2, layers - 1, layers})
+
+  @functools.partial(jax.jit, static_argnums=0)
+  def measure(sparse, made, row):
+    tokens = row[None, :-1]
+    wanted = model.apply({"params": params}, tokens)
+    return kl_divergence(wanted, sparse.apply({"params": made}, tokens))
+
+  def distance(rows, select=None, **options):
+    config, made = to_nsa(model.config, params, **options)
+    sparse = TransformerLM(dataclasses.replace(config, select=select))
+    kl = [np.asarray(measure(sparse, made, row)).mean() for row in rows]
+    return float(np.mean(kl))
+
+  by_layers, by_blocks = [], []
   for length in (study.length // 4, study.length):
     rows = data.validation_windows(text, count=KL_ROWS, seq_len=length)
-
-    @functools.partial(jax.jit, static_argnums=0)
-    def measure(sparse, made, row):
-      tokens = row[None, :-1]
-      wanted = model.apply({"params": params}, tokens)
-      return kl_divergence(wanted, sparse.apply({"params": made}, tokens))
-
     for gates in ((0.05, 0.9, 0.05), (0.5, 0.5, 0.5)):
-      for count in counts:
-        config, made = to_nsa(
-          model.config,
-          params,
-          layers=range(layers - count, layers),
-          gates=gates,
-        )
-        sparse = TransformerLM(config)
-        kl = [np.asarray(measure(sparse, made, row)).mean() for row in rows]
-        found.append([length, list(gates), count, float(np.mean(kl))])
-        print(found[-1], flush=True)
-  return {"distances": found, "device": jax.devices()[0].device_kind}
+      for count in sorted({1, layers // 2, layers - 1, layers}):
+        last = range(layers - count, layers)
+        kl = distance(rows, layers=last, gates=gates)
+        by_layers.append([length, list(gates), count, kl])
+        print(by_layers[-1], flush=True)
+    for blocks, nsa in BLOCKS.items():
+      for selection, select in SELECTIONS.items():
+        kl = distance(rows, select, nsa=nsa)
+        by_blocks.append([length, blocks, selection, kl])
+        print(by_blocks[-1], flush=True)
+  return {
+    "by layers": by_layers,
+    "by blocks": by_blocks,
+    "device": jax.devices()[0].device_kind,
+  }
 
 
 def tables(
@@ -238,14 +260,20 @@ def tables(
   found: Sequence[dict[str, Any]],
 ) -> dict[str, list[dict[str, Any]]]:
   """Distances before, and losses after further training."""
-  before: dict[Any, dict[str, Any]] = {}
+  by_layers: dict[Any, dict[str, Any]] = {}
+  by_blocks: dict[Any, dict[str, Any]] = {}
   for result in distances:
-    for length, gates, count, kl in result["distances"]:
-      row = before.setdefault(
+    for length, gates, count, kl in result["by layers"]:
+      row = by_layers.setdefault(
         (length, tuple(gates)),
         {"tokens": length, "gates": " ".join(map(str, gates))},
       )
       row[f"{count} layers"] = f"{kl:.4f}"
+    for length, blocks, selection, kl in result["by blocks"]:
+      row = by_blocks.setdefault(
+        (length, blocks), {"tokens": length, "blocks": blocks}
+      )
+      row[selection] = f"{kl:.4f}"
   dense = [x["validation"] for x in found if x["kind"] == "dense"]
   after = []
   for x in found:
@@ -263,7 +291,10 @@ def tables(
     after.append(row | {"tokens/s": f"{x['tokens/s']:,.0f}"})
   headings = {
     "KL to the dense model, nats per token, by the number of sparse layers "
-    "(the last ones)": [*before.values()],
+    "(the last ones)": [*by_layers.values()],
+    "The same of all layers, by blocks and how they are selected": [
+      *by_blocks.values()
+    ],
     "Validation loss, nats per token": after,
   }
   return {heading: rows for heading, rows in headings.items() if rows}
@@ -357,7 +388,7 @@ def main(argv: Sequence[str] | None = None) -> None:
       Trial(kind, base, args.rate, steps) for kind in args.kinds or KINDS
     ]
     for result in queue.run([*wanted, Distance(base, args.rate)]):
-      (distances if "distances" in result else found).append(result)
+      (distances if "by layers" in result else found).append(result)
   harness.record(
     args.out,
     args.name,

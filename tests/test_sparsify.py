@@ -59,7 +59,10 @@ def test_distilling_adds_the_distance_to_the_dense_model():
 
 def test_tables_and_plot(tmp_path):
   distances = [
-    {"distances": [[16, [0.1, 0.8, 0.1], 1, 0.5], [64, [0.1, 0.8, 0.1], 1, 1]]}
+    {
+      "by layers": [[16, [0.1, 0.8, 0.1], 1, 0.5], [64, [0.1, 0.8, 0.1], 1, 1]],
+      "by blocks": [[64, "32 blocks", "best", 0.25]],
+    }
   ]
   found = [
     {
@@ -72,11 +75,12 @@ def test_tables_and_plot(tmp_path):
     }
     for kind, after in (("dense", 2.0), ("sparse", 2.25))
   ]
-  before, after = sparsify.tables(STUDY, distances, found).values()
+  before, blocks, after = sparsify.tables(STUDY, distances, found).values()
   assert before == [
     {"tokens": 16, "gates": "0.1 0.8 0.1", "1 layers": "0.5000"},
     {"tokens": 64, "gates": "0.1 0.8 0.1", "1 layers": "1.0000"},
   ]
+  assert blocks == [{"tokens": 64, "blocks": "32 blocks", "best": "0.2500"}]
   assert [row["minus dense"] for row in after] == ["+0.0000", "+0.2500"]
   assert after[1]["0-4"] == "2.250"
   sparsify.plot(tmp_path / "plot.png", STUDY, found)
