@@ -340,13 +340,16 @@ def _round_up(size: int, alignment: int) -> int:
 
 
 def _iterate(documents: Any) -> Iterator[Any]:
-  try:
-    return iter(documents)
-  except (TypeError, AssertionError) as error:  # The latter of a key of jax.
-    raise ValueError(
-      f"`documents`={_checks.show(documents)} must be an iterable of vectors "
-      "of integers."
-    ) from error
+  # Keys of jax are iterable, but not while it traces a function.
+  if not str(getattr(documents, "dtype", "")).startswith("key<"):
+    try:
+      return iter(documents)
+    except TypeError:
+      pass
+  raise ValueError(
+    f"`documents`={_checks.show(documents)} must be an iterable of vectors of "
+    "integers."
+  )
 
 
 def _count(value: Any) -> int:
