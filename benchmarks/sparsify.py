@@ -90,10 +90,6 @@ class Trial:
     kind = re.sub(r"\W+", "_", self.kind)
     return f"sparsify-{kind}-{self.base}-{self.steps}-{self.rate:g}"
 
-  @property
-  def dense(self) -> quality.Trial:
-    return quality.Trial("full", 0, self.base_rate, self.base)
-
 
 @dataclasses.dataclass(frozen=True)
 class Distance:
@@ -106,9 +102,10 @@ class Distance:
   def name(self) -> str:
     return f"sparsify-distance-{self.base}"
 
-  @property
-  def dense(self) -> quality.Trial:
-    return quality.Trial("full", 0, self.base_rate, self.base)
+
+def dense_trial(trial: Trial | Distance) -> quality.Trial:
+  """The trial that trained the dense model."""
+  return quality.Trial("full", 0, trial.base_rate, trial.base)
 
 
 def make_sparse(
@@ -175,9 +172,9 @@ def run_trial(
   study: quality.Study, trial: Trial, folder: pathlib.Path, stop_at: float
 ) -> dict[str, Any] | None:
   """Trains a model on; the arguments are those of `quality.fit`."""
-  params = quality.load_params(study, trial.dense, folder)
-  dense, _, _ = quality.make_init(study, trial.dense)
-  model, start = make_sparse(study, trial.dense, trial.kind, params)
+  params = quality.load_params(study, dense_trial(trial), folder)
+  dense, _, _ = quality.make_init(study, dense_trial(trial))
+  model, start = make_sparse(study, dense_trial(trial), trial.kind, params)
   optimizer = train.make_optimizer(trial.rate, trial.steps)
   distilled = trial.kind == "sparse, distilled"
 
@@ -214,8 +211,8 @@ def measure_distances(
 ) -> dict[str, Any]:
   """KL to the dense model: by the number of sparse layers, and by blocks."""
   del stop_at  # It is quick.
-  params = quality.load_params(study, trial.dense, folder)
-  model, _, _ = quality.make_init(study, trial.dense)
+  params = quality.load_params(study, dense_trial(trial), folder)
+  model, _, _ = quality.make_init(study, dense_trial(trial))
   if model.config.scan_layers:
     model, params = unstack_layers(model, params)
   text = quality.load_text(folder)["validation"]
@@ -381,13 +378,14 @@ def main(argv: Sequence[str] | None = None) -> None:
   trials.keep_known(folder, args.known, text)
   base = study.steps(study.tokens)
   steps = study.steps(args.more or study.tokens // 4)
+  distance = Distance(base, args.rate)
   distances: list[dict[str, Any]] = []
   found: list[dict[str, Any]] = []
-  if queue.run([quality.Trial("full", 0, args.rate, base)]):
+  if queue.run([dense_trial(distance)]):
     wanted: list[Any] = [
       Trial(kind, base, args.rate, steps) for kind in args.kinds or KINDS
     ]
-    for result in queue.run([*wanted, Distance(base, args.rate)]):
+    for result in queue.run([*wanted, distance]):
       (distances if "by layers" in result else found).append(result)
   harness.record(
     args.out,

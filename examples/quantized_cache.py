@@ -10,7 +10,6 @@ here first, on the source of `argparse` or on `--text`.
 
 import argparse
 import functools
-import json
 import pathlib
 import statistics
 import sys
@@ -27,12 +26,17 @@ from nsa_jax.sampling import empty_cache
 
 if TYPE_CHECKING or __package__:
   from examples import lm
-  from examples.lm.flags import Parser, UsageError, positive
-  from examples.speculative import train
+  from examples.lm.flags import Parser, UsageError
+  from examples.speculative import (
+    add_numbers,
+    add_training,
+    train,
+    write_results,
+  )
 else:  # a script; see lm/__init__.py
   import lm
-  from lm.flags import Parser, UsageError, positive
-  from speculative import train
+  from lm.flags import Parser, UsageError
+  from speculative import add_numbers, add_training, train, write_results
 
 
 def read(
@@ -127,28 +131,12 @@ def make_parser() -> argparse.ArgumentParser:
     metavar="FILE",
     help="what to train on and to read (default: the source of argparse)",
   )
-  for name, default, what in (
+  add_numbers(
+    parser,
     ("rows", 4, "rows that are read together"),
     ("tokens", 1024, "tokens per row"),
-    ("steps", 300, "training steps"),
-    ("seq-len", 256, "tokens of a row in training"),
-    ("train-batch", 4, "rows of a batch in training"),
-  ):
-    add(
-      f"--{name}",
-      type=positive(int),
-      default=default,
-      metavar="N",
-      help=f"{what} (default: {default})",
-    )
-  add(
-    "--learning-rate",
-    type=positive(float),
-    default=2e-3,
-    metavar="X",
-    help="of training (default: 0.002)",
   )
-  add("--json", metavar="FILE", help="also write the results to this file")
+  add_training(parser)
   return parser
 
 
@@ -166,6 +154,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     starts = np.linspace(0, len(text) - length - 1, rows).astype(int)
     tokens = text[starts[:, None] + np.arange(length + 1)]
     found = compare(model, params, tokens)
+    write_results(args, found)
   except (UsageError, ValueError, NotImplementedError) as error:
     parser.error(str(error))
   except OSError as error:
@@ -180,14 +169,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     f"KL {found['kl']:.1e} nats, {found['same_argmax']:.2%} of the most likely "
     "tokens are the same"
   )
-  if args.json is not None:
-    about = {
-      "device": jax.devices()[0].device_kind,
-      "jax": jax.__version__,
-      "flags": vars(args),
-      "results": found,
-    }
-    pathlib.Path(args.json).write_text(json.dumps(about, indent=2) + "\n")
   return 0
 
 

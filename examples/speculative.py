@@ -382,6 +382,53 @@ def load_models(
   )
 
 
+def add_numbers(
+  parser: argparse.ArgumentParser, *numbers: tuple[str, int, str]
+) -> None:
+  """Flags of positive integers: name, default, meaning."""
+  for name, default, what in numbers:
+    parser.add_argument(
+      f"--{name}",
+      type=positive(int),
+      default=default,
+      metavar="N",
+      help=f"{what} (default: {default})",
+    )
+
+
+def add_training(parser: argparse.ArgumentParser) -> None:
+  """The flags that `train` and `write_results` read."""
+  add_numbers(
+    parser,
+    ("steps", 300, "training steps of a model"),
+    ("seq-len", 256, "tokens of a row in training"),
+    ("train-batch", 4, "rows of a batch in training"),
+  )
+  parser.add_argument(
+    "--learning-rate",
+    type=positive(float),
+    default=2e-3,
+    metavar="X",
+    help="of training (default: 0.002)",
+  )
+  parser.add_argument(
+    "--json", metavar="FILE", help="also write the results to this file"
+  )
+
+
+def write_results(args: argparse.Namespace, results: Any) -> None:
+  """Writes results, with device and flags, to `--json` if it is given."""
+  if args.json is None:
+    return
+  found = {
+    "device": jax.devices()[0].device_kind,
+    "jax": jax.__version__,
+    "flags": vars(args),
+    "results": results,
+  }
+  pathlib.Path(args.json).write_text(json.dumps(found, indent=2) + "\n")
+
+
 def make_parser() -> argparse.ArgumentParser:
   """The flags of the command."""
   parser = Parser(
@@ -399,25 +446,17 @@ def make_parser() -> argparse.ArgumentParser:
     metavar="FILE",
     help="what to train on and to continue (default: the source of argparse)",
   )
-  for name, default, what in (
+  add_numbers(
+    parser,
     ("rows", 1, "prompts that are continued together"),
     ("prompt-tokens", 128, "tokens of a prompt"),
     ("new-tokens", 256, "tokens to sample per row"),
     ("repeats", 3, "timed runs; the median counts"),
-    ("steps", 300, "training steps of both models"),
-    ("seq-len", 256, "tokens of a row in training"),
-    ("train-batch", 4, "rows of a batch in training"),
     ("target-layers", 4, "layers of the large model"),
     ("target-dim", 256, "its width, a multiple of 32"),
     ("draft-dim", 64, "width of the small model, a multiple of 32"),
-  ):
-    add(
-      f"--{name}",
-      type=positive(int),
-      default=default,
-      metavar="N",
-      help=f"{what} (default: {default})",
-    )
+  )
+  add_training(parser)
   add(
     "--num-drafts",
     type=positive(int),
@@ -433,15 +472,7 @@ def make_parser() -> argparse.ArgumentParser:
     metavar="X",
     help="of sampling; 0 takes the most likely token (default: 0)",
   )
-  add(
-    "--learning-rate",
-    type=positive(float),
-    default=2e-3,
-    metavar="X",
-    help="of training (default: 0.002)",
-  )
   add("--seed", type=int, default=0, metavar="N", help="of prompts and samples")
-  add("--json", metavar="FILE", help="also write the results to this file")
   return parser
 
 
@@ -462,14 +493,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     prompts = text[starts[:, None] + np.arange(length)]
     results = measure(models, params, prompts, args)
-    if args.json is not None:
-      found = {
-        "device": jax.devices()[0].device_kind,
-        "jax": jax.__version__,
-        "flags": vars(args),
-        "results": results,
-      }
-      pathlib.Path(args.json).write_text(json.dumps(found, indent=2) + "\n")
+    write_results(args, results)
   except (UsageError, ValueError, NotImplementedError) as error:
     parser.error(str(error))
   except OSError as error:

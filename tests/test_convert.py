@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
+import tokenizers
 from jax.sharding import PartitionSpec as P
 
 import nsa_jax
@@ -823,7 +824,6 @@ def test_messages_about_exported_parameters(tmp_path):
 
 
 def test_a_tokenizer(folder, tmp_path, monkeypatch):
-  tokenizers = pytest.importorskip("tokenizers")
   words = tokenizers.models.WordLevel({"a": 0, "b": 1, "?": 2}, unk_token="?")
   tokenizer = tokenizers.Tokenizer(words)
   loaded = nsa_jax.load(folder)

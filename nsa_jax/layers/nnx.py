@@ -220,6 +220,10 @@ class Attention(nnx.Module):
       batch_size: makes an empty cache of so many rows, with `max_length`.
       max_length: tokens per row of this cache.
       max_append: as in `NativeSparseAttention`, of this cache.
+
+    Raises:
+      ValueError: if an argument does not fit, or one of `batch_size` and
+        `max_length` is missing.
     """
     if decode is not None:
       _checks.flag("decode", decode)
@@ -473,6 +477,10 @@ class DenseAttention(Attention):
     decode: as in `NativeSparseAttention`.
     max_append: as in `NativeSparseAttention`.
     rngs: of the initial parameters.
+
+  Raises:
+    ValueError: if an argument does not fit.
+    NotImplementedError: if no requested implementation can do the call.
   """
 
   def __init__(
@@ -582,6 +590,12 @@ class CompressBlocks(nnx.Module):
       x: [B, S, K, H].
       segment_ids: int32 [B, S].
       layout: as in `compress_mean`.
+
+    Returns:
+      [B, C, K, H].
+
+    Raises:
+      ValueError: if an argument does not fit.
     """
     x = _checks.array("x", x, 4, "[B, S, K, H]")
     want = (None, None, self.num_kv_heads, self.head_dim)
