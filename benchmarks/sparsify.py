@@ -213,21 +213,22 @@ def measure_distances(
   del stop_at  # It is quick.
   params = quality.load_params(study, dense_trial(trial), folder)
   model, _, _ = quality.make_init(study, dense_trial(trial))
-  if model.config.scan_layers:
+  dense = model, params
+  if model.config.scan_layers:  # Some layers become sparse, others do not.
     model, params = unstack_layers(model, params)
   text = quality.load_text(folder)["validation"]
   layers = model.config.num_layers
 
-  @functools.partial(jax.jit, static_argnums=0)
-  def measure(sparse, made, row):
+  @functools.partial(jax.jit, static_argnums=(0, 1))
+  def measure(model, sparse, params, made, row):
     tokens = row[None, :-1]
     wanted = model.apply({"params": params}, tokens)
     return kl_divergence(wanted, sparse.apply({"params": made}, tokens))
 
-  def distance(rows, select=None, **options):
+  def distance(rows, model, params, select=None, **options):
     config, made = to_nsa(model.config, params, **options)
     sparse = TransformerLM(dataclasses.replace(config, select=select))
-    kl = [np.asarray(measure(sparse, made, row)).mean() for row in rows]
+    kl = [measure(model, sparse, params, made, row).mean() for row in rows]
     return float(np.mean(kl))
 
   by_layers, by_blocks = [], []
@@ -236,12 +237,12 @@ def measure_distances(
     for gates in ((0.05, 0.9, 0.05), (0.5, 0.5, 0.5)):
       for count in sorted({1, layers // 2, layers - 1, layers}):
         last = range(layers - count, layers)
-        kl = distance(rows, layers=last, gates=gates)
+        kl = distance(rows, model, params, layers=last, gates=gates)
         by_layers.append([length, list(gates), count, kl])
         print(by_layers[-1], flush=True)
     for blocks, nsa in BLOCKS.items():
       for selection, select in SELECTIONS.items():
-        kl = distance(rows, select, nsa=nsa)
+        kl = distance(rows, *dense, select, nsa=nsa)
         by_blocks.append([length, blocks, selection, kl])
         print(by_blocks[-1], flush=True)
   return {
