@@ -628,7 +628,8 @@ def tables(
     for x in by_kind.get("nsa", ()):
       if x["seed"] in base:
         row[f"seed {x['seed']}"] = f"{x['validation'] - base[x['seed']]:+.4f}"
-    apart.append(row)
+    if len(row) > 1:
+      apart.append(row)
   best = trials.best(searched, "validation")
   for kind in study.kinds:
     tried = {x["rate"]: x["validation"] for x in searched if x["kind"] == kind}

@@ -412,14 +412,15 @@ def main(argv: Sequence[str] | None = None) -> None:
   queue = trials.Queue("benchmarks.recall", folder, args, argv)
   trials.keep_known(folder, args.known, {})
   found = queue.run(wanted)
-  harness.record(
-    args.out,
-    args.name,
-    "What models find far back",
-    tables(study, found),
-    results=found,
-  )
-  plot(args.out / f"{args.name}.png", study, found)
+  if found:
+    harness.record(
+      args.out,
+      args.name,
+      "What models find far back",
+      tables(study, found),
+      results=found,
+    )
+    plot(args.out / f"{args.name}.png", study, found)
   if len(found) < len(wanted):
     print(f"{len(found)} of {len(wanted)} models are trained; run it again")
 
