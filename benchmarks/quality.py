@@ -24,6 +24,7 @@ have what is known by then. `--tokenizer bytes` trains on bytes.
 
 import argparse
 import dataclasses
+import functools
 import hashlib
 import itertools
 import json
@@ -78,7 +79,7 @@ def random_blocks(
 
 
 def best_blocks(
-  *, query: Any, selected_key: Any, config: NSAConfig, **call: Any
+  *, selected_query: Any, selected_key: Any, config: NSAConfig, **call: Any
 ) -> Any:
   """A selector: what holds most of full attention with the selected keys.
 
@@ -87,17 +88,17 @@ def best_blocks(
   tokens = dataclasses.replace(
     config, compression_block=1, compression_stride=1
   )
-  return _most_important(query, selected_key, tokens, call)
+  return _most_important(selected_query, selected_key, tokens, call)
 
 
 def by_mean_keys(
-  *, query: Any, selected_key: Any, config: NSAConfig, **call: Any
+  *, selected_query: Any, selected_key: Any, config: NSAConfig, **call: Any
 ) -> Any:
-  """A selector: NSA's, with means of the selected keys as compressed keys."""
+  """A selector: `select_by_means`, but with means as long as phi's blocks."""
   means = nsa_jax.compress_mean(
     selected_key, config=config, segment_ids=call["segment_ids"]
   )
-  return _most_important(query, means, config, call)
+  return _most_important(selected_query, means, config, call)
 
 
 def _most_important(
@@ -145,6 +146,13 @@ CHANGES: dict[str, dict[str, Any]] = {
   "4 K/V heads": {"num_kv_heads": 4},
   "best blocks": {"select": best_blocks},
   "by mean keys": {"select": by_mean_keys},
+  "by means": {"select": "means"},
+  **{
+    f"by means of {tokens}": {
+      "select": functools.partial(nsa_jax.select_by_means, tokens=tokens)
+    }
+    for tokens in (4, 8)
+  },
   "32 blocks": {"nsa": NSAConfig(num_selected=32)},
   "blocks of 32": {"nsa": NSAConfig(16, 8, 32, num_selected=32)},
   "blocks of 16": {"nsa": NSAConfig(16, 8, 16, num_selected=64)},

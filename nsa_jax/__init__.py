@@ -37,6 +37,7 @@ from nsa_jax.ops.selection import (
   block_scores,
   select_blocks,
 )
+from nsa_jax.ops.selectors import select_by_means
 from nsa_jax.packing import PackedRow, PackedRows
 from nsa_jax.partitioning import PARAMETER_RULES, parameter_shardings
 from nsa_jax.rope import RopeConfig, apply_rope
@@ -84,6 +85,7 @@ __all__ = [
   "restore_zigzag",
   "save",
   "select_blocks",
+  "select_by_means",
   "selected_attention",
   "unstack_layers",
   "window_attention",

@@ -4,13 +4,13 @@ import contextlib
 import math
 import operator
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nsa_jax.typing import KV, Array
+from nsa_jax.typing import KV, Array, SelectorName
 
 INT32 = np.iinfo(np.int32)
 _FLOATS = ("float16", "bfloat16", "float32", "float64")
@@ -281,11 +281,13 @@ def flag(name: str, value: Any) -> None:
 
 
 def selector(value: Any) -> None:
-  """Checks for a function that selects blocks, or None."""
-  if value is not None and not callable(value):
+  """Checks for a function that selects blocks, the name of one, or None."""
+  named = isinstance(value, str) and value in get_args(SelectorName)
+  if value is not None and not named and not callable(value):
+    names = ", ".join(map(repr, get_args(SelectorName)))
     raise ValueError(
-      f"`select`={show(value)} must be a function that returns block ids, or "
-      "None."
+      f"`select`={show(value)} must be a function that returns block ids, "
+      f"{names}, or None."
     )
 
 
@@ -430,10 +432,10 @@ def attention_inputs(
   return query, key, value
 
 
-def queries(query: Any) -> Array:
-  query = array("query", query, 4, "[B, T, N, H]")
-  floating("query", query)
-  not_empty("query", query)
+def queries(query: Any, name: str = "query") -> Array:
+  query = array(name, query, 4, "[B, T, N, H]")
+  floating(name, query)
+  not_empty(name, query)
   return query
 
 
@@ -456,18 +458,20 @@ def keys(name: str, key: Any, query: Array, min_length: int) -> Array:
   return key
 
 
-def same_dtype(name: str, value: Array, query: Array) -> None:
-  if value.dtype != query.dtype:
+def same_dtype(
+  name: str, value: Array, other: Array, other_name: str = "query"
+) -> None:
+  if value.dtype != other.dtype:
     raise ValueError(
-      f"`{name}` of dtype {value.dtype} must have the dtype of `query`, "
-      f"{query.dtype}."
+      f"`{name}` of dtype {value.dtype} must have the dtype of "
+      f"`{other_name}`, {other.dtype}."
     )
 
 
 def same_as(name: str, value: Any, other_name: str, other: Array) -> Array:
   value = array(name, value, other.ndim, f"that of `{other_name}`")
   shape(name, value, other.shape, f"the shape of `{other_name}`")
-  same_dtype(name, value, other)
+  same_dtype(name, value, other, other_name)
   return value
 
 

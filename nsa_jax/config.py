@@ -17,7 +17,7 @@ from nsa_jax.typing import (
   CompressionName,
   Implementation,
   RopeCompressedName,
-  Selector,
+  Select,
 )
 
 
@@ -131,8 +131,8 @@ class AttentionConfig:
     dtype: dtype of the computation; None promotes those of the input and the
       parameters. Gates, norms and softmax are in float32 at least.
     param_dtype: dtype of the parameters.
-    select: a custom selector, as in `native_sparse_attention`; it also gets the
-      layer's input `x` [B, T, D].
+    select: as in `native_sparse_attention`; a function also gets the layer's
+      input `x` [B, T, D].
     implementation: as in `native_sparse_attention`.
     logical_axes: parameters come in boxes with the names of their axes, as of
       `flax.linen.with_logical_partitioning`; the names are those of
@@ -167,7 +167,7 @@ class AttentionConfig:
   score_softcap: float | None = None
   dtype: Any = None
   param_dtype: Any = jnp.float32
-  select: Selector | None = None
+  select: Select = None
   implementation: Implementation = None
   layout: Layout | None = None
   logical_axes: bool = False

@@ -36,7 +36,9 @@ __all__ = [
   "RematPolicyName",
   "RopeCompressedName",
   "RopeScalingName",
+  "Select",
   "Selector",
+  "SelectorName",
 ]
 
 Array: TypeAlias = jax.Array
@@ -66,9 +68,11 @@ RopeScalingName: TypeAlias = Literal[
   "yarn", "yarn_index", "llama3", "linear", "dynamic"
 ]
 
-# A custom selector; `native_sparse_attention` documents its arguments under
-# `select`.
+# A function that selects blocks; `native_sparse_attention` documents its
+# arguments under `select`.
 Selector: TypeAlias = Callable[..., Array]
+SelectorName: TypeAlias = Literal["means"]
+Select: TypeAlias = Selector | SelectorName | None
 
 # Exported functions may take or return KV pairs.
 export.register_namedtuple_serialization(KV, serialized_name="nsa_jax.KV")

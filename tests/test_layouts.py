@@ -432,6 +432,7 @@ def _all_ops(
     "compressed_query": whole(compressed_query=x["compressed_query"]),
     "block_ids": whole(block_ids=chosen),
     "select": whole(select=functools.partial(_by_parity, parity=x["bound"])),
+    "means": whole(select="means"),
   }
 
 

@@ -1,5 +1,6 @@
 """Selectors of one's own: `select` in op, layer and cache; ids from scores."""
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -15,7 +16,7 @@ from nsa_jax import KV, NSAConfig, cache
 from nsa_jax.layers.linen import NativeSparseAttention
 from tests import helpers
 from tests.helpers import Dims
-from tests.oracle import Oracle, count_selection
+from tests.oracle import Oracle, count_selection, mean_blocks
 
 CONFIG = NSAConfig(8, 4, 16, 3, 1, 1, 16)
 DIMS = Dims(CONFIG, 2, 72, 72, 2, 2, 16, 16)
@@ -130,6 +131,7 @@ def test_a_selector_sees_what_it_may_read() -> None:
     "query": (2, 72, 4, 16),
     "compressed_key": (2, 17, 2, 16),
     "lse": (2, 72, 4),
+    "selected_query": (2, 72, 4, 16),
     "selected_key": (2, 72, 2, 16),
     "segment_ids": (2, 72),
     "query_segment_ids": (2, 72),
@@ -148,7 +150,19 @@ def test_a_selector_sees_what_it_may_read() -> None:
 @pytest.mark.parametrize(
   "select, message",
   [
-    (3, "`select`=3 must be a function that returns block ids"),
+    (
+      3,
+      "`select`=3 must be a function that returns block ids, 'means', or None",
+    ),
+    ("mean", "`select`='mean' must be a function"),
+    (
+      functools.partial(nsa_jax.select_by_means, tokens=5),
+      "`tokens`=5 must divide `selection_block`=16",
+    ),
+    (
+      functools.partial(nsa_jax.select_by_means, tokens=0),
+      "`tokens`=0 must be",
+    ),
     (
       lambda **_: jnp.zeros((2, 72, 2, 2), jnp.int32),
       r"`select\(\.\.\.\)`.*strictly ascending",
@@ -179,7 +193,82 @@ def test_ids_and_a_selector_are_one_too_many() -> None:
     )
 
 
+# ------------------------------------------------- means of the selected keys
+
+
+@pytest.mark.parametrize("implementation", ["triton", None])
+@pytest.mark.parametrize("mode", ["full", "rows", "packed", "short", "finer"])
+def test_means_select_as_the_oracle(mode: str, implementation: Any) -> None:
+  dims, tokens = DIMS, CONFIG.compression_stride
+  select: Any = "means"
+  integers: dict[str, Any] = {}
+  if mode == "rows":
+    dims = Dims(CONFIG, 2, 5, 75, 2, 2, 16, 16)
+    integers["query_offset"] = helpers.int32([-2, 69])
+  if mode == "packed":
+    integers["segment_ids"] = helpers.packed_segments(dims)
+  if mode == "short":
+    dims = Dims(CONFIG, 2, 3, 3, 2, 2, 16, 16)
+  if mode == "finer":
+    tokens = 2
+    select = functools.partial(nsa_jax.select_by_means, tokens=tokens)
+  inputs = helpers.make_inputs(dims, "float32")
+  # The compressed branch and its selection have a query of their own.
+  inputs["compressed_query"] = -inputs["query"]
+  integers = {k: np.asarray(x) for k, x in integers.items()}
+
+  @jax.jit
+  def run(inputs, integers):
+    return nsa_jax.native_sparse_attention(
+      **inputs,
+      **integers,
+      config=CONFIG,
+      select=select,
+      return_block_ids=True,
+      implementation=implementation,
+    )
+
+  out, ids = run(inputs, integers)
+  offset = integers.get("query_offset")
+  segments = integers.get("segment_ids")
+  means = dataclasses.replace(
+    CONFIG, compression_block=tokens, compression_stride=tokens
+  )
+  oracle = Oracle(means, dims.keys, dims.queries, 2, offset, segments)
+  query, key = inputs["query"], inputs["selected"].key
+  scale = query.shape[-1] ** -0.5
+  oracle.assert_ids(
+    ids, oracle.block_scores(query, mean_blocks(key, means), 2, scale)
+  )
+  want = nsa_jax.native_sparse_attention(
+    **inputs,
+    **integers,
+    config=CONFIG,
+    block_ids=ids,
+    implementation="reference",
+  )
+  helpers.assert_close(out, want, "float32")
+
+
 # --------------------------------------------------------- layer and cache
+
+
+def test_a_layer_selects_by_the_name_of_a_selector() -> None:
+  layer = NativeSparseAttention(4, 2, 16, config=CONFIG, select="means")
+  x = jax.random.normal(jax.random.key(0), (2, 72, 24))
+  params = {"params": jax.jit(layer.init)(jax.random.key(1), x)["params"]}
+  apply = jax.jit(layer.apply, static_argnames="mutable")
+  out, sown = apply(params, x, mutable=("intermediates",))
+  own = layer.clone(select=nsa_jax.select_by_means)
+  _assert_steps(layer, params, x, out)
+  helpers.assert_same_bits(jax.jit(own.apply)(params, x), out)
+  _, plain = jax.jit(
+    functools.partial(layer.clone(select=None).apply, mutable=["intermediates"])
+  )(params, x)
+  ids, other = (
+    np.asarray(v["intermediates"]["block_ids"][0]) for v in (sown, plain)
+  )
+  assert (ids != other).any()
 
 
 def test_a_layer_gives_its_input_to_the_selector() -> None:
@@ -200,7 +289,11 @@ def test_a_layer_gives_its_input_to_the_selector() -> None:
   plain = jax.jit(layer.clone(select=None).apply)(params, x)
   assert np.abs(np.asarray(out) - np.asarray(plain)).max() > 1e-3
 
-  # The cache selects as the whole pass does, a prompt and step by step.
+  _assert_steps(layer, params, x, out)
+
+
+def _assert_steps(layer: Any, params: Any, x: Any, out: Any) -> None:
+  """The cache selects as the whole pass does, a prompt and step by step."""
   decoder = layer.clone(decode=True)
   held = jax.jit(decoder.init)(jax.random.key(1), x)["cache"]
   apply = jax.jit(decoder.apply, static_argnames="mutable")

@@ -535,10 +535,13 @@ def sparse_attention(
     tokens = tokens._replace(key=rotate(tokens.key))
   selected = KV(selected_key, values["selected"])
   window = KV(window_key, values["window"])
+  select = config.select
+  if callable(select):
+    select = functools.partial(select, x=x)
   call: dict[str, Any] = {
     "config": config.nsa,
     "compressed_query": query if config.rope_compressed == "none" else None,
-    "select": config.select and functools.partial(config.select, x=x),
+    "select": select,
     "implementation": config.implementation,
     "layout": config.layout,
   }

@@ -29,7 +29,7 @@ from nsa_jax.typing import (
   CompressionName,
   Implementation,
   RopeCompressedName,
-  Selector,
+  Select,
 )
 
 
@@ -147,7 +147,7 @@ class NativeSparseAttention(nn.Module):
   implementation: Implementation = None
   decode: bool = False
   max_append: int = 1
-  select: Selector | None = None
+  select: Select = None
   layout: Layout | None = None
   logical_axes: bool = False
   branches: Sequence[BranchName] = BRANCHES

@@ -204,7 +204,7 @@ class TransformerConfig(AttentionConfig):
       dictionaries of their fields.
 
     Raises:
-      ValueError: if `select` is not None, since JSON has no functions.
+      ValueError: if `select` is a function, which JSON does not have.
 
     Example:
       >>> import json
@@ -216,13 +216,12 @@ class TransformerConfig(AttentionConfig):
       >>> TransformerConfig.from_dict(fields) == config
       True
     """
-    if self.select is not None:
+    if callable(self.select):
       raise ValueError(
-        f"`select`={_checks.show(self.select)} must be None: JSON has no "
-        "functions."
+        f"`select`={_checks.show(self.select)} must be a name or None: JSON "
+        "has no functions."
       )
     fields = dataclasses.asdict(self)
-    del fields["select"]
     for name in ("dtype", "param_dtype"):
       fields[name] = fields[name].name
     return _to_json(fields)
@@ -272,7 +271,7 @@ def _check_fields(kind, fields, name=""):
       f"`{name or 'fields'}`={_checks.show(fields)} must be a dictionary of "
       f"fields of {kind.__name__}."
     )
-  known = {field.name for field in dataclasses.fields(kind)} - {"select"}
+  known = {field.name for field in dataclasses.fields(kind)}
   if kind is RopeConfig:  # An earlier version wrote this name.
     known.add("yarn_factor")
   for field in fields:

@@ -20,7 +20,7 @@ from nsa_jax.ops import nsa
 from nsa_jax.ops.branches import attend_branch
 from nsa_jax.ops.scope import Scope, keep, make_scope
 from nsa_jax.sharding import Layout, partitioned
-from nsa_jax.typing import KV, Array, Implementation, Selector
+from nsa_jax.typing import KV, Array, Implementation, Select
 from pallas_kernels.interface import (
   DecodeArrays,
   Queries,
@@ -50,7 +50,7 @@ def attend(
   scale: float | None = None,
   compressed_query: ArrayLike | None = None,
   prefill_window: KV | None = None,
-  select: Selector | None = None,
+  select: Select = None,
   return_block_ids: Literal[False] = False,
   tiles: Mapping[str, Any] | None = None,
   implementation: Implementation = None,
@@ -69,7 +69,7 @@ def attend(
   scale: float | None = None,
   compressed_query: ArrayLike | None = None,
   prefill_window: KV | None = None,
-  select: Selector | None = None,
+  select: Select = None,
   return_block_ids: Literal[True],
   tiles: Mapping[str, Any] | None = None,
   implementation: Implementation = None,
@@ -88,7 +88,7 @@ def attend(
   scale: float | None = None,
   compressed_query: ArrayLike | None = None,
   prefill_window: KV | None = None,
-  select: Selector | None = None,
+  select: Select = None,
   return_block_ids: bool,
   tiles: Mapping[str, Any] | None = None,
   implementation: Implementation = None,
@@ -107,7 +107,7 @@ def attend(
   scale: float | None = None,
   compressed_query: ArrayLike | None = None,
   prefill_window: KV | None = None,
-  select: Selector | None = None,
+  select: Select = None,
   return_block_ids: bool = False,
   tiles: Mapping[str, Any] | None = None,
   implementation: Implementation = None,
@@ -132,8 +132,8 @@ def attend(
     compressed_query: [B, T, N, H], as in `native_sparse_attention`.
     prefill_window: the second result of `prefill`; needed for more than
       `max_append` queries if the window has its own keys and values.
-    select: a custom selector, as in `native_sparse_attention`. The decode
-      kernels do their own selection, so the branches then run one by one.
+    select: as in `native_sparse_attention`. The decode kernels select by the
+      compressed keys; with another selector the branches run one by one.
     return_block_ids: also return the ids of the selected blocks.
     tiles: tile sizes as in `native_sparse_attention`; those of the decode
       kernels, a `DecodeTiling`, under "decode".

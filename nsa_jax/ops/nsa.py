@@ -13,8 +13,9 @@ from nsa_jax.gating import gated_sum
 from nsa_jax.ops.branches import attend_branch, check_block_ids
 from nsa_jax.ops.scope import Scope, keep, make_scope
 from nsa_jax.ops.selection import select as select_best
+from nsa_jax.ops.selectors import SELECTORS
 from nsa_jax.sharding import Layout, bind, bound_arrays, find_place, run
-from nsa_jax.typing import KV, Array, Implementation, Selector
+from nsa_jax.typing import KV, Array, Implementation, Select
 from pallas_kernels.interface import Spec
 
 
@@ -33,7 +34,7 @@ def native_sparse_attention(
   query_segment_ids: ArrayLike | None = None,
   compressed_query: ArrayLike | None = None,
   block_ids: ArrayLike | None = None,
-  select: Selector | None = None,
+  select: Select = None,
   return_block_ids: Literal[False] = False,
   tiles: Mapping[str, Any] | None = None,
   implementation: Implementation = None,
@@ -56,7 +57,7 @@ def native_sparse_attention(
   query_segment_ids: ArrayLike | None = None,
   compressed_query: ArrayLike | None = None,
   block_ids: ArrayLike | None = None,
-  select: Selector | None = None,
+  select: Select = None,
   return_block_ids: Literal[True],
   tiles: Mapping[str, Any] | None = None,
   implementation: Implementation = None,
@@ -79,7 +80,7 @@ def native_sparse_attention(
   query_segment_ids: ArrayLike | None = None,
   compressed_query: ArrayLike | None = None,
   block_ids: ArrayLike | None = None,
-  select: Selector | None = None,
+  select: Select = None,
   return_block_ids: bool,
   tiles: Mapping[str, Any] | None = None,
   implementation: Implementation = None,
@@ -101,7 +102,7 @@ def native_sparse_attention(
   query_segment_ids: ArrayLike | None = None,
   compressed_query: ArrayLike | None = None,
   block_ids: ArrayLike | None = None,
-  select: Selector | None = None,
+  select: Select = None,
   return_block_ids: bool = False,
   tiles: Mapping[str, Any] | None = None,
   implementation: Implementation = None,
@@ -134,13 +135,15 @@ def native_sparse_attention(
       the selection, if it differs from `query` (for example, is not rotated).
     block_ids: int32 [B, T, K, m], block ids that replace the selection:
       strictly ascending, then -1.
-    select: a custom selector that replaces selection by importance (Eq. 8-11).
-      It is called with keyword arguments: `query` [B, T, N, H] (that of the
-      compressed branch), `compressed_key` [B, C, K, H], `lse` [B, T, N] of the
-      compressed branch, `selected_key` [B, S, K, H], `config`, `key_length`,
-      `scale`, `query_offset`, `segment_ids` and `query_segment_ids`; it should
-      accept `**_` for those it does not use. It returns block ids, for example
-      from `block_ids_from_scores`.
+    select: what replaces selection by the importance of the compressed keys
+      (Eq. 8-11): "means", which is `select_by_means`, or a function, a custom
+      selector. That is called with keyword arguments: `query` [B, T, N, H]
+      (that of the compressed branch), `compressed_key` [B, C, K, H], `lse`
+      [B, T, N] of the compressed branch, `selected_query` [B, T, N, H],
+      `selected_key` [B, S, K, H], `config`, `key_length`, `scale`,
+      `query_offset`, `segment_ids` and `query_segment_ids`; it should accept
+      `**_` for those it does not use. It returns block ids, for example from
+      `block_ids_from_scores`.
     return_block_ids: also return the ids of the selected blocks.
     tiles: tile sizes of the kernels by op: "compressed", "select_blocks",
       "selected", "window"; None for the heuristic.
@@ -314,7 +317,7 @@ def compose(
   scope: Scope,
   window_scope: Scope,
   implementation: Implementation,
-  select: Selector | None,
+  select: Select,
   tiles: Mapping[str, Any],
   of_selected: Implementation = None,
 ) -> tuple[Array, Array]:
@@ -365,7 +368,7 @@ def compose(
     scope,
     block_ids,
     # Ids of a caller or a custom selector may leave it out.
-    reads_own=select is None and arrays.block_ids is None,
+    reads_own=arrays.block_ids is None and not callable(select),
   )
   out_window, _ = attend_branch(
     "window",
@@ -386,14 +389,17 @@ def compose(
 
 
 def _call_selector(select, spec, compressed, selected, lse, scope):
-  """Block ids of a custom selector, which gets masked arrays."""
+  """Block ids of a selector, which gets masked arrays."""
   queries = scope.queries
   query, compressed_key, _ = compressed
-  _, key, _ = selected
+  selected_query, key, _ = selected
+  if isinstance(select, str):
+    select = SELECTORS[select]
   ids = select(
     query=query,
     compressed_key=compressed_key,
     lse=lse,
+    selected_query=selected_query,
     selected_key=key,
     config=spec.config,
     key_length=spec.key_length,

@@ -1,0 +1,93 @@
+"""Selectors that have a name."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from nsa_jax import _checks
+from nsa_jax.compression import compress_mean
+from nsa_jax.config import NSAConfig, check_config
+from nsa_jax.ops.branches import compressed_attention
+from nsa_jax.ops.selection import select_blocks
+from nsa_jax.typing import Array, Selector
+
+
+def select_by_means(
+  *,
+  selected_query: Array,
+  selected_key: Array,
+  config: NSAConfig,
+  key_length: int,
+  tokens: int | None = None,
+  **call: Any,
+) -> Array:
+  """A selector: the paper's rule over means of the keys that are read.
+
+  Eq. 8-11 with compressed keys that are means of the selected branch's keys,
+  instead of the compressed branch's, which have to learn how to select. No
+  gradient passes through.
+
+  It is a `select` of `native_sparse_attention`, which documents the arguments;
+  there "means" is its name. `functools.partial` binds another `tokens`.
+
+  Args:
+    selected_query: [B, T, N, H].
+    selected_key: [B, S, K, H].
+    config: its selection blocks, selected and forced, are read.
+    key_length: S.
+    tokens: length and stride of the means, which divides `selection_block`;
+      `compression_stride` by default. Shorter ones select better, and cost
+      more: their number is that of compressed keys with this stride.
+    **call: the other arguments of a selector.
+
+  Returns:
+    int32 [B, T, K, n]: block ids strictly ascending, then -1.
+
+  Raises:
+    ValueError: if `tokens` does not divide `selection_block`.
+
+  Example:
+    >>> import functools
+    >>> from nsa_jax import TransformerConfig, select_by_means
+    >>> select = functools.partial(select_by_means, tokens=8)
+    >>> config = TransformerConfig.preset("tiny", select=select)
+    >>> TransformerConfig.preset("tiny", select="means").select
+    'means'
+  """
+  check_config(config)
+  query = _checks.queries(selected_query, "selected_query")
+  key = _checks.array("selected_key", selected_key, 4, "[B, S, K, H]")
+  key_length = _checks.static_int("key_length", key_length, minimum=1)
+  _checks.shape(
+    "selected_key",
+    key,
+    (query.shape[0], key_length, None, query.shape[-1]),
+    "[B, S, K, H] with those of `selected_query`, and S=`key_length`",
+  )
+  _checks.same_dtype("selected_key", key, query, "selected_query")
+  if tokens is None:
+    tokens = config.compression_stride
+  tokens = _checks.static_int("tokens", tokens, minimum=1)
+  if config.selection_block % tokens:
+    raise ValueError(
+      f"`tokens`={tokens} must divide `selection_block`="
+      f"{config.selection_block}."
+    )
+  config = dataclasses.replace(
+    config, compression_block=tokens, compression_stride=tokens
+  )
+  query, key = jax.lax.stop_gradient((query, key))
+  means = compress_mean(key, config=config, segment_ids=call["segment_ids"])
+  names = ("scale", "query_offset", "segment_ids", "query_segment_ids")
+  where = {
+    "config": config,
+    "key_length": key_length,
+    **{name: call[name] for name in names},
+  }
+  _, lse = compressed_attention(query, means, means, **where)
+  return select_blocks(query, means, lse, **where)
+
+
+SELECTORS: Mapping[str, Selector] = {"means": select_by_means}
