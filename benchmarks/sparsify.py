@@ -2,6 +2,7 @@
 
     python -m benchmarks.sparsify
     python -m benchmarks.sparsify --minutes 9
+    python -m benchmarks.sparsify --checkpoint SmolLM2-135M --name smollm2
     python -m benchmarks.sparsify --quick
 
 Trains a model with full attention on the text of `benchmarks.quality`, whose
@@ -14,6 +15,9 @@ the same new tokens: as they are, with the first layer left dense, and
 token. That is an alignment with the full attention as it was, of the whole
 model at once; the loss of SSA (arXiv 2511.20102) aligns each layer with full
 attention over its own keys, which goes on learning.
+
+`--checkpoint` measures the distances of a model that others have trained, a
+folder for `nsa_jax.load`, on the same text, and trains nothing.
 """
 
 import argparse
@@ -30,6 +34,7 @@ import matplotlib
 import numpy as np
 import optax
 
+import nsa_jax
 from benchmarks import harness, quality, trials
 from examples.lm import data, train
 from examples.lm.flags import UsageError
@@ -39,12 +44,15 @@ from nsa_jax.models.convert import to_nsa
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-# Keyword arguments of `to_nsa` by kind; None for the dense model.
+# Keyword arguments of `to_nsa` by kind, and perhaps a selector; None for the
+# dense model.
 KINDS: dict[str, dict[str, Any] | None] = {
   "dense": None,
   "sparse": {},
   "sparse, equal gates": {"gates": (0.5, 0.5, 0.5)},
   "sparse, phi learns": {"compression": "weighted"},
+  "sparse, by means of 8": quality.CHANGES["by means of 8"],
+  "sparse, by means of 4": quality.CHANGES["by means of 4"],
   "sparse, distilled": {},
   "sparse, first layer dense": {},
 }
@@ -58,6 +66,10 @@ BLOCKS: dict[str, NSAConfig | None] = {
 }
 SELECTIONS: dict[str, Any] = {
   "NSA's": None,
+  **{
+    name: quality.CHANGES[name]["select"]
+    for name in ("by means", "by means of 8", "by means of 4")
+  },
   "best": quality.best_blocks,
   "random": quality.random_blocks,
 }
@@ -120,8 +132,15 @@ def make_sparse(
     if model.config.scan_layers:
       model, params = unstack_layers(model, params)
     options = {"layers": range(1, model.config.num_layers)}
+  return convert(model, params, **options)
+
+
+def convert(
+  model: TransformerLM, params: Any, select: Any = None, **options: Any
+) -> tuple[TransformerLM, Any]:
+  """What `to_nsa` makes of a model, with a selector."""
   config, params = to_nsa(model.config, params, **options)
-  return TransformerLM(config), params
+  return TransformerLM(dataclasses.replace(config, select=select)), params
 
 
 def kl_divergence(teacher: Any, student: Any) -> jax.Array:
@@ -206,17 +225,60 @@ def run_trial(
   return result | {"before": float(evaluate(start, rows).mean())}
 
 
-def measure_distances(
+def run_distance(
   study: quality.Study, trial: Distance, folder: pathlib.Path, stop_at: float
 ) -> dict[str, Any]:
-  """KL to the dense model: by the number of sparse layers, and by blocks."""
+  """The distances of the dense model of a trial."""
   del stop_at  # It is quick.
   params = quality.load_params(study, dense_trial(trial), folder)
   model, _, _ = quality.make_init(study, dense_trial(trial))
+  text = quality.load_text(folder)["validation"]
+  return measure_distances(model, params, text, study.length)
+
+
+def measure_checkpoint(
+  study: quality.Study, args: argparse.Namespace
+) -> dict[str, Any]:
+  """The distances of the model in the folder `--checkpoint`.
+
+  Raises:
+    UsageError: if the folder has no tokenizer, or there is too little text.
+  """
+  config, model, params, tokenizer = nsa_jax.load(
+    args.checkpoint, scan_layers=True
+  )
+  if tokenizer is None:
+    raise UsageError(f"--checkpoint {args.checkpoint} has no tokenizer.json")
+  _, texts = quality.read_sources(args.corpus, args.max_bytes)
+  encoded = tokenizer.encode_batch(
+    [text.decode(errors="replace") for text in texts], add_special_tokens=False
+  )
+  text = np.concatenate([np.zeros(0, np.int32), *(x.ids for x in encoded)])
+  length = study.length
+  if config.rope is not None:
+    length = min(length, config.rope.original_max_position)
+  if len(text) <= length:
+    raise UsageError(
+      f"--corpus {args.corpus}: {len(text)} tokens of validation are too few "
+      f"for rows of {length}."
+    )
+  return measure_distances(model, params, text.astype(np.int32), length)
+
+
+def measure_distances(
+  model: TransformerLM, params: Any, text: np.ndarray, longest: int
+) -> dict[str, Any]:
+  """KL to the dense model: by the number of sparse layers, and by blocks.
+
+  Args:
+    model: the dense one.
+    params: its parameters.
+    text: tokens.
+    longest: the length of a row; the other length is a quarter of it.
+  """
   dense = model, params
   if model.config.scan_layers:  # Some layers become sparse, others do not.
     model, params = unstack_layers(model, params)
-  text = quality.load_text(folder)["validation"]
   layers = model.config.num_layers
 
   @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -225,14 +287,13 @@ def measure_distances(
     wanted = model.apply({"params": params}, tokens)
     return kl_divergence(wanted, sparse.apply({"params": made}, tokens))
 
-  def distance(rows, model, params, select=None, **options):
-    config, made = to_nsa(model.config, params, **options)
-    sparse = TransformerLM(dataclasses.replace(config, select=select))
+  def distance(rows, model, params, **options):
+    sparse, made = convert(model, params, **options)
     kl = [measure(model, sparse, params, made, row).mean() for row in rows]
     return float(np.mean(kl))
 
   by_layers, by_blocks = [], []
-  for length in (study.length // 4, study.length):
+  for length in (longest // 4, longest):
     rows = data.validation_windows(text, count=KL_ROWS, seq_len=length)
     for gates in ((0.05, 0.9, 0.05), (0.5, 0.5, 0.5)):
       for count in sorted({1, layers // 2, layers - 1, layers}):
@@ -242,7 +303,7 @@ def measure_distances(
         print(by_layers[-1], flush=True)
     for blocks, nsa in BLOCKS.items():
       for selection, select in SELECTIONS.items():
-        kl = distance(rows, *dense, select, nsa=nsa)
+        kl = distance(rows, *dense, select=select, nsa=nsa)
         by_blocks.append([length, blocks, selection, kl])
         print(by_blocks[-1], flush=True)
   return {
@@ -333,6 +394,7 @@ def parser() -> argparse.ArgumentParser:
     metavar="KIND",
     help=f"of {', '.join(map(repr, KINDS))} (default: all)",
   )
+  add("--checkpoint", metavar="FOLDER", help="measure the distances of a model")
   add("--name", default="sparsify", help="of the records")
   return result
 
@@ -353,7 +415,7 @@ def run_any(
     trial, run = Trial(**fields), functools.partial(run_trial, study)
   else:
     trial = Distance(**fields)
-    run = functools.partial(measure_distances, study)
+    run = functools.partial(run_distance, study)
   trials.write(folder, trial, lambda trial: run(trial, folder, stop_at))
 
 
@@ -370,6 +432,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not args.quick:
       harness.require_gpu()
     run_any(study, args.trial, folder, args.stop_at)
+    return
+  if args.checkpoint is not None:
+    try:
+      result = measure_checkpoint(study, args)
+    except UsageError as error:
+      raise SystemExit(str(error)) from error
+    harness.record(
+      args.out,
+      args.name,
+      "A checkpoint made sparse",
+      tables(study, [result], []),
+      checkpoint=pathlib.Path(args.checkpoint).name,
+      results=[result],
+    )
     return
   queue = trials.Queue("benchmarks.sparsify", folder, args, argv)
   try:

@@ -494,6 +494,41 @@ def test_defaults_are_those_of_transformers():
   )
 
 
+def test_notes_of_other_tools_are_passed_over():
+  """SmolLM2 has such notes beside the fields of Llama."""
+  fields = {
+    "architectures": ["LlamaForCausalLM"],
+    "attention_bias": False,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "hidden_act": "silu",
+    "hidden_size": 576,
+    "initializer_range": 0.041666666666666664,
+    "intermediate_size": 1536,
+    "is_llama_config": True,
+    "max_position_embeddings": 8192,
+    "model_type": "llama",
+    "num_attention_heads": 9,
+    "num_hidden_layers": 30,
+    "num_key_value_heads": 3,
+    "pad_token_id": 2,
+    "rms_norm_eps": 1e-05,
+    "rope_interleaved": False,
+    "rope_scaling": None,
+    "rope_theta": 100000,
+    "tie_word_embeddings": True,
+    "transformers.js_config": {"dtype": "q4"},
+    "unk_token_id": 0,
+    "vocab_size": 49152,
+  }
+  config = convert.read_config(fields)
+  assert (config.num_heads, config.num_kv_heads, config.head_dim) == (9, 3, 64)
+  assert (config.norm_epsilon, config.rope) == (
+    1e-5,
+    nsa_jax.RopeConfig(base=1e5),
+  )
+
+
 def test_every_rotary_dimension_is_written():
   for head_dim, width in ((44, 30), (46, 26), (86, 62), (64, 32)):
     rope = nsa_jax.RopeConfig(rotary_dim=width)

@@ -10,7 +10,10 @@ import numpy as np
 import optax
 import pytest
 
+import nsa_jax
 from benchmarks import quality, sparsify
+from examples.lm.tokenizer import train_bpe
+from nsa_jax import TransformerConfig, TransformerLM
 from tests.test_quality import write_sources
 
 STUDY = dataclasses.replace(quality.QUICK, length=64, vocab_size=300)
@@ -106,3 +109,30 @@ def test_the_command(tmp_path, monkeypatch):
   assert [x.get("kind") for x in record["results"]] == ["dense", "sparse", None]
   for result in record["results"][:2]:
     assert result["validation"] < result["before"]
+
+
+@pytest.mark.slow
+def test_the_distances_of_a_checkpoint(tmp_path, monkeypatch, capsys):
+  write_sources(tmp_path / "source", folders=100)
+  config = TransformerConfig.preset(
+    "tiny", num_layers=2, model_dim=32, attention="full", vocab_size=300
+  )
+  tokens = jnp.zeros((1, 8), jnp.int32)
+  params = jax.jit(TransformerLM(config).init)(jax.random.key(0), tokens)
+  folder = tmp_path / "model"
+  nsa_jax.save(folder, config, params["params"])
+  monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+  flags = ["--quick", f"--checkpoint={folder}", "--name=distances"]
+  flags += [f"--corpus={tmp_path / 'source'}", f"--out={tmp_path}"]
+  with pytest.raises(SystemExit, match=r"has no tokenizer\.json"):
+    sparsify.main(flags)
+  texts, _ = quality.read_sources(tmp_path / "source", 2**20)
+  train_bpe(texts, 300, "--tokenizer bpe").save(folder)
+  sparsify.main(flags)
+  record = json.loads((tmp_path / "distances.json").read_text())
+  assert record["checkpoint"] == "model"
+  layers, blocks = record["tables"].values()
+  assert [row["tokens"] for row in layers] == [64, 64, 256, 256]
+  assert {row["blocks"] for row in blocks} == set(sparsify.BLOCKS)
+  for row in blocks:
+    assert float(row["best"]) <= float(row["random"])
