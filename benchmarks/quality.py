@@ -41,6 +41,7 @@ import matplotlib
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
+from einops import rearrange
 
 import nsa_jax
 from benchmarks import harness, trials
@@ -101,6 +102,75 @@ def by_mean_keys(
   return _most_important(selected_query, means, config, call)
 
 
+def by_clusters(
+  *,
+  selected_query: Any,
+  selected_key: Any,
+  config: NSAConfig,
+  key_length: int,
+  number: int = 8,
+  **call: Any,
+) -> Any:
+  """A selector: NSA's, with centroids of the keys of each selection block.
+
+  The first centroid is the key farthest from the block's mean, each further
+  one the key farthest from those before it. Then every key joins the nearest
+  one, and their means, each counted as often as it has keys, are the compressed
+  keys. They hold keys of the whole block, so they score the blocks before a
+  query's own, while its softmax is over means of consecutive keys.
+  """
+  query, key = jax.lax.stop_gradient((selected_query, selected_key))
+  block = config.selection_block
+  means = dataclasses.replace(
+    config,
+    compression_block=block // number,
+    compression_stride=block // number,
+  )
+  where = {"key_length": key_length, "scale": call["scale"], **_places(call)}
+  consecutive = nsa_jax.compress_mean(
+    key, config=means, segment_ids=call["segment_ids"]
+  )
+  _, lse = nsa_jax.compressed_attention(
+    query, consecutive, consecutive, config=means, **where
+  )
+  full = key_length // block  # The query's own block is chosen in any case.
+  keys = rearrange(
+    key[:, : full * block].astype(jnp.float32),
+    "b (m block) k h -> b m k block h",
+    block=block,
+  )
+  distance = jnp.square(keys - keys.mean(3, keepdims=True)).sum(-1)
+  found = []
+  for i in range(number):
+    farthest = distance.argmax(-1)[..., None, None]
+    found.append(jnp.take_along_axis(keys, farthest, axis=3))
+    new = jnp.square(keys - found[-1]).sum(-1)
+    distance = jnp.minimum(distance, new) if i else new
+  centres = jnp.concatenate(found, axis=3)
+  products = jnp.einsum("bmksh,bmkch->bmksc", keys, centres)
+  nearest = (2 * products - jnp.square(centres).sum(-1)[..., None, :]).argmax(
+    -1
+  )
+  members = jax.nn.one_hot(nearest, number)
+  counts = members.sum(3)[..., None]
+  centroids = jnp.einsum("bmksh,bmksc->bmkch", keys, members)
+  centroids /= jnp.maximum(counts, 1)
+  # A further channel, beside zeros, adds log(counts) to the scores; those of
+  # consecutive means count as many keys each.
+  bias = jnp.log(jnp.maximum(counts, 1e-9) / (block // number)) / call["scale"]
+  padding = jnp.zeros_like(centroids[..., 1:])
+  centroids = rearrange(
+    jnp.concatenate([centroids, bias, padding], axis=-1),
+    "b m k c h -> b (m c) k h",
+  )
+  rest = consecutive.shape[1] - centroids.shape[1]
+  centroids = jnp.pad(centroids, [(0, 0), (0, rest), (0, 0), (0, 0)])
+  query = jnp.concatenate([query, jnp.ones_like(query)], axis=-1)
+  return nsa_jax.select_blocks(
+    query, centroids.astype(query.dtype), lse, config=means, **where
+  )
+
+
 def _most_important(
   query: Any, key: Any, config: NSAConfig, call: Mapping[str, Any]
 ) -> Any:
@@ -153,6 +223,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     }
     for tokens in (4, 8)
   },
+  "by clusters": {"select": by_clusters},
   "32 blocks": {"nsa": NSAConfig(num_selected=32)},
   "blocks of 32": {"nsa": NSAConfig(16, 8, 32, num_selected=32)},
   "blocks of 16": {"nsa": NSAConfig(16, 8, 16, num_selected=64)},

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import functools
 import json
 import pathlib
 import subprocess
@@ -187,6 +188,34 @@ def test_mean_keys_select_as_nsa_does_with_means_of_its_keys():
     )[1]
 
   np.testing.assert_array_equal(ids(quality.by_mean_keys), ids(None))
+
+
+def test_clusters_of_single_keys_are_the_best_blocks():
+  nsa = quality.QUICK.config("nsa").nsa
+  random = [*jax.random.normal(jax.random.key(0), (3, 1, 130, 2, 8))]
+  query, key, other = 4 * random[0], *random[1:]
+
+  def ids(key: Any, select: Any) -> Any:
+    compressed = nsa_jax.KV(*2 * [nsa_jax.compress_mean(key, config=nsa)])
+    pair = nsa_jax.KV(key, key)
+    return nsa_jax.native_sparse_attention(
+      query,
+      compressed,
+      pair,
+      pair,
+      jnp.ones((1, 130, 2, 3)),
+      config=nsa,
+      select=select,
+      return_block_ids=True,
+    )[1]
+
+  single = functools.partial(quality.by_clusters, number=16)
+  np.testing.assert_array_equal(ids(key, single), ids(key, quality.best_blocks))
+  # No key of the future takes part, those of the query's own block included.
+  before = ids(key, quality.by_clusters)[:, :70]
+  later = ids(key.at[:, 70:].set(9 * other[:, 70:]), quality.by_clusters)
+  np.testing.assert_array_equal(before, later[:, :70])
+  assert (before != ids(key, None)[:, :70]).any()
 
 
 def test_the_first_layers_may_differ():
