@@ -798,6 +798,7 @@ def test_sizes_of_the_attention(capsys):
   flags = [f"--{k.replace('_', '-')}={v}" for k, v in sizes.items()]
   parse = cli.make_parser().parse_args
   assert train.model_config(parse(flags)).nsa == NSAConfig(**sizes)
+  assert train.model_config(parse(["--select=means"])).select == "means"
   for preset in cli.RECIPES:
     config = train.model_config(parse([f"--preset={preset}"]))
     assert config == TransformerConfig.preset(preset)

@@ -62,6 +62,12 @@ def make_parser(prog: str = "train_lm.py") -> argparse.ArgumentParser:
     help="attention of every layer (default: nsa)",
   )
   add(
+    "--select",
+    choices=("means",),
+    help="how blocks are chosen: by means of the keys that are read (default: "
+    "by the compressed keys, as in the paper)",
+  )
+  add(
     "--dtype",
     choices=("float32", "bfloat16"),
     default="float32",

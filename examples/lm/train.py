@@ -233,6 +233,7 @@ def model_config(args: argparse.Namespace) -> TransformerConfig:
   config = TransformerConfig.preset(
     args.preset,
     attention=args.attention,
+    select=args.select,
     dtype=args.dtype,
     implementation=args.implementation,
   )
