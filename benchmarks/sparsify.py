@@ -434,6 +434,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     run_any(study, args.trial, folder, args.stop_at)
     return
   if args.checkpoint is not None:
+    if not args.quick:
+      harness.require_gpu()
     try:
       result = measure_checkpoint(study, args)
     except UsageError as error:
