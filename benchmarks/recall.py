@@ -108,7 +108,7 @@ STUDY = Study(
     "dtype": "bfloat16",
   },
   lengths=(128, 2048, 8192, 32768),
-  steps=(4000, 1000, 1000, 1000),
+  steps=(4000, 2000, 1000, 1000),
   tokens=65536,
   asked={"pairs": (8, 64, 64, 64), "needle": (2, 8, 8, 8)},
   far=(32, 640, 640, 640),  # the window and two blocks, but for the first

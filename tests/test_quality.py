@@ -356,7 +356,7 @@ def test_sparse_attention_finds_what_a_window_does_not():
     assert result is not None
     (right[kind],) = result["accuracy"]
   assert right["window"] < 0.2  # Of ten digits.
-  assert right["nsa"] > right["window"] + 0.2
+  assert right["nsa"] > right["window"] + 0.3
 
 
 # ------------------------------------------------------------------ the queue
