@@ -7,6 +7,7 @@ import json
 import pathlib
 import subprocess
 import sys
+import types
 from typing import Any
 
 import jax
@@ -306,6 +307,32 @@ def test_tables_of_recall(tmp_path):
 # ------------------------------------------------------------------ the tasks
 
 
+@pytest.mark.parametrize("study", [recall.STUDY, recall.QUICK])
+def test_models_of_recall_differ_behind_the_first_layer(study):
+  for task in recall.TASKS:
+    for kind in study.kinds:
+      config = study.config(task, kind)
+      first, second = config.of_layer(0), config.of_layer(1)
+      attention = quality.KINDS[kind].get("attention", "nsa")
+      assert config.layer_kinds[0] == "window"
+      assert set(config.layer_kinds[1:]) == {attention}
+      assert first.nsa.window == recall.FIRST
+      assert second.nsa.window > recall.FIRST
+
+
+@pytest.mark.parametrize("task", recall.TASKS)
+def test_rows_of_recall_have_room(task):
+  text = np.zeros(2**16, np.uint8)
+  corpus: Any = types.SimpleNamespace(train=text, validation=text)
+  study, trial = recall.STUDY, recall.Trial(task, "full", 1e-3)
+  for length, asked in zip(study.lengths, study.asked[task], strict=True):
+    rows = recall.make_rows(study, trial, corpus, length)
+    tokens, labels = rows(1, 2)
+    assert tokens.shape == (2, length)
+    digits = 1 if task == "pairs" else recall.DIGITS
+    assert (labels != recall.IGNORED).sum() == 2 * asked * digits
+
+
 def test_places_are_aligned_with_nothing():
   at = recall.places(np.random.default_rng(0), 500, 3, 16, 200)
   assert set((at % 16).flatten()) == {*range(16)}
@@ -358,7 +385,7 @@ def test_sparse_attention_finds_what_a_window_does_not():
     assert result is not None
     (right[kind],) = result["accuracy"]
   assert right["window"] < 0.2  # Of ten digits.
-  assert right["nsa"] > right["window"] + 0.15
+  assert right["nsa"] > right["window"] + 0.3
 
 
 # ------------------------------------------------------------------ the queue
