@@ -142,25 +142,31 @@ def test_random_blocks_are_valid_and_change():
   )
 
 
-def test_best_blocks_hold_the_most_of_full_attention():
+def chosen(query: Any, key: Any, select: Any) -> Any:
+  """Block ids of an op whose compressed keys are means."""
   nsa = quality.QUICK.config("nsa").nsa
-  query, key, value = jax.random.normal(jax.random.key(0), (3, 1, 128, 2, 8))
-  query *= 4  # sharp attention
   compressed = nsa_jax.KV(*2 * [nsa_jax.compress_mean(key, config=nsa)])
-  pair = nsa_jax.KV(key, value)
-  mass = nsa_jax.block_mass(query, key, config=nsa)
+  pair = nsa_jax.KV(key, key)
+  _, ids = nsa_jax.native_sparse_attention(
+    query,
+    compressed,
+    pair,
+    pair,
+    jnp.ones((*query.shape[:3], 3)),
+    config=nsa,
+    select=select,
+    return_block_ids=True,
+  )
+  return ids
+
+
+def test_best_blocks_hold_the_most_of_full_attention():
+  query, key = jax.random.normal(jax.random.key(0), (2, 1, 128, 2, 8))
+  query *= 4  # sharp attention
+  mass = nsa_jax.block_mass(query, key, config=quality.QUICK.config("nsa").nsa)
 
   def held(select: Any) -> Any:
-    _, ids = nsa_jax.native_sparse_attention(
-      query,
-      compressed,
-      pair,
-      pair,
-      jnp.ones((1, 128, 2, 3)),
-      config=nsa,
-      select=select,
-      return_block_ids=True,
-    )
+    ids = chosen(query, key, select)
     own = jnp.take_along_axis(mass, jnp.maximum(ids, 0), axis=-1)
     return np.asarray(jnp.where(ids >= 0, own, 0).sum(-1))
 
@@ -171,52 +177,25 @@ def test_best_blocks_hold_the_most_of_full_attention():
 
 
 def test_mean_keys_select_as_nsa_does_with_means_of_its_keys():
-  nsa = quality.QUICK.config("nsa").nsa
   query, key = jax.random.normal(jax.random.key(0), (2, 1, 128, 2, 8))
-  means = nsa_jax.KV(*2 * [nsa_jax.compress_mean(key, config=nsa)])
-  pair = nsa_jax.KV(key, key)
-
-  def ids(select: Any) -> Any:
-    return nsa_jax.native_sparse_attention(
-      query,
-      means,
-      pair,
-      pair,
-      jnp.ones((1, 128, 2, 3)),
-      config=nsa,
-      select=select,
-      return_block_ids=True,
-    )[1]
-
-  np.testing.assert_array_equal(ids(quality.by_mean_keys), ids(None))
+  np.testing.assert_array_equal(
+    chosen(query, key, quality.by_mean_keys), chosen(query, key, None)
+  )
 
 
 def test_clusters_of_single_keys_are_the_best_blocks():
-  nsa = quality.QUICK.config("nsa").nsa
   random = [*jax.random.normal(jax.random.key(0), (3, 1, 130, 2, 8))]
   query, key, other = 4 * random[0], *random[1:]
-
-  def ids(key: Any, select: Any) -> Any:
-    compressed = nsa_jax.KV(*2 * [nsa_jax.compress_mean(key, config=nsa)])
-    pair = nsa_jax.KV(key, key)
-    return nsa_jax.native_sparse_attention(
-      query,
-      compressed,
-      pair,
-      pair,
-      jnp.ones((1, 130, 2, 3)),
-      config=nsa,
-      select=select,
-      return_block_ids=True,
-    )[1]
-
   single = functools.partial(quality.by_clusters, number=16)
-  np.testing.assert_array_equal(ids(key, single), ids(key, quality.best_blocks))
+  np.testing.assert_array_equal(
+    chosen(query, key, single), chosen(query, key, quality.best_blocks)
+  )
   # No key of the future takes part, those of the query's own block included.
-  before = ids(key, quality.by_clusters)[:, :70]
-  later = ids(key.at[:, 70:].set(9 * other[:, 70:]), quality.by_clusters)
-  np.testing.assert_array_equal(before, later[:, :70])
-  assert (before != ids(key, None)[:, :70]).any()
+  before = chosen(query, key, quality.by_clusters)[:, :70]
+  changed = key.at[:, 70:].set(9 * other[:, 70:])
+  later = chosen(query, changed, quality.by_clusters)[:, :70]
+  np.testing.assert_array_equal(before, later)
+  assert (before != chosen(query, key, None)[:, :70]).any()
 
 
 def test_the_first_layers_may_differ():

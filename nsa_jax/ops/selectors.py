@@ -38,8 +38,8 @@ def select_by_means(
     config: its selection blocks, selected and forced, are read.
     key_length: S.
     tokens: length and stride of the means, which divides `selection_block`;
-      `compression_stride` by default. Shorter ones select better, and cost
-      more: their number is that of compressed keys with this stride.
+      `compression_stride` by default. Shorter ones come closer to what full
+      attention reads, and cost more: as many compressed keys as that is.
     **call: the other arguments of a selector.
 
   Returns:
