@@ -79,27 +79,23 @@ def random_blocks(
   )
 
 
-def best_blocks(
-  *, selected_query: Any, selected_key: Any, config: NSAConfig, **call: Any
-) -> Any:
-  """A selector: what holds most of full attention with the selected keys.
-
-  It costs as much as full attention: a bound for other selectors.
-  """
-  tokens = dataclasses.replace(
-    config, compression_block=1, compression_stride=1
-  )
-  return _most_important(selected_query, selected_key, tokens, call)
+# What holds most of full attention with the selected keys. It costs as much as
+# full attention: a bound for other selectors.
+best_blocks = functools.partial(nsa_jax.select_by_means, tokens=1)
 
 
 def by_mean_keys(
   *, selected_query: Any, selected_key: Any, config: NSAConfig, **call: Any
 ) -> Any:
   """A selector: `select_by_means`, but with means as long as phi's blocks."""
+  query, key = jax.lax.stop_gradient((selected_query, selected_key))
   means = nsa_jax.compress_mean(
-    selected_key, config=config, segment_ids=call["segment_ids"]
+    key, config=config, segment_ids=call["segment_ids"]
   )
-  return _most_important(selected_query, means, config, call)
+  where = {name: call[name] for name in ("key_length", "scale")}
+  where |= {"config": config, **_places(call)}
+  _, lse = nsa_jax.compressed_attention(query, means, means, **where)
+  return nsa_jax.select_blocks(query, means, lse, **where)
 
 
 def by_clusters(
@@ -169,17 +165,6 @@ def by_clusters(
   return nsa_jax.select_blocks(
     query, centroids.astype(query.dtype), lse, config=means, **where
   )
-
-
-def _most_important(
-  query: Any, key: Any, config: NSAConfig, call: Mapping[str, Any]
-) -> Any:
-  """NSA's selection with the compressed keys `key`."""
-  query, key = jax.lax.stop_gradient((query, key))
-  where = {name: call[name] for name in ("key_length", "scale")}
-  where |= {"config": config, **_places(call)}
-  _, lse = nsa_jax.compressed_attention(query, key, key, **where)
-  return nsa_jax.select_blocks(query, key, lse, **where)
 
 
 def _places(call: Mapping[str, Any]) -> dict[str, Any]:

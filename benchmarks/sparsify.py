@@ -10,11 +10,12 @@ study says the rest. `to_nsa` then makes layers sparse, and before any further
 training the tables have the distance of the logits to the dense ones, in rows
 of two lengths: by the number of sparse layers, and by the size of the blocks
 and who selects them. At last the dense model and sparse ones are trained on, on
-the same new tokens: as they are, with the first layer left dense, and
-"distilled", with the loss plus the KL divergence to the dense model in every
-token. That is an alignment with the full attention as it was, of the whole
-model at once; the loss of SSA (arXiv 2511.20102) aligns each layer with full
-attention over its own keys, which goes on learning.
+the same new tokens: as they are, with other gates, phi or choice of blocks,
+with the first layer left dense, and "distilled", with the loss plus the KL
+divergence to the dense model in every token. That is an alignment with the full
+attention as it was, of the whole model at once; the loss of SSA (arXiv
+2511.20102) aligns each layer with full attention over its own keys, which goes
+on learning.
 
 `--checkpoint` measures the distances of a model that others have trained, a
 folder for `nsa_jax.load`, on the same text, and trains nothing.

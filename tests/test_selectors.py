@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, get_args
 
 import hypothesis
 import jax
@@ -12,8 +12,11 @@ import pytest
 from hypothesis import strategies as st
 
 import nsa_jax
+from examples.lm import cli
 from nsa_jax import KV, NSAConfig, cache
 from nsa_jax.layers.linen import NativeSparseAttention
+from nsa_jax.ops.selectors import SELECTORS
+from nsa_jax.typing import SelectorName
 from tests import helpers
 from tests.helpers import Dims
 from tests.oracle import Oracle, count_selection, mean_blocks
@@ -53,28 +56,35 @@ def last_blocks(query, *, config, key_length, query_offset, **_: Any) -> Any:
 # ------------------------------------------------------------------- the op
 
 
-@pytest.mark.parametrize("mode", ["full", "rows", "packed"])
-def test_the_importance_scores_as_a_selector_change_nothing(mode: str) -> None:
-  dims = DIMS
-  integers: dict[str, Any] = {}
+def make_call(mode: str) -> tuple[Dims, dict[str, Any], dict[str, Any]]:
+  """Sizes, inputs, and where the queries stand, of a call of the op."""
+  dims, integers = DIMS, {}
   if mode == "rows":
-    dims = Dims(CONFIG, 2, 5, 72, 2, 2, 16, 16)
-    integers["query_offset"] = helpers.int32([-2, 67])
+    dims = Dims(CONFIG, 2, 5, 75, 2, 2, 16, 16)
+    integers["query_offset"] = helpers.int32([-2, 69])
   if mode == "packed":
     integers["segment_ids"] = helpers.packed_segments(dims)
-  inputs = helpers.make_inputs(dims, "float32")
+  if mode == "short":
+    dims = Dims(CONFIG, 2, 3, 3, 2, 2, 16, 16)
+  return dims, helpers.make_inputs(dims, "float32"), integers
 
-  @functools.partial(jax.jit, static_argnames="select")
-  def run(inputs, integers, select=None):
-    return nsa_jax.native_sparse_attention(
-      **inputs,
-      **integers,
-      config=CONFIG,
-      select=select,
-      return_block_ids=True,
-      implementation="xla",
-    )
 
+@functools.partial(jax.jit, static_argnames=("select", "implementation"))
+def run(inputs, integers, select=None, implementation="xla"):
+  """The op and the ids of the blocks it selects."""
+  return nsa_jax.native_sparse_attention(
+    **inputs,
+    **integers,
+    config=CONFIG,
+    select=select,
+    return_block_ids=True,
+    implementation=implementation,
+  )
+
+
+@pytest.mark.parametrize("mode", ["full", "rows", "packed"])
+def test_the_importance_scores_as_a_selector_change_nothing(mode: str) -> None:
+  _, inputs, integers = make_call(mode)
   out, ids = run(inputs, integers, importance)
   want, want_ids = run(inputs, integers)
   np.testing.assert_array_equal(ids, want_ids)
@@ -199,36 +209,14 @@ def test_ids_and_a_selector_are_one_too_many() -> None:
 @pytest.mark.parametrize("implementation", ["triton", None])
 @pytest.mark.parametrize("mode", ["full", "rows", "packed", "short", "finer"])
 def test_means_select_as_the_oracle(mode: str, implementation: Any) -> None:
-  dims, tokens = DIMS, CONFIG.compression_stride
-  select: Any = "means"
-  integers: dict[str, Any] = {}
-  if mode == "rows":
-    dims = Dims(CONFIG, 2, 5, 75, 2, 2, 16, 16)
-    integers["query_offset"] = helpers.int32([-2, 69])
-  if mode == "packed":
-    integers["segment_ids"] = helpers.packed_segments(dims)
-  if mode == "short":
-    dims = Dims(CONFIG, 2, 3, 3, 2, 2, 16, 16)
-  if mode == "finer":
-    tokens = 2
-    select = functools.partial(nsa_jax.select_by_means, tokens=tokens)
-  inputs = helpers.make_inputs(dims, "float32")
+  dims, inputs, integers = make_call(mode)
   # The compressed branch and its selection have a query of their own.
   inputs["compressed_query"] = -inputs["query"]
-  integers = {k: np.asarray(x) for k, x in integers.items()}
-
-  @jax.jit
-  def run(inputs, integers):
-    return nsa_jax.native_sparse_attention(
-      **inputs,
-      **integers,
-      config=CONFIG,
-      select=select,
-      return_block_ids=True,
-      implementation=implementation,
-    )
-
-  out, ids = run(inputs, integers)
+  tokens: int = CONFIG.compression_stride
+  select: Any = "means"
+  if mode == "finer":
+    tokens, select = 2, functools.partial(nsa_jax.select_by_means, tokens=2)
+  out, ids = run(inputs, integers, select, implementation)
   offset = integers.get("query_offset")
   segments = integers.get("segment_ids")
   means = dataclasses.replace(
@@ -248,6 +236,17 @@ def test_means_select_as_the_oracle(mode: str, implementation: Any) -> None:
     implementation="reference",
   )
   helpers.assert_close(out, want, "float32")
+
+
+def test_every_name_has_a_selector() -> None:
+  assert set(SELECTORS) == set(get_args(SelectorName))
+  (names,) = (
+    action.choices
+    for action in cli.make_parser()._actions
+    if action.dest == "select"
+  )
+  assert names is not None
+  assert set(names) == set(SELECTORS)
 
 
 # --------------------------------------------------------- layer and cache

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+from jax.typing import ArrayLike
 
 from nsa_jax import _checks
 from nsa_jax.compression import compress_mean
@@ -16,12 +17,16 @@ from nsa_jax.typing import Array, Selector
 
 def select_by_means(
   *,
-  selected_query: Array,
-  selected_key: Array,
+  selected_query: ArrayLike,
+  selected_key: ArrayLike,
   config: NSAConfig,
   key_length: int,
+  scale: float | None = None,
+  query_offset: ArrayLike | None = None,
+  segment_ids: ArrayLike | None = None,
+  query_segment_ids: ArrayLike | None = None,
   tokens: int | None = None,
-  **call: Any,
+  **_: Any,
 ) -> Array:
   """A selector: the paper's rule over means of the keys that are read.
 
@@ -29,24 +34,29 @@ def select_by_means(
   instead of the compressed branch's, which have to learn how to select. No
   gradient passes through.
 
-  It is a `select` of `native_sparse_attention`, which documents the arguments;
-  there "means" is its name. `functools.partial` binds another `tokens`.
+  It is a `select` of `native_sparse_attention`, where "means" is its name;
+  `functools.partial` binds another `tokens`.
 
   Args:
-    selected_query: [B, T, N, H].
-    selected_key: [B, S, K, H].
+    selected_query: [B, T, N, H], of the selected branch.
+    selected_key: [B, S, K, H], likewise, in the dtype of the queries.
     config: its selection blocks, selected and forced, are read.
-    key_length: S.
+    key_length: S, static.
+    scale: as in `native_sparse_attention`.
+    query_offset: as in `native_sparse_attention`.
+    segment_ids: as in `native_sparse_attention`.
+    query_segment_ids: as in `native_sparse_attention`.
     tokens: length and stride of the means, which divides `selection_block`;
       `compression_stride` by default. Shorter ones come closer to what full
       attention reads, and cost more: as many compressed keys as that is.
-    **call: the other arguments of a selector.
+    **_: what else a selector is given, and this one does not need.
 
   Returns:
     int32 [B, T, K, n]: block ids strictly ascending, then -1.
 
   Raises:
-    ValueError: if `tokens` does not divide `selection_block`.
+    ValueError: if an argument is invalid, such as `tokens` that do not divide
+      `selection_block`; names it, its value and the rule.
 
   Example:
     >>> import functools
@@ -79,14 +89,16 @@ def select_by_means(
     config, compression_block=tokens, compression_stride=tokens
   )
   query, key = jax.lax.stop_gradient((query, key))
-  means = compress_mean(key, config=config, segment_ids=call["segment_ids"])
-  names = ("scale", "query_offset", "segment_ids", "query_segment_ids")
-  where = {
+  means = compress_mean(key, config=config, segment_ids=segment_ids)
+  where: dict[str, Any] = {
     "config": config,
     "key_length": key_length,
-    **{name: call[name] for name in names},
+    "scale": scale,
+    "query_offset": query_offset,
+    "segment_ids": segment_ids,
+    "query_segment_ids": query_segment_ids,
   }
-  _, lse = compressed_attention(query, means, means, **where)
+  lse = compressed_attention(query, means, means, **where)[1]
   return select_blocks(query, means, lse, **where)
 
 
