@@ -402,6 +402,7 @@ def parser() -> argparse.ArgumentParser:
   result.add_argument(
     "--kinds", nargs="+", type=quality.kind_flag, metavar="KIND"
   )
+  result.add_argument("--rates", nargs="+", type=float, metavar="RATE")
   trials.add_flags(result, pathlib.Path("runs/recall"))
   return result
 
@@ -410,8 +411,9 @@ def main(argv: Sequence[str] | None = None) -> None:
   """Runs the benchmark."""
   args = parser().parse_args(argv)
   study = QUICK if args.quick else STUDY
-  if args.kinds:
-    study = dataclasses.replace(study, kinds=tuple(args.kinds))
+  for name in ("kinds", "rates"):
+    if asked := getattr(args, name):
+      study = dataclasses.replace(study, **{name: tuple(asked)})
   folder = args.runs / ("quick" if args.quick else "full")
   if args.trial is not None:
     if not args.quick:
