@@ -24,7 +24,6 @@ have what is known by then. `--tokenizer bytes` trains on bytes.
 
 import argparse
 import dataclasses
-import functools
 import hashlib
 import itertools
 import json
@@ -81,13 +80,13 @@ def random_blocks(
 
 # What holds most of full attention with the selected keys. It costs as much as
 # full attention: a bound for other selectors.
-best_blocks = functools.partial(nsa_jax.select_by_means, tokens=1)
+best_blocks = nsa_jax.SelectByMeans(tokens=1)
 
 
 def by_mean_keys(
   *, selected_query: Any, selected_key: Any, config: NSAConfig, **call: Any
 ) -> Any:
-  """A selector: `select_by_means`, but with means as long as phi's blocks."""
+  """A selector: `SelectByMeans`, but with means as long as phi's blocks."""
   query, key = jax.lax.stop_gradient((selected_query, selected_key))
   means = nsa_jax.compress_mean(
     key, config=config, segment_ids=call["segment_ids"]
@@ -201,13 +200,9 @@ CHANGES: dict[str, dict[str, Any]] = {
   "4 K/V heads": {"num_kv_heads": 4},
   "best blocks": {"select": best_blocks},
   "by mean keys": {"select": by_mean_keys},
-  "by means": {"select": "means"},
-  **{
-    f"by means of {tokens}": {
-      "select": functools.partial(nsa_jax.select_by_means, tokens=tokens)
-    }
-    for tokens in (4, 8)
-  },
+  "by means": {"select": nsa_jax.SelectByMeans(16)},
+  "by means of 8": {"select": nsa_jax.SelectByMeans(8)},
+  "by means of 4": {"select": nsa_jax.SelectByMeans(4)},
   "by clusters": {"select": by_clusters},
   "32 blocks": {"nsa": NSAConfig(num_selected=32)},
   "blocks of 32": {"nsa": NSAConfig(16, 8, 32, num_selected=32)},

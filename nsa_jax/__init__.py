@@ -16,7 +16,7 @@ from nsa_jax.compression import (
   compress_mlp,
   compress_weighted,
 )
-from nsa_jax.config import AttentionConfig, NSAConfig
+from nsa_jax.config import AttentionConfig, NSAConfig, SelectByMeans
 from nsa_jax.dispatch import EXPORT_DISABLED_CHECKS
 from nsa_jax.geometry import num_compressed_blocks, num_selection_blocks
 from nsa_jax.layers.linen import NativeSparseAttention
@@ -37,7 +37,6 @@ from nsa_jax.ops.selection import (
   block_scores,
   select_blocks,
 )
-from nsa_jax.ops.selectors import select_by_means
 from nsa_jax.packing import PackedRow, PackedRows
 from nsa_jax.partitioning import PARAMETER_RULES, parameter_shardings
 from nsa_jax.rope import RopeConfig, apply_rope
@@ -62,6 +61,7 @@ __all__ = [
   "PackedRow",
   "PackedRows",
   "RopeConfig",
+  "SelectByMeans",
   "TransformerConfig",
   "TransformerLM",
   "apply_rope",
@@ -85,7 +85,6 @@ __all__ = [
   "restore_zigzag",
   "save",
   "select_blocks",
-  "select_by_means",
   "selected_attention",
   "unstack_layers",
   "window_attention",

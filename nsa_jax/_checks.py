@@ -4,13 +4,13 @@ import contextlib
 import math
 import operator
 from collections.abc import Sequence
-from typing import Any, get_args
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nsa_jax.typing import KV, Array, SelectorName
+from nsa_jax.typing import KV, Array
 
 INT32 = np.iinfo(np.int32)
 _FLOATS = ("float16", "bfloat16", "float32", "float64")
@@ -278,17 +278,6 @@ def choice(name: str, value: Any, choices: Sequence[str]) -> None:
 def flag(name: str, value: Any) -> None:
   if not isinstance(value, bool):
     raise ValueError(f"`{name}`={show(value)} must be True or False.")
-
-
-def selector(value: Any) -> None:
-  """Checks for a function that selects blocks, the name of one, or None."""
-  named = isinstance(value, str) and value in get_args(SelectorName)
-  if value is not None and not named and not callable(value):
-    names = ", ".join(map(repr, get_args(SelectorName)))
-    raise ValueError(
-      f"`select`={show(value)} must be a function that returns block ids, "
-      f"{names}, or None."
-    )
 
 
 def implementation(value: Any) -> None:

@@ -1,8 +1,8 @@
 """Hyper-parameters of the algorithm, and the options of an attention layer."""
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Any, get_args
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias, get_args
 
 import jax.numpy as jnp
 import numpy as np
@@ -17,7 +17,8 @@ from nsa_jax.typing import (
   CompressionName,
   Implementation,
   RopeCompressedName,
-  Select,
+  Selector,
+  SelectorName,
 )
 
 
@@ -77,6 +78,76 @@ class NSAConfig:
         f"`num_selected`={self.num_selected} must be at least `num_initial` + "
         f"`num_local`={self.num_initial + self.num_local}, the forced blocks."
       )
+
+
+MEAN_TOKENS = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class SelectByMeans:
+  """A `select`: the paper's rule over means of the keys that are read.
+
+  Eq. 8-11 with compressed keys that are means of consecutive keys of the
+  selected branch, instead of those of the compressed branch, which have to
+  learn how to select. No gradient passes through. With the defaults "means" is
+  its name.
+
+  Attributes:
+    tokens: length and stride of the means; divides `selection_block`. Shorter
+      ones come closer to what full attention reads, and cost more: selection
+      reads S / tokens keys, and a decode cache keeps them. Means of one token
+      choose what holds the most of full attention, at its cost.
+
+  Raises:
+    ValueError: if `tokens` is not a positive integer.
+
+  Example:
+    >>> from nsa_jax import SelectByMeans, TransformerConfig
+    >>> TransformerConfig.preset("tiny", select="means").select
+    SelectByMeans(tokens=4)
+    >>> config = TransformerConfig.preset("tiny", select=SelectByMeans(8))
+  """
+
+  tokens: int = MEAN_TOKENS
+
+  def __post_init__(self):
+    tokens = _checks.static_int("tokens", self.tokens, 1)
+    object.__setattr__(self, "tokens", tokens)
+
+  def blocks(self, config: NSAConfig) -> NSAConfig:
+    """`config` with the means as its compressed blocks.
+
+    Raises:
+      ValueError: if `tokens` does not divide `selection_block`.
+    """
+    check_config(config)
+    if config.selection_block % self.tokens:
+      raise ValueError(
+        f"`tokens`={self.tokens} of `select` must divide `selection_block`="
+        f"{config.selection_block}."
+      )
+    return dataclasses.replace(
+      config, compression_block=self.tokens, compression_stride=self.tokens
+    )
+
+
+Select: TypeAlias = Selector | SelectByMeans | SelectorName | None
+
+SELECTORS: Mapping[str, SelectByMeans] = {"means": SelectByMeans()}
+
+
+def check_select(value: Any) -> Selector | SelectByMeans | None:
+  """Validates a `select`; a name becomes what it stands for."""
+  if isinstance(value, str) and value in SELECTORS:
+    return SELECTORS[value]
+  known = value is None or isinstance(value, SelectByMeans)
+  if not known and not callable(value):
+    names = ", ".join(map(repr, SELECTORS))
+    raise ValueError(
+      f"`select`={_checks.show(value)} must be a function that returns block "
+      f"ids, {names}, a SelectByMeans, or None."
+    )
+  return value
 
 
 def check_config(value: Any) -> None:
@@ -219,7 +290,8 @@ class AttentionConfig:
     tried = self.implementation
     if isinstance(tried, Sequence) and not isinstance(tried, str):
       object.__setattr__(self, "implementation", tuple(tried))
-    _checks.selector(self.select)
+    # A file then says what the name stood for when it was written.
+    object.__setattr__(self, "select", check_select(self.select))
     if self.layout is not None:
       _checks.instance("layout", self.layout, Layout)
     # Imported late: the implementations import this module.

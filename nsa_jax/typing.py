@@ -36,7 +36,6 @@ __all__ = [
   "RematPolicyName",
   "RopeCompressedName",
   "RopeScalingName",
-  "Select",
   "Selector",
   "SelectorName",
 ]
@@ -72,7 +71,6 @@ RopeScalingName: TypeAlias = Literal[
 # arguments under `select`.
 Selector: TypeAlias = Callable[..., Array]
 SelectorName: TypeAlias = Literal["means"]
-Select: TypeAlias = Selector | SelectorName | None
 
 # Exported functions may take or return KV pairs.
 export.register_namedtuple_serialization(KV, serialized_name="nsa_jax.KV")

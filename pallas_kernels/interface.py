@@ -58,6 +58,8 @@ class Spec(NamedTuple):
       heuristic.
     own_selection: the caller has a custom selector, so that "decode", which
       selects the blocks itself, cannot do the call.
+    means: the `config` whose compressed blocks select, if these are not those
+      of the compressed branch but means of the selected branch's keys.
     empty_queries: some queries may read nothing.
     interpret: run the kernels in the interpreter, on any platform.
     softcap: c, if scores s become c tanh(s / c); None: they stay.
@@ -69,6 +71,7 @@ class Spec(NamedTuple):
   need_lse: bool = True
   tiles: Any = None
   own_selection: bool = False
+  means: Any = None
   empty_queries: bool = True
   interpret: bool = False
   softcap: float | None = None
@@ -152,6 +155,8 @@ class DecodeArrays(NamedTuple):
     gates: [B, T, N, 3], in the order compressed, selected, window.
     scales: float32 [B, S, K] of keys and values, by which those in `selected`,
       of int8, are multiplied. None if they are not quantized.
+    means: compressed keys [B, C', K, H] of `spec.means`, which select with
+      `query`; None if those of `compressed` do, with `compressed_query`.
   """
 
   query: jax.Array
@@ -161,6 +166,7 @@ class DecodeArrays(NamedTuple):
   window: KV | None
   gates: jax.Array
   scales: KV | None = None
+  means: jax.Array | None = None
 
 
 def per_row(offset: int | jax.Array, batch: int) -> jax.Array:

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 import nsa_jax
 from examples.lm import cli
-from nsa_jax import KV, NSAConfig, cache
+from nsa_jax import KV, NSAConfig, SelectByMeans, cache
+from nsa_jax.config import SELECTORS
 from nsa_jax.layers.linen import NativeSparseAttention
-from nsa_jax.ops.selectors import SELECTORS
 from nsa_jax.typing import SelectorName
 from tests import helpers
 from tests.helpers import Dims
@@ -162,16 +162,12 @@ def test_a_selector_sees_what_it_may_read() -> None:
   [
     (
       3,
-      "`select`=3 must be a function that returns block ids, 'means', or None",
+      "`select`=3 must be a function that returns block ids, 'means', a SelectByMeans",
     ),
     ("mean", "`select`='mean' must be a function"),
     (
-      functools.partial(nsa_jax.select_by_means, tokens=5),
-      "`tokens`=5 must divide `selection_block`=16",
-    ),
-    (
-      functools.partial(nsa_jax.select_by_means, tokens=0),
-      "`tokens`=0 must be",
+      SelectByMeans(5),
+      "`tokens`=5 of `select` must divide `selection_block`=16",
     ),
     (
       lambda **_: jnp.zeros((2, 72, 2, 2), jnp.int32),
@@ -212,10 +208,10 @@ def test_means_select_as_the_oracle(mode: str, implementation: Any) -> None:
   dims, inputs, integers = make_call(mode)
   # The compressed branch and its selection have a query of their own.
   inputs["compressed_query"] = -inputs["query"]
-  tokens: int = CONFIG.compression_stride
+  tokens: int = 4
   select: Any = "means"
   if mode == "finer":
-    tokens, select = 2, functools.partial(nsa_jax.select_by_means, tokens=2)
+    tokens, select = 2, SelectByMeans(2)
   out, ids = run(inputs, integers, select, implementation)
   offset = integers.get("query_offset")
   segments = integers.get("segment_ids")
@@ -238,6 +234,35 @@ def test_means_select_as_the_oracle(mode: str, implementation: Any) -> None:
   helpers.assert_close(out, want, "float32")
 
 
+@pytest.mark.parametrize("implementation", ["triton", "xla", "reference"])
+def test_few_values_change_no_ids(implementation: Any) -> None:
+  """Selection computes only the lse: it takes few of the values for that."""
+  dims = Dims(CONFIG, 2, 72, 72, 2, 2, 32, 32)
+  inputs = helpers.make_inputs(dims, "float32")
+  means = SelectByMeans().blocks(CONFIG)
+  where: dict[str, Any] = {
+    "config": means,
+    "key_length": 72,
+    "implementation": implementation,
+  }
+
+  @jax.jit
+  def by_all_values(query: Any, key: Any) -> Any:
+    blocks = nsa_jax.compress_mean(key, config=means)
+    _, lse = nsa_jax.compressed_attention(query, blocks, blocks, **where)
+    return nsa_jax.select_blocks(query, blocks, lse, **where)
+
+  _, ids = run(inputs, {}, "means", implementation)
+  np.testing.assert_array_equal(
+    ids, by_all_values(inputs["query"], inputs["selected"].key)
+  )
+
+
+def test_tokens_are_positive() -> None:
+  with pytest.raises(ValueError, match="`tokens`=0 must be"):
+    SelectByMeans(0)
+
+
 def test_every_name_has_a_selector() -> None:
   assert set(SELECTORS) == set(get_args(SelectorName))
   (names,) = (
@@ -258,7 +283,7 @@ def test_a_layer_selects_by_the_name_of_a_selector() -> None:
   params = {"params": jax.jit(layer.init)(jax.random.key(1), x)["params"]}
   apply = jax.jit(layer.apply, static_argnames="mutable")
   out, sown = apply(params, x, mutable=("intermediates",))
-  own = layer.clone(select=nsa_jax.select_by_means)
+  own = layer.clone(select=SelectByMeans())
   _assert_steps(layer, params, x, out)
   helpers.assert_same_bits(jax.jit(own.apply)(params, x), out)
   _, plain = jax.jit(
@@ -334,8 +359,72 @@ def test_a_selector_over_a_cache(implementation: Any, share_kv: bool) -> None:
   assert newest[0, 0, 0].tolist() == [0, 2, 3]
 
 
+@pytest.mark.parametrize("tokens", [4, 1])
+@pytest.mark.parametrize("share_kv", [False, True])
+@pytest.mark.parametrize("implementation", [None, "triton", "reference"])
+def test_means_of_a_cache(
+  implementation: Any, share_kv: bool, tokens: int
+) -> None:
+  """The kept means choose as those of all keys."""
+  select = SelectByMeans(tokens)
+  held, query, gates = _cache(share_kv, select)
+  length = held.selected.key.shape[1]
+  means = nsa_jax.compress_mean(held.selected.key, config=select.blocks(CONFIG))
+  valid = (np.arange(length // tokens) + 1) * tokens <= held.lengths[:, None]
+  np.testing.assert_array_equal(held.means[valid], means[valid])
+  # What is not valid is not read.
+  spoilt = held._replace(
+    means=jnp.where(valid[..., None, None], held.means, jnp.nan)
+  )
+
+  def run(held: Any, **call: Any) -> Any:
+    return cache.attend(
+      query,
+      held,
+      gates,
+      config=CONFIG,
+      query_offset=jnp.array([61, 30]),
+      compressed_query=-query,  # The means do not meet it.
+      return_block_ids=True,
+      **call,
+    )
+
+  def by_hand(selected_query, selected_key, **call: Any) -> Any:
+    where = {
+      name: call[name] for name in ("key_length", "scale", "query_offset")
+    }
+    where["config"] = select.blocks(CONFIG)
+    means = nsa_jax.compress_mean(selected_key, config=where["config"])
+    _, lse = nsa_jax.compressed_attention(selected_query, means, means, **where)
+    return nsa_jax.select_blocks(selected_query, means, lse, **where)
+
+  out, ids = run(spoilt, select=select, implementation=implementation)
+  want, want_ids = run(held, select=by_hand, implementation="reference")
+  np.testing.assert_array_equal(ids, want_ids)
+  helpers.assert_close(out, want, "float32")
+  _, other = run(held, select=None, implementation=implementation)
+  assert (np.asarray(other) != ids).any()
+
+
+@pytest.mark.parametrize(
+  "kept, select, message",
+  [
+    (None, "means", r"`select`=SelectByMeans\(tokens=4\) .* keeps no means"),
+    ("means", SelectByMeans(8), "that of `init`: the cache keeps means of 4 t"),
+  ],
+)
+def test_a_cache_without_these_means(
+  kept: Any, select: Any, message: str
+) -> None:
+  held, query, gates = _cache(False, kept)
+  with pytest.raises(ValueError, match=message):
+    cache.attend(
+      query, held, gates, config=CONFIG, query_offset=61, select=select
+    )
+
+
 @functools.cache
-def _cache(share_kv: bool) -> Any:
+def _cache(share_kv: bool, select: Any = None) -> Any:
   """A filled cache of ragged rows, and the newest query of each."""
   rng = np.random.default_rng(0)
 
@@ -343,7 +432,13 @@ def _cache(share_kv: bool) -> Any:
     return jnp.asarray(rng.standard_normal(shape), jnp.float32)
 
   held = cache.init(
-    2, 64, config=CONFIG, num_kv_heads=2, head_dim=16, share_kv=share_kv
+    2,
+    64,
+    config=CONFIG,
+    num_kv_heads=2,
+    head_dim=16,
+    share_kv=share_kv,
+    select=select,
   )
   tokens = KV(normal(2, 62, 2, 16), normal(2, 62, 2, 16))
 
@@ -362,9 +457,9 @@ def _cache(share_kv: bool) -> Any:
   return held, normal(2, 1, 4, 16), jax.nn.sigmoid(normal(2, 1, 4, 3))
 
 
-def test_the_decode_kernels_refuse_a_selector() -> None:
+def test_the_decode_kernels_refuse_a_function() -> None:
   """Then no fused kernel is in the program, but those of the branches are."""
-  held, query, gates = _cache(False)
+  held, query, gates = _cache(False, "means")
 
   @functools.partial(jax.jit, static_argnames="select")
   def run(query, select=None):
@@ -378,13 +473,15 @@ def test_the_decode_kernels_refuse_a_selector() -> None:
     )
 
   with helpers.h200():
-    fused, apart = (
+    fused, by_means, apart = (
       run.trace(query, select=select)
       .lower(lowering_platforms=("cuda",))
       .as_text()
-      for select in (None, importance)
+      for select in (None, "means", importance)
     )
-  assert "nsa_decode_blocks" in fused
+  for text, reads in ((fused, 1), (by_means, 2)):
+    assert text.count('"nsa_decode_compressed') == reads
+    assert text.count('"nsa_decode_blocks') == 1
   assert "nsa_decode" not in apart
   assert "nsa_selected_by_block_fwd" in apart
 

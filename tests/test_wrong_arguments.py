@@ -404,18 +404,7 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
       **SEGMENTS,
     },
   ),
-  "nsa_jax.select_by_means": (
-    nsa_jax.select_by_means,
-    {
-      "selected_query": QUERY,
-      "selected_key": X,
-      "config": CONFIG,
-      "key_length": 12,
-      "scale": 0.5,
-      "query_offset": 0,
-      **SEGMENTS,
-    },
-  ),
+  "nsa_jax.SelectByMeans": (nsa_jax.SelectByMeans, {"tokens": 4}),
   "nsa_jax.block_mass": (
     nsa_jax.block_mass,
     {"query": QUERY, "key": X, "config": CONFIG, **SEGMENTS},

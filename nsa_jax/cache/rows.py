@@ -14,14 +14,20 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from nsa_jax import _checks
-from nsa_jax.cache.state import Cache, check_lengths, map_caches
+from nsa_jax.cache.state import (
+  Cache,
+  check_lengths,
+  map_caches,
+  mean_tokens,
+  named_parts,
+)
 from nsa_jax.sharding import explicit_sharding
 from nsa_jax.typing import KV, Array
 
 _T = TypeVar("_T")
 
 # In order of position, so that a smaller capacity is a part of a larger one.
-_BY_POSITION = ("selected", "compressed", "scales")
+_BY_POSITION = ("selected", "compressed", "scales", "means")
 
 
 def insert(cache: _T, rows: _T, index: ArrayLike) -> _T:
@@ -67,13 +73,21 @@ def insert(cache: _T, rows: _T, index: ArrayLike) -> _T:
         f"`rows` has {count} rows, which must be 1 or one for each of the "
         f"{len(places)} places of `index`."
       )
+    tokens = mean_tokens(new), mean_tokens(held)
+    if all(tokens) and tokens[0] != tokens[1]:
+      raise ValueError(
+        "`rows.means` of {} tokens must be of {}, as `cache.means`.".format(
+          *tokens
+        )
+      )
     fields: dict[str, Any] = {}
     for name, old in held._asdict().items():
       own = getattr(new, name)
       if (own is None) != (old is None):
         raise ValueError(
           f"`rows.{name}` must be None exactly if `cache.{name}` is: both must "
-          "be caches of the same kind, quantized or not."
+          "be caches of the same kind, quantized or not, and selected from "
+          "alike."
         )
       axis = held.lengths.ndim - 1
       put = functools.partial(_put, f"rows.{name}", axis, places)
@@ -209,15 +223,14 @@ def _check(held: Any, name: str) -> Cache:
     if pair is None:
       fields[field] = None
       continue
-    parts = _checks.two(f"{name}.{field}", pair)._asdict()
-    for part, x in parts.items():
-      label = f"{name}.{field}.{part}"
+    parts = named_parts(f"{name}.{field}", pair)
+    for label, x in parts.items():
       rest = 2 if field == "scales" else 3
       x = _checks.array(label, x, lengths.ndim + rest, "[..., B, S, K, H]")
       rule = f"rows as in `{name}.lengths`"
       _checks.shape(label, x, (*lengths.shape, *(None,) * rest), rule)
-      parts[part] = x
-    fields[field] = KV(**parts)
+      parts[label] = x
+    fields[field] = KV(*parts.values()) if len(parts) > 1 else x
   return Cache(**fields)
 
 

@@ -10,8 +10,9 @@ Per token and key/value head an NSA layer keeps one key and one value (H + V
 numbers) for the selected branch and 1/d of that for the compressed blocks. In
 addition each batch row has two ring buffers whose size does not depend on the
 capacity: w + A - 1 keys and values of the window (none with `share_kv`) and the
-last l + A - 1 inputs of phi, where A is `max_append`. `bytes_per_token` and
-`num_bytes` give the sizes in bytes.
+last l + A - 1 inputs of phi, where A is `max_append`. Means that select take
+H / `tokens` numbers more per token. `bytes_per_token` and `num_bytes` give the
+sizes in bytes.
 
 `nsa_jax.typing` explains the letters in shapes; here S is the capacity.
 """
@@ -26,7 +27,14 @@ import numpy as np
 from jax import export
 
 from nsa_jax import _checks, geometry
-from nsa_jax.config import NSAConfig, check_config
+from nsa_jax.config import (
+  NSAConfig,
+  Select,
+  SelectByMeans,
+  check_config,
+  check_select,
+)
+from nsa_jax.precision import sum_dtype
 from nsa_jax.sharding import explicit_sharding
 from nsa_jax.typing import KV, Array, AttentionName
 from pallas_kernels.interface import query_positions
@@ -60,6 +68,10 @@ class Cache(NamedTuple):
       a row must be emptied.
     scales: float32 [B, S, K] for keys and values, of a cache that `quantize`
       made: `selected` is then int8, and its numbers are these times those.
+    means: [B, S / tokens, K, H], means of `tokens` consecutive keys each of
+      `selected`, if the blocks are selected by means. One is valid once its
+      last token is in the cache. The keys of an incomplete one are in
+      `selected`, so that it needs no ring.
   """
 
   selected: KV | None
@@ -69,6 +81,7 @@ class Cache(NamedTuple):
   lengths: Array
   earliest: Array
   scales: KV | None = None
+  means: Array | None = None
 
 
 export.register_namedtuple_serialization(
@@ -87,6 +100,7 @@ def init(
   max_append: int = 1,
   share_kv: bool = False,
   kind: AttentionName = "nsa",
+  select: Select = None,
   dtype: Any = jnp.float32,
 ) -> Cache:
   """An empty cache, all zeros.
@@ -104,6 +118,7 @@ def init(
     share_kv: the window reads the keys and values of the selected branch.
     kind: "nsa"; "full", for attention to all tokens; or "window", for
       attention to the last w tokens.
+    select: that of `attend`. By means, a cache of kind "nsa" keeps these.
     dtype: dtype of keys and values, one that the ops take: float16, bfloat16,
       float32 or float64.
 
@@ -133,6 +148,7 @@ def init(
   _checks.flag("share_kv", share_kv)
   _checks.choice("kind", kind, KINDS)
   dtype = _checks.dtype("dtype", dtype)
+  select = check_select(select)
 
   def empty(rows):
     return KV(
@@ -144,6 +160,10 @@ def init(
   capacity = blocks * config.selection_block
   nsa = kind == "nsa"
   own_window = kind == "window" or (nsa and not share_kv)
+  means = None
+  if nsa and isinstance(select, SelectByMeans):
+    count = geometry.num_compressed_blocks(capacity, select.blocks(config))
+    means = empty(count).key
   return Cache(
     selected=None if kind == "window" else empty(capacity),
     compressed=empty(geometry.num_compressed_blocks(capacity, config))
@@ -153,7 +173,23 @@ def init(
     tail=empty(config.compression_block + extra) if nsa else None,
     lengths=jnp.zeros(batch, jnp.int32),
     earliest=jnp.zeros(batch, jnp.int32),
+    means=means,
   )
+
+
+def mean_tokens(cache: Cache) -> int:
+  """Tokens of each mean that a cache keeps; 0 if it keeps none."""
+  if cache.means is None or cache.selected is None:
+    return 0
+  return cache.selected.key.shape[-3] // cache.means.shape[-3]
+
+
+def named_parts(name: str, field: Any) -> dict[str, Any]:
+  """The arrays of a field of a cache by their names: a pair, or the means."""
+  if name.endswith(".means"):
+    return {name: field}
+  pair = _checks.two(name, field)
+  return {f"{name}.{part}": x for part, x in pair._asdict().items()}
 
 
 def check_cache(cache: Any, name: str = "cache") -> Cache:
@@ -167,14 +203,14 @@ def check_cache(cache: Any, name: str = "cache") -> Cache:
   fields: dict[str, Any] = {"lengths": lengths, "earliest": earliest}
   first: dict[str, Array] = {}  # the first key and the first value
   dtype = None
-  for field in ("selected", "compressed", "window", "tail"):
+  for field in ("selected", "compressed", "window", "tail", "means"):
     pair = getattr(cache, field)
     if pair is None:
       continue
-    parts = _checks.two(f"{name}.{field}", pair)._asdict()
+    parts = named_parts(f"{name}.{field}", pair)
     rows = None
-    for part, x in parts.items():
-      label = f"{name}.{field}.{part}"
+    for label, x in parts.items():
+      part = "value" if label.endswith("value") else "key"
       x = _checks.array(label, x, 4, "[B, S, K, H]")
       if field == "selected" and cache.scales is not None:
         _check_int8(label, x)
@@ -196,8 +232,8 @@ def check_cache(cache: Any, name: str = "cache") -> Cache:
         "B, K, H and V are the same in all of the cache",
       )
       rows = x.shape[1]
-      parts[part] = x
-    fields[field] = KV(**parts)
+      parts[label] = x
+    fields[field] = KV(*parts.values()) if len(parts) > 1 else x
   if cache.scales is not None:
     fields["scales"] = _check_scales(name, cache.scales, fields.get("selected"))
   nsa = cache.compressed is not None
@@ -206,6 +242,14 @@ def check_cache(cache: Any, name: str = "cache") -> Cache:
       f"`{name}` has the fields {[*fields][2:]}; `compressed` and `tail` come "
       "together, and with `selected`."
     )
+  if cache.means is not None:
+    tokens = fields["selected"].key.shape[1] if nsa else 0
+    count = fields["means"].shape[1]
+    if not count or not tokens or tokens % count:
+      raise ValueError(
+        f"`{name}.means` of shape {fields['means'].shape} must have a row for "
+        "every few tokens of `selected`, in a cache of kind 'nsa'."
+      )
   return cache._replace(**fields)
 
 
@@ -302,6 +346,7 @@ def bytes_per_token(
   head_dim: int,
   value_head_dim: int | None = None,
   kind: AttentionName = "nsa",
+  select: Select = None,
   dtype: Any = jnp.float32,
   quantized: bool = False,
 ) -> float:
@@ -311,6 +356,7 @@ def bytes_per_token(
 
   for kind "nsa", without the 1 / d for kind "full", and 0 for kind "window".
   After `quantize` the 1 is 1 / itemsize, and there are 8 K more for the scales.
+  Selection by means adds K H itemsize / tokens.
 
   Args:
     config: `compression_stride` (d) is read.
@@ -318,6 +364,7 @@ def bytes_per_token(
     head_dim: H.
     value_head_dim: V; H by default.
     kind: as in `init`.
+    select: as in `init`.
     dtype: dtype of keys and values.
     quantized: whether `quantize` made the cache.
 
@@ -335,16 +382,23 @@ def bytes_per_token(
   _checks.flag("quantized", quantized)
   _checks.choice("kind", kind, KINDS)
   heads = _checks.static_int("num_kv_heads", num_kv_heads, 1)
-  width = _checks.static_int("head_dim", head_dim, 1)
-  if value_head_dim is None:
-    width *= 2
-  else:
-    width += _checks.static_int("value_head_dim", value_head_dim, 1)
-  row = heads * width * _checks.dtype("dtype", dtype).itemsize
+  key_dim = _checks.static_int("head_dim", head_dim, 1)
+  value_dim = key_dim
+  if value_head_dim is not None:
+    value_dim = _checks.static_int("value_head_dim", value_head_dim, 1)
+  width = key_dim + value_dim
+  itemsize = _checks.dtype("dtype", dtype).itemsize
+  row = heads * width * itemsize
+  select = check_select(select)
   if kind == "window":
     return 0.0
   token = heads * (width + 2 * _SCALE.itemsize) if quantized else row
-  return float(token + (row / config.compression_stride) * (kind == "nsa"))
+  if kind == "nsa":
+    token += row / config.compression_stride
+    if isinstance(select, SelectByMeans):
+      select.blocks(config)  # Raises if they do not fit.
+      token += heads * key_dim * itemsize / select.tokens
+  return float(token)
 
 
 def quantize(cache: _T) -> _T:
@@ -354,7 +408,7 @@ def quantize(cache: _T) -> _T:
   largest magnitude, so that appended tokens change no earlier ones. The
   compressed blocks, which are 1/d of the size, and the rings, whose size does
   not depend on the capacity, stay as they are, and so does the selection of
-  blocks.
+  blocks, except by means: these become the means of the keys in 8 bit.
 
   The functions of this module and the layers take such a cache as any other:
   they quantize what they append, and attend to its dequantized values.
@@ -396,7 +450,13 @@ def quantize(cache: _T) -> _T:
       _checks.not_empty(label, x, axes=(x.ndim - 1,))
       parts[part] = x
     small, scales = _quantized(KV(**parts))
-    return held._replace(selected=small, scales=scales)
+    means = held.means
+    if means is not None:
+      size = mean_tokens(held)
+      complete = (jnp.arange(means.shape[-3]) + 1) * size <= lengths[..., None]
+      new = _means(small.key, scales.key, size, means.dtype)
+      means = jnp.where(complete[..., None, None], new, means)
+    return held._replace(selected=small, scales=scales, means=means)
 
   return map_caches(one, cache=cache)
 
@@ -416,8 +476,8 @@ def _quantized(pair):
   return jax.tree.map(round_by, pair, scales), scales
 
 
-def dequantized(selected: KV, scales: KV | None, dtype: Any) -> KV:
-  """Keys and values of a cache's `selected` in `dtype`.
+def dequantized(selected: _T, scales: _T | None, dtype: Any) -> _T:
+  """Keys and values of a cache's `selected`, or one of both, in `dtype`.
 
   Elementwise, so that XLA computes only the entries that are read.
 
@@ -717,12 +777,15 @@ def checked_max_append(cache: Cache, config: NSAConfig) -> int | None:
     blocks = geometry.num_compressed_blocks(capacity, config)
     fits &= blocks == cache.compressed.key.shape[1]
     fits &= not capacity % config.selection_block
+    fits &= not config.selection_block % (mean_tokens(cache) or 1)
   if not fits:
     sizes = {
       name: pair.key.shape[1]
       for name, pair in zip(Cache._fields, cache, strict=True)
       if isinstance(pair, KV) and name != "scales"
     }
+    if cache.means is not None:
+      sizes["means"] = cache.means.shape[1]
     raise ValueError(
       f"`config`={config} must be that of `init`: it does not fit the rows of "
       f"the cache, {sizes}."
@@ -819,6 +882,9 @@ def _append(cache, new, compress, counts, config):
       selected, scales = _quantized(selected)
       fields["scales"] = _write(cache.scales, scales, positions, valid)
     fields["selected"] = _write(cache.selected, selected, positions, valid)
+    if cache.means is not None:
+      added = cache._replace(**fields)
+      fields["means"] = _with_means(added, stop, length)
   if cache.window is not None:
     fields["window"] = _write_ring(cache.window, window, lengths, stop)
   if cache.tail is not None:
@@ -859,9 +925,32 @@ def _append(cache, new, compress, counts, config):
   return cache._replace(lengths=stop, **fields)
 
 
+def _means(keys, scales, size, dtype):
+  """Means of `size` keys each, [..., n, K, H] of [..., n size, K, H]."""
+  keys = dequantized(keys, scales, dtype).astype(sum_dtype(dtype))
+  keys = keys.reshape(*keys.shape[:-3], -1, size, *keys.shape[-2:])
+  return keys.mean(axis=-3).astype(dtype)
+
+
+def _with_means(cache, stop, length):
+  """`cache.means` with those that at most `length` new tokens complete.
+
+  The new tokens are in `cache.selected`; `cache.lengths` does not count them.
+  """
+  size = mean_tokens(cache)
+  count = -(-length // size)
+  batch, first = len(stop), cache.lengths // size
+  index = query_positions(first, batch, count)
+  rows = query_positions(first * size, batch, count * size)
+  scales = None if cache.scales is None else cache.scales.key
+  keys, scales = take_rows((cache.selected.key, scales), rows)
+  means = _means(keys, scales, size, cache.means.dtype)
+  return _write(cache.means, means, index, (index + 1) * size <= stop[:, None])
+
+
 def _write(held, new, rows, valid):
   """Writes n keys and values to indices `rows` [B, n] where `valid`."""
-  batch, size = held.key.shape[:2]
+  batch, size = jax.tree.leaves(held)[0].shape[:2]
   # Invalid entries go out of range and are dropped. All indices differ, so that
   # the scatter needs no order.
   place = jnp.where(valid, rows, size + jnp.arange(rows.shape[1]))
@@ -897,8 +986,8 @@ def _with_last(held, new, lengths, count):
   return jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=1), last, new)
 
 
-def take_rows(pair: KV, rows: Array) -> KV:
-  """Gathers keys and values [B, S, ...] at `rows` [B, n], clipped to [0, S)."""
+def take_rows(pair: _T, rows: Array) -> _T:
+  """Gathers arrays [B, S, ...] at `rows` [B, n], clipped to [0, S)."""
   index = jnp.arange(rows.shape[0])[:, None], rows
 
   def one(x):

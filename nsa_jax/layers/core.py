@@ -427,6 +427,7 @@ def empty_cache(
     max_append=max_append,
     share_kv=config.share_kv if kind == "nsa" else False,
     kind=kind,
+    select=config.select,
     dtype=dtype,
   )
 

@@ -13,6 +13,7 @@ from nsa_jax import _checks, cache
 from nsa_jax.config import (
   AttentionConfig,
   NSAConfig,
+  Select,
   check_attention_config,
   check_config,
 )
@@ -29,7 +30,6 @@ from nsa_jax.typing import (
   CompressionName,
   Implementation,
   RopeCompressedName,
-  Select,
 )
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from nsa_jax import _checks
-from nsa_jax.config import AttentionConfig, NSAConfig
+from nsa_jax.config import AttentionConfig, NSAConfig, SelectByMeans
 from nsa_jax.rope import RopeConfig
 from nsa_jax.sharding import Layout
 from nsa_jax.typing import AttentionName, RematName
@@ -200,8 +200,8 @@ class TransformerConfig(AttentionConfig):
 
     Returns:
       A dictionary of strings, numbers, booleans, None, lists and dictionaries:
-      a dtype is its name; `nsa`, each of `layer_nsa`, `rope` and `layout` are
-      dictionaries of their fields.
+      a dtype is its name; `nsa`, each of `layer_nsa`, `rope`, `layout` and
+      `select` are dictionaries of their fields.
 
     Raises:
       ValueError: if `select` is a function, which JSON does not have.
@@ -218,8 +218,8 @@ class TransformerConfig(AttentionConfig):
     """
     if callable(self.select):
       raise ValueError(
-        f"`select`={_checks.show(self.select)} must be a name or None: JSON "
-        "has no functions."
+        f"`select`={_checks.show(self.select)} must be a name, a SelectByMeans "
+        "or None: JSON has no functions."
       )
     fields = dataclasses.asdict(self)
     for name in ("dtype", "param_dtype"):
@@ -235,9 +235,9 @@ class TransformerConfig(AttentionConfig):
         later versions can read what earlier ones wrote.
 
     Raises:
-      ValueError: if `fields` (or `nsa`, `rope` or `layout` in it) is not a
-        dictionary, has an unknown field or lacks one without a default, or if a
-        value breaks a rule.
+      ValueError: if `fields` (or `nsa`, `rope`, `layout` or `select` in it) is
+        not a dictionary, has an unknown field or lacks one without a default,
+        or if a value breaks a rule.
 
     Example:
       >>> from nsa_jax import TransformerConfig
@@ -255,7 +255,10 @@ class TransformerConfig(AttentionConfig):
       values["layer_nsa"] = [
         _nested(NSAConfig, f"layer_nsa[{i}]", x) for i, x in enumerate(layers)
       ]
-    for name, kind in (("rope", RopeConfig), ("layout", Layout)):
+    kinds = {"rope": RopeConfig, "layout": Layout}
+    if not isinstance(values.get("select"), str):
+      kinds["select"] = SelectByMeans
+    for name, kind in kinds.items():
       if values.get(name) is not None:
         values[name] = _nested(kind, name, values[name])
     for field in dataclasses.fields(cls):

@@ -12,15 +12,22 @@ from nsa_jax.cache.state import (
   check_cache,
   checked_max_append,
   dequantized,
+  mean_tokens,
   ring_rows,
   take_rows,
 )
-from nsa_jax.config import NSAConfig, check_config
+from nsa_jax.config import (
+  NSAConfig,
+  Select,
+  SelectByMeans,
+  check_config,
+  check_select,
+)
 from nsa_jax.ops import nsa
 from nsa_jax.ops.branches import attend_branch
 from nsa_jax.ops.scope import Scope, keep, make_scope
 from nsa_jax.sharding import Layout, partitioned
-from nsa_jax.typing import KV, Array, Implementation, Select
+from nsa_jax.typing import KV, Array, Implementation
 from pallas_kernels.interface import (
   DecodeArrays,
   Queries,
@@ -132,8 +139,9 @@ def attend(
     compressed_query: [B, T, N, H], as in `native_sparse_attention`.
     prefill_window: the second result of `prefill`; needed for more than
       `max_append` queries if the window has its own keys and values.
-    select: as in `native_sparse_attention`. The decode kernels select by the
-      compressed keys; with another selector the branches run one by one.
+    select: as in `native_sparse_attention`; by means it must be the one given
+      to `init`. The decode kernels select by compressed keys or by means; with
+      a function the branches run one by one.
     return_block_ids: also return the ids of the selected blocks.
     tiles: tile sizes as in `native_sparse_attention`; those of the decode
       kernels, a `DecodeTiling`, under "decode".
@@ -174,7 +182,7 @@ def attend(
   gates, compressed_query = nsa.check_queries(query, gates, compressed_query)
   scale = _checks.scale(scale, query)
   query_offset = _checks.offset("query_offset", query_offset, ((), (batch,)))
-  _checks.selector(select)
+  select = check_select(select)
   few = _check_few(cache.window, query, prefill_window, cache, config)
   if prefill_window is not None:
     prefill_window = _check_prefill_window(query, prefill_window)
@@ -193,6 +201,21 @@ def attend(
       stop += -stop % config.selection_block
     key_length = min(stop, key_length)
   blocks = geometry.num_compressed_blocks(key_length, config)
+  means, by_means = None, None
+  if isinstance(select, SelectByMeans):
+    by_means = select.blocks(config)
+    if mean_tokens(cache) != select.tokens:
+      raise ValueError(
+        f"`select`={select} must be that of `init`: the cache keeps "
+        + (
+          "no means."
+          if cache.means is None
+          else f"means of {mean_tokens(cache)} tokens."
+        )
+      )
+    means = cache.means
+    assert means is not None
+    means = means[:, : geometry.num_compressed_blocks(key_length, by_means)]
   arrays = DecodeArrays(
     query,
     compressed_query,
@@ -201,6 +224,7 @@ def attend(
     cache.window,
     gates,
     _first(cache.scales, key_length),
+    means,
   )
   tiles = nsa.check_tiles(tiles, "decode")
   spec = Spec(
@@ -208,7 +232,8 @@ def attend(
     scale,
     key_length,
     tiles=tiles.get("decode"),
-    own_selection=select is not None,
+    own_selection=callable(select),
+    means=by_means,
   )
   index = cache.lengths, Queries(query_offset)
   run = None
@@ -503,6 +528,7 @@ def _compose(
       selected,
       window,
       arrays.gates,
+      means=arrays.means,
     ),
     spec,
     scope,

@@ -8,14 +8,21 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.typing import ArrayLike
 
 from nsa_jax import _checks, geometry
-from nsa_jax.config import NSAConfig, check_config
+from nsa_jax.compression import compress_mean
+from nsa_jax.config import (
+  NSAConfig,
+  Select,
+  SelectByMeans,
+  check_config,
+  check_select,
+)
 from nsa_jax.gating import gated_sum
 from nsa_jax.ops.branches import attend_branch, check_block_ids
 from nsa_jax.ops.scope import Scope, keep, make_scope
 from nsa_jax.ops.selection import select as select_best
-from nsa_jax.ops.selectors import SELECTORS
+from nsa_jax.ops.selection import select_by_means
 from nsa_jax.sharding import Layout, bind, bound_arrays, find_place, run
-from nsa_jax.typing import KV, Array, Implementation, Select
+from nsa_jax.typing import KV, Array, Implementation
 from pallas_kernels.interface import Spec
 
 
@@ -136,7 +143,7 @@ def native_sparse_attention(
     block_ids: int32 [B, T, K, m], block ids that replace the selection:
       strictly ascending, then -1.
     select: what replaces selection by the importance of the compressed keys
-      (Eq. 8-11): "means", which is `select_by_means`, or a function, a custom
+      (Eq. 8-11): "means", a `SelectByMeans`, or a function, a custom
       selector. That is called with keyword arguments: `query` [B, T, N, H]
       (that of the compressed branch), `compressed_key` [B, C, K, H], `lse`
       [B, T, N] of the compressed branch, `selected_query` [B, T, N, H],
@@ -212,7 +219,9 @@ def native_sparse_attention(
     )
   gates, compressed_query = check_queries(query, gates, compressed_query)
   spec = Spec(config, _checks.scale(scale, query), key_length)
-  _checks.selector(select)
+  select = check_select(select)
+  if isinstance(select, SelectByMeans):
+    spec = spec._replace(means=select.blocks(config))
   _checks.flag("return_block_ids", return_block_ids)
   if block_ids is not None:
     if select is not None:
@@ -309,6 +318,7 @@ class Arguments(NamedTuple):
   window: KV
   gates: Array
   block_ids: Array | None = None
+  means: Array | None = None  # [B, C', K, H], of `spec.means`, if known
 
 
 def compose(
@@ -350,7 +360,18 @@ def compose(
     scope,
   )
   block_ids = arrays.block_ids
-  if block_ids is None and select is not None:
+  if block_ids is None and spec.means is not None:
+    means = arrays.means
+    if means is None:
+      means = compress_mean(selected[1], config=spec.means)
+    block_ids = select_by_means(
+      implementation,
+      spec._replace(tiles=tiles.get("select_blocks")),
+      selected[0],
+      means,
+      scope,
+    )
+  elif block_ids is None and callable(select):
     block_ids = _call_selector(select, spec, compressed, selected, lse, scope)
   elif block_ids is None:
     block_ids = select_best(
@@ -393,8 +414,6 @@ def _call_selector(select, spec, compressed, selected, lse, scope):
   queries = scope.queries
   query, compressed_key, _ = compressed
   selected_query, key, _ = selected
-  if isinstance(select, str):
-    select = SELECTORS[select]
   ids = select(
     query=query,
     compressed_key=compressed_key,

@@ -19,6 +19,10 @@ from nsa_jax.typing import Array, Implementation
 from nsa_jax.xla.attention import first_candidates, top_n
 from pallas_kernels.interface import Spec
 
+# Values of a call of which only lse is used: every implementation takes as few
+# numbers, and the product with them is a small part of the call.
+_FEW = 16
+
 
 @partitioned()
 def block_scores(
@@ -310,6 +314,38 @@ def select(
   index = None, scope.queries
   run = dispatch.choose("select_blocks", implementation, spec, arrays, index)
   return checkpoint_name(run(), "nsa_block_ids")
+
+
+def select_by_means(
+  implementation: Implementation,
+  spec: Spec,
+  query: Array,
+  means: Array,
+  scope: Scope,
+) -> Array:
+  """`select` by `query` and `means` of the selected branch.
+
+  Args:
+    implementation: as in `select`.
+    spec: that of the op; the means are the compressed keys of `spec.means`.
+    query: [B, T, N, H].
+    means: [B, C, K, H].
+    scope: as in `select`.
+  """
+  spec = spec._replace(config=spec.means, means=None)
+  query, means = jax.lax.stop_gradient((query, means))
+  query, means, values = scope.mask(
+    query, means, means[..., :_FEW], compressed=spec.config
+  )
+  _, lse = attend_branch(
+    "compressed",
+    implementation,
+    spec._replace(tiles=None),
+    (query, means, values),
+    scope,
+  )
+  lse = keep(lse, scope.valid_queries)
+  return select(implementation, spec, query, means, lse, scope)
 
 
 def _inputs(

@@ -14,6 +14,9 @@ row fills the device. There are three launches:
    run meanwhile: selection mostly waits and leaves the memory bandwidth idle.
 3. merge: the sum of the branches, weighted by the gates (Eq. 5).
 
+If means of the selected keys choose the blocks, the first kernel runs twice:
+over the compressed blocks for the output, and over the means for the weights.
+
 Loops are bounded by the visible keys, so that the time depends on the lengths,
 not on the capacity of the cache.
 """
@@ -23,7 +26,13 @@ from typing import NoReturn
 import jax
 from jax.experimental import pallas as pl
 
-from pallas_kernels.interface import DecodeArrays, Queries, Spec, per_row
+from pallas_kernels.interface import (
+  KV,
+  DecodeArrays,
+  Queries,
+  Spec,
+  per_row,
+)
 from pallas_kernels.triton import support
 from pallas_kernels.triton.decode.blocks import read_blocks
 from pallas_kernels.triton.decode.compressed import read_compressed
@@ -47,7 +56,8 @@ def check(
       "`select` is given, and the decode kernels select the blocks themselves"
     )
   group = support.group_of(arrays.query, arrays.selected.key)
-  support.check_tiles(spec, DecodeTiling, group, block, spec.ratio)
+  ratio = _of_selection(spec).ratio
+  support.check_tiles(spec, DecodeTiling, group, block, ratio)
 
 
 def forward(
@@ -55,33 +65,45 @@ def forward(
 ) -> tuple[jax.Array, jax.Array]:
   """As in `interface`."""
   lengths, queries = index
-  spec = _with_tiles(spec, arrays)
-  query, compressed_query, pair, selected, ring, gates, scales = arrays
+  query, compressed_query, pair, selected, ring, gates, scales, means = arrays
   offset = per_row(queries.offset, len(query))
   num_blocks = pl.cdiv(selected.key.shape[1], spec.config.selection_block)
-  num_keys = pair.key.shape[1]
-  partial, weights = None, None
-  if num_keys:
-    num_tiles = 0
-    if spec.num_free and num_blocks > spec.config.num_selected:
+  crowded = spec.num_free > 0 and num_blocks > spec.config.num_selected
+  by = _of_selection(spec)
+  by = _with_tiles(by, arrays, pair.key if means is None else means)
+  spec = _with_tiles(spec, arrays, pair.key)
+
+  def read(query, pair, spec, need_weights):
+    num_keys, num_tiles = pair.key.shape[1], 0
+    if not num_keys:
+      return None, None
+    if need_weights:
       # Whole steps of selection.
       tiles = pl.cdiv(num_keys, spec.tiles.compressed.block_k)
       block_m, columns = spec.tiles.block_m, columns_of(spec)
       steps = pl.cdiv(max(num_blocks, tiles * columns), block_m)
       num_tiles = steps * (block_m // columns)
-    partial, weights = read_compressed(
-      compressed_query, pair, offset, lengths, num_tiles=num_tiles, spec=spec
+    return read_compressed(
+      query, pair, offset, lengths, num_tiles=num_tiles, spec=spec
     )
+
+  partial, weights = read(
+    compressed_query, pair, spec, crowded and means is None
+  )
+  softmax = partial
+  if means is not None and crowded:
+    # Only the weights are used: any values do, and these are in the L2 cache.
+    softmax, weights = read(query, KV(means, means), by, True)
   ids, far, near = read_blocks(
     query,
     selected,
     scales,
     ring,
-    partial,
+    softmax,
     weights,
     offset,
     lengths,
-    spec=spec,
+    spec=by,
   )
   branches = [far, near] if partial is None else [partial, far, near]
   return merge_branches(branches, gates, query.dtype, spec), ids
@@ -104,7 +126,12 @@ def backward(
   )
 
 
-def _with_tiles(spec, arrays):
+def _of_selection(spec):
+  """`spec` with the compressed blocks that select."""
+  return spec if spec.means is None else spec._replace(config=spec.means)
+
+
+def _with_tiles(spec, arrays, keys):
   if spec.tiles is not None:
     return spec
   query, config = arrays.query, spec.config
@@ -123,7 +150,7 @@ def _with_tiles(spec, arrays):
     dtype=query.dtype,
     block=config.selection_block,
     ratio=spec.ratio,
-    num_compressed=arrays.compressed.key.shape[1],
+    num_compressed=keys.shape[1],
     num_selected=min(config.num_selected * config.selection_block, key_length),
     num_window=num_window,
   )
