@@ -12,7 +12,14 @@ import numpy as np
 import pytest
 
 import nsa_jax
-from nsa_jax import KV, NSAConfig, TransformerConfig, TransformerLM, cache
+from nsa_jax import (
+  KV,
+  NSAConfig,
+  SelectByMeans,
+  TransformerConfig,
+  TransformerLM,
+  cache,
+)
 from nsa_jax.layers.linen import NativeSparseAttention
 from tests import helpers
 
@@ -183,16 +190,17 @@ VARIANTS: dict[str, list[Any]] = {
   "normalize_qk": [False, True],
   "value_head_dim": [None, 5],
   "implementation": ["xla", "reference"],
+  "select": [None, "means", SelectByMeans(1)],
 }
 PAIRWISE = helpers.pairwise(VARIANTS)
 # Every value once.
 FAST = [
   dict(zip(VARIANTS, row, strict=True))
   for row in (
-    ("mlp", "block", False, False, None, "xla"),
-    ("linear", "tokens", True, True, 5, "reference"),
-    ("weighted", "none", True, False, 5, "xla"),
-    ("mean", "block", False, True, None, "reference"),
+    ("mlp", "block", False, False, None, "xla", "means"),
+    ("linear", "tokens", True, True, 5, "reference", None),
+    ("weighted", "none", True, False, 5, "xla", SelectByMeans(1)),
+    ("mean", "block", False, True, None, "reference", "means"),
   )
 ]
 
@@ -230,6 +238,7 @@ def test_steps_and_chunks_equal_one_pass(schedule):
       "num_layers": 2,
       "attention": "nsa",
       "remat": "full",
+      "select": "means",
     },
     {
       "implementation": "xla",
@@ -281,7 +290,9 @@ def test_a_prefix_concerns_rows_with_new_tokens_only():
 @pytest.mark.parametrize("kind", ["layer", "model"])
 def test_rewinding_rejected_tokens(kind):
   """Wrong tokens are appended and taken back, at every kind of boundary."""
-  model, poison = (_layer(), np.nan) if kind == "layer" else (_model(), None)
+  model, poison = _model(), None
+  if kind == "layer":
+    model, poison = _layer(select="means"), np.nan
   for length in (0, 1, 2, 3, 4, 5, 7, 8, 9, 16, 17, 33):
     step = model.step
     kv, at = model.run([(11, (min(11, length),) * B)])
@@ -314,25 +325,31 @@ def _slow(parameters):
 
 
 @pytest.mark.parametrize(
-  "config, max_append, rope_compressed, share_kv",
+  "config, max_append, rope_compressed, share_kv, select",
   [
-    (GEOMETRIES[0], 5, "block", False),
-    (GEOMETRIES[1], 1, "none", True),
+    (GEOMETRIES[0], 5, "block", False, SelectByMeans(2)),
+    (GEOMETRIES[1], 1, "none", True, None),
+    (GEOMETRIES[4], 5, "block", True, "means"),
     *_slow(
       itertools.product(
-        GEOMETRIES, (1, 5), ("block", "tokens", "none"), (False, True)
+        GEOMETRIES,
+        (1, 5),
+        ("block", "tokens", "none"),
+        (False, True),
+        (None, SelectByMeans(1)),
       )
     ),
   ],
 )
 def test_random_appends_and_rewinds(
-  config, max_append, rope_compressed, share_kv
+  config, max_append, rope_compressed, share_kv, select
 ):
   model = _layer(
     max_append,
     config=config,
     rope_compressed=rope_compressed,
     share_kv=share_kv,
+    select=select,
     implementation="xla",
   )
   rng = np.random.default_rng(0)
@@ -430,6 +447,7 @@ def _append(held, pair, function=cache.append, counts=None):
 
 @functools.partial(jax.jit, static_argnames=("length", "implementation"))
 def _attend(held, length, offset, window=None, implementation=None):
+  select = None if held.means is None else "means"
   rng = np.random.default_rng(1)
   query = rng.normal(size=(B, length, 4, 8)).astype(np.float32)
   gates = rng.uniform(size=(B, length, 4, 3)).astype(np.float32)
@@ -440,17 +458,21 @@ def _attend(held, length, offset, window=None, implementation=None):
     config=CONFIG,
     query_offset=offset,
     prefill_window=window,
+    select=select,
     return_block_ids=True,
     implementation=implementation,
   )
 
 
-@pytest.mark.parametrize("share_kv", [False, True])
-def test_implementations_agree_on_poisoned_caches(share_kv):
+@pytest.mark.parametrize("share_kv, select", [(False, "means"), (True, None)])
+def test_implementations_agree_on_poisoned_caches(share_kv, select):
   """Small and large T, through the ring or as a chunk; NaN where none reads."""
   pair = _pair(23)
   held, chunk = _append(
-    _empty(share_kv=share_kv), pair, cache.prefill, counts=np.array([23, 9])
+    _empty(share_kv=share_kv, select=select),
+    pair,
+    cache.prefill,
+    counts=np.array([23, 9]),
   )
   lengths = np.array([23, 9])
 
@@ -463,6 +485,9 @@ def test_implementations_agree_on_poisoned_caches(share_kv):
     selected=spoil(held.selected, np.arange(T)),
     compressed=spoil(held.compressed, starts + CONFIG.compression_block - 1),
   )
+  if select is not None:
+    ends = np.arange(3, T, 4)
+    held = held._replace(means=spoil((held.means, held.means), ends).key)
   results = []
   for implementation in ("reference", "xla"):
     for length in (1, 3):
@@ -494,14 +519,14 @@ def test_implementations_agree_on_poisoned_caches(share_kv):
     helpers.assert_close(got[0], want[0], "float32")
 
 
-@pytest.mark.parametrize("kind", ["nsa", "window", "full"])
+@pytest.mark.parametrize("kind", ["nsa", "means", "window", "full"])
 def test_rewound_nan_and_numpy_caches(kind):
   """What a rewound token left behind is not read; arrays may be NumPy's."""
   own = kind != "full"
 
   @jax.jit
   def extend(held, pair):
-    if kind == "nsa":
+    if kind in ("nsa", "means"):
       return _append(held, pair)
     return cache.append(
       held, config=CONFIG, **{"window" if own else "selected": pair}
@@ -515,9 +540,12 @@ def test_rewound_nan_and_numpy_caches(kind):
     kwargs |= {"config": CONFIG, "implementation": "xla"}
     if kind == "window":
       return cache.attend_window(query, held, **kwargs)
-    return cache.attend(query, held, jnp.ones((B, 1, 4, 3)), **kwargs)
+    return cache.attend(
+      query, held, jnp.ones((B, 1, 4, 3)), select=select, **kwargs
+    )
 
-  held = _empty(kind=kind)
+  select = "means" if kind == "means" else None
+  held = _empty(kind="nsa" if select else kind, select=select)
   for seed in range(4):
     held = extend(held, _pair(3, seed))
   want = attend(held)
@@ -594,7 +622,7 @@ def test_scan_vmap_and_jit_equal_a_loop():
 def test_only_counted_tokens_are_written(length):
   """The padding of a ragged batch overwrites nothing, wherever a row ends."""
   append = jax.jit(functools.partial(_append, function=cache.prefill))
-  held, _ = append(_empty(), _pair(23), counts=np.array([23, 5]))
+  held, _ = append(_empty(select="means"), _pair(23), counts=np.array([23, 5]))
   poisoned = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), _pair(length))
   same, _ = append(held, poisoned, counts=np.array([0, 0]))
   helpers.assert_same_bits(same, held)
@@ -605,7 +633,7 @@ def test_only_counted_tokens_are_written(length):
 
 
 def test_traced_overflow_drops_what_does_not_fit():
-  held, _ = _append(_empty(), _pair(38), cache.prefill)
+  held, _ = _append(_empty(select="means"), _pair(38), cache.prefill)
   step = jax.jit(_append)
   full = step(held, _pair(2))
   for length in (1, 3):
@@ -640,7 +668,9 @@ def _compiled(function, *args, **kwargs):
 def test_a_step_does_not_compress_the_past(length):
   """The work of an append does not depend on the capacity."""
   flops = [
-    _compiled(_append, _empty(capacity), _pair(length)).cost_analysis()["flops"]
+    _compiled(
+      _append, _empty(capacity, select="means"), _pair(length)
+    ).cost_analysis()["flops"]
     for capacity in (64, 1024)
   ]
   assert flops[0] == flops[1]
@@ -666,8 +696,8 @@ def test_phi_gets_no_more_than_the_blocks_that_may_complete():
     assert seen == [blocks]
 
 
-@pytest.mark.parametrize("share_kv", [False, True])
-def test_a_donated_cache_is_updated_in_place(share_kv):
+@pytest.mark.parametrize("share_kv, select", [(False, None), (True, "means")])
+def test_a_donated_cache_is_updated_in_place(share_kv, select):
   """No second copy of it, neither of the keys nor of the values."""
 
   def step(held, new):
@@ -675,11 +705,11 @@ def test_a_donated_cache_is_updated_in_place(share_kv):
     held = _append(held, new)
     return held, _attend(held, 1, offset, implementation="xla")[0]
 
-  held = _empty(4096, share_kv=share_kv)
+  held = _empty(4096, share_kv=share_kv, select=select)
   memory = _compiled(step, held, _pair(1), donate_argnums=0).memory_analysis()
   assert memory.alias_size_in_bytes == cache.num_bytes(held)
   # The products over the compressed blocks take them in another layout.
-  compressed = cache.num_bytes(held.compressed)
+  compressed = cache.num_bytes([held.compressed, held.means])
   assert memory.temp_size_in_bytes < 1.5 * compressed
   assert compressed < cache.num_bytes(held.selected)
 
@@ -711,10 +741,15 @@ def test_a_prompt_costs_what_it_costs_without_a_cache():
 
 
 @pytest.mark.parametrize(
-  "kind, share_kv",
-  [("nsa", False), ("nsa", True), ("full", False), ("window", False)],
+  "kind, share_kv, select",
+  [
+    ("nsa", False, None),
+    ("nsa", True, "means"),
+    ("full", False, "means"),
+    ("window", False, None),
+  ],
 )
-def test_bytes(kind, share_kv):
+def test_bytes(kind, share_kv, select):
   config = NSAConfig()
   options: Any = {
     "config": config,
@@ -722,6 +757,7 @@ def test_bytes(kind, share_kv):
     "head_dim": 16,
     "value_head_dim": 8,
     "kind": kind,
+    "select": select,
     "dtype": "bfloat16",
   }
   sizes = [
@@ -761,6 +797,34 @@ def test_capacity_and_append_of_the_cache():
     (lambda: _empty(capacity=0), "`capacity`=0 must be at least 1"),
     (lambda: _empty(kind="dense"), "`kind`='dense' must be one of"),
     (lambda: _empty(max_append=0), "`max_append`=0 must be at least 1"),
+    (
+      lambda: _empty(select=SelectByMeans(3)),
+      "`tokens`=3 of `select` must divide `selection_block`=8",
+    ),
+    (
+      lambda: _append(
+        _empty()._replace(means=jnp.zeros((B, 7, 2, 8))), _pair(1)
+      ),
+      "`cache.means` of shape (2, 7, 2, 8) must have a row for every few",
+    ),
+    (
+      lambda: _attend(
+        _empty(kind="full")._replace(means=jnp.zeros((B, 10, 2, 8))), 1, 0
+      ),
+      "must have a row for every few tokens of `selected`, in a cache of kind",
+    ),
+    (
+      lambda: _append(
+        _empty()._replace(means=jnp.zeros((B, 10, 2, 4))), _pair(1)
+      ),
+      "`cache.means` of shape (2, 10, 2, 4) must have shape (2, any, 2, 8)",
+    ),
+    (
+      lambda: _append(
+        _empty()._replace(means=jnp.zeros((B, 8, 2, 8))), _pair(1)
+      ),
+      "does not fit the rows of the cache, {'selected': 40, 'compressed': 19",
+    ),
     (
       lambda: _append(_empty(), _pair(4)),
       "`append` of 4 tokens: at most `max_append`=3; `prefill` takes any",

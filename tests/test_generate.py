@@ -59,13 +59,13 @@ def _run(params: Any = RANDOM, prompts: Any = PROMPTS, **options: Any):
 
 
 @pytest.mark.parametrize(
-  "options",
+  "select, options",
   [
-    pytest.param({}, marks=pytest.mark.slow),
-    {"prefill_chunk": 4, "capacity": 40, "stop_token": 16},
+    pytest.param(None, {}, marks=pytest.mark.slow),
+    ("means", {"prefill_chunk": 4, "capacity": 40, "stop_token": 16}),
   ],
 )
-def test_greedy_is_the_argmax_of_full_passes(options):
+def test_greedy_is_the_argmax_of_full_passes(select, options):
   """Each row as if alone, in layers of every kind."""
   config = TransformerConfig(
     vocab_size=17,
@@ -77,6 +77,7 @@ def test_greedy_is_the_argmax_of_full_passes(options):
     head_dim=4,
     mlp_dim=16,
     nsa=NSAConfig(4, 2, 8, 3, 1, 1, 6),
+    select=select,
   )
   model = TransformerLM(config)
   rng = np.random.default_rng(0)

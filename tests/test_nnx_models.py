@@ -170,7 +170,12 @@ def test_unstacked_layers():
 
 @pytest.mark.parametrize(
   "overrides",
-  [ALL_KINDS, DENSE, SCANNED, slow({"scan_layers": True})],
+  [
+    ALL_KINDS | {"select": "means"},
+    DENSE,
+    SCANNED,
+    slow({"scan_layers": True, "select": "means"}),
+  ],
   ids=["all_kinds", "dense", "scanned", "scanned_nsa"],
 )
 def test_decoding_has_the_same_bits(overrides):

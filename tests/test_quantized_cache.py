@@ -13,7 +13,14 @@ import pytest
 
 import nsa_jax
 from examples import quantized_cache
-from nsa_jax import KV, NSAConfig, TransformerConfig, TransformerLM, cache
+from nsa_jax import (
+  KV,
+  NSAConfig,
+  SelectByMeans,
+  TransformerConfig,
+  TransformerLM,
+  cache,
+)
 from nsa_jax.cache.state import dequantized
 from nsa_jax.sampling import empty_cache
 from tests import helpers, tiny_run
@@ -28,7 +35,9 @@ def _phi(tokens: KV, first: Any) -> KV:
   return KV(*(nsa_jax.compress_mean(x, config=CONFIG) for x in tokens))
 
 
-def _init(kind="nsa", share_kv=False, dtype="float32", capacity=CAPACITY):
+def _init(
+  kind="nsa", share_kv=False, dtype="float32", capacity=CAPACITY, select=None
+):
   return cache.init(
     B,
     capacity,
@@ -39,6 +48,7 @@ def _init(kind="nsa", share_kv=False, dtype="float32", capacity=CAPACITY):
     max_append=3,
     kind=kind,
     share_kv=share_kv,
+    select=select,
     dtype=dtype,
   )
 
@@ -131,7 +141,7 @@ KINDS = [("nsa", False), ("nsa", True), ("full", False)]
 @pytest.mark.parametrize("kind, share_kv", KINDS)
 def test_appending_quantizes_what_is_appended(kind, share_kv):
   """Bit for bit, whichever comes first: no token changes another."""
-  held = _init(kind, share_kv)
+  held = _init(kind, share_kv, select=SelectByMeans(2))
   first, last = _filled(cache.quantize(held)), cache.quantize(_filled(held))
   helpers.assert_same_bits(first, last)
   helpers.assert_same_bits(cache.quantize(last), last)
@@ -145,7 +155,8 @@ def test_appending_quantizes_what_is_appended(kind, share_kv):
 )
 def test_attention_is_that_over_the_dequantized(kind, share_kv, implementation):
   """By steps, where the branch gathers blocks, and for prompts."""
-  held = _filled(cache.quantize(_init(kind, share_kv)))
+  select = "means" if share_kv else None
+  held = _filled(cache.quantize(_init(kind, share_kv, select=select)))
 
   @functools.partial(jax.jit, static_argnames="length")
   def attend(held, length):
@@ -160,6 +171,7 @@ def test_attention_is_that_over_the_dequantized(kind, share_kv, implementation):
       held,
       jnp.ones((B, length, 4, 3)),
       config=CONFIG,
+      select=select,
       return_block_ids=True,
       **options,
     )
@@ -181,6 +193,7 @@ def _kernel_case(batch, capacity, lengths, share_kv, dtype, **sizes):
       config=config,
       num_kv_heads=2,
       share_kv=share_kv,
+      select="means",
       max_append=2,
       dtype=dtype,
       **sizes,
@@ -207,6 +220,7 @@ def _attend_by(implementation, config):
       gates,
       config=config,
       query_offset=held.lengths - 2,
+      select="means" if held.window is None else None,
       return_block_ids=True,
       implementation=implementation,
     )

@@ -162,7 +162,7 @@ def test_a_selector_sees_what_it_may_read() -> None:
   [
     (
       3,
-      "`select`=3 must be a function that returns block ids, 'means', a SelectByMeans",
+      "`select`=3 must be a function that returns block ids, 'means'",
     ),
     ("mean", "`select`='mean' must be a function"),
     (

@@ -42,6 +42,7 @@ class Server:
       share_kv=kind == "shared",
       scan_layers=kind == "scanned",
       compression="mean" if kind == "scanned" else "mlp",
+      select=None if kind == "shared" else "means",
       nsa=CONFIG,
     )
     self.model = TransformerLM(config, decode=True, max_append=MAX_APPEND)
@@ -219,8 +220,9 @@ def test_stacked_layers_are_layers():
   def stack(layers):
     return jax.tree.map(lambda *x: jnp.stack(x), *layers)
 
-  layers = [draw(_held(3), [5, 6, 7]) for _ in range(2)]
-  rows = [draw(_held(2, 8), [3, 2]) for _ in range(2)]
+  options = {"select": "means"}
+  layers = [draw(_held(3, **options), [5, 6, 7]) for _ in range(2)]
+  rows = [draw(_held(2, 8, **options), [3, 2]) for _ in range(2)]
   index = jnp.array([2, 0])
   for got, want in (
     (
@@ -237,6 +239,7 @@ def test_stacked_layers_are_layers():
     inserted.selected.key[0, :8], rows[0].selected.key[1]
   )
   np.testing.assert_array_equal(inserted.tail.value[2], rows[0].tail.value[0])
+  np.testing.assert_array_equal(inserted.means[0, :2], rows[0].means[1])
 
 
 @pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto])
@@ -245,7 +248,7 @@ def test_rows_of_a_batch_on_many_devices(kind):
   rng = np.random.default_rng(0)
   held = jax.tree.map(
     lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype),
-    cache.quantize(_held(4, num_kv_heads=2)),
+    cache.quantize(_held(4, num_kv_heads=2, select="means")),
   )._replace(lengths=jnp.array([4, 3, 2, 1]))
   row = cache.take(held, jnp.array([3]))
   index = jnp.array([1, 2])

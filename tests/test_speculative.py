@@ -38,7 +38,12 @@ def _model(seed, num_drafts, **options):
 @functools.cache
 def _pair(num_drafts):
   target, params = _model(
-    0, num_drafts, num_layers=1, attention="nsa", compression="mean"
+    0,
+    num_drafts,
+    num_layers=1,
+    attention="nsa",
+    compression="mean",
+    select="means",
   )
   draft, other = _model(1, num_drafts, num_layers=1, attention="window")
   return target, params, draft, other

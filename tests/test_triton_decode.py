@@ -21,7 +21,7 @@ from pallas_kernels.interface import DecodeArrays, Queries, Spec
 from pallas_kernels.triton.tiling import DecodeTiling, Tile
 from tests import helpers
 from tests.helpers import Dims
-from tests.oracle import Oracle
+from tests.oracle import Oracle, mean_blocks
 
 BASE = NSAConfig(8, 4, 16, 4, 1, 1, window=20)
 # Every loop takes several steps at test sizes, and no cut is even.
@@ -38,7 +38,9 @@ SMALL = DecodeTiling(
 
 
 @functools.cache
-def _decode(config: NSAConfig, tiles: DecodeTiling | None) -> Any:
+def _decode(
+  config: NSAConfig, tiles: DecodeTiling | None, means: NSAConfig | None
+) -> Any:
   """A jitted f(inputs, ring or None, offset, lengths) -> (out, ids)."""
 
   @jax.jit
@@ -47,7 +49,7 @@ def _decode(config: NSAConfig, tiles: DecodeTiling | None) -> Any:
     scale = query.shape[-1] ** -0.5
     return helpers.run_kernel(
       "decode",
-      Spec(config, scale, selected.key.shape[1], tiles=tiles),
+      Spec(config, scale, selected.key.shape[1], tiles=tiles, means=means),
       DecodeArrays(
         query,
         inputs.get("compressed_query", query),
@@ -55,6 +57,7 @@ def _decode(config: NSAConfig, tiles: DecodeTiling | None) -> Any:
         selected,
         ring,
         inputs["gates"],
+        means=inputs.get("means"),
       ),
       (lengths, Queries(offset)),
     )
@@ -90,6 +93,8 @@ class Case:
     lengths: tokens of each row.
     ring: the window has keys of its own.
     append: max_append of the cache, which makes the ring longer.
+    compressed_query: the compressed branch has a query of its own.
+    means: tokens of the means that select; None for the compressed keys.
     tiles: tile sizes.
   """
 
@@ -100,6 +105,7 @@ class Case:
   ring: bool = False
   append: int = 5
   compressed_query: bool = False
+  means: int | None = None
   tiles: DecodeTiling | None = SMALL
 
 
@@ -125,6 +131,14 @@ def _run(case: Case) -> tuple[Any, Any, Any]:
     "compressed": helpers.poison(inputs["compressed"], ends > last),
     "selected": helpers.poison(inputs["selected"], future),
   }
+  means = _means(case)
+  if means is not None:
+    inputs["means"] = mean_blocks(inputs["selected"].key, means).astype(
+      inputs["query"].dtype
+    )
+    stride = means.compression_stride
+    ends = (np.arange(inputs["means"].shape[1]) + 1) * stride - 1
+    poisoned["means"] = helpers.poison(inputs["means"], ends > last)
   for name in ("query", "gates", "compressed_query"):
     if name in poisoned:
       poisoned[name] = helpers.poison(inputs[name], padding)
@@ -135,11 +149,19 @@ def _run(case: Case) -> tuple[Any, Any, Any]:
       case.lengths,
       config.window + case.append - 1,
     )
-  out, ids = _decode(config, case.tiles)(poisoned, ring, offset, lengths)
+  run = _decode(config, case.tiles, means)
+  out, ids = run(poisoned, ring, offset, lengths)
   assert out.dtype == inputs["query"].dtype
   assert (np.asarray(out)[padding] == 0).all()
   assert (np.asarray(ids)[padding] == -1).all()
   return inputs, out, ids
+
+
+def _means(case: Case) -> NSAConfig | None:
+  """The config whose compressed blocks are the means of a case."""
+  if case.means is None:
+    return None
+  return nsa_jax.SelectByMeans(case.means).blocks(case.dims.config)
 
 
 def _check(case: Case) -> None:
@@ -149,6 +171,15 @@ def _check(case: Case) -> None:
   # The oracle knows no lengths: it judges the queries that are there.
   oracle = Oracle(config, dims.keys, dims.queries, dims.batch, offset=offset)
   scores = oracle.scores(inputs)
+  means = _means(case)
+  if means is not None:
+    query = inputs["query"]
+    scores = dataclasses.replace(oracle, config=means).block_scores(
+      query,
+      inputs["means"],
+      dims.kv_heads,
+      query.shape[-1] ** -0.5,
+    )
   expected_ids = oracle.select(scores)
   position = offset[:, None] + np.arange(dims.queries)
   padding = (position < 0) | (position >= lengths[:, None])
@@ -233,6 +264,34 @@ CASES: dict[str, Case] = {
     (100, 64),
     (101, 65),
   ),
+  "means of 4": Case(
+    _dims(2, 3, head_dim=32, value_dim=16),
+    "float32",
+    (98, 57),
+    (100, 59),
+    ring=True,
+    compressed_query=True,
+    means=4,
+  ),
+  "means of one token": Case(
+    _dims(1, 2), "bfloat16", (100, 57), (101, 58), means=1
+  ),
+  "means of half a block": Case(
+    _dims(2, 2, config=NSAConfig(16, 16, 16, 3, 0, 2, window=20)),
+    "float32",
+    (99, 64),
+    (101, 66),
+    means=8,
+    tiles=dataclasses.replace(SMALL, block_m=16),
+  ),
+  "means, default tiles": Case(
+    _dims(5, 16, kv_heads=1),
+    "bfloat16",
+    (96, 33),
+    (101, 38),
+    means=4,
+    tiles=None,
+  ),
   "default tiles": Case(
     _dims(5, 16, kv_heads=1),
     "bfloat16",
@@ -262,6 +321,7 @@ MORE: dict[str, Any] = {
   "offset": ((120, 64), (-1, 47), (7, 95)),
   "ring": (False, True),
   "compressed_query": (False, True),
+  "means": (None, 4, 16),
   "tiles": (
     None,
     SMALL,
