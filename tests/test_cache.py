@@ -805,13 +805,13 @@ def test_capacity_and_append_of_the_cache():
       lambda: _append(
         _empty()._replace(means=jnp.zeros((B, 7, 2, 8))), _pair(1)
       ),
-      "`cache.means` of shape (2, 7, 2, 8) must have a row for every few",
+      "`cache.means` of shape (2, 7, 2, 8) must have a number of rows that div",
     ),
     (
       lambda: _attend(
         _empty(kind="full")._replace(means=jnp.zeros((B, 10, 2, 8))), 1, 0
       ),
-      "must have a row for every few tokens of `selected`, in a cache of kind",
+      "`cache.means` must be None without `compressed`",
     ),
     (
       lambda: _append(

@@ -831,7 +831,7 @@ def test_messages_about_arguments(arguments, message):
         "select": "means",
       },
       None,
-      "`config.select`='means' must be None",
+      "`config.select`=SelectByMeans(tokens=4) must be None",
     ),
     ({"biases": ["query"]}, None, "`config.biases`=('query',) must be"),
     ({}, "gpt2", "`family`='gpt2' must be one of 'llama', 'mistral', "),

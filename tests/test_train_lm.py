@@ -27,7 +27,7 @@ from examples import train_lm
 from examples.lm import UsageError, cli, data, load_model, terminal, train
 from examples.lm import run as runs
 from examples.lm.tokenizer import Tokenizer
-from nsa_jax import NSAConfig, PackedRow, TransformerConfig
+from nsa_jax import NSAConfig, PackedRow, SelectByMeans, TransformerConfig
 from tests import tiny_run
 
 SCRIPT = Path(train_lm.__file__)
@@ -798,7 +798,8 @@ def test_sizes_of_the_attention(capsys):
   flags = [f"--{k.replace('_', '-')}={v}" for k, v in sizes.items()]
   parse = cli.make_parser().parse_args
   assert train.model_config(parse(flags)).nsa == NSAConfig(**sizes)
-  assert train.model_config(parse(["--select=means"])).select == "means"
+  config = train.model_config(parse(["--select=means"]))
+  assert config.select == SelectByMeans()
   for preset in cli.RECIPES:
     config = train.model_config(parse([f"--preset={preset}"]))
     assert config == TransformerConfig.preset(preset)

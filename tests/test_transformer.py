@@ -13,7 +13,13 @@ import optax
 import pytest
 
 import nsa_jax
-from nsa_jax import NSAConfig, RopeConfig, TransformerConfig, TransformerLM
+from nsa_jax import (
+  NSAConfig,
+  RopeConfig,
+  SelectByMeans,
+  TransformerConfig,
+  TransformerLM,
+)
 from nsa_jax.models.loss import token_losses
 from nsa_jax.typing import RematName, RematPolicyName
 from tests import helpers
@@ -571,7 +577,7 @@ def test_config_messages(fields, message):
     _config(rope=None, tie_embeddings=False, remat="full", scan_layers=True),
     _config(rope=RopeConfig(base=1e6, yarn_factor=4)),
     _config(num_layers=np.int64(3), dtype=jnp.bfloat16, param_dtype="float16"),
-    _config(implementation=None, select="means"),
+    _config(implementation=None, select=SelectByMeans(2)),
     _config(implementation=("triton", "xla")),
   ],
 )
@@ -584,6 +590,22 @@ def test_dictionaries_hold_a_configuration(config):
   assert hash(again) == hash(config)
   names = [field.name for field in dataclasses.fields(config)]
   assert list(fields) == names
+
+
+def test_the_name_of_a_selector_is_what_it_stands_for():
+  """Also in a file, which a later default does not change."""
+  config = _config(select="means")
+  assert config == _config(select=SelectByMeans(4))
+  fields = config.to_dict()
+  assert fields["select"] == {"tokens": 4}
+  assert TransformerConfig.from_dict(fields | {"select": "means"}) == config
+  for wrong, message in (
+    ("mean", "`select`='mean' must be a function"),
+    (4, "`select`=4 must be a dictionary of fields of SelectByMeans"),
+    ({"token": 4}, "`select.token` must be a field of SelectByMeans: tokens"),
+  ):
+    with pytest.raises(ValueError, match=message):
+      TransformerConfig.from_dict(fields | {"select": wrong})
 
 
 def test_a_selector_is_no_json():

@@ -243,14 +243,21 @@ def check_cache(cache: Any, name: str = "cache") -> Cache:
       "together, and with `selected`."
     )
   if cache.means is not None:
-    tokens = fields["selected"].key.shape[1] if nsa else 0
-    count = fields["means"].shape[1]
-    if not count or not tokens or tokens % count:
-      raise ValueError(
-        f"`{name}.means` of shape {fields['means'].shape} must have a row for "
-        "every few tokens of `selected`, in a cache of kind 'nsa'."
-      )
+    if not nsa:
+      raise ValueError(f"`{name}.means` must be None without `compressed`.")
+    _mean_count(f"{name}.means", fields["means"], fields["selected"].key)
   return cache._replace(**fields)
+
+
+def _mean_count(label, means, key):
+  """Checks the number of means of keys [..., B, S, K, H] and returns it."""
+  count, length = means.shape[-3], key.shape[-3]
+  if not count or length % count:
+    raise ValueError(
+      f"`{label}` of shape {means.shape} must have a number of rows that "
+      f"divides {length}, the tokens of `selected`."
+    )
+  return count
 
 
 def _check_int8(label, x):
@@ -452,8 +459,13 @@ def quantize(cache: _T) -> _T:
     small, scales = _quantized(KV(**parts))
     means = held.means
     if means is not None:
-      size = mean_tokens(held)
-      complete = (jnp.arange(means.shape[-3]) + 1) * size <= lengths[..., None]
+      key, rank = parts["key"], lengths.ndim + 3
+      means = _checks.array("cache.means", means, rank, "[..., B, n, K, H]")
+      count = _mean_count("cache.means", means, key)
+      want = (*lengths.shape, count, *key.shape[-2:])
+      _checks.shape("cache.means", means, want, "as of `cache.selected.key`")
+      size = key.shape[-3] // count
+      complete = (jnp.arange(count) + 1) * size <= lengths[..., None]
       new = _means(small.key, scales.key, size, means.dtype)
       means = jnp.where(complete[..., None, None], new, means)
     return held._replace(selected=small, scales=scales, means=means)
