@@ -212,8 +212,8 @@ class AttentionConfig:
       XLA partitions the rest of a layer by what its inputs and parameters say.
       Tokens appended to a cache are not split.
     branches: those whose outputs are summed, for ablations; the gate of the
-      others is 0. Blocks are selected by the compressed keys in any case, but
-      without "compressed" phi has no gradient, nor have the projections that
+      others is 0. Blocks are selected as they are with all three, but without
+      "compressed" phi has no gradient, nor have the projections that
       `share_kv` does not share.
 
   Raises:

@@ -447,7 +447,7 @@ def _append(held, pair, function=cache.append, counts=None):
 
 @functools.partial(jax.jit, static_argnames=("length", "implementation"))
 def _attend(held, length, offset, window=None, implementation=None):
-  select = None if held.means is None else "means"
+  select: Any = None if held.means is None else "means"
   rng = np.random.default_rng(1)
   query = rng.normal(size=(B, length, 4, 8)).astype(np.float32)
   gates = rng.uniform(size=(B, length, 4, 3)).astype(np.float32)
@@ -544,7 +544,7 @@ def test_rewound_nan_and_numpy_caches(kind):
       query, held, jnp.ones((B, 1, 4, 3)), select=select, **kwargs
     )
 
-  select = "means" if kind == "means" else None
+  select: Any = "means" if kind == "means" else None
   held = _empty(kind="nsa" if select else kind, select=select)
   for seed in range(4):
     held = extend(held, _pair(3, seed))

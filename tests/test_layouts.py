@@ -985,21 +985,27 @@ def test_programs_for_cuda(kind: str, types: str, zigzag: bool) -> None:
   ],
 )
 @pytest.mark.parametrize(
-  "attention",
+  "attention, select",
   [
-    "nsa",
-    *(pytest.param(x, marks=pytest.mark.slow) for x in ("full", "window")),
+    ("nsa", "means"),
+    *(
+      pytest.param(x, None, marks=pytest.mark.slow)
+      for x in ("nsa", "full", "window")
+    ),
   ],
 )
-def test_decoding(kind: str, types: str, zigzag: bool, attention: Any) -> None:
+def test_decoding(
+  kind: str, types: str, zigzag: bool, attention: Any, select: Any
+) -> None:
   """A prompt and two steps equal one pass over the tokens."""
   params = _parameters(attention=attention)
   tokens, *_ = _batch(18, packed=False)
-  model = _model(None, attention=attention)
+  fields = {"attention": attention, "select": select}
+  model = _model(None, **fields)
   expected = jax.jit(model.apply)(params, tokens)
   case = Case.make(kind, types, zigzag)
-  model = _model(case.argument, attention=attention).clone(decode=True)
-  plain = _model(None, attention=attention).clone(decode=True)
+  model = _model(case.argument, **fields).clone(decode=True)
+  plain = _model(None, **fields).clone(decode=True)
   shapes = jax.eval_shape(plain.init, jax.random.key(0), tokens)["cache"]
 
   def empty(x: Any) -> Any:

@@ -251,7 +251,8 @@ def test_gates_keep_no_copy_in_another_dtype() -> None:
   assert size <= 2 * (gates.size + 3 * branches[0].size)
 
 
-def test_a_step_of_decoding_by_xla_copies_no_cache() -> None:
+@pytest.mark.parametrize("select", [None, "means"])
+def test_a_step_of_decoding_by_xla_copies_no_cache(select: Any) -> None:
   """Temporary memory does not grow with the capacity as the cache does."""
   config = NSAConfig()
 
@@ -263,13 +264,14 @@ def test_a_step_of_decoding_by_xla_copies_no_cache() -> None:
       gates,
       config=config,
       query_offset=offset,
+      select=select,
       implementation="xla",
     )
 
   def sizes(capacity: int) -> tuple[int, int]:
     held = jax.eval_shape(
       lambda: cache.init(
-        1, capacity, config=config, num_kv_heads=2, head_dim=16
+        1, capacity, config=config, num_kv_heads=2, head_dim=16, select=select
       )
     )
     query, gates = (

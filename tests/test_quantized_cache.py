@@ -155,7 +155,7 @@ def test_appending_quantizes_what_is_appended(kind, share_kv):
 )
 def test_attention_is_that_over_the_dequantized(kind, share_kv, implementation):
   """By steps, where the branch gathers blocks, and for prompts."""
-  select = "means" if share_kv else None
+  select: Any = "means" if share_kv else None
   held = _filled(cache.quantize(_init(kind, share_kv, select=select)))
 
   @functools.partial(jax.jit, static_argnames="length")

@@ -48,7 +48,7 @@ def logits(config: TransformerConfig, params: Any, tokens: Any) -> Any:
     {},
     {"scan_layers": True, "normalize_qk": True, "tie_embeddings": False},
     {"biases": ("query", "key", "value", "out"), "param_dtype": "bfloat16"},
-    {"attention": ("window", "full")},
+    {"attention": ("window", "full"), "select": "means"},
   ],
   ids=["plain", "scanned", "biases", "kinds"],
 )
@@ -57,6 +57,7 @@ def test_parameters_are_those_of_the_sparse_model(options):
     config, params = dense(**options)
     config, params = to_nsa(config, params, compression=compression)
     assert config.layer_kinds == ("nsa", "nsa")
+    assert config.select == dense(**options)[0].select
     expected = jax.eval_shape(
       TransformerLM(config).init, jax.random.key(0), TOKENS
     )["params"]

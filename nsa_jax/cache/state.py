@@ -951,7 +951,7 @@ def _with_means(cache, stop, length):
   """
   size = mean_tokens(cache)
   count = -(-length // size)
-  batch, first = len(stop), cache.lengths // size
+  batch, first = stop.shape[0], cache.lengths // size
   index = query_positions(first, batch, count)
   rows = query_positions(first * size, batch, count * size)
   scales = None if cache.scales is None else cache.scales.key
