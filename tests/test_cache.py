@@ -599,17 +599,17 @@ def test_scan_vmap_and_jit_equal_a_loop():
     held = _append(held, new)
     return held, _attend(held, 1, offset)[0]
 
-  want, outs = _empty(), []
+  want, outs = _empty(select="means"), []
   for t in range(12):
     want, out = jax.jit(step)(want, KV(*(x[:, t : t + 1] for x in pair)))
     outs.append(out)
   xs = KV(*(jnp.moveaxis(x, 1, 0)[:, :, None] for x in pair))
-  got, scanned = jax.lax.scan(step, _empty(), xs)
+  got, scanned = jax.lax.scan(step, _empty(select="means"), xs)
   helpers.assert_close(got, want, "float32")
   helpers.assert_close(scanned, np.stack(outs), "float32")
 
   # Two caches, the second of which gets the tokens in reverse.
-  both = jax.tree.map(lambda x: jnp.stack([x, x]), _empty())
+  both = jax.tree.map(lambda x: jnp.stack([x, x]), _empty(select="means"))
   reverse = jax.tree.map(lambda x: x[::-1], xs)
   pairs = jax.tree.map(lambda *x: jnp.stack(x, axis=1), xs, reverse)
   got, mapped = jax.lax.scan(jax.vmap(step), both, pairs)
@@ -808,10 +808,13 @@ def test_capacity_and_append_of_the_cache():
       "`cache.means` of shape (2, 7, 2, 8) must have a number of rows that div",
     ),
     (
-      lambda: _attend(
-        _empty(kind="full")._replace(means=jnp.zeros((B, 10, 2, 8))), 1, 0
+      lambda: cache.attend_window(
+        jnp.ones((B, 1, 4, 8)),
+        _empty(kind="window")._replace(means=jnp.zeros((B, 10, 2, 8))),
+        config=CONFIG,
+        query_offset=0,
       ),
-      "`cache.means` must be None without `compressed`",
+      "`cache.means` must be None without `selected`",
     ),
     (
       lambda: _append(

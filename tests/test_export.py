@@ -122,7 +122,7 @@ def test_symbolic_batch(implementation: Any, platforms: Any) -> None:
 def test_symbolic_batch_of_a_model() -> None:
   """Its training and, with a cache, its decoding."""
   config = nsa_jax.TransformerConfig.preset(
-    "tiny", num_layers=1, model_dim=16, vocab_size=11
+    "tiny", num_layers=1, model_dim=16, vocab_size=11, select="means"
   )
   model = nsa_jax.TransformerLM(config)
   tokens = jnp.zeros((1, 70), jnp.int32)

@@ -11,7 +11,13 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from nsa_jax import NSAConfig, TransformerConfig, TransformerLM, cache
+from nsa_jax import (
+  NSAConfig,
+  SelectByMeans,
+  TransformerConfig,
+  TransformerLM,
+  cache,
+)
 from nsa_jax.sampling import empty_cache
 from tests import helpers
 
@@ -296,6 +302,16 @@ def _held(batch=2, capacity=16, **options):
 @pytest.mark.parametrize(
   "call, message",
   [
+    (
+      lambda: cache.insert(
+        _held(select="means"), _held(1, select=SelectByMeans(2)), 0
+      ),
+      "`rows.means` are of 2 tokens each, and must be of 4, like `cache.means`",
+    ),
+    (
+      lambda: cache.insert(_held(select="means"), _held(1), 0),
+      "`rows.means` must be None exactly if `cache.means` is",
+    ),
     (
       lambda: cache.insert(_held(), _held(1), 2),
       "`index` has the value 2; rows must lie in [0, 2).",

@@ -73,12 +73,11 @@ def insert(cache: _T, rows: _T, index: ArrayLike) -> _T:
         f"`rows` has {count} rows, which must be 1 or one for each of the "
         f"{len(places)} places of `index`."
       )
-    tokens = mean_tokens(new), mean_tokens(held)
-    if all(tokens) and tokens[0] != tokens[1]:
+    own, tokens = mean_tokens(new, "rows"), mean_tokens(held)
+    if own and tokens and own != tokens:
       raise ValueError(
-        "`rows.means` of {} tokens must be of {}, as `cache.means`.".format(
-          *tokens
-        )
+        f"`rows.means` are of {own} tokens each, and must be of {tokens}, like "
+        "`cache.means`."
       )
     fields: dict[str, Any] = {}
     for name, old in held._asdict().items():
@@ -86,8 +85,8 @@ def insert(cache: _T, rows: _T, index: ArrayLike) -> _T:
       if (own is None) != (old is None):
         raise ValueError(
           f"`rows.{name}` must be None exactly if `cache.{name}` is: both must "
-          "be caches of the same kind, quantized or not, and selected from "
-          "alike."
+          "be caches of the same kind, quantized or not, with the same "
+          "`select`."
         )
       axis = held.lengths.ndim - 1
       put = functools.partial(_put, f"rows.{name}", axis, places)

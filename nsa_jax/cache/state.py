@@ -177,11 +177,23 @@ def init(
   )
 
 
-def mean_tokens(cache: Cache) -> int:
-  """Tokens of each mean that a cache keeps; 0 if it keeps none."""
-  if cache.means is None or cache.selected is None:
+def mean_tokens(cache: Cache, name: str = "cache") -> int:
+  """Tokens of each mean that a cache keeps; 0 if it keeps none.
+
+  Raises:
+    ValueError: if it cannot have so many.
+  """
+  if cache.means is None:
     return 0
-  return cache.selected.key.shape[-3] // cache.means.shape[-3]
+  if cache.selected is None:
+    raise ValueError(f"`{name}.means` must be None without `selected`.")
+  count, length = cache.means.shape[-3], cache.selected.key.shape[-3]
+  if not count or length % count:
+    raise ValueError(
+      f"`{name}.means` of shape {cache.means.shape} must have a number of rows "
+      f"that divides {length}, the tokens of `{name}.selected`."
+    )
+  return length // count
 
 
 def named_parts(name: str, field: Any) -> dict[str, Any]:
@@ -242,22 +254,9 @@ def check_cache(cache: Any, name: str = "cache") -> Cache:
       f"`{name}` has the fields {[*fields][2:]}; `compressed` and `tail` come "
       "together, and with `selected`."
     )
-  if cache.means is not None:
-    if not nsa:
-      raise ValueError(f"`{name}.means` must be None without `compressed`.")
-    _mean_count(f"{name}.means", fields["means"], fields["selected"].key)
-  return cache._replace(**fields)
-
-
-def _mean_count(label, means, key):
-  """Checks the number of means of keys [..., B, S, K, H] and returns it."""
-  count, length = means.shape[-3], key.shape[-3]
-  if not count or length % count:
-    raise ValueError(
-      f"`{label}` of shape {means.shape} must have a number of rows that "
-      f"divides {length}, the tokens of `selected`."
-    )
-  return count
+  cache = cache._replace(**fields)
+  mean_tokens(cache, name)  # Raises if there cannot be so many.
+  return cache
 
 
 def _check_int8(label, x):
@@ -461,13 +460,13 @@ def quantize(cache: _T) -> _T:
     if means is not None:
       key, rank = parts["key"], lengths.ndim + 3
       means = _checks.array("cache.means", means, rank, "[..., B, n, K, H]")
-      count = _mean_count("cache.means", means, key)
-      want = (*lengths.shape, count, *key.shape[-2:])
-      _checks.shape("cache.means", means, want, "as of `cache.selected.key`")
-      size = key.shape[-3] // count
-      complete = (jnp.arange(count) + 1) * size <= lengths[..., None]
+      size = mean_tokens(held._replace(means=means))
+      shape = *key.shape[:-3], means.shape[-3], *key.shape[-2:]
+      _checks.shape("cache.means", means, shape, "as of `cache.selected.key`")
+      ends = jnp.arange(size, key.shape[-3] + 1, size)
+      complete = (ends <= lengths[..., None])[..., None, None]
       new = _means(small.key, scales.key, size, means.dtype)
-      means = jnp.where(complete[..., None, None], new, means)
+      means = jnp.where(complete, new, means)
     return held._replace(selected=small, scales=scales, means=means)
 
   return map_caches(one, cache=cache)

@@ -204,18 +204,14 @@ def attend(
   means, by_means = None, None
   if isinstance(select, SelectByMeans):
     by_means = select.blocks(config)
-    if mean_tokens(cache) != select.tokens:
+    kept = mean_tokens(cache)
+    if cache.means is None or kept != select.tokens:
       raise ValueError(
         f"`select`={select} must be that of `init`: the cache keeps "
-        + (
-          "no means."
-          if cache.means is None
-          else f"means of {mean_tokens(cache)} tokens."
-        )
+        f"{f'means of {kept} tokens' if kept else 'no means'}."
       )
-    means = cache.means
-    assert means is not None
-    means = means[:, : geometry.num_compressed_blocks(key_length, by_means)]
+    count = geometry.num_compressed_blocks(key_length, by_means)
+    means = cache.means[:, :count]
   arrays = DecodeArrays(
     query,
     compressed_query,

@@ -19,8 +19,8 @@ from nsa_jax.typing import Array, Implementation
 from nsa_jax.xla.attention import first_candidates, top_n
 from pallas_kernels.interface import Spec
 
-# Values of a call of which only lse is used: every implementation takes as few
-# numbers, and the product with them is a small part of the call.
+# V of a call of which only lse is used: the fewest numbers that every
+# implementation takes, so that the product with them costs little.
 _FEW = 16
 
 

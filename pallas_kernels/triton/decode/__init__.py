@@ -69,8 +69,8 @@ def forward(
   offset = per_row(queries.offset, len(query))
   num_blocks = pl.cdiv(selected.key.shape[1], spec.config.selection_block)
   crowded = spec.num_free > 0 and num_blocks > spec.config.num_selected
-  by = _of_selection(spec)
-  by = _with_tiles(by, arrays, pair.key if means is None else means)
+  chooser = _of_selection(spec)
+  chooser = _with_tiles(chooser, arrays, pair.key if means is None else means)
   spec = _with_tiles(spec, arrays, pair.key)
 
   def read(query, pair, spec, need_weights):
@@ -90,20 +90,20 @@ def forward(
   partial, weights = read(
     compressed_query, pair, spec, crowded and means is None
   )
-  softmax = partial
+  chosen_by = partial
   if means is not None and crowded:
     # Only the weights are used: any values do, and these are in the L2 cache.
-    softmax, weights = read(query, KV(means, means), by, True)
+    chosen_by, weights = read(query, KV(means, means), chooser, True)
   ids, far, near = read_blocks(
     query,
     selected,
     scales,
     ring,
-    softmax,
+    chosen_by,
     weights,
     offset,
     lengths,
-    spec=by,
+    spec=chooser,
   )
   branches = [far, near] if partial is None else [partial, far, near]
   return merge_branches(branches, gates, query.dtype, spec), ids
