@@ -39,7 +39,9 @@ SMALL = DecodeTiling(
 
 @functools.cache
 def _decode(
-  config: NSAConfig, tiles: DecodeTiling | None, means: NSAConfig | None
+  config: NSAConfig,
+  tiles: DecodeTiling | None,
+  means: NSAConfig | None = None,
 ) -> Any:
   """A jitted f(inputs, ring or None, offset, lengths) -> (out, ids)."""
 
@@ -321,7 +323,7 @@ MORE: dict[str, Any] = {
   "offset": ((120, 64), (-1, 47), (7, 95)),
   "ring": (False, True),
   "compressed_query": (False, True),
-  "means": (None, 4, 16),
+  "means": (None, 2, 4),
   "tiles": (
     None,
     SMALL,
@@ -590,6 +592,7 @@ def _lower(
   batch: int = 1,
   ring: bool = False,
   kv_heads: int = 2,
+  tokens: int | None = None,
 ) -> str:
   """The kernels lowered for an H200."""
 
@@ -607,10 +610,14 @@ def _lower(
     "selected": pair(length),
     "gates": array(*heads, 3),
   }
+  means = None
+  if tokens is not None:
+    means = nsa_jax.SelectByMeans(tokens).blocks(config)
+    inputs["means"] = pair(length // tokens).key
   rows = pair(config.window + queries - 1) if ring else None
   integers = [array(dtype=jnp.int32)] * 2
   with helpers.h200():
-    traced = _decode(config, None).trace(inputs, rows, *integers)
+    traced = _decode(config, None, means).trace(inputs, rows, *integers)
     return traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
@@ -628,6 +635,7 @@ def _assert_lowers(**sizes: Any) -> None:
   [
     {"group": 16, "length": 65536, "kv_heads": 4, "ring": True},
     {"group": 3, "queries": 5, "batch": 3, "dtype": jnp.float32},
+    {"group": 16, "length": 65536, "kv_heads": 4, "tokens": 4},
   ],
   ids=str,
 )
@@ -652,6 +660,7 @@ LOWERED: dict[str, Any] = {
   "queries": (1, 2, 7, 8),
   "batch": (1, 32),
   "ring": (False, True),
+  "tokens": (None, 1, 4, 16),
 }
 
 
