@@ -201,12 +201,11 @@ CHANGES: dict[str, dict[str, Any]] = {
   "4 K/V heads": {"num_kv_heads": 4},
   "best blocks": {"select": best_blocks},
   "by mean keys": {"select": by_mean_keys},
-  "by means": {"select": "means"},
   **{
     f"by means of {tokens}": {
       "select": functools.partial(nsa_jax.select_by_means, tokens=tokens)
     }
-    for tokens in (4, 8)
+    for tokens in (4, 8, 16)
   },
   "by clusters": {"select": by_clusters},
   "32 blocks": {"nsa": NSAConfig(num_selected=32)},
@@ -647,7 +646,7 @@ def tables(
   searched: Sequence[Mapping[str, Any]],
   found: Sequence[Mapping[str, Any]],
 ) -> dict[str, list[dict[str, Any]]]:
-  """Losses by kind; NSA against the others, by seed; by learning rate."""
+  """Losses by kind; against full attention, by seed; by learning rate."""
 
   def columns(losses: Sequence[float], length: int) -> dict[str, str]:
     places = zip(study.ranges(length), losses, strict=True)
@@ -670,28 +669,30 @@ def tables(
       continue
     means = {
       name: np.mean([x[name] for x in results], axis=0)
-      for name in ("validation", "by position", "training", "tokens/s")
+      for name in ("validation", "by position", "training")
     }
+    speeds: dict[str, list[float]] = {}
+    for x in results:
+      card = x["device"].removeprefix("NVIDIA ")
+      speeds.setdefault(f"tokens/s, {card}", []).append(x["tokens/s"])
     row |= {
       "parameters": f"{results[0]['parameters'] / 1e6:.1f}M",
       "loss": f"{means['validation']:.4f}",
       **columns(means["by position"], study.length),
       "training loss": f"{means['training']:.4f}",
-      "tokens/s": f"{means['tokens/s']:,.0f}",
+      **{name: f"{np.mean(x):,.0f}" for name, x in speeds.items()},
     }
     for name in ("plain", "YaRN"):
       if all(name in x for x in results):
         mean = np.mean([x[name] for x in results], axis=0)
         row = {"attention": kind, "positions": name}
         longer.append(row | columns(mean, LONGER * study.length))
+  full = {x["seed"]: x["validation"] for x in by_kind.get("full", ())}
   for kind, results in by_kind.items():
-    if kind == "nsa" or not results:
-      continue
-    base = {x["seed"]: x["validation"] for x in results}
-    row = {"against": kind}
-    for x in by_kind.get("nsa", ()):
-      if x["seed"] in base:
-        row[f"seed {x['seed']}"] = f"{x['validation'] - base[x['seed']]:+.4f}"
+    row = {"attention": kind}
+    for x in results:
+      if kind != "full" and x["seed"] in full:
+        row[f"seed {x['seed']}"] = f"{x['validation'] - full[x['seed']]:+.4f}"
     if len(row) > 1:
       apart.append(row)
   best = trials.best(searched, "validation")
@@ -706,7 +707,7 @@ def tables(
       )
   found_tables = {
     "Validation loss, nats per token": losses,
-    "NSA minus": apart,
+    "Loss minus that of full attention": apart,
     f"In rows of {LONGER * study.length} tokens": longer,
     "Loss after a tenth of the tokens, by learning rate": rates,
   }
@@ -714,27 +715,40 @@ def tables(
 
 
 def plot(path: pathlib.Path, study: Study, found: Sequence[Any]) -> None:
-  """Plots the validation loss over training and by position."""
+  """Plots losses minus those of full attention, over training and by position.
+
+  A model is compared with that of the same seed, which saw the same rows;
+  nothing is plotted of seeds without full attention.
+  """
   figure, (left, right) = plt.subplots(
-    1, 2, figsize=(11, 4), constrained_layout=True
+    1, 2, figsize=(11, 4), constrained_layout=True, sharey=True
   )
   edges = [0, *(stop for _, stop in study.ranges(study.length))]
+  trained = [x for x in found if "diverged" not in x]
+  full = {x["seed"]: x for x in trained if x["kind"] == "full"}
+  colors = plt.get_cmap("tab10" if len(study.kinds) <= 10 else "tab20")
   for i, kind in enumerate(study.kinds):
-    results = [x for x in found if x["kind"] == kind and "diverged" not in x]
-    if not results:
+    pairs = [
+      (x, full[x["seed"]])
+      for x in trained
+      if x["kind"] == kind and x["seed"] in full
+    ]
+    if not pairs:
       continue
-    steps = np.array([at for at, _ in results[0]["curve"]])
-    curve = np.mean([[y for _, y in x["curve"]] for x in results], axis=0)
+    curve, places = (
+      np.mean([np.subtract(x[name], y[name]) for x, y in pairs], axis=0)
+      for name in ("curve", "by position")
+    )
+    steps = np.array([at for at, _ in pairs[0][0]["curve"]])
     tokens = steps * study.batch_size * study.length / 1e6
-    left.plot(tokens, curve, color=f"C{i}", label=kind)
-    mean = np.mean([x["by position"] for x in results], axis=0)
-    right.stairs(mean, edges, baseline=None, color=f"C{i}", label=kind)
-  left.set(xlabel="million tokens", ylabel="validation loss, nats per token")
+    left.plot(tokens, curve[:, 1], color=colors(i), label=kind)
+    right.stairs(places, edges, baseline=None, color=colors(i))
+  left.set(xlabel="million tokens", ylabel="loss minus that of full attention")
   # Every range is as wide as the first one.
   right.set_xscale("symlog", linthresh=edges[1], linscale=np.log10(2))
-  right.set_xlabel("position in the row")
+  right.set_xlabel("position in the row, in the end")
   right.set_xticks(edges, [str(x) for x in edges])
-  left.legend()
+  left.legend(fontsize="x-small", ncols=1 + len(study.kinds) // 8)
   for axes in (left, right):
     axes.grid(alpha=0.3)
   figure.savefig(path, dpi=150)
