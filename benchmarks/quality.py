@@ -5,14 +5,14 @@
     python -m benchmarks.quality --quick
 
 Trains models that differ in their attention, on the same tokens for the same
-number of steps: full attention, NSA, a window alone, NSA without one of its
-branches, and NSA that reads random blocks instead of those it would choose. NSA
-has more parameters than full attention, in phi and in the projections of its
-branches; `--kinds "full, wider"` has as many, in a larger SwiGLU. The learning
-rate of each kind is the best of `RATES` for a tenth of the tokens, by the loss
-on the rows that are evaluated in the end.
-At the end full attention and NSA read rows four times as long as those they
-were trained on, with YaRN and without.
+number of steps: full attention, NSA, NSA that chooses blocks by means of the
+keys, a window alone, NSA without one of its branches, and NSA that reads random
+blocks instead of those it would choose. NSA has more parameters than full
+attention, in phi and in the projections of its branches; `--kinds "full,
+wider"` has as many, in a larger SwiGLU. The learning rate of each kind is the
+best of `RATES` for a tenth of the tokens, by the loss on the rows that are
+evaluated in the end. Then full attention and NSA read rows four times as long
+as those they were trained on, with YaRN and without.
 Text is the Python source below `--corpus`, in the order of its folders, so that
 definitions and their uses share a row; whole folders are held out. `--kinds`
 and `--rates` compare other models, with `--name` in records of their own.
@@ -188,12 +188,14 @@ KINDS: dict[str, dict[str, Any]] = {
   },
   "random blocks": {"select": random_blocks},
 }
-COMPARED = ("full", "nsa", "window")  # with several seeds
+BY_MEANS = "nsa, by means of 4"  # what `select="means"` does
+COMPARED = ("full", "nsa", BY_MEANS, "window")  # with several seeds
 # Fields by what may follow a kind, to find out what the quality depends on.
 CHANGES: dict[str, dict[str, Any]] = {
   "wider": {"mlp_dim": 2384},
   "QK norm": {"normalize_qk": True},
   "shared K/V": {"share_kv": True},
+  "own K/V": {"share_kv": False},
   "mean": {"compression": "mean"},
   "linear": {"compression": "linear"},
   "rotated tokens": {"rope_compressed": "tokens"},
@@ -309,7 +311,7 @@ STUDY = Study(
   rows=64,
   curve=10,
   seeds=(0, 1, 2),
-  kinds=tuple(KINDS),
+  kinds=(*COMPARED, *(kind for kind in KINDS if kind not in COMPARED)),
   rates=RATES,
 )
 QUICK = Study(
@@ -624,7 +626,9 @@ def run_trial(
     "parameters": sum(x.size for x in jax.tree.leaves(params)),
     **result_of(study, evaluate(params, rows), log),
   }
-  if trial.kind in ("full", "nsa") and trial.steps == study.steps(study.tokens):
+  if trial.kind in ("full", "nsa", BY_MEANS) and trial.steps == study.steps(
+    study.tokens
+  ):
     length = LONGER * study.length
     rows = data.validation_windows(
       text, count=-(-study.rows // LONGER), seq_len=length
@@ -780,8 +784,8 @@ def parser() -> argparse.ArgumentParser:
     nargs="+",
     type=kind_flag,
     metavar="KIND",
-    help=f"of {', '.join(map(repr, KINDS))} (default: all), each perhaps with "
-    f"changes after commas, as in 'nsa, QK norm': {', '.join(CHANGES)}",
+    help=f"of {', '.join(map(repr, KINDS))}, each perhaps with changes after "
+    f"commas: {', '.join(CHANGES)} (default: all, and {BY_MEANS!r})",
   )
   add("--rates", nargs="+", type=float, help=f"learning rates {RATES}")
   add("--seeds", type=int, nargs="+", help="default: 0 1 2")

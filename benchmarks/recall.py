@@ -117,7 +117,7 @@ STUDY = Study(
   vocab_size=4096,
   tested=64,
   evaluations=20,
-  kinds=tuple(quality.KINDS),
+  kinds=(*quality.STUDY.kinds, "nsa, best blocks"),
   rates=RATES,
 )
 QUICK = Study(

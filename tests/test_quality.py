@@ -295,7 +295,7 @@ def test_models_of_recall_differ_behind_the_first_layer(study):
     for kind in study.kinds:
       config = study.config(task, kind)
       first, second = config.of_layer(0), config.of_layer(1)
-      attention = quality.KINDS[kind].get("attention", "nsa")
+      attention = quality.fields_of(kind).get("attention", "nsa")
       assert config.layer_kinds[0] == "window"
       assert set(config.layer_kinds[1:]) == {attention}
       assert first.nsa.window == recall.FIRST
