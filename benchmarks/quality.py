@@ -5,14 +5,14 @@
     python -m benchmarks.quality --quick
 
 Trains models that differ in their attention, on the same tokens for the same
-number of steps: full attention, NSA, a window alone, NSA without one of its
-branches, and NSA that reads random blocks instead of those it would choose. NSA
-has more parameters than full attention, in phi and in the projections of its
-branches; `--kinds "full, wider"` has as many, in a larger SwiGLU. The learning
-rate of each kind is the best of `RATES` for a tenth of the tokens, by the loss
-on the rows that are evaluated in the end.
-At the end full attention and NSA read rows four times as long as those they
-were trained on, with YaRN and without.
+number of steps: full attention, NSA, NSA that chooses blocks by means of the
+keys, a window alone, NSA without one of its branches, and NSA that reads random
+blocks instead of those it would choose. NSA has more parameters than full
+attention, in phi and in the projections of its branches; `--kinds "full,
+wider"` has as many, in a larger SwiGLU. The learning rate of each kind is the
+best of `RATES` for a tenth of the tokens, by the loss on the rows that are
+evaluated in the end. Then full attention and NSA read rows four times as long
+as those they were trained on, with YaRN and without.
 Text is the Python source below `--corpus`, in the order of its folders, so that
 definitions and their uses share a row; whole folders are held out. `--kinds`
 and `--rates` compare other models, with `--name` in records of their own.
@@ -187,12 +187,14 @@ KINDS: dict[str, dict[str, Any]] = {
   },
   "random blocks": {"select": random_blocks},
 }
-COMPARED = ("full", "nsa", "window")  # with several seeds
+BY_MEANS = "nsa, by means of 4"  # what `select="means"` does
+COMPARED = ("full", "nsa", BY_MEANS, "window")  # with several seeds
 # Fields by what may follow a kind, to find out what the quality depends on.
 CHANGES: dict[str, dict[str, Any]] = {
   "wider": {"mlp_dim": 2384},
   "QK norm": {"normalize_qk": True},
   "shared K/V": {"share_kv": True},
+  "own K/V": {"share_kv": False},
   "mean": {"compression": "mean"},
   "linear": {"compression": "linear"},
   "rotated tokens": {"rope_compressed": "tokens"},
@@ -200,9 +202,10 @@ CHANGES: dict[str, dict[str, Any]] = {
   "4 K/V heads": {"num_kv_heads": 4},
   "best blocks": {"select": best_blocks},
   "by mean keys": {"select": by_mean_keys},
-  "by means": {"select": nsa_jax.SelectByMeans(16)},
-  "by means of 8": {"select": nsa_jax.SelectByMeans(8)},
-  "by means of 4": {"select": nsa_jax.SelectByMeans(4)},
+  **{
+    f"by means of {tokens}": {"select": nsa_jax.SelectByMeans(tokens)}
+    for tokens in (4, 8, 16)
+  },
   "by clusters": {"select": by_clusters},
   "32 blocks": {"nsa": NSAConfig(num_selected=32)},
   "blocks of 32": {"nsa": NSAConfig(16, 8, 32, num_selected=32)},
@@ -305,7 +308,7 @@ STUDY = Study(
   rows=64,
   curve=10,
   seeds=(0, 1, 2),
-  kinds=tuple(KINDS),
+  kinds=(*COMPARED, *(kind for kind in KINDS if kind not in COMPARED)),
   rates=RATES,
 )
 QUICK = Study(
@@ -620,7 +623,9 @@ def run_trial(
     "parameters": sum(x.size for x in jax.tree.leaves(params)),
     **result_of(study, evaluate(params, rows), log),
   }
-  if trial.kind in ("full", "nsa") and trial.steps == study.steps(study.tokens):
+  if trial.kind in ("full", "nsa", BY_MEANS) and trial.steps == study.steps(
+    study.tokens
+  ):
     length = LONGER * study.length
     rows = data.validation_windows(
       text, count=-(-study.rows // LONGER), seq_len=length
@@ -642,7 +647,7 @@ def tables(
   searched: Sequence[Mapping[str, Any]],
   found: Sequence[Mapping[str, Any]],
 ) -> dict[str, list[dict[str, Any]]]:
-  """Losses by kind; NSA against the others, by seed; by learning rate."""
+  """Losses by kind; against full attention, by seed; by learning rate."""
 
   def columns(losses: Sequence[float], length: int) -> dict[str, str]:
     places = zip(study.ranges(length), losses, strict=True)
@@ -665,28 +670,30 @@ def tables(
       continue
     means = {
       name: np.mean([x[name] for x in results], axis=0)
-      for name in ("validation", "by position", "training", "tokens/s")
+      for name in ("validation", "by position", "training")
     }
+    speeds: dict[str, list[float]] = {}
+    for x in results:
+      card = x["device"].removeprefix("NVIDIA ")
+      speeds.setdefault(f"tokens/s, {card}", []).append(x["tokens/s"])
     row |= {
       "parameters": f"{results[0]['parameters'] / 1e6:.1f}M",
       "loss": f"{means['validation']:.4f}",
       **columns(means["by position"], study.length),
       "training loss": f"{means['training']:.4f}",
-      "tokens/s": f"{means['tokens/s']:,.0f}",
+      **{name: f"{np.mean(x):,.0f}" for name, x in speeds.items()},
     }
     for name in ("plain", "YaRN"):
       if all(name in x for x in results):
         mean = np.mean([x[name] for x in results], axis=0)
         row = {"attention": kind, "positions": name}
         longer.append(row | columns(mean, LONGER * study.length))
+  full = {x["seed"]: x["validation"] for x in by_kind.get("full", ())}
   for kind, results in by_kind.items():
-    if kind == "nsa" or not results:
-      continue
-    base = {x["seed"]: x["validation"] for x in results}
-    row = {"against": kind}
-    for x in by_kind.get("nsa", ()):
-      if x["seed"] in base:
-        row[f"seed {x['seed']}"] = f"{x['validation'] - base[x['seed']]:+.4f}"
+    row = {"attention": kind}
+    for x in results:
+      if kind != "full" and x["seed"] in full:
+        row[f"seed {x['seed']}"] = f"{x['validation'] - full[x['seed']]:+.4f}"
     if len(row) > 1:
       apart.append(row)
   best = trials.best(searched, "validation")
@@ -701,7 +708,7 @@ def tables(
       )
   found_tables = {
     "Validation loss, nats per token": losses,
-    "NSA minus": apart,
+    "Loss minus that of full attention": apart,
     f"In rows of {LONGER * study.length} tokens": longer,
     "Loss after a tenth of the tokens, by learning rate": rates,
   }
@@ -709,27 +716,40 @@ def tables(
 
 
 def plot(path: pathlib.Path, study: Study, found: Sequence[Any]) -> None:
-  """Plots the validation loss over training and by position."""
+  """Plots losses minus those of full attention, over training and by position.
+
+  A model is compared with that of the same seed, which saw the same rows;
+  nothing is plotted of seeds without full attention.
+  """
   figure, (left, right) = plt.subplots(
-    1, 2, figsize=(11, 4), constrained_layout=True
+    1, 2, figsize=(11, 4), constrained_layout=True, sharey=True
   )
   edges = [0, *(stop for _, stop in study.ranges(study.length))]
+  trained = [x for x in found if "diverged" not in x]
+  full = {x["seed"]: x for x in trained if x["kind"] == "full"}
+  colors = plt.get_cmap("tab10" if len(study.kinds) <= 10 else "tab20")
   for i, kind in enumerate(study.kinds):
-    results = [x for x in found if x["kind"] == kind and "diverged" not in x]
-    if not results:
+    pairs = [
+      (x, full[x["seed"]])
+      for x in trained
+      if x["kind"] == kind and x["seed"] in full
+    ]
+    if not pairs:
       continue
-    steps = np.array([at for at, _ in results[0]["curve"]])
-    curve = np.mean([[y for _, y in x["curve"]] for x in results], axis=0)
+    curve, places = (
+      np.mean([np.subtract(x[name], y[name]) for x, y in pairs], axis=0)
+      for name in ("curve", "by position")
+    )
+    steps = np.array([at for at, _ in pairs[0][0]["curve"]])
     tokens = steps * study.batch_size * study.length / 1e6
-    left.plot(tokens, curve, color=f"C{i}", label=kind)
-    mean = np.mean([x["by position"] for x in results], axis=0)
-    right.stairs(mean, edges, baseline=None, color=f"C{i}", label=kind)
-  left.set(xlabel="million tokens", ylabel="validation loss, nats per token")
+    left.plot(tokens, curve[:, 1], color=colors(i), label=kind)
+    right.stairs(places, edges, baseline=None, color=colors(i))
+  left.set(xlabel="million tokens", ylabel="loss minus that of full attention")
   # Every range is as wide as the first one.
   right.set_xscale("symlog", linthresh=edges[1], linscale=np.log10(2))
-  right.set_xlabel("position in the row")
+  right.set_xlabel("position in the row, in the end")
   right.set_xticks(edges, [str(x) for x in edges])
-  left.legend()
+  left.legend(fontsize="x-small", ncols=1 + len(study.kinds) // 8)
   for axes in (left, right):
     axes.grid(alpha=0.3)
   figure.savefig(path, dpi=150)
@@ -761,8 +781,8 @@ def parser() -> argparse.ArgumentParser:
     nargs="+",
     type=kind_flag,
     metavar="KIND",
-    help=f"of {', '.join(map(repr, KINDS))} (default: all), each perhaps with "
-    f"changes after commas, as in 'nsa, QK norm': {', '.join(CHANGES)}",
+    help=f"of {', '.join(map(repr, KINDS))}, each perhaps with changes after "
+    f"commas: {', '.join(CHANGES)} (default: all, and {BY_MEANS!r})",
   )
   add("--rates", nargs="+", type=float, help=f"learning rates {RATES}")
   add("--seeds", type=int, nargs="+", help="default: 0 1 2")

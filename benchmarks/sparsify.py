@@ -69,7 +69,7 @@ SELECTIONS: dict[str, Any] = {
   "NSA's": None,
   **{
     name: quality.CHANGES[name]["select"]
-    for name in ("by means", "by means of 8", "by means of 4")
+    for name in ("by means of 16", "by means of 8", "by means of 4")
   },
   "best": quality.best_blocks,
   "random": quality.random_blocks,

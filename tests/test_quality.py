@@ -216,6 +216,7 @@ def made_up(kind: str, seed: int, loss: float) -> dict[str, Any]:
     "validation": loss,
     "by position": [loss] * 5,
     "tokens/s": 123456.0,
+    "device": f"NVIDIA H{seed}00",
   }
   if kind != "window":
     result |= {"plain": [loss + 1] * 7, "YaRN": [loss] * 7}
@@ -249,9 +250,11 @@ def test_tables_of_quality(tmp_path):
   )
   assert first["128-256"] == "3.500"
   assert (first["diverged"], second["diverged"], second["seeds"]) == (0, 1, 3)
-  full, window = tables["NSA minus"]
-  assert full == {"against": "full", "seed 0": "-0.0100", "seed 1": "-0.0100"}
-  assert window["seed 1"] == "-0.2600"
+  assert first["tokens/s, H000"] == first["tokens/s, H100"] == "123,456"
+  nsa, window = tables["Loss minus that of full attention"]
+  assert nsa["attention"] == "nsa"
+  assert (nsa["seed 0"], nsa["seed 1"]) == ("-0.0100", "-0.0100")
+  assert window["seed 1"] == "+0.2500"
   longer = tables["In rows of 1024 tokens"]
   assert [row["positions"] for row in longer] == 2 * ["plain", "YaRN"]
   assert longer[0]["512-1024"] == "4.500"
@@ -292,7 +295,7 @@ def test_models_of_recall_differ_behind_the_first_layer(study):
     for kind in study.kinds:
       config = study.config(task, kind)
       first, second = config.of_layer(0), config.of_layer(1)
-      attention = quality.KINDS[kind].get("attention", "nsa")
+      attention = quality.fields_of(kind).get("attention", "nsa")
       assert config.layer_kinds[0] == "window"
       assert set(config.layer_kinds[1:]) == {attention}
       assert first.nsa.window == recall.FIRST
