@@ -420,9 +420,11 @@ def main(argv: Sequence[str] | None = None) -> None:
   """Runs the benchmark."""
   args = parser().parse_args(argv)
   study = QUICK if args.quick else STUDY
-  for name in ("kinds", "rates"):
-    if asked := getattr(args, name):
-      study = dataclasses.replace(study, **{name: tuple(asked)})
+  study = dataclasses.replace(
+    study,
+    kinds=tuple(args.kinds or study.kinds),
+    rates=tuple(args.rates or study.rates),
+  )
   folder = args.runs / ("quick" if args.quick else "full")
   if args.trial is not None:
     if not args.quick:

@@ -61,8 +61,8 @@ def _run(params: Any = RANDOM, prompts: Any = PROMPTS, **options: Any):
 @pytest.mark.parametrize(
   "select, options",
   [
-    pytest.param(None, {}, marks=pytest.mark.slow),
-    ("means", {"prefill_chunk": 4, "capacity": 40, "stop_token": 16}),
+    pytest.param("means", {}, marks=pytest.mark.slow),
+    (None, {"prefill_chunk": 4, "capacity": 40, "stop_token": 16}),
   ],
 )
 def test_greedy_is_the_argmax_of_full_passes(select, options):
