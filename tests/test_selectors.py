@@ -331,6 +331,19 @@ def _assert_steps(layer: Any, params: Any, x: Any, out: Any) -> None:
   helpers.assert_close(jnp.concatenate(pieces, 1), out, "float32")
 
 
+def _attend(held: Any, query: Any, gates: Any, **call: Any) -> Any:
+  """Output and block ids of the queries that `_cache` makes."""
+  return cache.attend(
+    query,
+    held,
+    gates,
+    config=CONFIG,
+    query_offset=jnp.array([61, 30]),
+    return_block_ids=True,
+    **call,
+  )
+
+
 @pytest.mark.parametrize(
   "implementation, share_kv",
   [(None, False), (None, True), ("xla", True), ("triton", False)],
@@ -340,15 +353,8 @@ def test_a_selector_over_a_cache(implementation: Any, share_kv: bool) -> None:
   held, query, gates = _cache(share_kv)
 
   def run(select: Any, implementation: Any) -> Any:
-    return cache.attend(
-      query,
-      held,
-      gates,
-      config=CONFIG,
-      query_offset=jnp.array([61, 30]),
-      select=select,
-      return_block_ids=True,
-      implementation=implementation,
+    return _attend(
+      held, query, gates, select=select, implementation=implementation
     )
 
   out, ids = run(importance, implementation)
@@ -378,16 +384,8 @@ def test_means_of_a_cache(
   )
 
   def run(held: Any, **call: Any) -> Any:
-    return cache.attend(
-      query,
-      held,
-      gates,
-      config=CONFIG,
-      query_offset=jnp.array([61, 30]),
-      compressed_query=-query,  # The means do not meet it.
-      return_block_ids=True,
-      **call,
-    )
+    # The means do not meet the query of the compressed branch.
+    return _attend(held, query, gates, compressed_query=-query, **call)
 
   def by_hand(selected_query, selected_key, **call: Any) -> Any:
     where = {
