@@ -1,0 +1,655 @@
+"""Attention over selected blocks, forward: neighbouring queries together.
+
+The matrix products of Hopper (wgmma) have 64 rows: the heads of a group at
+several neighbouring positions, which read much the same blocks. A program has
+one warpgroup that loads and two or three that compute, of 64 rows each. The
+loading warpgroup walks the sorted lists of all queries of the program at once,
+like the merge of a merge sort: each step loads the lowest block that some query
+has not read yet, and publishes its id and a bit per query that chose it. The
+computing warpgroups mask the scores of queries without the bit, and skip a
+block that none of their queries chose.
+
+The bits of a query do not depend on its neighbours. A block that it did not
+choose has scores of -inf: the maximum stays, the correction is exp2(0) = 1, and
+the products add 0 to sums. This needs finite values: see `_values` for those
+that no query may read.
+"""
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.interface import Queries, Spec, per_row
+
+LOG2E = math.log2(math.e)
+# Initial maximum. That of a query without scores stays finite, so that
+# exp2(-inf - maximum) = 0.
+_MAX_INIT = -1e30
+# In place of a block id: the list of a query has ended.
+_NONE = 2**31 - 1
+# Rows of one wgmma, and of a warpgroup.
+_ROWS = 64
+# Set beside the bits of the queries if the tokens of the block differ in their
+# segment.
+_MIXED = 1 << 30
+
+
+class Sizes(NamedTuple):
+  """Static sizes of a call.
+
+  Attributes:
+    batch: B.
+    length: T.
+    kv_heads: K.
+    group: G, a multiple of 8.
+    head_dim: H.
+    value_dim: V.
+    key_length: S, tokens.
+    key_rows: S padded to whole blocks.
+    num_ids: n.
+    block: l'.
+    workers: computing warpgroups per program.
+    stages: blocks of keys, and of values, in flight.
+    tail: the last block that is read has its values in an array of its own.
+    segments: there are segment ids.
+  """
+
+  batch: int
+  length: int
+  kv_heads: int
+  group: int
+  head_dim: int
+  value_dim: int
+  key_length: int
+  key_rows: int
+  num_ids: int
+  block: int
+  workers: int
+  stages: int
+  tail: bool
+  segments: bool
+
+  @property
+  def stride(self) -> int:
+    """Rows of a query in a tile: G, rounded up so that it divides 64."""
+    return pl.next_power_of_2(self.group)
+
+  @property
+  def per_worker(self) -> int:
+    """Queries of a warpgroup."""
+    return _ROWS // self.stride
+
+  @property
+  def per_program(self) -> int:
+    """Queries of a program."""
+    return self.workers * self.per_worker
+
+  @property
+  def tiles(self) -> int:
+    """Programs of a key/value head."""
+    return pl.cdiv(self.length, self.per_program)
+
+  @property
+  def blocks(self) -> int:
+    """M."""
+    return self.key_rows // self.block
+
+
+class _Place(NamedTuple):
+  """Where a program is."""
+
+  b: Any
+  h: Any
+  first: Any  # its first query
+  position: Any  # of that query
+
+
+class _Inputs(NamedTuple):
+  """Global memory that the kernel reads."""
+
+  offset: Any  # [B]
+  ids: Any  # [B * T * K, n]
+  q: Any  # [B * T * K, G, H]
+  k: Any  # [B * S, K, H], S padded to whole blocks
+  v: Any  # [B * S, K, V]
+  last: Any  # [B], the last block that is read; if `tail`
+  v_tail: Any  # [B * l', K, V], its values; if `tail`
+  query_segments: Any  # [B * T], -1: reads nothing; if `segments`
+  key_segments: Any  # [B * S]
+  lowest: Any  # [B * M], the lowest segment id of each block
+  highest: Any  # [B * M]
+
+
+class _Buffers(NamedTuple):
+  """Shared memory and barriers of a program."""
+
+  q: Any  # [workers, 64, H]
+  k: Any  # [stages, l', H]
+  v: Any  # [stages, l', V]
+  steps: Any  # [stages, 2]: block id, -1 after the last one; bits of queries
+  out: Any  # [workers, 64, V]
+  lse: Any  # [workers, 64]
+  p: Any  # [workers, 64, l'], for the interpreter only
+  q_ready: Any  # per warpgroup
+  k_ready: Any  # per stage, as the following
+  v_ready: Any
+  k_free: Any
+  v_free: Any
+
+
+def _row(s: Sizes, at: _Place, i: Any) -> Any:
+  """Row of query i of a program in [B * T * K, ...]; the last one stands in."""
+  t = at.first + i
+  if s.length % s.per_program:
+    t = lax.min(t, jnp.int32(s.length - 1))
+  return (at.b * s.length + t) * s.kv_heads + at.h
+
+
+def _load(s: Sizes, x: _Inputs, to: _Buffers, at: _Place, interpret: bool):
+  """The loading warpgroup: the union of the lists, and its blocks."""
+  if not interpret:
+    plgpu.set_max_registers(_registers(s.workers)[0], action="decrease")
+  queries = range(s.per_program)
+  rows = [_row(s, at, i) for i in queries]
+  # Id of each query's own block; -1 if the query reads nothing. The shift of a
+  # negative position is negative.
+  shift = s.block.bit_length() - 1
+  own = []
+  for i in queries:
+    t = at.position + i
+    inside = t < s.key_length
+    if s.length % s.per_program:
+      inside &= at.first + i < s.length
+    own.append(jnp.where(inside, lax.shift_right_arithmetic(t, shift), -1))
+
+  def entry(i, place):
+    """Block of query i at a place of its list. Later than its own: none."""
+    block_id = x.ids[rows[i], lax.min(place, jnp.int32(s.num_ids - 1))]
+    some = (place < s.num_ids) & (block_id >= 0) & (block_id <= own[i])
+    return jnp.where(some, block_id, _NONE)
+
+  segments = []
+  if s.segments:
+    for i in queries:
+      t = at.first + i
+      if s.length % s.per_program:
+        t = lax.min(t, jnp.int32(s.length - 1))
+      segments.append(x.query_segments[at.b * s.length + t])
+
+  def readers(heads, block_id):
+    """A bit per query that reads the block."""
+    hits = [head == block_id for head in heads]
+    mixed = jnp.int32(0)
+    if s.segments:
+      low, high = (
+        y[at.b * s.blocks + block_id] for y in (x.lowest, x.highest)
+      )
+      hits = [
+        hit & (low <= own_segment) & (own_segment <= high)
+        for hit, own_segment in zip(hits, segments, strict=True)
+      ]
+      mixed = jnp.where(low != high, jnp.int32(_MIXED), 0)
+    bits = [jnp.where(hit, jnp.int32(1 << i), 0) for i, hit in enumerate(hits)]
+    return functools.reduce(jnp.bitwise_or, bits, mixed)
+
+  def lowest(heads):
+    return functools.reduce(lax.min, heads)
+
+  def when_free(barrier, i):
+    @pl.when(i >= s.stages)
+    def _():
+      plgpu.barrier_wait(barrier.at[lax.rem(i, s.stages)])
+
+  def step(carry):
+    i, places, heads = carry
+    slot = lax.rem(i, s.stages)
+    block_id = lowest(heads)
+    bits = readers(heads, block_id)
+    # The loads of the next step are issued before waiting.
+    places = tuple(
+      place + (head == block_id).astype(jnp.int32)
+      for place, head in zip(places, heads, strict=True)
+    )
+    heads = tuple(entry(q, place) for q, place in enumerate(places))
+    start = block_id * s.block
+    span = pl.ds(pl.multiple_of(at.b * s.key_rows + start, s.block), s.block)
+    when_free(to.k_free, i)
+    to.steps[slot, 0] = block_id
+    to.steps[slot, 1] = bits
+    # This arrives on the barrier, too: whoever waits for the keys sees the
+    # step.
+    plgpu.copy_gmem_to_smem(
+      x.k.at[span, at.h], to.k.at[slot], to.k_ready.at[slot]
+    )
+    when_free(to.v_free, i)
+
+    def values(ref, span):
+      plgpu.copy_gmem_to_smem(
+        ref.at[span, at.h], to.v.at[slot], to.v_ready.at[slot]
+      )
+
+    if s.tail:
+      at_end = block_id == x.last[at.b]
+      tail = pl.ds(pl.multiple_of(at.b * s.block, s.block), s.block)
+      pl.when(at_end)(lambda: values(x.v_tail, tail))
+      pl.when(~at_end)(lambda: values(x.v, span))
+    else:
+      values(x.v, span)
+    return i + 1, places, heads
+
+  places = tuple(jnp.int32(0) for _ in queries)
+  heads = tuple(entry(i, place) for i, place in enumerate(places))
+  i, _, _ = lax.while_loop(
+    lambda carry: lowest(carry[2]) != _NONE,
+    step,
+    (jnp.int32(0), places, heads),
+  )
+  slot = lax.rem(i, s.stages)
+  when_free(to.k_free, i)
+  to.steps[slot, 0] = jnp.int32(-1)
+  plgpu.barrier_arrive(to.k_ready.at[slot])
+  if interpret:  # It wants every barrier awaited.
+
+    def drain(barrier, first):
+      lax.fori_loop(
+        lax.max(first, jnp.int32(0)),
+        i,
+        lambda j, _: plgpu.barrier_wait(barrier.at[lax.rem(j, s.stages)]),
+        None,
+      )
+
+    drain(to.k_free, i - s.stages + 1)
+    drain(to.v_free, i - s.stages)
+
+
+def _compute(
+  s: Sizes,
+  x: _Inputs,
+  out_ref: Any,  # [B * T * K, G, V]
+  lse_ref: Any,  # [B * K, tiles * workers * 64]
+  to: _Buffers,
+  at: _Place,
+  worker: Any,
+  scale: float,
+  interpret: bool,
+):
+  """A computing warpgroup: attention of its 64 rows over the steps."""
+  if not interpret:
+    plgpu.set_max_registers(_registers(s.workers)[1], action="increase")
+  dtype = x.q.dtype
+  layout = plgpu.Layout.WGMMA
+  q = to.q.at[worker]
+  mine = worker * s.per_worker  # Its first query in the program.
+  for j in range(s.per_worker):
+    plgpu.copy_gmem_to_smem(
+      x.q.at[_row(s, at, mine + j)],
+      q.at[pl.ds(j * s.stride, s.group)],
+      to.q_ready.at[worker],
+    )
+
+  def vector(fill):
+    return plgpu.layout_cast(
+      jnp.full((_ROWS,), fill, jnp.float32), layout.reduce(1)
+    )
+
+  def wide(y, width):
+    return lax.broadcast_in_dim(y, (_ROWS, width), [0])
+
+  tile = _ROWS, s.block
+  query = lax.shift_right_logical(
+    plgpu.broadcasted_iota(jnp.int32, tile, 0, layout=layout),
+    s.stride.bit_length() - 1,
+  )
+  column = plgpu.broadcasted_iota(jnp.int32, tile, 1, layout=layout)
+  position = at.position + mine
+  everybody = 2**s.per_worker - 1
+
+  def look(i):
+    """Waits for the keys of a step; its block and the bits of queries."""
+    slot = lax.rem(i, s.stages)
+    plgpu.barrier_wait(to.k_ready.at[slot])
+    return to.steps[slot, 0], to.steps[slot, 1]
+
+  def scores(slot):
+    def run(acc):
+      plgpu.wgmma(acc, q, to.k.at[slot].T)
+      return acc[...]
+
+    return pl.run_scoped(run, plgpu.ACC(tile, jnp.float32))
+
+  def masked(y, block_id, bits, readers):
+    """Scores, -inf where a query does not read a key."""
+    start = block_id * s.block
+    ok = (lax.shift_right_logical(readers, query) & 1) == 1
+    ok &= column + start <= query + position
+    y = jnp.where(ok, y, -jnp.inf)
+    if not s.segments:
+      return y
+
+    def same_segment(y):
+      span = pl.ds(at.b * s.key_rows + start, s.block)
+      keys = plgpu.load(x.key_segments.at[span], layout=layout.reduce(0))
+      of_query = query * 0 - 1
+      for j in range(s.per_worker):
+        t = at.first + mine + j
+        if s.length % s.per_program:
+          t = lax.min(t, jnp.int32(s.length - 1))
+        own = x.query_segments[at.b * s.length + t]
+        of_query = jnp.where(query == j, own, of_query)
+      same = lax.broadcast_in_dim(keys, tile, [1]) == of_query
+      return jnp.where(same, y, -jnp.inf)
+
+    return lax.cond(bits >= _MIXED, same_segment, lambda y: y, y)
+
+  def times_values(acc, p, slot):
+    """acc + P V."""
+
+    def run(ref):
+      if interpret:  # It takes operands from shared memory only.
+        plgpu.wgmma(ref, to.p.at[worker], to.v.at[slot])
+        return ref[...]
+      plgpu.wgmma(ref, p, to.v.at[slot])
+
+    if interpret:
+      to.p[worker] = p
+      plgpu.commit_smem()
+      start = plgpu.ACC((_ROWS, s.value_dim), jnp.float32)
+      return acc + pl.run_scoped(run, start)
+    return pl.run_state(run)(plgpu.ACC.init(acc))
+
+  def attend(slot, block_id, bits, readers, state):
+    acc, m_i, l_i = state
+    y = scores(slot)
+    plgpu.barrier_arrive(to.k_free.at[slot])
+    some_unread = (
+      (readers != everybody)
+      | ((block_id + 1) * s.block - 1 > position)
+      | (bits >= _MIXED)
+    )
+    y = lax.cond(
+      some_unread,
+      lambda y: masked(y, block_id, bits, readers),
+      lambda y: y,
+      y,
+    )
+    # As everywhere, exponents are of base 2.
+    m_next = jnp.maximum(m_i, y.max(axis=1) * (scale * LOG2E))
+    correction = jnp.exp2(m_i - m_next)
+    p = jnp.exp2(y * (scale * LOG2E) - wide(m_next, s.block))
+    l_next = l_i * correction + p.sum(axis=1)
+    acc = acc * wide(correction, s.value_dim)
+    p = p.astype(dtype)
+    plgpu.barrier_wait(to.v_ready.at[slot])
+    acc = times_values(acc, p, slot)
+    plgpu.barrier_arrive(to.v_free.at[slot])
+    return acc, m_next, l_next
+
+  def skip(slot, state):
+    plgpu.barrier_arrive(to.k_free.at[slot])
+    plgpu.barrier_wait(to.v_ready.at[slot])
+    plgpu.barrier_arrive(to.v_free.at[slot])
+    return state
+
+  def step(carry):
+    i, block_id, bits, *state = carry
+    slot = lax.rem(i, s.stages)
+    readers = lax.shift_right_logical(bits, mine) & everybody
+    state = lax.cond(
+      readers != 0,
+      lambda *state: attend(slot, block_id, bits, readers, state),
+      lambda *state: skip(slot, state),
+      *state,
+    )
+    return i + 1, *look(i + 1), *state
+
+  plgpu.barrier_wait(to.q_ready.at[worker])
+  acc = plgpu.layout_cast(jnp.zeros((_ROWS, s.value_dim), jnp.float32), layout)
+  start = jnp.int32(0), *look(jnp.int32(0)), acc, vector(_MAX_INIT), vector(0)
+  *_, acc, m_i, l_i = lax.while_loop(lambda carry: carry[1] >= 0, step, start)
+
+  some = l_i != 0
+  total = jnp.where(some, l_i, 1.0)
+  lse = jnp.where(some, m_i * (1 / LOG2E) + jnp.log(total), -jnp.inf)
+  out = q if to.out is None else to.out.at[worker]
+  out[...] = (acc / wide(total, s.value_dim)).astype(dtype)
+  to.lse[worker] = lse
+  plgpu.commit_smem()
+  for j in range(s.per_worker):
+
+    def store(j=j):
+      plgpu.copy_smem_to_gmem(
+        out.at[pl.ds(j * s.stride, s.group)], out_ref.at[_row(s, at, mine + j)]
+      )
+
+    if s.length % s.per_program:
+      pl.when(at.first + mine + j < s.length)(store)
+    else:
+      store()
+  column_of_lse = (at.first + mine) * s.stride
+  plgpu.copy_smem_to_gmem(
+    to.lse.at[worker],
+    lse_ref.at[
+      at.b * s.kv_heads + at.h,
+      pl.ds(pl.multiple_of(column_of_lse, _ROWS), _ROWS),
+    ],
+  )
+  plgpu.wait_smem_to_gmem(0)
+
+
+def _registers(workers: int) -> tuple[int, int]:
+  """Registers per thread of the loading and of a computing warpgroup."""
+  # Together at most 512 with the 128 threads of each.
+  return {1: (40, 232), 2: (40, 232), 3: (32, 160)}[workers]
+
+
+def _kernel(s: Sizes, scale: float, interpret: bool) -> Any:
+  """The kernel as a function of the arrays of `_Inputs` that are not None."""
+
+  def body(*refs):
+    given = [True] * 5 + [s.tail] * 2 + [s.segments] * 4
+    refs = list(refs)
+    x = _Inputs(*(refs.pop(0) if some else None for some in given))
+    out_ref, lse_ref, *buffers = refs
+    to = _Buffers(*buffers)
+    program, warpgroup = lax.axis_index("program"), lax.axis_index("warpgroup")
+    # Programs of a head run side by side, so that its keys stay in L2. Late
+    # queries, which read most, come first.
+    head = lax.div(program, s.tiles)
+    tile = s.tiles - 1 - lax.rem(program, s.tiles)
+    b, h = lax.div(head, s.kv_heads), lax.rem(head, s.kv_heads)
+    first = tile * s.per_program
+    at = _Place(b, h, first, x.offset[b] + first)
+    pl.when(warpgroup == s.workers)(lambda: _load(s, x, to, at, interpret))
+    pl.when(warpgroup < s.workers)(
+      lambda: _compute(
+        s, x, out_ref, lse_ref, to, at, warpgroup, scale, interpret
+      )
+    )
+
+  def call(dtype, arrays):
+    smem, barrier = plgpu.SMEM, plgpu.Barrier
+    per_stage = functools.partial(barrier, num_barriers=s.stages)
+    shared = s.value_dim == s.head_dim  # Out can take the place of queries.
+    scratch = _Buffers(
+      q=smem((s.workers, _ROWS, s.head_dim), dtype),
+      k=smem((s.stages, s.block, s.head_dim), dtype),
+      v=smem((s.stages, s.block, s.value_dim), dtype),
+      steps=smem((s.stages, 2), jnp.int32),
+      out=None if shared else smem((s.workers, _ROWS, s.value_dim), dtype),
+      lse=smem((s.workers, _ROWS), jnp.float32),
+      p=smem((s.workers, _ROWS, s.block), dtype) if interpret else None,
+      q_ready=barrier(num_arrivals=s.per_worker, num_barriers=s.workers),
+      k_ready=per_stage(),
+      v_ready=per_stage(),
+      k_free=per_stage(num_arrivals=s.workers),
+      v_free=per_stage(num_arrivals=s.workers),
+    )
+    rows = s.batch * s.length * s.kv_heads
+    heads = s.batch * s.kv_heads
+    options = {"interpret": plgpu.InterpretGPUParams()} if interpret else {}
+    return plgpu.kernel(
+      body,
+      out_type=(
+        jax.ShapeDtypeStruct((rows, s.group, s.value_dim), dtype),
+        jax.ShapeDtypeStruct(
+          (heads, s.tiles * s.workers * _ROWS), jnp.float32
+        ),
+      ),
+      grid=(heads * s.tiles,),
+      grid_names=("program",),
+      num_threads=s.workers + 1,
+      thread_name="warpgroup",
+      scratch_types=list(scratch),
+      compiler_params=plgpu.CompilerParams(
+        approx_math=True, reduction_scratch_bytes=0
+      ),
+      kernel_name="nsa_selected_union_fwd",
+      **options,
+    )(*arrays)
+
+  return call
+
+
+def shared_bytes(
+  block: int, head_dim: int, value_dim: int, workers: int, stages: int
+) -> int:
+  """Shared memory of a program, without barriers."""
+  rows = stages * block + workers * _ROWS
+  size = 2 * rows * head_dim + 2 * stages * block * value_dim
+  if head_dim != value_dim:
+    size += 2 * workers * _ROWS * value_dim
+  return size + 4 * workers * _ROWS + 8 * stages
+
+
+def _values(
+  value: jax.Array, queries: Queries, length: int, key_length: int, block: int
+) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
+  """Values whose unreadable tokens, in blocks that are read, are 0.
+
+  The weight of a key that a query does not read is 0, and 0 * NaN is NaN. What
+  no query may read must therefore be finite: padding, here 0 in a copy of the
+  values, and tokens after the last query. These share a block with tokens that
+  are read only in the block of the last query, which alone is copied.
+
+  Args:
+    value: [B, S, K, V], S padded to whole blocks.
+    queries: queries of the call.
+    length: T.
+    key_length: S before padding.
+    block: l'.
+
+  Returns:
+    The values; the last block that is read, int32 [B], and its values
+    [B, l', K, V], or None twice if no token of it is after the last query.
+  """
+  if queries.key_segments is not None:
+    padding = value.shape[1] - key_length
+    segments = jnp.pad(queries.key_segments, [(0, 0), (0, padding)])
+    value = jnp.where(segments[:, :, None, None] > 0, value, 0)
+  if isinstance(queries.offset, int):
+    end = queries.offset + length  # Tokens from here on are not read.
+    if end >= key_length or end % block == 0:
+      return value, None, None
+  batch = len(value)
+  last_token = per_row(queries.offset, batch) + (length - 1)
+  last = jnp.clip(last_token, 0, key_length - 1) // block
+  token = last[:, None] * block + jnp.arange(block, dtype=jnp.int32)
+  tail = jnp.take_along_axis(value, token[:, :, None, None], axis=1)
+  read = token <= last_token[:, None]
+  return value, last, jnp.where(read[:, :, None, None], tail, 0)
+
+
+def _segments(queries: Queries, key_rows: int, block: int) -> list[jax.Array]:
+  """Segments of queries and keys, lowest and highest of each block."""
+  keys, of_queries = queries.key_segments, queries.query_segments
+  if keys is None or of_queries is None:
+    return []
+  keys = jnp.pad(keys, [(0, 0), (0, key_rows - keys.shape[1])])
+  blocks = keys.reshape(len(keys), -1, block)
+  parts = (
+    jnp.where(of_queries > 0, of_queries, -1),
+    keys,
+    blocks.min(axis=-1),
+    blocks.max(axis=-1),
+  )
+  return [x.astype(jnp.int32).reshape(-1) for x in parts]
+
+
+def forward(
+  spec: Spec,
+  qkv: tuple[jax.Array, ...],
+  index: tuple[jax.Array, Queries],
+  *,
+  workers: int,
+  stages: int,
+) -> tuple[jax.Array, jax.Array]:
+  """Out [B, T, N, V] and lse [B, T, N] (float32) of the selected branch.
+
+  Args:
+    spec: static arguments of the call.
+    qkv: query [B, T, N, H], key [B, S, K, H], value [B, S, K, V].
+    index: block ids int32 [B, T, K, n], ascending, then -1; and queries.
+    workers: computing warpgroups per program.
+    stages: blocks of keys, and of values, in flight.
+  """
+  query, key, value = qkv
+  block_ids, queries = index
+  batch, length, heads, head_dim = query.shape
+  kv_heads, value_dim = value.shape[2:]
+  group = heads // kv_heads
+  block = spec.config.selection_block
+  key_rows = pl.cdiv(spec.key_length, block) * block
+
+  def whole_blocks(x):
+    if x.shape[1] == key_rows:
+      return x
+    x = x[:, : spec.key_length]
+    rows = key_rows - x.shape[1]
+    return jnp.pad(x, [(0, 0), (0, rows), (0, 0), (0, 0)])
+
+  grouped = query.reshape(batch * length * kv_heads, group, head_dim)
+  eights = pl.cdiv(group, 8) * 8
+  if eights != group:  # A tile in shared memory has multiples of 8 rows.
+    grouped = jnp.pad(grouped, [(0, 0), (0, eights - group), (0, 0)])
+  key, value = whole_blocks(key), whole_blocks(value)
+  value, last, tail = _values(value, queries, length, spec.key_length, block)
+  segments = _segments(queries, key_rows, block)
+  arrays = [
+    per_row(queries.offset, batch),
+    block_ids.reshape(batch * length * kv_heads, -1),
+    grouped,
+    key.reshape(-1, kv_heads, head_dim),
+    value.reshape(-1, kv_heads, value_dim),
+  ]
+  if last is not None and tail is not None:
+    arrays += [last, tail.reshape(-1, kv_heads, value_dim)]
+  arrays += segments
+  sizes = Sizes(
+    batch=batch,
+    length=length,
+    kv_heads=kv_heads,
+    group=eights,
+    head_dim=head_dim,
+    value_dim=value_dim,
+    key_length=spec.key_length,
+    key_rows=key_rows,
+    num_ids=block_ids.shape[-1],
+    block=block,
+    workers=workers,
+    stages=stages,
+    tail=last is not None,
+    segments=bool(segments),
+  )
+  kernel = _kernel(sizes, spec.scale, spec.interpret)
+  out, lse = kernel(query.dtype, arrays)
+  out = out[:, :group].reshape(batch, length, heads, value_dim)
+  rows = sizes.tiles * sizes.per_program
+  lse = lse.reshape(batch, kv_heads, rows, sizes.stride)
+  lse = lse[:, :, :length, :group].swapaxes(1, 2)
+  return out, lse.reshape(batch, length, heads)
