@@ -154,7 +154,7 @@ def _row(s: Sizes, at: _Place, i: Any) -> Any:
 def _load(s: Sizes, x: _Inputs, to: _Buffers, at: _Place, interpret: bool):
   """The loading warpgroup: the union of the lists, and its blocks."""
   if not interpret:
-    plgpu.set_max_registers(_registers(s.workers)[0], action="decrease")
+    plgpu.set_max_registers(_registers(s)[0], action="decrease")
   queries = range(s.per_program)
   rows = [_row(s, at, i) for i in queries]
   # Id of each query's own block; -1 if the query reads nothing. The shift of a
@@ -281,7 +281,7 @@ def _compute(
 ):
   """A computing warpgroup: attention of its 64 rows over the steps."""
   if not interpret:
-    plgpu.set_max_registers(_registers(s.workers)[1], action="increase")
+    plgpu.set_max_registers(_registers(s)[1], action="increase")
   dtype = x.q.dtype
   layout = plgpu.Layout.WGMMA
   q = to.q.at[worker]
@@ -334,7 +334,9 @@ def _compute(
 
     def same_segment(y):
       span = pl.ds(at.b * s.key_rows + start, s.block)
-      keys = plgpu.load(x.key_segments.at[span], layout=layout.reduce(0))
+      keys = plgpu.load(
+        x.key_segments.at[span], layout=layout.reduce(0), optimized=False
+      )
       of_query = query * 0 - 1
       for j in range(s.per_worker):
         t = at.first + mine + j
@@ -442,10 +444,15 @@ def _compute(
   plgpu.wait_smem_to_gmem(0)
 
 
-def _registers(workers: int) -> tuple[int, int]:
-  """Registers per thread of the loading and of a computing warpgroup."""
-  # Together at most 512 with the 128 threads of each.
-  return {1: (40, 232), 2: (40, 232), 3: (32, 160)}[workers]
+def _registers(s: Sizes) -> tuple[int, int]:
+  """Registers per thread of the loading and of a computing warpgroup.
+
+  Those of all warpgroups add up to 512 at most. The loading one holds a place
+  and an entry of every list.
+  """
+  loading = 48 + 8 * pl.cdiv(s.per_program, 3 if s.workers == 3 else 2)
+  computing = (512 - loading) // s.workers // 8 * 8
+  return 512 - s.workers * computing, computing
 
 
 def _kernel(s: Sizes, scale: float, interpret: bool) -> Any:
