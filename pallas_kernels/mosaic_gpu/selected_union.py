@@ -25,16 +25,17 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.interface import Queries, Spec, per_row
+from pallas_kernels.interface import Queries, Spec, per_row, segment_pair
+from pallas_kernels.mosaic_gpu.interpreter import interpreted
+from pallas_kernels.mosaic_gpu.tiling import ROWS, UnionTile
 
-LOG2E = math.log2(math.e)
+# The softmax uses exp2, which is one instruction; the scale includes log2(e).
+_LOG2E = math.log2(math.e)
 # Initial maximum. That of a query without scores stays finite, so that
 # exp2(-inf - maximum) = 0.
 _MAX_INIT = -1e30
 # In place of a block id: the list of a query has ended.
 _NONE = 2**31 - 1
-# Rows of one wgmma, and of a warpgroup.
-_ROWS = 64
 # Set beside the bits of the queries if the tokens of the block differ in their
 # segment.
 _MIXED = 1 << 30
@@ -47,7 +48,7 @@ class Sizes(NamedTuple):
     batch: B.
     length: T.
     kv_heads: K.
-    group: G, a multiple of 8.
+    group: G.
     head_dim: H.
     value_dim: V.
     key_length: S, tokens.
@@ -55,7 +56,7 @@ class Sizes(NamedTuple):
     num_ids: n.
     block: l'.
     workers: computing warpgroups per program.
-    stages: blocks of keys, and of values, in flight.
+    stages: blocks of keys, and of values, in shared memory.
     tail: the last block that is read has its values in an array of its own.
     segments: there are segment ids.
   """
@@ -83,7 +84,7 @@ class Sizes(NamedTuple):
   @property
   def per_worker(self) -> int:
     """Queries of a warpgroup."""
-    return _ROWS // self.stride
+    return ROWS // self.stride
 
   @property
   def per_program(self) -> int:
@@ -187,9 +188,7 @@ def _load(s: Sizes, x: _Inputs, to: _Buffers, at: _Place, interpret: bool):
     hits = [head == block_id for head in heads]
     mixed = jnp.int32(0)
     if s.segments:
-      low, high = (
-        y[at.b * s.blocks + block_id] for y in (x.lowest, x.highest)
-      )
+      low, high = (y[at.b * s.blocks + block_id] for y in (x.lowest, x.highest))
       hits = [
         hit & (low <= own_segment) & (own_segment <= high)
         for hit, own_segment in zip(hits, segments, strict=True)
@@ -295,13 +294,13 @@ def _compute(
 
   def vector(fill):
     return plgpu.layout_cast(
-      jnp.full((_ROWS,), fill, jnp.float32), layout.reduce(1)
+      jnp.full((ROWS,), fill, jnp.float32), layout.reduce(1)
     )
 
   def wide(y, width):
-    return lax.broadcast_in_dim(y, (_ROWS, width), [0])
+    return lax.broadcast_in_dim(y, (ROWS, width), [0])
 
-  tile = _ROWS, s.block
+  tile = ROWS, s.block
   query = lax.shift_right_logical(
     plgpu.broadcasted_iota(jnp.int32, tile, 0, layout=layout),
     s.stride.bit_length() - 1,
@@ -361,7 +360,7 @@ def _compute(
     if interpret:
       to.p[worker] = p
       plgpu.commit_smem()
-      start = plgpu.ACC((_ROWS, s.value_dim), jnp.float32)
+      start = plgpu.ACC((ROWS, s.value_dim), jnp.float32)
       return acc + pl.run_scoped(run, start)
     return pl.run_state(run)(plgpu.ACC.init(acc))
 
@@ -381,9 +380,9 @@ def _compute(
       y,
     )
     # As everywhere, exponents are of base 2.
-    m_next = jnp.maximum(m_i, y.max(axis=1) * (scale * LOG2E))
+    m_next = jnp.maximum(m_i, y.max(axis=1) * (scale * _LOG2E))
     correction = jnp.exp2(m_i - m_next)
-    p = jnp.exp2(y * (scale * LOG2E) - wide(m_next, s.block))
+    p = jnp.exp2(y * (scale * _LOG2E) - wide(m_next, s.block))
     l_next = l_i * correction + p.sum(axis=1)
     acc = acc * wide(correction, s.value_dim)
     p = p.astype(dtype)
@@ -411,13 +410,13 @@ def _compute(
     return i + 1, *look(i + 1), *state
 
   plgpu.barrier_wait(to.q_ready.at[worker])
-  acc = plgpu.layout_cast(jnp.zeros((_ROWS, s.value_dim), jnp.float32), layout)
+  acc = plgpu.layout_cast(jnp.zeros((ROWS, s.value_dim), jnp.float32), layout)
   start = jnp.int32(0), *look(jnp.int32(0)), acc, vector(_MAX_INIT), vector(0)
   *_, acc, m_i, l_i = lax.while_loop(lambda carry: carry[1] >= 0, step, start)
 
   some = l_i != 0
   total = jnp.where(some, l_i, 1.0)
-  lse = jnp.where(some, m_i * (1 / LOG2E) + jnp.log(total), -jnp.inf)
+  lse = jnp.where(some, m_i * (1 / _LOG2E) + jnp.log(total), -jnp.inf)
   out = q if to.out is None else to.out.at[worker]
   out[...] = (acc / wide(total, s.value_dim)).astype(dtype)
   to.lse[worker] = lse
@@ -438,7 +437,7 @@ def _compute(
     to.lse.at[worker],
     lse_ref.at[
       at.b * s.kv_heads + at.h,
-      pl.ds(pl.multiple_of(column_of_lse, _ROWS), _ROWS),
+      pl.ds(pl.multiple_of(column_of_lse, ROWS), ROWS),
     ],
   )
   plgpu.wait_smem_to_gmem(0)
@@ -455,8 +454,11 @@ def _registers(s: Sizes) -> tuple[int, int]:
   return 512 - s.workers * computing, computing
 
 
-def _kernel(s: Sizes, scale: float, interpret: bool) -> Any:
-  """The kernel as a function of the arrays of `_Inputs` that are not None."""
+def _kernel(s: Sizes, dtype: Any, scale: float, interpret: bool) -> Any:
+  """The kernel as a function of the arrays of `_Inputs` that are not None.
+
+  It returns out [B * T * K, G, V] and lse [B * K, tiles * workers * 64].
+  """
 
   def body(*refs):
     given = [True] * 5 + [s.tail] * 2 + [s.segments] * 4
@@ -479,59 +481,44 @@ def _kernel(s: Sizes, scale: float, interpret: bool) -> Any:
       )
     )
 
-  def call(dtype, arrays):
-    smem, barrier = plgpu.SMEM, plgpu.Barrier
-    per_stage = functools.partial(barrier, num_barriers=s.stages)
-    shared = s.value_dim == s.head_dim  # Out can take the place of queries.
-    scratch = _Buffers(
-      q=smem((s.workers, _ROWS, s.head_dim), dtype),
-      k=smem((s.stages, s.block, s.head_dim), dtype),
-      v=smem((s.stages, s.block, s.value_dim), dtype),
-      steps=smem((s.stages, 2), jnp.int32),
-      out=None if shared else smem((s.workers, _ROWS, s.value_dim), dtype),
-      lse=smem((s.workers, _ROWS), jnp.float32),
-      p=smem((s.workers, _ROWS, s.block), dtype) if interpret else None,
-      q_ready=barrier(num_arrivals=s.per_worker, num_barriers=s.workers),
-      k_ready=per_stage(),
-      v_ready=per_stage(),
-      k_free=per_stage(num_arrivals=s.workers),
-      v_free=per_stage(num_arrivals=s.workers),
-    )
-    rows = s.batch * s.length * s.kv_heads
-    heads = s.batch * s.kv_heads
-    options = {"interpret": plgpu.InterpretGPUParams()} if interpret else {}
-    return plgpu.kernel(
-      body,
-      out_type=(
-        jax.ShapeDtypeStruct((rows, s.group, s.value_dim), dtype),
-        jax.ShapeDtypeStruct(
-          (heads, s.tiles * s.workers * _ROWS), jnp.float32
-        ),
-      ),
-      grid=(heads * s.tiles,),
-      grid_names=("program",),
-      num_threads=s.workers + 1,
-      thread_name="warpgroup",
-      scratch_types=list(scratch),
-      compiler_params=plgpu.CompilerParams(
-        approx_math=True, reduction_scratch_bytes=0
-      ),
-      kernel_name="nsa_selected_union_fwd",
-      **options,
-    )(*arrays)
-
-  return call
-
-
-def shared_bytes(
-  block: int, head_dim: int, value_dim: int, workers: int, stages: int
-) -> int:
-  """Shared memory of a program, without barriers."""
-  rows = stages * block + workers * _ROWS
-  size = 2 * rows * head_dim + 2 * stages * block * value_dim
-  if head_dim != value_dim:
-    size += 2 * workers * _ROWS * value_dim
-  return size + 4 * workers * _ROWS + 8 * stages
+  smem, barrier = plgpu.SMEM, plgpu.Barrier
+  per_stage = functools.partial(barrier, num_barriers=s.stages)
+  shared = s.value_dim == s.head_dim  # Out can take the place of queries.
+  scratch = _Buffers(
+    q=smem((s.workers, ROWS, s.head_dim), dtype),
+    k=smem((s.stages, s.block, s.head_dim), dtype),
+    v=smem((s.stages, s.block, s.value_dim), dtype),
+    steps=smem((s.stages, 2), jnp.int32),
+    out=None if shared else smem((s.workers, ROWS, s.value_dim), dtype),
+    lse=smem((s.workers, ROWS), jnp.float32),
+    p=smem((s.workers, ROWS, s.block), dtype) if interpret else None,
+    q_ready=barrier(num_arrivals=s.per_worker, num_barriers=s.workers),
+    k_ready=per_stage(),
+    v_ready=per_stage(),
+    k_free=per_stage(num_arrivals=s.workers),
+    v_free=per_stage(num_arrivals=s.workers),
+  )
+  rows, heads = s.batch * s.length * s.kv_heads, s.batch * s.kv_heads
+  results = [
+    jax.ShapeDtypeStruct((rows, s.group, s.value_dim), dtype),
+    jax.ShapeDtypeStruct((heads, s.tiles * s.workers * ROWS), jnp.float32),
+  ]
+  run = plgpu.kernel(
+    body,
+    out_type=results,
+    grid=(heads * s.tiles,),
+    grid_names=("program",),
+    num_threads=s.workers + 1,
+    thread_name="warpgroup",
+    kernel_name="nsa_selected_fwd",
+    scratch_types=list(scratch),
+    # No reduction crosses warps.
+    compiler_params=plgpu.CompilerParams(
+      approx_math=True, reduction_scratch_bytes=0
+    ),
+    interpret=plgpu.InterpretGPUParams() if interpret else None,
+  )
+  return functools.partial(interpreted, run, results) if interpret else run
 
 
 def _values(
@@ -574,36 +561,29 @@ def _values(
 
 def _segments(queries: Queries, key_rows: int, block: int) -> list[jax.Array]:
   """Segments of queries and keys, lowest and highest of each block."""
-  keys, of_queries = queries.key_segments, queries.query_segments
-  if keys is None or of_queries is None:
+  segments = segment_pair(queries.key_segments, queries.query_segments)
+  if not segments:
     return []
+  keys, of_queries = segments
   keys = jnp.pad(keys, [(0, 0), (0, key_rows - keys.shape[1])])
   blocks = keys.reshape(len(keys), -1, block)
-  parts = (
-    jnp.where(of_queries > 0, of_queries, -1),
-    keys,
-    blocks.min(axis=-1),
-    blocks.max(axis=-1),
-  )
+  parts = of_queries, keys, blocks.min(axis=-1), blocks.max(axis=-1)
   return [x.astype(jnp.int32).reshape(-1) for x in parts]
 
 
 def forward(
   spec: Spec,
+  tile: UnionTile,
   qkv: tuple[jax.Array, ...],
   index: tuple[jax.Array, Queries],
-  *,
-  workers: int,
-  stages: int,
 ) -> tuple[jax.Array, jax.Array]:
   """Out [B, T, N, V] and lse [B, T, N] (float32) of the selected branch.
 
   Args:
     spec: static arguments of the call.
+    tile: tile sizes.
     qkv: query [B, T, N, H], key [B, S, K, H], value [B, S, K, V].
-    index: block ids int32 [B, T, K, n], ascending, then -1; and queries.
-    workers: computing warpgroups per program.
-    stages: blocks of keys, and of values, in flight.
+    index: block ids and queries.
   """
   query, key, value = qkv
   block_ids, queries = index
@@ -614,49 +594,44 @@ def forward(
   key_rows = pl.cdiv(spec.key_length, block) * block
 
   def whole_blocks(x):
-    if x.shape[1] == key_rows:
-      return x
-    x = x[:, : spec.key_length]
     rows = key_rows - x.shape[1]
-    return jnp.pad(x, [(0, 0), (0, rows), (0, 0), (0, 0)])
+    return jnp.pad(x, [(0, 0), (0, rows), (0, 0), (0, 0)]) if rows else x
 
-  grouped = query.reshape(batch * length * kv_heads, group, head_dim)
-  eights = pl.cdiv(group, 8) * 8
-  if eights != group:  # A tile in shared memory has multiples of 8 rows.
-    grouped = jnp.pad(grouped, [(0, 0), (0, eights - group), (0, 0)])
-  key, value = whole_blocks(key), whole_blocks(value)
-  value, last, tail = _values(value, queries, length, spec.key_length, block)
+  value, last, tail = _values(
+    whole_blocks(value), queries, length, spec.key_length, block
+  )
   segments = _segments(queries, key_rows, block)
   arrays = [
     per_row(queries.offset, batch),
     block_ids.reshape(batch * length * kv_heads, -1),
-    grouped,
-    key.reshape(-1, kv_heads, head_dim),
+    query.reshape(-1, group, head_dim),
+    whole_blocks(key).reshape(-1, kv_heads, head_dim),
     value.reshape(-1, kv_heads, value_dim),
   ]
   if last is not None and tail is not None:
     arrays += [last, tail.reshape(-1, kv_heads, value_dim)]
-  arrays += segments
   sizes = Sizes(
     batch=batch,
     length=length,
     kv_heads=kv_heads,
-    group=eights,
+    group=group,
     head_dim=head_dim,
     value_dim=value_dim,
     key_length=spec.key_length,
     key_rows=key_rows,
     num_ids=block_ids.shape[-1],
     block=block,
-    workers=workers,
-    stages=stages,
+    workers=tile.workers,
+    stages=tile.num_stages,
     tail=last is not None,
     segments=bool(segments),
   )
-  kernel = _kernel(sizes, spec.scale, spec.interpret)
-  out, lse = kernel(query.dtype, arrays)
-  out = out[:, :group].reshape(batch, length, heads, value_dim)
+  run = _kernel(sizes, query.dtype, spec.scale, spec.interpret)
+  out, lse = run(*arrays, *segments)
   rows = sizes.tiles * sizes.per_program
   lse = lse.reshape(batch, kv_heads, rows, sizes.stride)
   lse = lse[:, :, :length, :group].swapaxes(1, 2)
-  return out, lse.reshape(batch, length, heads)
+  return (
+    out.reshape(batch, length, heads, value_dim),
+    lse.reshape(batch, length, heads),
+  )

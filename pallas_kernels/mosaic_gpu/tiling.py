@@ -108,3 +108,85 @@ def band_tiling(*, head_dim: int, value_dim: int) -> BandTiling:
     if block_k <= most and not in_place(tile, head_dim, value_dim):
       return BandTiling(tile)
   return BandTiling(BandTile(64))
+
+
+@dataclasses.dataclass(frozen=True)
+class UnionTile:
+  """Tile sizes of the forward kernel of the selected branch.
+
+  Attributes:
+    workers: warpgroups that compute, 2 or 3, of 64 rows each. All their queries
+      share the blocks that are loaded.
+    num_stages: blocks of keys, and of values, in shared memory.
+  """
+
+  workers: int
+  num_stages: int
+
+
+@dataclasses.dataclass(frozen=True)
+class SelectedTiling:
+  """Tiles of the selected branch.
+
+  Attributes:
+    fwd: forward kernel.
+  """
+
+  fwd: UnionTile
+
+  def check_fit(self, head_dim: int, value_dim: int, block: int) -> None:
+    """Checks that the tiles fit a call.
+
+    Args:
+      head_dim: H.
+      value_dim: V.
+      block: l'.
+
+    Raises:
+      ValueError: naming the tiles and the rule.
+    """
+    tile = self.fwd
+    if tile.workers not in (2, 3):
+      raise ValueError(f"`fwd.workers` of {self} must be 2 or 3.")
+    if tile.num_stages < 2:
+      raise ValueError(f"`fwd.num_stages` of {self} must be at least 2.")
+    size = union_bytes(tile, head_dim, value_dim, block)
+    if size > _SHARED_MEMORY:
+      raise ValueError(
+        f"`fwd` of {self} takes {size} bytes of shared memory with head "
+        f"dimensions {head_dim} and {value_dim}; there are {_SHARED_MEMORY}."
+      )
+
+
+def union_bytes(
+  tile: UnionTile, head_dim: int, value_dim: int, block: int
+) -> int:
+  """Bytes of shared memory of the forward kernel of the selected branch.
+
+  Args:
+    tile: its tile sizes.
+    head_dim: H.
+    value_dim: V.
+    block: l'.
+  """
+  # The output passes through the buffer of the queries if it has their shape.
+  own = 0 if value_dim == head_dim else value_dim
+  rows = tile.workers * ROWS * (2 * (head_dim + own) + 4)
+  return rows + tile.num_stages * (2 * block * (head_dim + value_dim) + 8)
+
+
+def selected_tiling(
+  *, head_dim: int, value_dim: int, block: int
+) -> SelectedTiling | None:
+  """Chooses tiles of the selected branch; None if none fit.
+
+  Args:
+    head_dim: H.
+    value_dim: V.
+    block: l'.
+  """
+  for num_stages in (4, 3, 2):
+    tile = UnionTile(2, num_stages)
+    if union_bytes(tile, head_dim, value_dim, block) <= _SHARED_MEMORY:
+      return SelectedTiling(tile)
+  return None
