@@ -17,7 +17,6 @@ def check(
 ) -> None:
   """As in `interface`; `tiles` must be a `SelectedTiling` that fits."""
   support.check_where()
-  support.check_scores(spec)
   support.check_heads(*qkv)
   query, key, value = qkv
   block = spec.config.selection_block
