@@ -1,6 +1,7 @@
 """Runs interpreted kernels as a single step of a program, on a CPU."""
 
 import functools
+import os
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -9,6 +10,9 @@ import jax
 
 # The interpreter keeps the memory of a kernel in a global: one at a time.
 _LOCK = threading.Lock()
+# Threads of XLA that block while a kernel runs: one per warpgroup and some that
+# wait for these. XLA has one per core, or per device of the CPU.
+_THREADS = 8
 
 
 def interpreted(
@@ -23,7 +27,17 @@ def interpreted(
     run: the function of `arrays`.
     results: shapes and dtypes of its results.
     *arrays: its arguments.
+
+  Raises:
+    NotImplementedError: if XLA has too few threads; it would wait forever.
   """
+  threads = max(os.cpu_count() or 1, len(jax.devices("cpu")))
+  if threads < _THREADS:
+    raise NotImplementedError(
+      f"interpreted kernels of 'mosaic_gpu' take {_THREADS} threads, and XLA "
+      f"has {threads}: set the environment variable XLA_FLAGS to "
+      f'"--xla_force_host_platform_device_count={_THREADS}"'
+    )
   function = functools.partial(_run_alone, jax.jit(run))
   return jax.pure_callback(function, results, *arrays, vmap_method="sequential")
 

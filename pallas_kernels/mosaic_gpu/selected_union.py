@@ -29,6 +29,8 @@ from pallas_kernels.interface import Queries, Spec, per_row, segment_pair
 from pallas_kernels.mosaic_gpu.interpreter import interpreted
 from pallas_kernels.mosaic_gpu.tiling import ROWS, UnionTile
 
+# With its types mypy would complain of jax 0.10, which lacks some of it.
+_plgpu: Any = plgpu
 # The softmax uses exp2, which is one instruction; the scale includes log2(e).
 _LOG2E = math.log2(math.e)
 # Initial maximum. That of a query without scores stays finite, so that
@@ -333,7 +335,7 @@ def _compute(
 
     def same_segment(y):
       span = pl.ds(at.b * s.key_rows + start, s.block)
-      keys = plgpu.load(
+      keys = _plgpu.load(
         x.key_segments.at[span], layout=layout.reduce(0), optimized=False
       )
       of_query = query * 0 - 1
@@ -462,9 +464,9 @@ def _kernel(s: Sizes, dtype: Any, scale: float, interpret: bool) -> Any:
 
   def body(*refs):
     given = [True] * 5 + [s.tail] * 2 + [s.segments] * 4
-    refs = list(refs)
-    x = _Inputs(*(refs.pop(0) if some else None for some in given))
-    out_ref, lse_ref, *buffers = refs
+    rest = iter(refs)
+    x = _Inputs(*(next(rest) if some else None for some in given))
+    out_ref, lse_ref, *buffers = rest
     to = _Buffers(*buffers)
     program, warpgroup = lax.axis_index("program"), lax.axis_index("warpgroup")
     # Programs of a head run side by side, so that its keys stay in L2. Late
@@ -516,7 +518,7 @@ def _kernel(s: Sizes, dtype: Any, scale: float, interpret: bool) -> Any:
     compiler_params=plgpu.CompilerParams(
       approx_math=True, reduction_scratch_bytes=0
     ),
-    interpret=plgpu.InterpretGPUParams() if interpret else None,
+    interpret=_plgpu.InterpretGPUParams() if interpret else None,
   )
   return functools.partial(interpreted, run, results) if interpret else run
 

@@ -19,7 +19,7 @@ class BandTile:
   """Tile sizes of the forward kernel of band attention.
 
   Attributes:
-    block_k: keys per step, a multiple of 16 up to 256.
+    block_k: keys per step, 64, 128, 192 or 256.
     num_stages: tiles of keys, and of values, in shared memory.
     blocks: persistent blocks; None for one per multiprocessor.
   """
@@ -50,17 +50,13 @@ class BandTiling:
       ValueError: naming the tiles and the rule.
     """
     tile = self.fwd
-    if tile.block_k % 16 or not 16 <= tile.block_k <= 256:
-      raise ValueError(
-        f"`fwd.block_k` of {self} must be a multiple of 16 up to 256."
-      )
+    if tile.block_k not in (64, 128, 192, 256):
+      raise ValueError(f"`fwd.block_k` of {self} must be 64, 128, 192 or 256.")
     if tile.num_stages < 2:
       raise ValueError(f"`fwd.num_stages` of {self} must be at least 2.")
     if tile.blocks is not None and tile.blocks < 1:
       raise ValueError(f"`fwd.blocks` of {self} must be at least 1, or None.")
-    size = shared_bytes(
-      tile, head_dim, value_dim, in_place=value_dim <= head_dim
-    )
+    size = shared_bytes(tile, head_dim, value_dim)
     if size > _SHARED_MEMORY:
       raise ValueError(
         f"`fwd` of {self} takes {size} bytes of shared memory with head "
@@ -68,30 +64,43 @@ class BandTiling:
       )
 
 
-def shared_bytes(
-  tile: BandTile, head_dim: int, value_dim: int, *, in_place: bool
-) -> int:
+def shared_bytes(tile: BandTile, head_dim: int, value_dim: int) -> int:
   """Bytes of shared memory of the forward kernel.
 
   Args:
     tile: its tile sizes.
     head_dim: H.
     value_dim: V.
-    in_place: whether the output passes through the buffer of the queries.
   """
-  queries = 2 * WORKERS * ROWS * (head_dim + (0 if in_place else value_dim))
-  keys = 2 * tile.block_k * (head_dim + value_dim)
-  segments = 4 * tile.block_k
-  return queries + tile.num_stages * (keys + segments) + 4 * WORKERS * ROWS
+  size = _bytes_without_output(tile, head_dim, value_dim)
+  if in_place(tile, head_dim, value_dim):
+    return size
+  return size + _OUTPUT * value_dim
 
 
 def in_place(tile: BandTile, head_dim: int, value_dim: int) -> bool:
   """Whether the output has to pass through the buffer of the queries.
 
-  With a buffer of its own the next queries load while the last keys are read.
+  With a buffer of its own, the next queries load while the last keys are read.
+
+  Args:
+    tile: tile sizes of the forward kernel.
+    head_dim: H.
+    value_dim: V.
   """
-  size = shared_bytes(tile, head_dim, value_dim, in_place=False)
-  return size > _SHARED_MEMORY
+  size = _bytes_without_output(tile, head_dim, value_dim)
+  full = size + _OUTPUT * value_dim > _SHARED_MEMORY
+  return full and value_dim == head_dim
+
+
+# Bytes of the output of a piece, per value.
+_OUTPUT = 2 * WORKERS * ROWS
+
+
+def _bytes_without_output(tile: BandTile, head_dim: int, value_dim: int) -> int:
+  keys = tile.block_k * (2 * head_dim + 2 * value_dim + 4)  # 4 for segments
+  queries = WORKERS * ROWS * (2 * head_dim + 4)  # 4 for the lse
+  return queries + tile.num_stages * keys
 
 
 def band_tiling(*, head_dim: int, value_dim: int) -> BandTiling:
@@ -101,13 +110,21 @@ def band_tiling(*, head_dim: int, value_dim: int) -> BandTiling:
     head_dim: H.
     value_dim: V.
   """
-  # The accumulator and two tiles of scores are in registers.
-  most = {64: 128, 128: 128, 192: 96, 256: 64}[value_dim]
-  for block_k in (128, 96, 80, 64):
-    tile = BandTile(block_k)
-    if block_k <= most and not in_place(tile, head_dim, value_dim):
+  # Measured at H = V = 128 alone: 128 keys were faster than 64, and two stages
+  # as fast as three. The accumulator and two tiles of scores are in registers,
+  # so that wider values leave room for 64 keys only.
+  tile = BandTile(128)
+  fits = shared_bytes(tile, head_dim, value_dim) <= _SHARED_MEMORY
+  block_k = 128 if value_dim <= 128 and fits else 64
+  # As many bytes in flight for narrower heads.
+  width = head_dim + value_dim
+  most = min(max(2**16 // (block_k * width), 2), 4)
+  for num_stages in range(most, 2, -1):
+    tile = BandTile(block_k, num_stages)
+    fits = shared_bytes(tile, head_dim, value_dim) <= _SHARED_MEMORY
+    if fits and not in_place(tile, head_dim, value_dim):
       return BandTiling(tile)
-  return BandTiling(BandTile(64))
+  return BandTiling(BandTile(block_k))
 
 
 @dataclasses.dataclass(frozen=True)
