@@ -78,20 +78,15 @@ def _attend(
   **call: Any,
 ) -> Any:
   """Out and lse of the selected branch."""
-  config = NSAConfig(selection_block=block)
-
-  @jax.jit
-  def run(arrays: Any, call: Any) -> Any:
-    return nsa_jax.selected_attention(
-      *arrays,
-      config=config,
-      implementation=implementation,
-      **static,
-      **call,
-    )
-
-  static = {k: x for k, x in call.items() if isinstance(x, int)}
-  return run(arrays, {k: x for k, x in call.items() if k not in static})
+  static: dict[str, Any] = {k: x for k, x in call.items() if isinstance(x, int)}
+  traced = {k: x for k, x in call.items() if k not in static}
+  attend: Any = functools.partial(
+    nsa_jax.selected_attention,
+    config=NSAConfig(selection_block=block),
+    implementation=implementation,
+    **static,
+  )
+  return jax.jit(lambda arrays, call: attend(*arrays, **call))(arrays, traced)
 
 
 def _segments(batch: int, length: int, block: int) -> np.ndarray:
@@ -226,9 +221,8 @@ def _bits_do_not_depend_on_neighbours(length: int) -> None:
   strange = np.where(even, query, np.asarray(np.nan, query.dtype))
   first = _attend((query, key, value, ids))
   second = _attend((strange, key, value, np.where(even, ids, others)))
-  helpers.assert_same_bits(
-    *([x[:, ::2] for x in result] for result in (second, first))
-  )
+  first, second = ([x[:, ::2] for x in result] for result in (first, second))
+  helpers.assert_same_bits(second, first)
 
 
 def test_bits_do_not_depend_on_neighbours() -> None:
@@ -388,3 +382,24 @@ def _shapes(**sizes: Any) -> Any:
 )
 def test_lowers_for_cuda(sizes: dict[str, Any]) -> None:
   assert "nsa_selected_fwd" in _lower(**sizes)
+
+
+# ------------------------------------------------------------------- overlap
+
+
+@pytest.mark.parametrize("most", [256, 5])
+def test_mean_union(most: int) -> None:
+  from pallas_kernels.mosaic_gpu.selected_overlap import mean_union
+
+  rng = np.random.default_rng(0)
+  ids = _ids(rng, (2, 67, 3), 9, 4)
+  firsts = 4 * (np.arange(min(16, most)) * 16 // min(16, most))
+  unions = [
+    len(set(ids[b, t : t + 4, h].ravel()) - {-1})
+    for b in range(2)
+    for t in firsts
+    for h in range(3)
+  ]
+  actual = jax.jit(functools.partial(mean_union, most=most))(ids)
+  np.testing.assert_allclose(actual, np.mean(unions), rtol=1e-6)
+  assert mean_union(ids[:, :3]) == 0
