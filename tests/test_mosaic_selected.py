@@ -392,7 +392,7 @@ def test_mean_union(most: int) -> None:
   from pallas_kernels.mosaic_gpu.selected_overlap import mean_union
 
   rng = np.random.default_rng(0)
-  ids = _ids(rng, (2, 67, 3), 9, 4)
+  ids: Any = _ids(rng, (2, 67, 3), 9, 4)
   firsts = 4 * (np.arange(min(16, most)) * 16 // min(16, most))
   unions = [
     len(set(ids[b, t : t + 4, h].ravel()) - {-1})
