@@ -2,12 +2,13 @@
 
 The matrix products of Hopper (wgmma) have 64 rows: the heads of a group at
 several neighbouring positions, which read much the same blocks. A program has
-one warpgroup that loads and two or three that compute, of 64 rows each. The
-loading warpgroup walks the sorted lists of all queries of the program at once,
-like the merge of a merge sort: each step loads the lowest block that some query
-has not read yet, and publishes its id and a bit per query that chose it. The
-computing warpgroups mask the scores of queries without the bit, and skip a
-block that none of their queries chose.
+one warpgroup that loads and two or three that compute, of 64 rows each; their
+queries are a piece of work, and a program has several pieces, one after the
+other. The loading warpgroup walks the sorted lists of all queries of a piece at
+once, like the merge of a merge sort: each step loads the lowest block that some
+query has not read yet, and publishes its id and a bit per query that chose it.
+The computing warpgroups mask the scores of queries without the bit, and skip a
+block that none of their queries chose. A step without a block ends a piece.
 
 The bits of a query do not depend on its neighbours. A block that it did not
 choose has scores of -inf: the maximum stays, the correction is exp2(0) = 1, and
@@ -17,6 +18,7 @@ that no query may read.
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -26,6 +28,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.interface import Queries, Spec, per_row, segment_pair
+from pallas_kernels.mosaic_gpu import support
 from pallas_kernels.mosaic_gpu.interpreter import interpreted
 from pallas_kernels.mosaic_gpu.tiling import ROWS, UnionTile
 
@@ -59,6 +62,7 @@ class Sizes(NamedTuple):
     block: l'.
     workers: computing warpgroups per program.
     stages: blocks of keys, and of values, in shared memory.
+    programs: number of programs.
     tail: the last block that is read has its values in an array of its own.
     segments: there are segment ids.
   """
@@ -75,6 +79,7 @@ class Sizes(NamedTuple):
   block: int
   workers: int
   stages: int
+  programs: int
   tail: bool
   segments: bool
 
@@ -89,14 +94,19 @@ class Sizes(NamedTuple):
     return ROWS // self.stride
 
   @property
-  def per_program(self) -> int:
-    """Queries of a program."""
+  def per_piece(self) -> int:
+    """Queries of a piece."""
     return self.workers * self.per_worker
 
   @property
-  def tiles(self) -> int:
-    """Programs of a key/value head."""
-    return pl.cdiv(self.length, self.per_program)
+  def pieces(self) -> int:
+    """Pieces of a key/value head."""
+    return pl.cdiv(self.length, self.per_piece)
+
+  @property
+  def total(self) -> int:
+    """Pieces of the call."""
+    return self.batch * self.kv_heads * self.pieces
 
   @property
   def blocks(self) -> int:
@@ -104,8 +114,8 @@ class Sizes(NamedTuple):
     return self.key_rows // self.block
 
 
-class _Place(NamedTuple):
-  """Where a program is."""
+class _Piece(NamedTuple):
+  """A piece of work."""
 
   b: Any
   h: Any
@@ -135,8 +145,8 @@ class _Buffers(NamedTuple):
   q: Any  # [workers, 64, H]
   k: Any  # [stages, l', H]
   v: Any  # [stages, l', V]
-  steps: Any  # [stages, 2]: block id, -1 after the last one; bits of queries
-  out: Any  # [workers, 64, V]
+  steps: Any  # [stages, 2]: block id, -1 ends a piece; bits of queries
+  out: Any  # [workers, 64, V]; None: it takes the place of the queries
   lse: Any  # [workers, 64]
   p: Any  # [workers, 64, l'], for the interpreter only
   q_ready: Any  # per warpgroup
@@ -146,29 +156,81 @@ class _Buffers(NamedTuple):
   v_free: Any
 
 
-def _row(s: Sizes, at: _Place, i: Any) -> Any:
-  """Row of query i of a program in [B * T * K, ...]; the last one stands in."""
+def _each_piece(
+  s: Sizes, x: _Inputs, run: Callable[[Any, Any, _Piece], Any]
+) -> Any:
+  """Runs run(n, step, piece) for the pieces of this program; returns the step.
+
+  Args:
+    s: sizes.
+    x: global memory.
+    run: takes the number of pieces and of steps before this one, and returns
+      the number of steps after it.
+  """
+  program = lax.axis_index("program")
+
+  def one(n, step):
+    # Neighbouring programs share a head, so that its keys stay in L2. Late
+    # queries, which read most, come first.
+    i = program + n * s.programs
+    head = lax.div(i, s.pieces)
+    first = (s.pieces - 1 - lax.rem(i, s.pieces)) * s.per_piece
+    b, h = lax.div(head, s.kv_heads), lax.rem(head, s.kv_heads)
+    return run(n, step, _Piece(b, h, first, x.offset[b] + first))
+
+  return lax.fori_loop(0, _num_pieces(s), one, jnp.int32(0))
+
+
+def _num_pieces(s: Sizes) -> Any:
+  """Pieces of this program."""
+  return lax.div(s.total - 1 - lax.axis_index("program"), s.programs) + 1
+
+
+def _query(s: Sizes, at: _Piece, i: Any) -> Any:
+  """Index of query i of a piece; after the last one, the last one's."""
   t = at.first + i
-  if s.length % s.per_program:
-    t = lax.min(t, jnp.int32(s.length - 1))
-  return (at.b * s.length + t) * s.kv_heads + at.h
+  return lax.min(t, jnp.int32(s.length - 1)) if s.length % s.per_piece else t
 
 
-def _load(s: Sizes, x: _Inputs, to: _Buffers, at: _Place, interpret: bool):
-  """The loading warpgroup: the union of the lists, and its blocks."""
+def _row(s: Sizes, at: _Piece, i: Any) -> Any:
+  """Row of query i of a piece in [B * T * K, ...]."""
+  return (at.b * s.length + _query(s, at, i)) * s.kv_heads + at.h
+
+
+def _load(s: Sizes, x: _Inputs, to: _Buffers, interpret: bool):
+  """The loading warpgroup."""
   if not interpret:
     plgpu.set_max_registers(_registers(s)[0], action="decrease")
-  queries = range(s.per_program)
+  end = _each_piece(s, x, functools.partial(_load_piece, s, x, to))
+  if interpret:  # It wants every barrier awaited.
+
+    def drain(barrier, end):
+      lax.fori_loop(
+        lax.max(end - s.stages, jnp.int32(0)),
+        end,
+        lambda i, _: plgpu.barrier_wait(barrier.at[lax.rem(i, s.stages)]),
+        None,
+      )
+
+    drain(to.k_free, end)
+    drain(to.v_free, end - _num_pieces(s))
+
+
+def _load_piece(
+  s: Sizes, x: _Inputs, to: _Buffers, n: Any, i: Any, at: _Piece
+) -> Any:
+  """Loads the union of the lists of a piece; arguments as in `_each_piece`."""
+  queries = range(s.per_piece)
   rows = [_row(s, at, i) for i in queries]
   # Id of each query's own block; -1 if the query reads nothing. The shift of a
   # negative position is negative.
   shift = s.block.bit_length() - 1
   own = []
-  for i in queries:
-    t = at.position + i
+  for query in queries:
+    t = at.position + query
     inside = t < s.key_length
-    if s.length % s.per_program:
-      inside &= at.first + i < s.length
+    if s.length % s.per_piece:
+      inside &= at.first + query < s.length
     own.append(jnp.where(inside, lax.shift_right_arithmetic(t, shift), -1))
 
   def entry(i, place):
@@ -179,11 +241,9 @@ def _load(s: Sizes, x: _Inputs, to: _Buffers, at: _Place, interpret: bool):
 
   segments = []
   if s.segments:
-    for i in queries:
-      t = at.first + i
-      if s.length % s.per_program:
-        t = lax.min(t, jnp.int32(s.length - 1))
-      segments.append(x.query_segments[at.b * s.length + t])
+    for query in queries:
+      row = at.b * s.length + _query(s, at, query)
+      segments.append(x.query_segments[row])
 
   def readers(heads, block_id):
     """A bit per query that reads the block."""
@@ -228,11 +288,13 @@ def _load(s: Sizes, x: _Inputs, to: _Buffers, at: _Place, interpret: bool):
     plgpu.copy_gmem_to_smem(
       x.k.at[span, at.h], to.k.at[slot], to.k_ready.at[slot]
     )
-    when_free(to.v_free, i)
+    # The steps that ended earlier pieces had no values.
+    when_free(to.v_free, i - n)
+    v_slot = lax.rem(i - n, s.stages)
 
     def values(ref, span):
       plgpu.copy_gmem_to_smem(
-        ref.at[span, at.h], to.v.at[slot], to.v_ready.at[slot]
+        ref.at[span, at.h], to.v.at[v_slot], to.v_ready.at[v_slot]
       )
 
     if s.tail:
@@ -245,48 +307,62 @@ def _load(s: Sizes, x: _Inputs, to: _Buffers, at: _Place, interpret: bool):
     return i + 1, places, heads
 
   places = tuple(jnp.int32(0) for _ in queries)
-  heads = tuple(entry(i, place) for i, place in enumerate(places))
-  i, _, _ = lax.while_loop(
+  heads = tuple(entry(q, place) for q, place in enumerate(places))
+  i, *_ = lax.while_loop(
     lambda carry: lowest(carry[2]) != _NONE,
     step,
-    (jnp.int32(0), places, heads),
+    (i, places, heads),
   )
   slot = lax.rem(i, s.stages)
   when_free(to.k_free, i)
   to.steps[slot, 0] = jnp.int32(-1)
   plgpu.barrier_arrive(to.k_ready.at[slot])
-  if interpret:  # It wants every barrier awaited.
-
-    def drain(barrier, first):
-      lax.fori_loop(
-        lax.max(first, jnp.int32(0)),
-        i,
-        lambda j, _: plgpu.barrier_wait(barrier.at[lax.rem(j, s.stages)]),
-        None,
-      )
-
-    drain(to.k_free, i - s.stages + 1)
-    drain(to.v_free, i - s.stages)
+  return i + 1
 
 
 def _compute(
   s: Sizes,
   x: _Inputs,
   out_ref: Any,  # [B * T * K, G, V]
-  lse_ref: Any,  # [B * K, tiles * workers * 64]
+  lse_ref: Any,  # [B * K, pieces * workers * 64]
   to: _Buffers,
-  at: _Place,
   worker: Any,
   scale: float,
   interpret: bool,
 ):
-  """A computing warpgroup: attention of its 64 rows over the steps."""
+  """A computing warpgroup."""
   if not interpret:
     plgpu.set_max_registers(_registers(s)[1], action="increase")
+  _each_piece(
+    s,
+    x,
+    functools.partial(
+      _compute_piece, s, x, out_ref, lse_ref, to, worker, scale, interpret
+    ),
+  )
+  plgpu.wait_smem_to_gmem(0)
+
+
+def _compute_piece(
+  s: Sizes,
+  x: _Inputs,
+  out_ref: Any,
+  lse_ref: Any,
+  to: _Buffers,
+  worker: Any,
+  scale: float,
+  interpret: bool,
+  n: Any,
+  i: Any,
+  at: _Piece,
+) -> Any:
+  """Attention of 64 rows of a piece; arguments as in `_each_piece`."""
   dtype = x.q.dtype
   layout = plgpu.Layout.WGMMA
   q = to.q.at[worker]
-  mine = worker * s.per_worker  # Its first query in the program.
+  mine = worker * s.per_worker  # Its first query in the piece.
+  if to.out is None:  # The previous output still leaves from there.
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
   for j in range(s.per_worker):
     plgpu.copy_gmem_to_smem(
       x.q.at[_row(s, at, mine + j)],
@@ -340,10 +416,7 @@ def _compute(
       )
       of_query = query * 0 - 1
       for j in range(s.per_worker):
-        t = at.first + mine + j
-        if s.length % s.per_program:
-          t = lax.min(t, jnp.int32(s.length - 1))
-        own = x.query_segments[at.b * s.length + t]
+        own = x.query_segments[at.b * s.length + _query(s, at, mine + j)]
         of_query = jnp.where(query == j, own, of_query)
       same = lax.broadcast_in_dim(keys, tile, [1]) == of_query
       return jnp.where(same, y, -jnp.inf)
@@ -366,7 +439,7 @@ def _compute(
       return acc + pl.run_scoped(run, start)
     return pl.run_state(run)(plgpu.ACC.init(acc))
 
-  def attend(slot, block_id, bits, readers, state):
+  def attend(slot, v_slot, block_id, bits, readers, state):
     acc, m_i, l_i = state
     y = scores(slot)
     plgpu.barrier_arrive(to.k_free.at[slot])
@@ -388,38 +461,45 @@ def _compute(
     l_next = l_i * correction + p.sum(axis=1)
     acc = acc * wide(correction, s.value_dim)
     p = p.astype(dtype)
-    plgpu.barrier_wait(to.v_ready.at[slot])
-    acc = times_values(acc, p, slot)
-    plgpu.barrier_arrive(to.v_free.at[slot])
+    plgpu.barrier_wait(to.v_ready.at[v_slot])
+    acc = times_values(acc, p, v_slot)
+    plgpu.barrier_arrive(to.v_free.at[v_slot])
     return acc, m_next, l_next
 
-  def skip(slot, state):
+  def skip(slot, v_slot, state):
     plgpu.barrier_arrive(to.k_free.at[slot])
-    plgpu.barrier_wait(to.v_ready.at[slot])
-    plgpu.barrier_arrive(to.v_free.at[slot])
+    plgpu.barrier_wait(to.v_ready.at[v_slot])
+    plgpu.barrier_arrive(to.v_free.at[v_slot])
     return state
 
   def step(carry):
     i, block_id, bits, *state = carry
-    slot = lax.rem(i, s.stages)
+    slot, v_slot = lax.rem(i, s.stages), lax.rem(i - n, s.stages)
     readers = lax.shift_right_logical(bits, mine) & everybody
     state = lax.cond(
       readers != 0,
-      lambda *state: attend(slot, block_id, bits, readers, state),
-      lambda *state: skip(slot, state),
+      lambda *state: attend(slot, v_slot, block_id, bits, readers, state),
+      lambda *state: skip(slot, v_slot, state),
       *state,
     )
     return i + 1, *look(i + 1), *state
 
   plgpu.barrier_wait(to.q_ready.at[worker])
   acc = plgpu.layout_cast(jnp.zeros((ROWS, s.value_dim), jnp.float32), layout)
-  start = jnp.int32(0), *look(jnp.int32(0)), acc, vector(_MAX_INIT), vector(0)
-  *_, acc, m_i, l_i = lax.while_loop(lambda carry: carry[1] >= 0, step, start)
+  i, _, _, acc, m_i, l_i = lax.while_loop(
+    lambda carry: carry[1] >= 0,
+    step,
+    (i, *look(i), acc, vector(_MAX_INIT), vector(0)),
+  )
+  plgpu.barrier_arrive(to.k_free.at[lax.rem(i, s.stages)])
 
   some = l_i != 0
   total = jnp.where(some, l_i, 1.0)
   lse = jnp.where(some, m_i * (1 / _LOG2E) + jnp.log(total), -jnp.inf)
-  out = q if to.out is None else to.out.at[worker]
+  out = q
+  if to.out is not None:
+    out = to.out.at[worker]
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
   out[...] = (acc / wide(total, s.value_dim)).astype(dtype)
   to.lse[worker] = lse
   plgpu.commit_smem()
@@ -430,7 +510,7 @@ def _compute(
         out.at[pl.ds(j * s.stride, s.group)], out_ref.at[_row(s, at, mine + j)]
       )
 
-    if s.length % s.per_program:
+    if s.length % s.per_piece:
       pl.when(at.first + mine + j < s.length)(store)
     else:
       store()
@@ -442,7 +522,7 @@ def _compute(
       pl.ds(pl.multiple_of(column_of_lse, ROWS), ROWS),
     ],
   )
-  plgpu.wait_smem_to_gmem(0)
+  return i + 1
 
 
 def _registers(s: Sizes) -> tuple[int, int]:
@@ -451,7 +531,7 @@ def _registers(s: Sizes) -> tuple[int, int]:
   Those of all warpgroups add up to 512 at most. The loading one holds a place
   and an entry of every list.
   """
-  loading = 48 + 8 * pl.cdiv(s.per_program, 3 if s.workers == 3 else 2)
+  loading = 48 + 8 * pl.cdiv(s.per_piece, 3 if s.workers == 3 else 2)
   computing = (512 - loading) // s.workers // 8 * 8
   return 512 - s.workers * computing, computing
 
@@ -459,7 +539,7 @@ def _registers(s: Sizes) -> tuple[int, int]:
 def _kernel(s: Sizes, dtype: Any, scale: float, interpret: bool) -> Any:
   """The kernel as a function of the arrays of `_Inputs` that are not None.
 
-  It returns out [B * T * K, G, V] and lse [B * K, tiles * workers * 64].
+  It returns out [B * T * K, G, V] and lse [B * K, pieces * workers * 64].
   """
 
   def body(*refs):
@@ -468,19 +548,10 @@ def _kernel(s: Sizes, dtype: Any, scale: float, interpret: bool) -> Any:
     x = _Inputs(*(next(rest) if some else None for some in given))
     out_ref, lse_ref, *buffers = rest
     to = _Buffers(*buffers)
-    program, warpgroup = lax.axis_index("program"), lax.axis_index("warpgroup")
-    # Programs of a head run side by side, so that its keys stay in L2. Late
-    # queries, which read most, come first.
-    head = lax.div(program, s.tiles)
-    tile = s.tiles - 1 - lax.rem(program, s.tiles)
-    b, h = lax.div(head, s.kv_heads), lax.rem(head, s.kv_heads)
-    first = tile * s.per_program
-    at = _Place(b, h, first, x.offset[b] + first)
-    pl.when(warpgroup == s.workers)(lambda: _load(s, x, to, at, interpret))
+    warpgroup = lax.axis_index("warpgroup")
+    pl.when(warpgroup == s.workers)(lambda: _load(s, x, to, interpret))
     pl.when(warpgroup < s.workers)(
-      lambda: _compute(
-        s, x, out_ref, lse_ref, to, at, warpgroup, scale, interpret
-      )
+      lambda: _compute(s, x, out_ref, lse_ref, to, warpgroup, scale, interpret)
     )
 
   smem, barrier = plgpu.SMEM, plgpu.Barrier
@@ -503,12 +574,12 @@ def _kernel(s: Sizes, dtype: Any, scale: float, interpret: bool) -> Any:
   rows, heads = s.batch * s.length * s.kv_heads, s.batch * s.kv_heads
   results = [
     jax.ShapeDtypeStruct((rows, s.group, s.value_dim), dtype),
-    jax.ShapeDtypeStruct((heads, s.tiles * s.workers * ROWS), jnp.float32),
+    jax.ShapeDtypeStruct((heads, s.pieces * s.workers * ROWS), jnp.float32),
   ]
   run = plgpu.kernel(
     body,
     out_type=results,
-    grid=(heads * s.tiles,),
+    grid=(s.programs,),
     grid_names=("program",),
     num_threads=s.workers + 1,
     thread_name="warpgroup",
@@ -625,12 +696,15 @@ def forward(
     block=block,
     workers=tile.workers,
     stages=tile.num_stages,
+    programs=0,
     tail=last is not None,
     segments=bool(segments),
   )
+  most = tile.blocks or support.multiprocessors()
+  sizes = sizes._replace(programs=min(most, sizes.total))
   run = _kernel(sizes, query.dtype, spec.scale, spec.interpret)
   out, lse = run(*arrays, *segments)
-  rows = sizes.tiles * sizes.per_program
+  rows = sizes.pieces * sizes.per_piece
   lse = lse.reshape(batch, kv_heads, rows, sizes.stride)
   lse = lse[:, :, :length, :group].swapaxes(1, 2)
   return (

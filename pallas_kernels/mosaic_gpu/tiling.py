@@ -135,10 +135,12 @@ class UnionTile:
     workers: warpgroups that compute, 2 or 3, of 64 rows each. All their queries
       share the blocks that are loaded.
     num_stages: blocks of keys, and of values, in shared memory.
+    blocks: persistent blocks; None for one per multiprocessor.
   """
 
   workers: int
   num_stages: int
+  blocks: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,6 +169,8 @@ class SelectedTiling:
       raise ValueError(f"`fwd.workers` of {self} must be 2 or 3.")
     if tile.num_stages < 2:
       raise ValueError(f"`fwd.num_stages` of {self} must be at least 2.")
+    if tile.blocks is not None and tile.blocks < 1:
+      raise ValueError(f"`fwd.blocks` of {self} must be at least 1, or None.")
     size = union_bytes(tile, head_dim, value_dim, block)
     if size > _SHARED_MEMORY:
       raise ValueError(
