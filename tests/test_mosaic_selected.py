@@ -22,6 +22,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 CONFIG = NSAConfig()
+GPU = jax.default_backend() == "gpu"
 
 
 def _ids(
@@ -234,6 +235,24 @@ def test_bits_do_not_depend_on_neighbours_on_a_card() -> None:
   _bits_do_not_depend_on_neighbours(512)
 
 
+@pytest.mark.parametrize(
+  "tile",
+  [(2, 3, 2), pytest.param((3, 2, 1), marks=pytest.mark.slow)],
+  ids=str,
+)
+def test_tiles_change_no_bit(tile: tuple[int, int, int]) -> None:
+  """Neither the neighbours in a piece nor pieces one after the other do."""
+  from pallas_kernels.mosaic_gpu import selected, tiling
+
+  arrays: Any = _inputs(length=29, keys=200, batch=2)
+  tiles = tiling.SelectedTiling(tiling.UnionTile(*tile))
+  spec = Spec(CONFIG, 64**-0.5, 200, tiles=tiles, interpret=not GPU)
+  qkv, index = arrays[:3], (arrays[3], Queries(171))
+  selected.check(spec, qkv, index)
+  actual = jax.jit(functools.partial(selected.forward, spec))(qkv, index)
+  helpers.assert_same_bits(actual, _attend(arrays))
+
+
 def _unreadable_tokens_change_nothing(packed: bool) -> None:
   query, key, value, ids = _inputs(length=24, keys=300)
   call: dict[str, Any] = {"query_offset": jnp.int32(100)}
@@ -252,6 +271,12 @@ def _unreadable_tokens_change_nothing(packed: bool) -> None:
 @pytest.mark.parametrize("packed", [False, True])
 def test_unreadable_tokens_change_nothing(packed: bool) -> None:
   _unreadable_tokens_change_nothing(packed)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tile", [(2, 3, 2), (3, 2, 1), (3, 4, None)], ids=str)
+def test_tiles_change_no_bit_on_a_card(tile: Any) -> None:
+  test_tiles_change_no_bit(tile)
 
 
 @pytest.mark.gpu

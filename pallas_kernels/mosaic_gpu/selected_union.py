@@ -30,7 +30,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.interface import Queries, Spec, per_row, segment_pair
 from pallas_kernels.mosaic_gpu import support
 from pallas_kernels.mosaic_gpu.interpreter import interpreted
-from pallas_kernels.mosaic_gpu.tiling import ROWS, UnionTile
+from pallas_kernels.mosaic_gpu.tiling import ROWS, UnionTile, union_in_place
 
 # With its types mypy would complain of jax 0.10, which lacks some of it.
 _plgpu: Any = plgpu
@@ -63,6 +63,7 @@ class Sizes(NamedTuple):
     workers: computing warpgroups per program.
     stages: blocks of keys, and of values, in shared memory.
     programs: number of programs.
+    in_place: the output passes through the buffer of the queries.
     tail: the last block that is read has its values in an array of its own.
     segments: there are segment ids.
   """
@@ -80,6 +81,7 @@ class Sizes(NamedTuple):
   workers: int
   stages: int
   programs: int
+  in_place: bool
   tail: bool
   segments: bool
 
@@ -167,18 +169,22 @@ def _each_piece(
     run: takes the number of pieces and of steps before this one, and returns
       the number of steps after it.
   """
-  program = lax.axis_index("program")
 
   def one(n, step):
-    # Neighbouring programs share a head, so that its keys stay in L2. Late
-    # queries, which read most, come first.
-    i = program + n * s.programs
-    head = lax.div(i, s.pieces)
-    first = (s.pieces - 1 - lax.rem(i, s.pieces)) * s.per_piece
-    b, h = lax.div(head, s.kv_heads), lax.rem(head, s.kv_heads)
-    return run(n, step, _Piece(b, h, first, x.offset[b] + first))
+    return run(n, step, _piece(s, x, n))
 
   return lax.fori_loop(0, _num_pieces(s), one, jnp.int32(0))
+
+
+def _piece(s: Sizes, x: _Inputs, n: Any) -> _Piece:
+  """Piece n of this program."""
+  # Neighbouring programs share a head, so that its keys stay in L2. Late
+  # queries, which read most, come first.
+  i = lax.axis_index("program") + n * s.programs
+  head = lax.div(i, s.pieces)
+  first = (s.pieces - 1 - lax.rem(i, s.pieces)) * s.per_piece
+  b, h = lax.div(head, s.kv_heads), lax.rem(head, s.kv_heads)
+  return _Piece(b, h, first, x.offset[b] + first)
 
 
 def _num_pieces(s: Sizes) -> Any:
@@ -333,13 +339,33 @@ def _compute(
   """A computing warpgroup."""
   if not interpret:
     plgpu.set_max_registers(_registers(s)[1], action="increase")
-  _each_piece(
+
+  def load_queries(n):
+    at = _piece(s, x, n)
+    for j in range(s.per_worker):
+      plgpu.copy_gmem_to_smem(
+        x.q.at[_row(s, at, worker * s.per_worker + j)],
+        to.q.at[worker, pl.ds(j * s.stride, s.group)],
+        to.q_ready.at[worker],
+      )
+
+  def next_queries(n):
+    pl.when(n + 1 < _num_pieces(s))(lambda: load_queries(n + 1))
+
+  load_queries(0)
+  compute = functools.partial(
+    _compute_piece,
     s,
     x,
-    functools.partial(
-      _compute_piece, s, x, out_ref, lse_ref, to, worker, scale, interpret
-    ),
+    out_ref,
+    lse_ref,
+    to,
+    worker,
+    scale,
+    interpret,
+    next_queries,
   )
+  _each_piece(s, x, compute)
   plgpu.wait_smem_to_gmem(0)
 
 
@@ -352,6 +378,7 @@ def _compute_piece(
   worker: Any,
   scale: float,
   interpret: bool,
+  next_queries: Callable[[Any], None],
   n: Any,
   i: Any,
   at: _Piece,
@@ -361,14 +388,6 @@ def _compute_piece(
   layout = plgpu.Layout.WGMMA
   q = to.q.at[worker]
   mine = worker * s.per_worker  # Its first query in the piece.
-  if to.out is None:  # The previous output still leaves from there.
-    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-  for j in range(s.per_worker):
-    plgpu.copy_gmem_to_smem(
-      x.q.at[_row(s, at, mine + j)],
-      q.at[pl.ds(j * s.stride, s.group)],
-      to.q_ready.at[worker],
-    )
 
   def vector(fill):
     return plgpu.layout_cast(
@@ -498,8 +517,10 @@ def _compute_piece(
   lse = jnp.where(some, m_i * (1 / _LOG2E) + jnp.log(total), -jnp.inf)
   out = q
   if to.out is not None:
+    next_queries(n)
     out = to.out.at[worker]
-    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+  # The output and lse of the previous piece have left.
+  plgpu.wait_smem_to_gmem(0, wait_read_only=True)
   out[...] = (acc / wide(total, s.value_dim)).astype(dtype)
   to.lse[worker] = lse
   plgpu.commit_smem()
@@ -522,6 +543,9 @@ def _compute_piece(
       pl.ds(pl.multiple_of(column_of_lse, ROWS), ROWS),
     ],
   )
+  if to.out is None:
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+    next_queries(n)
   return i + 1
 
 
@@ -556,13 +580,12 @@ def _kernel(s: Sizes, dtype: Any, scale: float, interpret: bool) -> Any:
 
   smem, barrier = plgpu.SMEM, plgpu.Barrier
   per_stage = functools.partial(barrier, num_barriers=s.stages)
-  shared = s.value_dim == s.head_dim  # Out can take the place of queries.
   scratch = _Buffers(
     q=smem((s.workers, ROWS, s.head_dim), dtype),
     k=smem((s.stages, s.block, s.head_dim), dtype),
     v=smem((s.stages, s.block, s.value_dim), dtype),
     steps=smem((s.stages, 2), jnp.int32),
-    out=None if shared else smem((s.workers, ROWS, s.value_dim), dtype),
+    out=None if s.in_place else smem((s.workers, ROWS, s.value_dim), dtype),
     lse=smem((s.workers, ROWS), jnp.float32),
     p=smem((s.workers, ROWS, s.block), dtype) if interpret else None,
     q_ready=barrier(num_arrivals=s.per_worker, num_barriers=s.workers),
@@ -683,6 +706,7 @@ def forward(
   ]
   if last is not None and tail is not None:
     arrays += [last, tail.reshape(-1, kv_heads, value_dim)]
+  in_place = union_in_place(tile, head_dim, value_dim, block)
   sizes = Sizes(
     batch=batch,
     length=length,
@@ -697,6 +721,7 @@ def forward(
     workers=tile.workers,
     stages=tile.num_stages,
     programs=0,
+    in_place=in_place,
     tail=last is not None,
     segments=bool(segments),
   )

@@ -171,16 +171,15 @@ class SelectedTiling:
       raise ValueError(f"`fwd.num_stages` of {self} must be at least 2.")
     if tile.blocks is not None and tile.blocks < 1:
       raise ValueError(f"`fwd.blocks` of {self} must be at least 1, or None.")
-    size = union_bytes(tile, head_dim, value_dim, block)
-    if size > _SHARED_MEMORY:
+    if not _union_fits(tile, head_dim, value_dim, block):
       raise ValueError(
-        f"`fwd` of {self} takes {size} bytes of shared memory with head "
-        f"dimensions {head_dim} and {value_dim}; there are {_SHARED_MEMORY}."
+        f"`fwd` of {self} takes more than {_SHARED_MEMORY} bytes of shared "
+        f"memory with head dimensions {head_dim} and {value_dim}."
       )
 
 
 def union_bytes(
-  tile: UnionTile, head_dim: int, value_dim: int, block: int
+  tile: UnionTile, head_dim: int, value_dim: int, block: int, *, in_place: bool
 ) -> int:
   """Bytes of shared memory of the forward kernel of the selected branch.
 
@@ -189,11 +188,30 @@ def union_bytes(
     head_dim: H.
     value_dim: V.
     block: l'.
+    in_place: whether the output passes through the buffer of the queries.
   """
-  # The output passes through the buffer of the queries if it has their shape.
-  own = 0 if value_dim == head_dim else value_dim
-  rows = tile.workers * ROWS * (2 * (head_dim + own) + 4)
+  width = head_dim + (0 if in_place else value_dim)
+  rows = tile.workers * ROWS * (2 * width + 4)
   return rows + tile.num_stages * (2 * block * (head_dim + value_dim) + 8)
+
+
+def union_in_place(
+  tile: UnionTile, head_dim: int, value_dim: int, block: int
+) -> bool:
+  """Whether the output passes through the buffer of the queries.
+
+  With a buffer of its own the next queries load while it leaves.
+  """
+  size = union_bytes(tile, head_dim, value_dim, block, in_place=False)
+  return value_dim == head_dim and size > _SHARED_MEMORY
+
+
+def _union_fits(
+  tile: UnionTile, head_dim: int, value_dim: int, block: int
+) -> bool:
+  in_place = head_dim == value_dim
+  size = union_bytes(tile, head_dim, value_dim, block, in_place=in_place)
+  return size <= _SHARED_MEMORY
 
 
 def selected_tiling(
@@ -208,6 +226,6 @@ def selected_tiling(
   """
   for num_stages in (4, 3, 2):
     tile = UnionTile(2, num_stages)
-    if union_bytes(tile, head_dim, value_dim, block) <= _SHARED_MEMORY:
+    if _union_fits(tile, head_dim, value_dim, block):
       return SelectedTiling(tile)
   return None
