@@ -27,6 +27,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.integers import div, rem
 from pallas_kernels.interface import Queries, Spec, per_row, segment_pair
 from pallas_kernels.mosaic_gpu import support
 from pallas_kernels.mosaic_gpu.interpreter import interpreted
@@ -181,15 +182,15 @@ def _piece(s: Sizes, x: _Inputs, n: Any) -> _Piece:
   # Neighbouring programs share a head, so that its keys stay in L2. Late
   # queries, which read most, come first.
   i = lax.axis_index("program") + n * s.programs
-  head = lax.div(i, s.pieces)
-  first = (s.pieces - 1 - lax.rem(i, s.pieces)) * s.per_piece
-  b, h = lax.div(head, s.kv_heads), lax.rem(head, s.kv_heads)
+  head = div(i, s.pieces)
+  first = (s.pieces - 1 - rem(i, s.pieces)) * s.per_piece
+  b, h = div(head, s.kv_heads), rem(head, s.kv_heads)
   return _Piece(b, h, first, x.offset[b] + first)
 
 
 def _num_pieces(s: Sizes) -> Any:
   """Pieces of this program."""
-  return lax.div(s.total - 1 - lax.axis_index("program"), s.programs) + 1
+  return div(s.total - 1 - lax.axis_index("program"), s.programs) + 1
 
 
 def _query(s: Sizes, at: _Piece, i: Any) -> Any:
@@ -214,7 +215,7 @@ def _load(s: Sizes, x: _Inputs, to: _Buffers, interpret: bool):
       lax.fori_loop(
         lax.max(end - s.stages, jnp.int32(0)),
         end,
-        lambda i, _: plgpu.barrier_wait(barrier.at[lax.rem(i, s.stages)]),
+        lambda i, _: plgpu.barrier_wait(barrier.at[rem(i, s.stages)]),
         None,
       )
 
@@ -237,7 +238,7 @@ def _load_piece(
     inside = t < s.key_length
     if s.length % s.per_piece:
       inside &= at.first + query < s.length
-    own.append(jnp.where(inside, lax.shift_right_arithmetic(t, shift), -1))
+    own.append(jnp.where(inside, t >> shift, -1))
 
   def entry(i, place):
     """Block of query i at a place of its list. Later than its own: none."""
@@ -271,11 +272,11 @@ def _load_piece(
   def when_free(barrier, i):
     @pl.when(i >= s.stages)
     def _():
-      plgpu.barrier_wait(barrier.at[lax.rem(i, s.stages)])
+      plgpu.barrier_wait(barrier.at[rem(i, s.stages)])
 
   def step(carry):
     i, places, heads = carry
-    slot = lax.rem(i, s.stages)
+    slot = rem(i, s.stages)
     block_id = lowest(heads)
     bits = readers(heads, block_id)
     # The loads of the next step are issued before waiting.
@@ -296,7 +297,7 @@ def _load_piece(
     )
     # The steps that ended earlier pieces had no values.
     when_free(to.v_free, i - n)
-    v_slot = lax.rem(i - n, s.stages)
+    v_slot = rem(i - n, s.stages)
 
     def values(ref, span):
       plgpu.copy_gmem_to_smem(
@@ -319,7 +320,7 @@ def _load_piece(
     step,
     (i, places, heads),
   )
-  slot = lax.rem(i, s.stages)
+  slot = rem(i, s.stages)
   when_free(to.k_free, i)
   to.steps[slot, 0] = jnp.int32(-1)
   plgpu.barrier_arrive(to.k_ready.at[slot])
@@ -398,17 +399,15 @@ def _compute_piece(
     return lax.broadcast_in_dim(y, (ROWS, width), [0])
 
   tile = ROWS, s.block
-  query = lax.shift_right_logical(
-    plgpu.broadcasted_iota(jnp.int32, tile, 0, layout=layout),
-    s.stride.bit_length() - 1,
-  )
+  row = plgpu.broadcasted_iota(jnp.int32, tile, 0, layout=layout)
+  query = row >> (s.stride.bit_length() - 1)
   column = plgpu.broadcasted_iota(jnp.int32, tile, 1, layout=layout)
   position = at.position + mine
   everybody = 2**s.per_worker - 1
 
   def look(i):
     """Waits for the keys of a step; its block and the bits of queries."""
-    slot = lax.rem(i, s.stages)
+    slot = rem(i, s.stages)
     plgpu.barrier_wait(to.k_ready.at[slot])
     return to.steps[slot, 0], to.steps[slot, 1]
 
@@ -422,7 +421,7 @@ def _compute_piece(
   def masked(y, block_id, bits, readers):
     """Scores, -inf where a query does not read a key."""
     start = block_id * s.block
-    ok = (lax.shift_right_logical(readers, query) & 1) == 1
+    ok = ((readers >> query) & 1) == 1
     ok &= column + start <= query + position
     y = jnp.where(ok, y, -jnp.inf)
     if not s.segments:
@@ -493,8 +492,8 @@ def _compute_piece(
 
   def step(carry):
     i, block_id, bits, *state = carry
-    slot, v_slot = lax.rem(i, s.stages), lax.rem(i - n, s.stages)
-    readers = lax.shift_right_logical(bits, mine) & everybody
+    slot, v_slot = rem(i, s.stages), rem(i - n, s.stages)
+    readers = (bits >> mine) & everybody
     state = lax.cond(
       readers != 0,
       lambda *state: attend(slot, v_slot, block_id, bits, readers, state),
@@ -510,7 +509,7 @@ def _compute_piece(
     step,
     (i, *look(i), acc, vector(_MAX_INIT), vector(0)),
   )
-  plgpu.barrier_arrive(to.k_free.at[lax.rem(i, s.stages)])
+  plgpu.barrier_arrive(to.k_free.at[rem(i, s.stages)])
 
   some = l_i != 0
   total = jnp.where(some, l_i, 1.0)
