@@ -330,7 +330,7 @@ def test_says_what_it_does_not_take(
     )
 
 
-def test_takes_fewer_than_2_to_31_rows() -> None:
+def test_takes_fewer_than_2_to_31_keys() -> None:
   from pallas_kernels.mosaic_gpu import selected
 
   def array(*shape: int) -> Any:
@@ -338,8 +338,9 @@ def test_takes_fewer_than_2_to_31_rows() -> None:
 
   qkv: Any = array(2**16, 8, 16, 64), *(array(2**16, 2**15, 1, 64),) * 2
   spec = Spec(CONFIG, 1.0, 2**15)
-  index: Any = (None, Queries(0))
-  with pytest.raises(NotImplementedError, match="fewer than 2\\^31 pairs"):
+  ids = jax.ShapeDtypeStruct((2**16, 8, 1, 4), jnp.int32)
+  index: Any = (ids, Queries(0))
+  with pytest.raises(NotImplementedError, match="fewer than 2\\^31 block ids"):
     selected.check(spec, qkv, index)
 
 

@@ -31,12 +31,11 @@ def check(
     )
   batch, length, _, head_dim = query.shape
   value_dim = value.shape[-1]
-  rows = batch * max(length * key.shape[2], spec.key_length + block)
-  if rows >= _INT32:
+  ids = batch * length * key.shape[2] * index[0].shape[-1]
+  if max(ids, batch * (spec.key_length + block)) >= _INT32:
     raise NotImplementedError(
       f"`query` of shape {query.shape} and `key` of shape {key.shape}: the "
-      "kernels take fewer than 2^31 pairs of position and key/value head, and "
-      "keys of all batch rows"
+      "kernels take fewer than 2^31 block ids, and keys of all batch rows"
     )
   support.check_tiles(spec, SelectedTiling, head_dim, value_dim, block)
   if _tiles(spec, qkv) is None:

@@ -242,7 +242,9 @@ def _load_piece(
 
   def entry(i, place):
     """Block of query i at a place of its list. Later than its own: none."""
-    block_id = x.ids[rows[i], lax.min(place, jnp.int32(s.num_ids - 1))]
+    block_id = x.ids[
+      rows[i] * s.num_ids + lax.min(place, jnp.int32(s.num_ids - 1))
+    ]
     some = (place < s.num_ids) & (block_id >= 0) & (block_id <= own[i])
     return jnp.where(some, block_id, _NONE)
 
@@ -698,7 +700,7 @@ def forward(
   segments = _segments(queries, key_rows, block)
   arrays = [
     per_row(queries.offset, batch),
-    block_ids.reshape(batch * length * kv_heads, -1),
+    block_ids.reshape(-1),
     query.reshape(-1, group, head_dim),
     whole_blocks(key).reshape(-1, kv_heads, head_dim),
     value.reshape(-1, kv_heads, value_dim),
