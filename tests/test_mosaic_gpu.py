@@ -183,11 +183,10 @@ def test_only_on_request() -> None:
 
 def test_by_name_it_says_what_it_lacks() -> None:
   x = jnp.ones((1, 16, 8, 64), jnp.bfloat16)
-  ids = jnp.zeros((1, 16, 8, 1), jnp.int32)
   with pytest.raises(
-    NotImplementedError, match="'mosaic_gpu' has no `selected_attention`"
+    NotImplementedError, match="'mosaic_gpu' has no `full_attention`"
   ):
-    nsa_jax.selected_attention(x, x, x, ids, config=CONFIG, implementation=NAME)
+    nsa_jax.full_attention(x, x, x, implementation=NAME)
 
 
 def test_a_sequence_falls_back() -> None:

@@ -4,6 +4,7 @@ On a CPU they are interpreted, which takes seconds a call; the tier `gpu` runs
 the same cases compiled.
 """
 
+import contextlib
 import functools
 from typing import Any
 
@@ -11,6 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import export
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
 import nsa_jax
 from nsa_jax import NSAConfig
@@ -286,6 +290,47 @@ def test_unreadable_tokens_change_nothing_on_a_card(packed: bool) -> None:
 
 
 @pytest.mark.slow
+def test_gradients_are_those_of_triton() -> None:
+  """With the residuals of this backend's forward."""
+  *qkv, ids = _inputs(length=20, keys=100)
+  run: Any = nsa_jax.selected_attention
+
+  def gradients(implementation: str) -> Any:
+    @jax.jit
+    def pullback(qkv: Any) -> Any:
+      def loss(*qkv: Any) -> Any:
+        out, lse = run(*qkv, ids, config=CONFIG, implementation=implementation)
+        finite = jnp.where(jnp.isfinite(lse), lse, 0)
+        return out.astype(jnp.float32).sum() + finite.sum()
+
+      return jax.grad(loss, (0, 1, 2))(*qkv)
+
+    return pullback(qkv)
+
+  helpers.assert_close(
+    gradients("mosaic_gpu"), gradients("triton"), "bfloat16", gradient=1
+  )
+
+
+@pytest.mark.gpu
+def test_more_than_2_to_31_elements() -> None:
+  """The last queries are those of a call of their own."""
+  length, tail = 2**18 + 64, 40
+  arrays = _inputs(
+    length=length,
+    keys=length,
+    kv_heads=4,
+    head_dim=128,
+    value_dim=128,
+    num_ids=8,
+  )
+  query, key, value, ids = map(jnp.asarray, arrays)
+  actual = [x[:, -tail:] for x in _attend((query, key, value, ids))]
+  expected = _attend((query[:, -tail:], key, value, ids[:, -tail:]))
+  helpers.assert_same_bits(actual, expected)
+
+
+@pytest.mark.slow
 def test_vmap_with_shared_keys() -> None:
   query, key, value, ids = _inputs(length=8)
   queries, lists = np.stack([query, -query]), np.stack([ids, ids])
@@ -408,6 +453,70 @@ def _shapes(**sizes: Any) -> Any:
 )
 def test_lowers_for_cuda(sizes: dict[str, Any]) -> None:
   assert "nsa_selected_fwd" in _lower(**sizes)
+
+
+LOWERED: dict[str, Any] = {
+  "group": tuple(range(8, 65, 8)),
+  "head_dim": (64, 128, 192, 256),
+  "value_dim": (64, 128, 192, 256),
+  "dtype": ("float16", "bfloat16"),
+  "packed": (False, True),
+  "keys": (65, 333, 1024),
+  "length": (1, 48, 65),
+  "num_ids": (1, 6, 16),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", helpers.pairwise(LOWERED), ids=str)
+def test_everything_lowers_for_cuda(sizes: dict[str, Any]) -> None:
+  assert "nsa_selected_fwd" in _lower(batch=2, kv_heads=2, **sizes)
+
+
+def _op(*arrays: Any) -> Any:
+  return nsa_jax.selected_attention(
+    *arrays, config=CONFIG, implementation="mosaic_gpu"
+  )
+
+
+def _gradients(*arrays: Any) -> Any:
+  """The forward of this backend and the backward of Triton."""
+  *qkv, ids = arrays
+  return jax.grad(
+    lambda *qkv: _op(*qkv, ids)[0].astype(jnp.float32).sum(), (0, 1, 2)
+  )(*qkv)
+
+
+def _sharded(*arrays: Any) -> Any:
+  mesh = Mesh(np.array(jax.devices("cpu")[:2]), ("batch",))
+  spec = P("batch")
+  return jax.shard_map(_op, mesh=mesh, in_specs=spec, out_specs=spec)(*arrays)
+
+
+def _mapped(query: Any, key: Any, value: Any, ids: Any) -> Any:
+  """With shared keys, which are not copied."""
+  rows = query[:, None], ids[:, None]
+  run = jax.vmap(lambda query, ids: _op(query, key[:1], value[:1], ids))
+  return run(*rows)
+
+
+@pytest.mark.parametrize("run", [_gradients, _sharded, _mapped])
+def test_every_way_lowers_for_cuda(run: Any) -> None:
+  arrays = _shapes(batch=2, length=70, keys=300, group=16)[:4]
+  # Triton's kernels ask for the card; inside a mesh of another kind none is
+  # known.
+  with contextlib.nullcontext() if run is _sharded else helpers.h200():
+    traced = jax.jit(run).trace(*arrays)
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+  assert text.count("custom_call @mosaic_gpu") == 1
+  assert "nsa_selected_fwd" in text
+
+
+def test_exports_without_disabled_checks() -> None:
+  arrays = jax.eval_shape(functools.partial(_shapes, length=70, keys=300))[:4]
+  program = export.export(jax.jit(_op), platforms=("cuda",))(*arrays)
+  text = export.deserialize(program.serialize()).mlir_module()
+  assert "nsa_selected_fwd" in text
 
 
 # ------------------------------------------------------------------- overlap
