@@ -405,6 +405,22 @@ def test_tiles_must_fit(tile: tuple[int, int], message: str) -> None:
     tiles.check_fit(64, 64, 64)
 
 
+@pytest.mark.parametrize("workers", [2, 3])
+@pytest.mark.parametrize("group", range(8, 65, 8))
+def test_no_warpgroup_waits_for_registers(workers: int, group: int) -> None:
+  """A program starts with 65536 at most, the same number for each thread."""
+  from pallas_kernels.mosaic_gpu import selected_union
+
+  Sizes: Any = selected_union.Sizes
+  given = {"workers": workers, "group": group}
+  sizes = Sizes(**dict.fromkeys(Sizes._fields, 1) | given)
+  loading, computing = selected_union._registers(sizes)
+  start = 65536 // (128 * (workers + 1)) // 8 * 8
+  assert loading + workers * computing <= (workers + 1) * start
+  assert loading % 8 == computing % 8 == 0
+  assert loading <= start <= computing <= 255
+
+
 # ------------------------------------------------------------------ lowering
 
 

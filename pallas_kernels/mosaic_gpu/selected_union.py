@@ -553,12 +553,14 @@ def _compute_piece(
 def _registers(s: Sizes) -> tuple[int, int]:
   """Registers per thread of the loading and of a computing warpgroup.
 
-  Those of all warpgroups add up to 512 at most. The loading one holds a place
-  and an entry of every list.
+  The loading one holds a place and an entry of every list. Together they must
+  not take more than the program starts with: they would wait for ever.
   """
-  loading = 48 + 8 * pl.cdiv(s.per_piece, 3 if s.workers == 3 else 2)
-  computing = (512 - loading) // s.workers // 8 * 8
-  return 512 - s.workers * computing, computing
+  warpgroups = s.workers + 1
+  total = 2**16 // 128 // warpgroups // 8 * 8 * warpgroups
+  loading = 40 + 8 * pl.cdiv(s.per_piece, 3 if s.workers == 3 else 2)
+  computing = (total - loading) // s.workers // 8 * 8
+  return total - s.workers * computing, computing
 
 
 def _kernel(s: Sizes, dtype: Any, scale: float, interpret: bool) -> Any:
