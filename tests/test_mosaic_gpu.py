@@ -8,6 +8,7 @@ the same time. The interpreter needs jax 0.11, as the kernels do.
 
 import functools
 import re
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -40,6 +41,14 @@ NAME: Any = "mosaic_gpu"
 needs_kernels = pytest.mark.skipif(
   jax.__version_info__ < (0, 11), reason="the kernels need jax 0.11"
 )
+
+
+@pytest.fixture(autouse=True)
+def no_races(capfd: pytest.CaptureFixture[str]) -> Iterator[None]:
+  """The interpreter prints what one thread reads while another writes it."""
+  yield
+  out, _ = capfd.readouterr()
+  assert "RACE DETECTED" not in out, out
 
 
 def _op(branch: str, length: int, implementation: Any = NAME, **call: Any):
