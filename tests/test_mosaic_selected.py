@@ -6,6 +6,7 @@ the same cases compiled.
 
 import contextlib
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -27,6 +28,14 @@ pytestmark = pytest.mark.skipif(
 
 CONFIG = NSAConfig()
 GPU = jax.default_backend() == "gpu"
+
+
+@pytest.fixture(autouse=True)
+def no_races(capfd: pytest.CaptureFixture[str]) -> Iterator[None]:
+  """The interpreter prints what one thread reads while another writes it."""
+  yield
+  out, _ = capfd.readouterr()
+  assert "RACE DETECTED" not in out, out
 
 
 def _ids(

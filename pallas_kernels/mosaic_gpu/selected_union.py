@@ -615,7 +615,9 @@ def _kernel(s: Sizes, dtype: Any, scale: float, interpret: bool) -> Any:
     compiler_params=plgpu.CompilerParams(
       approx_math=True, reduction_scratch_bytes=0
     ),
-    interpret=_plgpu.InterpretGPUParams() if interpret else None,
+    interpret=(
+      _plgpu.InterpretGPUParams(detect_races=True) if interpret else None
+    ),
   )
   return functools.partial(interpreted, run, results) if interpret else run
 
