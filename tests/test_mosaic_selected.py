@@ -253,7 +253,7 @@ def test_bits_do_not_depend_on_neighbours_on_a_card() -> None:
   [(2, 3, 2), pytest.param((3, 2, 1), marks=pytest.mark.slow)],
   ids=str,
 )
-def test_tiles_change_no_bit(tile: tuple[int, int, int]) -> None:
+def test_tiles_change_no_bit(tile: Any) -> None:
   """Neither the neighbours in a piece nor pieces one after the other do."""
   from pallas_kernels.mosaic_gpu import selected, tiling
 
@@ -287,7 +287,9 @@ def test_unreadable_tokens_change_nothing(packed: bool) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("tile", [(2, 3, 2), (3, 2, 1), (3, 4, None)], ids=str)
+@pytest.mark.parametrize(
+  "tile", [(2, 3, 2), (3, 2, 1), (3, 4, None), (2, 4, None, False)], ids=str
+)
 def test_tiles_change_no_bit_on_a_card(tile: Any) -> None:
   test_tiles_change_no_bit(tile)
 
@@ -414,14 +416,17 @@ def test_tiles_must_fit(tile: tuple[int, int], message: str) -> None:
     tiles.check_fit(64, 64, 64)
 
 
+@pytest.mark.parametrize("lanes", [False, True])
 @pytest.mark.parametrize("workers", [2, 3])
 @pytest.mark.parametrize("group", range(8, 65, 8))
-def test_no_warpgroup_waits_for_registers(workers: int, group: int) -> None:
+def test_no_warpgroup_waits_for_registers(
+  lanes: bool, workers: int, group: int
+) -> None:
   """A program starts with 65536 at most, the same number for each thread."""
   from pallas_kernels.mosaic_gpu import selected_union
 
   Sizes: Any = selected_union.Sizes
-  given = {"workers": workers, "group": group}
+  given = {"workers": workers, "group": group, "lanes": lanes}
   sizes = Sizes(**dict.fromkeys(Sizes._fields, 1) | given)
   loading, computing = selected_union._registers(sizes)
   start = 65536 // (128 * (workers + 1)) // 8 * 8
@@ -433,13 +438,15 @@ def test_no_warpgroup_waits_for_registers(workers: int, group: int) -> None:
 # ------------------------------------------------------------------ lowering
 
 
-def _lower(workers: int = 2, packed: bool = False, **sizes: Any) -> str:
+def _lower(
+  workers: int = 2, lanes: bool = True, packed: bool = False, **sizes: Any
+) -> str:
   from pallas_kernels.mosaic_gpu import selected_union, tiling
 
   head_dims = {k: sizes.get(k, 64) for k in ("head_dim", "value_dim")}
   tiles = tiling.selected_tiling(**head_dims, block=sizes.get("block", 64))
   assert tiles is not None
-  tile = tiling.UnionTile(workers, tiles.fwd.num_stages)
+  tile = tiling.UnionTile(workers, tiles.fwd.num_stages, lanes=lanes)
   shapes = jax.eval_shape(functools.partial(_shapes, **sizes))
   *qkv, ids, segments = shapes
   config = NSAConfig(selection_block=sizes.get("block", 64))
@@ -470,6 +477,7 @@ def _shapes(**sizes: Any) -> Any:
     dict(group=16, head_dim=128, value_dim=128),
     dict(group=16, head_dim=128, value_dim=128, workers=3),
     dict(group=8, length=31, packed=True),
+    dict(group=8, length=31, packed=True, workers=3, lanes=False),
     dict(group=24, head_dim=192, value_dim=128, batch=2, kv_heads=2),
     dict(group=64, head_dim=256, value_dim=256, keys=333),
     dict(group=32, block=128, dtype="float16"),

@@ -18,7 +18,7 @@ that no query may read.
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -29,7 +29,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.integers import div, rem
 from pallas_kernels.interface import Queries, Spec, per_row, segment_pair
-from pallas_kernels.mosaic_gpu import support
+from pallas_kernels.mosaic_gpu import selected_lanes, support
 from pallas_kernels.mosaic_gpu.interpreter import interpreted
 from pallas_kernels.mosaic_gpu.tiling import ROWS, UnionTile, union_in_place
 
@@ -64,6 +64,8 @@ class Sizes(NamedTuple):
     workers: computing warpgroups per program.
     stages: blocks of keys, and of values, in shared memory.
     programs: number of programs.
+    lanes: each lane of the loading warps holds the list of one query; else
+      every thread holds all.
     in_place: the output passes through the buffer of the queries.
     tail: the last block that is read has its values in an array of its own.
     segments: there are segment ids.
@@ -82,6 +84,7 @@ class Sizes(NamedTuple):
   workers: int
   stages: int
   programs: int
+  lanes: bool
   in_place: bool
   tail: bool
   segments: bool
@@ -196,7 +199,9 @@ def _num_pieces(s: Sizes) -> Any:
 def _query(s: Sizes, at: _Piece, i: Any) -> Any:
   """Index of query i of a piece; after the last one, the last one's."""
   t = at.first + i
-  return lax.min(t, jnp.int32(s.length - 1)) if s.length % s.per_piece else t
+  if s.length % s.per_piece or s.lanes:
+    t = lax.min(t, jnp.int32(s.length - 1))
+  return t
 
 
 def _row(s: Sizes, at: _Piece, i: Any) -> Any:
@@ -227,8 +232,18 @@ def _load_piece(
   s: Sizes, x: _Inputs, to: _Buffers, n: Any, i: Any, at: _Piece
 ) -> Any:
   """Loads the union of the lists of a piece; arguments as in `_each_piece`."""
-  queries = range(s.per_piece)
-  rows = [_row(s, at, i) for i in queries]
+  queries: Sequence[Any] = range(s.per_piece)
+  minimum, union = (
+    functools.partial(functools.reduce, f) for f in (lax.min, jnp.bitwise_or)
+  )
+  if s.lanes:
+    # Each lane has the list of its query; what is left over has none.
+    queries = [selected_lanes.lane()]
+    minimum, union = (
+      lambda values, f=f: f(values[0])
+      for f in (selected_lanes.lowest, selected_lanes.union)
+    )
+  rows = [_row(s, at, query) for query in queries]
   # Id of each query's own block; -1 if the query reads nothing. The shift of a
   # negative position is negative.
   shift = s.block.bit_length() - 1
@@ -236,8 +251,10 @@ def _load_piece(
   for query in queries:
     t = at.position + query
     inside = t < s.key_length
-    if s.length % s.per_piece:
+    if s.length % s.per_piece or s.lanes:
       inside &= at.first + query < s.length
+    if s.lanes:
+      inside &= query < s.per_piece
     own.append(jnp.where(inside, t >> shift, -1))
 
   def entry(i, place):
@@ -265,11 +282,11 @@ def _load_piece(
         for hit, own_segment in zip(hits, segments, strict=True)
       ]
       mixed = jnp.where(low != high, jnp.int32(_MIXED), 0)
-    bits = [jnp.where(hit, jnp.int32(1 << i), 0) for i, hit in enumerate(hits)]
-    return functools.reduce(jnp.bitwise_or, bits, mixed)
-
-  def lowest(heads):
-    return functools.reduce(lax.min, heads)
+    bits = [
+      jnp.where(hit, jnp.int32(1) << query, 0)
+      for hit, query in zip(hits, queries, strict=True)
+    ]
+    return union(bits) | mixed
 
   def when_free(barrier, i):
     @pl.when(i >= s.stages)
@@ -277,9 +294,8 @@ def _load_piece(
       plgpu.barrier_wait(barrier.at[rem(i, s.stages)])
 
   def step(carry):
-    i, places, heads = carry
+    i, block_id, places, heads = carry
     slot = rem(i, s.stages)
-    block_id = lowest(heads)
     bits = readers(heads, block_id)
     # The loads of the next step are issued before waiting.
     places = tuple(
@@ -313,14 +329,14 @@ def _load_piece(
       pl.when(~at_end)(lambda: values(x.v, span))
     else:
       values(x.v, span)
-    return i + 1, places, heads
+    return i + 1, minimum(heads), places, heads
 
   places = tuple(jnp.int32(0) for _ in queries)
   heads = tuple(entry(q, place) for q, place in enumerate(places))
   i, *_ = lax.while_loop(
-    lambda carry: lowest(carry[2]) != _NONE,
+    lambda carry: carry[1] != _NONE,
     step,
-    (i, places, heads),
+    (i, minimum(heads), places, heads),
   )
   slot = rem(i, s.stages)
   when_free(to.k_free, i)
@@ -553,12 +569,15 @@ def _compute_piece(
 def _registers(s: Sizes) -> tuple[int, int]:
   """Registers per thread of the loading and of a computing warpgroup.
 
-  The loading one holds a place and an entry of every list. Together they must
-  not take more than the program starts with: they would wait for ever.
+  The loading one holds a place and an entry of every list, unless each lane has
+  one. Together they must not take more than the program starts with: they would
+  wait for ever.
   """
   warpgroups = s.workers + 1
   total = 2**16 // 128 // warpgroups // 8 * 8 * warpgroups
-  loading = 40 + 8 * pl.cdiv(s.per_piece, 3 if s.workers == 3 else 2)
+  loading = 32
+  if not s.lanes:
+    loading = 40 + 8 * pl.cdiv(s.per_piece, 3 if s.workers == 3 else 2)
   computing = (total - loading) // s.workers // 8 * 8
   return total - s.workers * computing, computing
 
@@ -726,6 +745,7 @@ def forward(
     workers=tile.workers,
     stages=tile.num_stages,
     programs=0,
+    lanes=tile.lanes and not spec.interpret,
     in_place=in_place,
     tail=last is not None,
     segments=bool(segments),

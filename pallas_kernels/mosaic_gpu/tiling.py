@@ -136,11 +136,14 @@ class UnionTile:
       share the blocks that are loaded.
     num_stages: blocks of keys, and of values, in shared memory.
     blocks: persistent blocks; None for one per multiprocessor.
+    lanes: each lane of the loading warps holds the list of one query; else
+      every thread holds all. Interpreted kernels do the latter.
   """
 
   workers: int
   num_stages: int
   blocks: int | None = None
+  lanes: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
