@@ -233,16 +233,13 @@ def _load_piece(
 ) -> Any:
   """Loads the union of the lists of a piece; arguments as in `_each_piece`."""
   queries: Sequence[Any] = range(s.per_piece)
-  minimum, union = (
-    functools.partial(functools.reduce, f) for f in (lax.min, jnp.bitwise_or)
-  )
+  minimum: Any = functools.partial(functools.reduce, lax.min)
+  union: Any = functools.partial(functools.reduce, jnp.bitwise_or)
   if s.lanes:
     # Each lane has the list of its query; what is left over has none.
     queries = [selected_lanes.lane()]
-    minimum, union = (
-      lambda values, f=f: f(values[0])
-      for f in (selected_lanes.lowest, selected_lanes.union)
-    )
+    minimum = lambda values: selected_lanes.lowest(*values)  # noqa: E731
+    union = lambda values: selected_lanes.union(*values)  # noqa: E731
   rows = [_row(s, at, query) for query in queries]
   # Id of each query's own block; -1 if the query reads nothing. The shift of a
   # negative position is negative.
@@ -436,12 +433,14 @@ def _compute_piece(
 
     return pl.run_scoped(run, plgpu.ACC(tile, jnp.float32))
 
-  def masked(y, block_id, bits, readers):
-    """Scores, -inf where a query does not read a key."""
+  def of_readers(y, readers):
+    """Scores, -inf for queries that did not choose the block."""
+    return jnp.where(((readers >> query) & 1) == 1, y, -jnp.inf)
+
+  def of_readable(y, block_id, bits):
+    """Scores, -inf for keys that a query may not read."""
     start = block_id * s.block
-    ok = ((readers >> query) & 1) == 1
-    ok &= column + start <= query + position
-    y = jnp.where(ok, y, -jnp.inf)
+    y = jnp.where(column + start <= query + position, y, -jnp.inf)
     if not s.segments:
       return y
 
@@ -479,14 +478,18 @@ def _compute_piece(
     acc, m_i, l_i = state
     y = scores(slot)
     plgpu.barrier_arrive(to.k_free.at[slot])
-    some_unread = (
-      (readers != everybody)
-      | ((block_id + 1) * s.block - 1 > position)
-      | (bits >= _MIXED)
-    )
+    # Few blocks need the second mask, and many the first one, which takes
+    # fewer instructions.
     y = lax.cond(
-      some_unread,
-      lambda y: masked(y, block_id, bits, readers),
+      readers != everybody,
+      lambda y: of_readers(y, readers),
+      lambda y: y,
+      y,
+    )
+    later = (block_id + 1) * s.block - 1 > position
+    y = lax.cond(
+      later | (bits >= _MIXED),
+      lambda y: of_readable(y, block_id, bits),
       lambda y: y,
       y,
     )
