@@ -228,18 +228,26 @@ def _load(s: Sizes, x: _Inputs, to: _Buffers, interpret: bool):
     drain(to.v_free, end - _num_pieces(s))
 
 
+def _minimum(*values: Any) -> Any:
+  return functools.reduce(lax.min, values)
+
+
+def _union(*values: Any) -> Any:
+  return functools.reduce(jnp.bitwise_or, values)
+
+
 def _load_piece(
   s: Sizes, x: _Inputs, to: _Buffers, n: Any, i: Any, at: _Piece
 ) -> Any:
   """Loads the union of the lists of a piece; arguments as in `_each_piece`."""
-  queries: Sequence[Any] = range(s.per_piece)
-  minimum: Any = functools.partial(functools.reduce, lax.min)
-  union: Any = functools.partial(functools.reduce, jnp.bitwise_or)
   if s.lanes:
     # Each lane has the list of its query; what is left over has none.
-    queries = [selected_lanes.lane()]
-    minimum = lambda values: selected_lanes.lowest(*values)  # noqa: E731
-    union = lambda values: selected_lanes.union(*values)  # noqa: E731
+    queries: Sequence[Any] = [selected_lanes.lane()]
+    minimum: Any = selected_lanes.lowest
+    union: Any = selected_lanes.union
+  else:
+    queries = range(s.per_piece)
+    minimum, union = _minimum, _union
   rows = [_row(s, at, query) for query in queries]
   # Id of each query's own block; -1 if the query reads nothing. The shift of a
   # negative position is negative.
@@ -283,7 +291,7 @@ def _load_piece(
       jnp.where(hit, jnp.int32(1) << query, 0)
       for hit, query in zip(hits, queries, strict=True)
     ]
-    return union(bits) | mixed
+    return union(*bits) | mixed
 
   def when_free(barrier, i):
     @pl.when(i >= s.stages)
@@ -326,14 +334,14 @@ def _load_piece(
       pl.when(~at_end)(lambda: values(x.v, span))
     else:
       values(x.v, span)
-    return i + 1, minimum(heads), places, heads
+    return i + 1, minimum(*heads), places, heads
 
   places = tuple(jnp.int32(0) for _ in queries)
   heads = tuple(entry(q, place) for q, place in enumerate(places))
   i, *_ = lax.while_loop(
     lambda carry: carry[1] != _NONE,
     step,
-    (i, minimum(heads), places, heads),
+    (i, minimum(*heads), places, heads),
   )
   slot = rem(i, s.stages)
   when_free(to.k_free, i)
