@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import export
-from jax.sharding import AbstractDevice, AbstractMesh, Mesh
+from jax.sharding import AbstractDevice, AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import nsa_jax
@@ -528,6 +528,24 @@ def test_vmap(shared: bool) -> None:
   helpers.assert_same_bits([x[:, 0] for x in one_by_one], whole)
 
 
+@needs_kernels
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["Auto axes", "shard_map"])
+def test_several_devices(way: str) -> None:
+  sizes: dict[str, Any] = {"group": 8, "head_dim": 64, "value_dim": 64}
+  sizes = sizes | {"batch": 2, "kv_heads": 2, "dtype": jnp.bfloat16}
+  inputs = _inputs("window", CONFIG, length=12, **sizes)[:3]
+  op = _op("window", 12, config=CONFIG)
+  expected = jax.jit(op)(*inputs)
+  devices = np.array(jax.devices("cpu")[:4]).reshape(2, 2)
+  mesh = Mesh(devices, ("batch", "head"))
+  spec = P("batch", None, "head")
+  if way == "shard_map":
+    op = jax.shard_map(op, mesh=mesh, in_specs=spec, out_specs=spec)
+  split = [jax.device_put(x, NamedSharding(mesh, spec)) for x in inputs]
+  helpers.assert_same_bits(jax.jit(op)(*split), expected)
+
+
 def test_few_threads_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
   """An interpreted kernel would wait forever for a thread."""
   from pallas_kernels.mosaic_gpu import interpreter
@@ -615,6 +633,26 @@ def test_gradients_lower_for_cuda() -> None:
   text = _lowered(jax.grad(loss, (0, 1, 2)), _bf16(1, 200, 8, 64), keys, keys)
   _assert_kernel(text, "window", 1)
   assert all(f'nsa_window_{name}"' in text for name in ("dq", "dkv"))
+
+
+@needs_kernels
+def test_a_sequence_mixes_backends() -> None:
+  """Each op by the first that has it, in one program."""
+  dims = helpers.Dims(NSAConfig(), 1, 300, 300, 1, 8, 64, 64)
+  inputs = jax.tree.map(
+    lambda x: _bf16(*x.shape), helpers.make_inputs(dims, "float32")
+  )
+  both: Any = (NAME, "triton")
+
+  def run(inputs: Any) -> Any:
+    return nsa_jax.native_sparse_attention(
+      **inputs, config=dims.config, implementation=both
+    )
+
+  text = _lowered(run, inputs)
+  for branch in BRANCHES:
+    _assert_kernel(text, branch, 2)
+  assert "nsa_selected_by_block_fwd" in text
 
 
 @needs_kernels
