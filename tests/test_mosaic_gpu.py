@@ -380,6 +380,11 @@ INTERPRETED: dict[str, Any] = {
     "head_dim": 256,
     "value_dim": 256,
   },
+  "without turns": {
+    "config": SMALL_STRIDE,
+    "tiles": BandTiling(BandTile(64, 2, 2, turns=False)),
+    "queries": 20,
+  },
   "negative scale": {"queries": 5, "call": {"scale": -0.3}},
 }
 FAST = ("ragged", "group of 8, segments", "group of 64, other widths")
