@@ -44,6 +44,11 @@ needs_kernels = pytest.mark.skipif(
 )
 
 
+def on_gpu(test: Any) -> Any:
+  """Marks a test that runs on a card."""
+  return pytest.mark.gpu(needs_kernels(test))
+
+
 @pytest.fixture(autouse=True)
 def no_races(capfd: pytest.CaptureFixture[str]) -> Iterator[None]:
   """The interpreter prints what one thread reads while another writes it."""
@@ -405,7 +410,7 @@ def test_matches_reference(branch: str, case: dict[str, Any]) -> None:
   _check(branch, **case)
 
 
-@pytest.mark.gpu
+@on_gpu
 @pytest.mark.parametrize("branch", BRANCHES)
 @pytest.mark.parametrize("case", INTERPRETED.values(), ids=list(INTERPRETED))
 def test_gpu_matches_reference(branch: str, case: dict[str, Any]) -> None:
@@ -426,7 +431,7 @@ def test_halo_of_the_window() -> None:
   _check_halo()
 
 
-@pytest.mark.gpu
+@on_gpu
 def test_gpu_halo_of_the_window() -> None:
   _check_halo()
 
@@ -497,7 +502,7 @@ def test_what_is_not_finite(branch: str) -> None:
   _check_non_finite(branch)
 
 
-@pytest.mark.gpu
+@on_gpu
 @pytest.mark.parametrize("branch", BRANCHES)
 def test_gpu_what_is_not_finite(branch: str) -> None:
   _check_non_finite(branch)
@@ -703,7 +708,7 @@ def test_exports_without_disabled_checks() -> None:
 # ------------------------------------------------------------------- on a GPU
 
 
-@pytest.mark.gpu
+@on_gpu
 @pytest.mark.parametrize("sizes", helpers.pairwise(LOWERED), ids=str)
 def test_gpu_matches_reference_everywhere(sizes: dict[str, Any]) -> None:
   sizes = dict(sizes)
@@ -714,7 +719,7 @@ def test_gpu_matches_reference_everywhere(sizes: dict[str, Any]) -> None:
   _check(config=config, batch=2, kv_heads=2, call=call, **sizes)
 
 
-@pytest.mark.gpu
+@on_gpu
 @pytest.mark.parametrize("branch", BRANCHES)
 def test_gpu_matches_xla_at_length(branch: str) -> None:
   """Forward and backward; the second run has the same bits."""
@@ -741,7 +746,7 @@ def test_gpu_matches_xla_at_length(branch: str) -> None:
     assert error < 2**-7, error
 
 
-@pytest.mark.gpu
+@on_gpu
 def test_gpu_more_than_2_to_31_elements() -> None:
   """The last queries are those of a call of their own."""
   config, length, tail = NSAConfig(window=100), 2**18 + 100, 64
