@@ -659,9 +659,9 @@ def test_a_sequence_mixes_backends() -> None:
     )
 
   text = _lowered(run, inputs)
-  for branch in BRANCHES:
-    _assert_kernel(text, branch, 2)
-  assert "nsa_selected_by_block_fwd" in text
+  for branch in (*BRANCHES, "selected"):
+    _assert_kernel(text, branch, 3)
+  assert "nsa_top_n" in text
 
 
 @needs_kernels

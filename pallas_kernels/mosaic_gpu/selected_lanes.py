@@ -9,9 +9,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import nvvm
 
 _plgpu: Any = plgpu
 _ALL = -1  # The mask of all lanes.
@@ -33,23 +32,21 @@ def _scalar(function: Any, *args: jax.Array) -> jax.Array:
 
 
 def _reduce(kind: Any, x: jax.Array) -> jax.Array:
-  def run(value):
-    i32 = ir.IntegerType.get_signless(32)
-    return nvvm.redux_sync(value, kind, mgpu.c(_ALL, i32))
-
-  return _scalar(run, x)
+  return _scalar(
+    lambda value: utils.redux(value, utils.c(_ALL, value.type), kind), x
+  )
 
 
 def lane() -> jax.Array:
   """Index of this lane, int32 in [0, 32)."""
-  return _scalar(nvvm.read_ptx_sreg_laneid)
+  return _scalar(utils.nvvm.read_ptx_sreg_laneid)
 
 
 def lowest(x: jax.Array) -> jax.Array:
   """Minimum of an int32 over the lanes, the same in all of them."""
-  return _reduce(nvvm.ReductionKind.MIN, x)
+  return _reduce(utils.ReductionKind.MIN, x)
 
 
 def union(x: jax.Array) -> jax.Array:
   """Bitwise or of an int32 over the lanes, the same in all of them."""
-  return _reduce(nvvm.ReductionKind.OR, x)
+  return _reduce(utils.ReductionKind.OR, x)
