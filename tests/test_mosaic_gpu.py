@@ -647,7 +647,7 @@ def test_gradients_lower_for_cuda() -> None:
 @needs_kernels
 def test_a_sequence_mixes_backends() -> None:
   """Each op by the first that has it, in one program."""
-  dims = helpers.Dims(NSAConfig(), 1, 300, 300, 1, 8, 64, 64)
+  dims = helpers.Dims(NSAConfig(), 1, 1100, 1100, 1, 8, 64, 64)
   inputs = jax.tree.map(
     lambda x: _bf16(*x.shape), helpers.make_inputs(dims, "float32")
   )
