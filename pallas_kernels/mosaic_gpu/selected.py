@@ -1,0 +1,80 @@
+"""The selected branch (Eq. 12): the tokens s <= t of the given blocks."""
+
+import jax
+
+from pallas_kernels.interface import Queries, Spec
+from pallas_kernels.mosaic_gpu import selected_union, support
+from pallas_kernels.mosaic_gpu.tiling import SelectedTiling, selected_tiling
+from pallas_kernels.triton import selected as triton
+
+# The product of probabilities and values takes 64 keys at least.
+_BLOCKS = (64, 128)
+_INT32 = 2**31
+
+
+def check(
+  spec: Spec, qkv: tuple[jax.Array, ...], index: tuple[jax.Array, Queries]
+) -> None:
+  """As in `interface`; `tiles` must be a `SelectedTiling` that fits."""
+  support.check_where()
+  support.check_heads(*qkv)
+  query, key, value = qkv
+  block = spec.config.selection_block
+  if block not in _BLOCKS:
+    raise NotImplementedError(
+      f"`selection_block`={block}: the kernels take "
+      f"{', '.join(map(str, _BLOCKS))}"
+    )
+  if not spec.scale > 0:
+    raise NotImplementedError(
+      f"`scale`={spec.scale}: the kernels take positive ones"
+    )
+  batch, length, _, head_dim = query.shape
+  value_dim = value.shape[-1]
+  ids = batch * length * key.shape[2] * index[0].shape[-1]
+  if max(ids, batch * (spec.key_length + block)) >= _INT32:
+    raise NotImplementedError(
+      f"`query` of shape {query.shape} and `key` of shape {key.shape}: the "
+      "kernels take fewer than 2^31 block ids, and keys of all batch rows"
+    )
+  support.check_tiles(spec, SelectedTiling, head_dim, value_dim, block)
+  if _tiles(spec, qkv) is None:
+    raise NotImplementedError(
+      f"`selection_block`={block} with head dimensions {head_dim} and "
+      f"{value_dim}: two blocks of keys and values do not fit in shared memory"
+    )
+  triton.check(spec._replace(tiles=None), qkv, index)  # The backward pass.
+
+
+def forward(
+  spec: Spec, qkv: tuple[jax.Array, ...], index: tuple[jax.Array, Queries]
+) -> tuple[jax.Array, jax.Array]:
+  """As in `interface`."""
+  tiles = _tiles(spec, qkv)
+  assert tiles is not None  # As `check` found.
+  return selected_union.forward(spec, tiles.fwd, qkv, index)
+
+
+def backward(
+  spec: Spec,
+  qkv: tuple[jax.Array, ...],
+  index: tuple[jax.Array, Queries],
+  out: jax.Array,
+  lse: jax.Array,
+  dout: jax.Array,
+  dlse: jax.Array,
+) -> tuple[jax.Array, ...]:
+  """As in `interface`."""
+  # Triton's kernels, until this backend has its own; `check` asks them too.
+  spec = spec._replace(tiles=None)
+  return triton.backward(spec, qkv, index, out, lse, dout, dlse)
+
+
+def _tiles(spec: Spec, qkv: tuple[jax.Array, ...]) -> SelectedTiling | None:
+  if spec.tiles is not None:
+    return spec.tiles
+  return selected_tiling(
+    head_dim=qkv[0].shape[-1],
+    value_dim=qkv[2].shape[-1],
+    block=spec.config.selection_block,
+  )
