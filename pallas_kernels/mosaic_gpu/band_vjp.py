@@ -37,6 +37,8 @@ from pallas_kernels.triton.band_vjp import query_tiles, sum_splits
 
 M = 64  # rows of a wgmma, keys per warpgroup
 CONSUMERS = 2  # warpgroups that compute
+# Registers per thread of the warpgroups that load and that compute.
+LOAD_REGISTERS, COMPUTE_REGISTERS = 24, 240
 EMPTY = 1e30  # lse of queries that read nothing: their probabilities are 0
 
 
@@ -47,7 +49,6 @@ class BandVjpTiling:
   Attributes:
     rows: tile rows (queries x heads of a group) per step of the dk, dv kernel.
     stages: steps whose queries and dout are in flight or in use.
-    overlap: the last product of a step runs beside the first of the next one.
     steps: steps per query tile of the dq kernel, an even number.
     dq_block_k: keys per step of the dq kernel.
     dq_stages: its steps in flight or in use.
@@ -59,7 +60,6 @@ class BandVjpTiling:
 
   rows: int = 64
   stages: int = 3
-  overlap: bool = False
   steps: int = 4
   dq_block_k: int = 64
   dq_stages: int = 4
@@ -302,7 +302,7 @@ class Walk(NamedTuple):
 
 def steps_of(
   schedule: Schedule, chunk: Any, place: tuple[Any, Any], j: Any, split: Any,
-  wg: Any,
+  wg: Any, segmented: bool,
 ) -> Walk:  # fmt: skip
   """The steps of one warpgroup.
 
@@ -312,7 +312,8 @@ def steps_of(
     place: position of query 0, and the first valid key row.
     j: key tile.
     split: number of the share of queries.
-    wg: number of the warpgroup; None for those of the whole key tile.
+    wg: number of the warpgroup.
+    segmented: every step needs a mask.
   """
   band, tiles = schedule.band, schedule.tiles
   offset, first_row = place
@@ -354,6 +355,8 @@ def steps_of(
     whole = scalar_div(jnp.maximum(whole, 0), schedule.block_q)
     whole = jnp.where(start_k < first_row, 0, whole)
     full_last = jnp.minimum(to_steps(whole), last)
+  if segmented:
+    full_first = last
   full_first = jnp.minimum(jnp.maximum(full_first, first), last)
   full_last = jnp.maximum(full_last, full_first)
   return Walk(begin, first, full_first, full_last, last, end)
@@ -405,8 +408,8 @@ def _dkv_kernel(
   @pl.when(wg == CONSUMERS)
   def _load():
     if not interpret:
-      plgpu.set_max_registers(40, action="decrease")
-    walk = steps_of(schedule, chunk, place, j, split, jnp.int32(0))
+      plgpu.set_max_registers(LOAD_REGISTERS, action="decrease")
+    walk = steps_of(schedule, chunk, place, j, split, wg, segmented)
     keys = b, pl.ds(j * schedule.block_k, schedule.block_k), h
     plgpu.copy_gmem_to_smem(k_ref.at[keys], k_s, keys_ready)
     plgpu.copy_gmem_to_smem(v_ref.at[keys], v_s, keys_ready)
@@ -454,8 +457,8 @@ def _dkv_kernel(
   @pl.when(wg < CONSUMERS)
   def _compute():
     if not interpret:
-      plgpu.set_max_registers(232, action="increase")
-    walk = steps_of(schedule, chunk, place, j, split, wg)
+      plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
+    walk = steps_of(schedule, chunk, place, j, split, wg, segmented)
     start_k = j * schedule.block_k + wg * M
     mine = pl.ds(wg * M, M)
     layout = plgpu.Layout.WGMMA
@@ -672,7 +675,7 @@ def _dq_kernel(
   @pl.when(wg == CONSUMERS)
   def _load():
     if not interpret:
-      plgpu.set_max_registers(40, action="decrease")
+      plgpu.set_max_registers(LOAD_REGISTERS, action="decrease")
 
     def load(n, _):
       slot = lax.rem(n, jnp.int32(stages))
@@ -708,7 +711,7 @@ def _dq_kernel(
   @pl.when((wg < CONSUMERS) & (tile < schedule.num_tiles))
   def _compute():
     if not interpret:
-      plgpu.set_max_registers(232, action="increase")
+      plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
     layout = plgpu.Layout.WGMMA
     mine = tiles.steps // CONSUMERS  # steps of this warpgroup
     shape = rows, k_s.shape[-1]
