@@ -49,6 +49,7 @@ PORTABLE: dict[str, Any] = {"reference": reference, "xla": xla}
 # importing nsa_jax does not import Pallas.
 BACKENDS: dict[str, Any] = {
   "triton": "pallas_kernels.triton",
+  "mosaic_gpu": "pallas_kernels.mosaic_gpu",
   "cudnn": cudnn,
 }
 

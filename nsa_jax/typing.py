@@ -43,7 +43,9 @@ __all__ = [
 
 Array: TypeAlias = jax.Array
 
-ImplementationName: TypeAlias = Literal["reference", "xla", "triton", "cudnn"]
+ImplementationName: TypeAlias = Literal[
+  "reference", "xla", "triton", "mosaic_gpu", "cudnn"
+]
 # None: the fastest that supports the call, op by op. A name: exactly that one.
 # A sequence: the first that supports the call.
 Implementation: TypeAlias = (

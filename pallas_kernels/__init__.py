@@ -2,5 +2,5 @@
 
 `interface` defines the arguments and results of a backend, `platforms` switches
 between a backend and the implementation for other platforms, and each backend
-is a folder: `triton`.
+is a folder: `triton`, `mosaic_gpu`.
 """

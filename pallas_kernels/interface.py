@@ -208,6 +208,18 @@ def compressed_block_segments(segment_ids: jax.Array, config: Any) -> jax.Array:
   )
 
 
+def segment_pair(
+  key_segments: jax.Array | None, query_segments: jax.Array | None
+) -> tuple[jax.Array, ...]:
+  """Segments of keys and queries for the kernels; () without segments.
+
+  Queries that read nothing get segment -1, which no key has.
+  """
+  if key_segments is None or query_segments is None:
+    return ()
+  return key_segments, jnp.where(query_segments > 0, query_segments, -1)
+
+
 def segment_starts(
   segment_ids: jax.Array, query_segment_ids: jax.Array
 ) -> jax.Array:

@@ -18,70 +18,15 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
+from pallas_kernels.bands import Band as Band
+from pallas_kernels.bands import BandReads as BandReads
+from pallas_kernels.bands import Bounds as Bounds
+from pallas_kernels.bands import key_tiles as key_tiles
+from pallas_kernels.integers import ceil_div as ceil_div
+from pallas_kernels.integers import within as within
 from pallas_kernels.interface import Queries, Spec
 from pallas_kernels.triton import common, support
 from pallas_kernels.triton.tiling import BandTile, BandTiling, band_tiling
-
-
-class Band(NamedTuple):
-  """Which key rows a query at position t reads; hashable.
-
-  Key row j ends at position j * stride + span - 1 and is read iff that is at
-  most t and, with a window, greater than t - window. Positions outside
-  [0, length) read nothing. Positions count from the first token of key row 0.
-
-  Attributes:
-    stride: d, or 1.
-    span: l, or 1.
-    window: w, only with a stride and a span of 1; or None.
-    length: S, tokens.
-  """
-
-  stride: int
-  span: int
-  window: int | None
-  length: int
-
-  @property
-  def branch(self) -> str:
-    """Name of the branch, for the names of kernels."""
-    return "compressed" if self.window is None else "window"
-
-  def stop(self, t: Any) -> Any:
-    """End of the key rows that a query at scalar position t reads."""
-    rows = common.div(jnp.maximum(t - self.span + 1, 0), self.stride) + 1
-    return jnp.where(t < self.span - 1, 0, rows)
-
-  def readable(self, j: Any, t: Any, first_row: Any) -> Any:
-    """Mask of the key rows j that positions t read; j and t broadcast."""
-    mask = j * self.stride + (self.span - 1) <= t
-    if self.window is not None:
-      mask &= (j > t - self.window) & (j >= first_row)
-    return mask
-
-
-class BandReads(NamedTuple):
-  """What the queries of a call read.
-
-  Attributes:
-    band: static.
-    place: int32 [B, 2]: position of query 0, counted from key row 0, and the
-      first valid key row (window only).
-    segments: () or segments of the key rows [B, S] and of the queries [B, T],
-      int32; a query whose segment has no key reads nothing.
-  """
-
-  band: Band
-  place: jax.Array
-  segments: tuple[jax.Array, ...]
-
-  @property
-  def flat_segments(self) -> tuple[jax.Array, ...]:
-    """`segments` with those of the queries flattened to [B T]."""
-    if not self.segments:
-      return ()
-    key_segments, query_segments = self.segments
-    return key_segments, query_segments.reshape(-1)
 
 
 class QuerySizes(NamedTuple):
@@ -90,19 +35,6 @@ class QuerySizes(NamedTuple):
   length: int  # T
   heads: int  # N
   group: int  # G
-
-
-class Bounds(NamedTuple):
-  """Tiles to walk: [begin, end), of which [full_begin, full_end) need no mask.
-
-  If two neighbouring fields are the same object, because the band has no such
-  end, `walk` emits no loop between them.
-  """
-
-  begin: Any
-  full_begin: Any
-  full_end: Any
-  end: Any
 
 
 def walk(
@@ -127,43 +59,6 @@ def walk(
       body = functools.partial(lambda i, c, m: step(i, c, m), m=masked)
       carry = lax.fori_loop(start, stop, body, carry)
   return carry
-
-
-def ceil_div(x: Any, y: int) -> Any:
-  """ceil(x / y) of a traced x >= 0."""
-  return common.div(x + (y - 1), y)
-
-
-def within(x: Any, low: Any, high: Any) -> Any:
-  """`x` clipped to [low, high]."""
-  return jnp.minimum(jnp.maximum(x, low), high)
-
-
-def key_tiles(
-  band: Band, offset: Any, first_row: Any, start_q: Any, stop_q: Any, size: int
-) -> Bounds:
-  """Key tiles, of `size` key rows, that the queries [start_q, stop_q) read.
-
-  Args:
-    band: the band.
-    offset: position of query 0.
-    first_row: first valid key row.
-    start_q: first query.
-    stop_q: end of the queries.
-    size: key rows per tile.
-  """
-  first = offset + start_q
-  last = jnp.minimum(offset + stop_q, band.length) - 1
-  end = jnp.where(first <= last, ceil_div(band.stop(last), size), 0)
-  if band.window is None:
-    begin = full_begin = jnp.int32(0)
-  else:
-    low = jnp.maximum(first - band.window + 1, first_row)
-    begin = jnp.minimum(common.div(low, size), end)
-    high = jnp.maximum(last - band.window + 1, first_row)
-    full_begin = within(ceil_div(high, size), begin, end)
-  full_end = within(common.div(band.stop(first), size), full_begin, end)
-  return Bounds(begin, full_begin, full_end, end)
 
 
 class TileRows(NamedTuple):

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from pallas_kernels.interface import Queries, Spec, per_row
+from pallas_kernels.interface import Queries, Spec, per_row, segment_pair
 from pallas_kernels.triton import common
 from pallas_kernels.triton.tiling import Tile
 
@@ -419,7 +419,7 @@ def reads_of(index: tuple[jax.Array, Queries]) -> BlockReads:
   return BlockReads(
     ids,
     per_row(queries.offset, len(ids)),
-    common.segment_pair(queries.key_segments, queries.query_segments),
+    segment_pair(queries.key_segments, queries.query_segments),
   )
 
 

@@ -14,6 +14,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jax.sharding import ManualAxisType
 
+from pallas_kernels.integers import div as div
+from pallas_kernels.integers import rem as rem
+
 # The softmax uses exp2, which is one instruction; the scale includes log2(e).
 LOG2E = math.log2(math.e)
 # Value of masked scores, and initial value of running maxima. The maximum
@@ -65,18 +68,6 @@ def _exp2(x: jax.Array) -> jax.Array:
     result_shape_dtypes=[jax.ShapeDtypeStruct(x.shape, jnp.float32)],
   )
   return out
-
-
-def segment_pair(
-  key_segments: jax.Array | None, query_segments: jax.Array | None
-) -> tuple[jax.Array, ...]:
-  """Segments of keys and queries for the kernels; () without segments.
-
-  Queries that read nothing get segment -1, which no key has.
-  """
-  if key_segments is None or query_segments is None:
-    return ()
-  return key_segments, jnp.where(query_segments > 0, query_segments, -1)
 
 
 def whole(x: jax.Array | jax.ShapeDtypeStruct) -> pl.BlockSpec:
@@ -199,17 +190,3 @@ def keep_finite(delta: jax.Array, lse: jax.Array) -> jax.Array:
 def take(x: jax.Array, index: jax.Array) -> jax.Array:
   """`x[index]` for indices in [0, len(x)), in one operation of XLA."""
   return x.at[index].get(mode="promise_in_bounds", wrap_negative_indices=False)
-
-
-def div(x: Any, y: int) -> Any:
-  """Floor division of nonnegative integers.
-
-  `//` lowers to a sign correction that Triton does not support for scalars, and
-  that takes XLA many operations.
-  """
-  return lax.div(x, jnp.asarray(y, x.dtype))
-
-
-def rem(x: Any, y: int) -> Any:
-  """Remainder of nonnegative integers."""
-  return lax.rem(x, jnp.asarray(y, x.dtype))

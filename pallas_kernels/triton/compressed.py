@@ -1,15 +1,10 @@
 """The compressed branch (Eq. 7): the blocks that end at or before the query."""
 
 import jax
-import jax.numpy as jnp
 
-from pallas_kernels.interface import (
-  Queries,
-  Spec,
-  compressed_block_segments,
-  per_row,
-)
-from pallas_kernels.triton import band, band_vjp, common
+from pallas_kernels.bands import compressed_reads
+from pallas_kernels.interface import Queries, Spec
+from pallas_kernels.triton import band, band_vjp
 
 check = band.check
 
@@ -18,7 +13,7 @@ def forward(
   spec: Spec, qkv: tuple[jax.Array, ...], index: tuple[None, Queries]
 ) -> tuple[jax.Array, jax.Array]:
   """As in `interface`."""
-  return band.forward(spec, qkv, _reads(spec, qkv, index))
+  return band.forward(spec, qkv, compressed_reads(spec, qkv, index))
 
 
 def backward(
@@ -31,24 +26,5 @@ def backward(
   dlse: jax.Array,
 ) -> tuple[jax.Array, ...]:
   """As in `interface`."""
-  reads = _reads(spec, qkv, index)
+  reads = compressed_reads(spec, qkv, index)
   return band_vjp.backward(spec, qkv, reads, out, lse, dout, dlse)
-
-
-def _reads(spec, qkv, index):
-  _, queries = index
-  config = spec.config
-  offset = per_row(queries.offset, len(qkv[0]))
-  segments = queries.key_segments
-  if segments is not None:
-    segments = compressed_block_segments(segments, config)
-  return band.BandReads(
-    band.Band(
-      config.compression_stride,
-      config.compression_block,
-      None,
-      spec.key_length,
-    ),
-    jnp.stack([offset, jnp.zeros_like(offset)], axis=-1),
-    common.segment_pair(segments, queries.query_segments),
-  )

@@ -25,6 +25,7 @@ from pallas_kernels.interface import (
   compressed_block_segments,
   per_row,
   query_positions,
+  segment_pair,
   segment_starts,
 )
 from pallas_kernels.triton import common, support
@@ -433,9 +434,7 @@ def _segments(spec, queries):
     return ()
   first = segment_starts(tokens, of_query) // spec.config.selection_block
   return (
-    *common.segment_pair(
-      compressed_block_segments(tokens, spec.config), of_query
-    ),
+    *segment_pair(compressed_block_segments(tokens, spec.config), of_query),
     jnp.where(of_query > 0, first, spec.key_length),
   )
 

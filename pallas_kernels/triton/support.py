@@ -1,11 +1,12 @@
 """Checks that the kernels support a call; raises NotImplementedError if not."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.interface import Spec
+from pallas_kernels.checks import check_scores as check_scores
+from pallas_kernels.checks import check_static_sizes, visible_gpus
+from pallas_kernels.checks import check_tiles as check_tiles
+from pallas_kernels.checks import group_of as group_of
 
 _DTYPES = (jnp.float16, jnp.bfloat16, jnp.float32)
 _BLOCKS = (16, 32, 64, 128)
@@ -25,54 +26,13 @@ def check_where() -> None:
   Raises:
     NotImplementedError: naming the limit.
   """
-  try:
-    devices = jax.local_devices(backend="cuda")
-  except RuntimeError:  # No visible GPU.
-    devices = []
-  for device in devices:
+  for device in visible_gpus():
     if float(device.compute_capability) < _MIN_CAPABILITY:
       raise NotImplementedError(
         f"{device.device_kind} has compute capability "
         f"{device.compute_capability}: the kernels take {_MIN_CAPABILITY} and "
         "newer"
       )
-
-
-def check_scores(spec: Spec) -> None:
-  """Checks that the scores of queries and keys stay as they are.
-
-  Raises:
-    NotImplementedError: naming the argument and the value.
-  """
-  if spec.softcap is not None:
-    raise NotImplementedError(
-      f"`softcap`={spec.softcap}: the kernels take None; "
-      "`implementation`='xla' can"
-    )
-
-
-def check_tiles(spec: Spec, kind: Any, *fits: int) -> None:
-  """Checks that the requested tiles, if any, are a `kind` and fit the call.
-
-  Args:
-    spec: static arguments of the call.
-    kind: class of the tiles.
-    *fits: arguments of its `check_fit`.
-
-  Raises:
-    ValueError: naming the value and the rule.
-  """
-  tiles = spec.tiles
-  if tiles is None:
-    return
-  if not isinstance(tiles, kind):
-    raise ValueError(f"`tiles`={tiles!r} must be a {kind.__name__}.")
-  tiles.check_fit(*fits)
-
-
-def group_of(query: jax.Array, key: jax.Array) -> int:
-  """G, query heads per key/value head."""
-  return query.shape[2] // key.shape[2]
 
 
 def check_heads(query: jax.Array, key: jax.Array, value: jax.Array) -> None:
@@ -86,11 +46,7 @@ def check_heads(query: jax.Array, key: jax.Array, value: jax.Array) -> None:
   Raises:
     NotImplementedError: naming argument, value and limit.
   """
-  if not all(isinstance(size, int) for size in query.shape):
-    raise NotImplementedError(
-      f"`query` has the symbolic shape {query.shape}: the kernels take static "
-      "sizes"
-    )
+  check_static_sizes(query)
   if query.dtype not in _DTYPES:
     raise NotImplementedError(
       f"`query` of dtype {query.dtype}: the kernels take "

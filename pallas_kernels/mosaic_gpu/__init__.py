@@ -1,0 +1,5 @@
+"""Kernels for the Mosaic GPU backend of Pallas (Hopper), one module per op."""
+
+from pallas_kernels.mosaic_gpu import compressed, window
+
+__all__ = ["compressed", "window"]

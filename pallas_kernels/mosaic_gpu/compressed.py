@@ -1,0 +1,38 @@
+"""The compressed branch (Eq. 7): the blocks that end at or before the query."""
+
+import jax
+
+from pallas_kernels.bands import compressed_reads
+from pallas_kernels.interface import Queries, Spec
+from pallas_kernels.mosaic_gpu import band
+from pallas_kernels.triton import compressed as triton
+
+
+def check(
+  spec: Spec, qkv: tuple[jax.Array, ...], index: tuple[None, Queries]
+) -> None:
+  """As in `interface`; `tiles` must be a `BandTiling` that fits."""
+  band.check(spec, qkv)
+  triton.check(spec._replace(tiles=None), qkv, index)
+
+
+def forward(
+  spec: Spec, qkv: tuple[jax.Array, ...], index: tuple[None, Queries]
+) -> tuple[jax.Array, jax.Array]:
+  """As in `interface`."""
+  return band.forward(spec, qkv, compressed_reads(spec, qkv, index))
+
+
+def backward(
+  spec: Spec,
+  qkv: tuple[jax.Array, ...],
+  index: tuple[None, Queries],
+  out: jax.Array,
+  lse: jax.Array,
+  dout: jax.Array,
+  dlse: jax.Array,
+) -> tuple[jax.Array, ...]:
+  """As in `interface`."""
+  # Triton's kernels, until this backend has its own; `check` asks them too.
+  spec = spec._replace(tiles=None)
+  return triton.backward(spec, qkv, index, out, lse, dout, dlse)

@@ -1,0 +1,127 @@
+"""Tile sizes of the kernels and the heuristics that choose them.
+
+Tile sizes change results only by rounding.
+"""
+
+import dataclasses
+
+# Rows of a product of one warpgroup: pairs of query and head.
+ROWS = 64
+# Warpgroups of a block that compute; one more loads.
+WORKERS = 2
+# Shared memory of a block on Hopper, in bytes, less what barriers and padding
+# take.
+_SHARED_MEMORY = 232448 - 2048
+
+
+@dataclasses.dataclass(frozen=True)
+class BandTile:
+  """Tile sizes of the forward kernel of band attention.
+
+  Attributes:
+    block_k: keys per step, 64, 128, 192 or 256.
+    num_stages: tiles of keys, and of values, in shared memory.
+    blocks: persistent blocks; None for one per multiprocessor.
+  """
+
+  block_k: int
+  num_stages: int = 2
+  blocks: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class BandTiling:
+  """Tiles of the compressed or the window branch.
+
+  Attributes:
+    fwd: forward kernel.
+  """
+
+  fwd: BandTile
+
+  def check_fit(self, head_dim: int, value_dim: int) -> None:
+    """Checks that the tiles fit a call.
+
+    Args:
+      head_dim: H.
+      value_dim: V.
+
+    Raises:
+      ValueError: naming the tiles and the rule.
+    """
+    tile = self.fwd
+    if tile.block_k not in (64, 128, 192, 256):
+      raise ValueError(f"`fwd.block_k` of {self} must be 64, 128, 192 or 256.")
+    if tile.num_stages < 2:
+      raise ValueError(f"`fwd.num_stages` of {self} must be at least 2.")
+    if tile.blocks is not None and tile.blocks < 1:
+      raise ValueError(f"`fwd.blocks` of {self} must be at least 1, or None.")
+    size = shared_bytes(tile, head_dim, value_dim)
+    if size > _SHARED_MEMORY:
+      raise ValueError(
+        f"`fwd` of {self} takes {size} bytes of shared memory with head "
+        f"dimensions {head_dim} and {value_dim}; there are {_SHARED_MEMORY}."
+      )
+
+
+def shared_bytes(tile: BandTile, head_dim: int, value_dim: int) -> int:
+  """Bytes of shared memory of the forward kernel.
+
+  Args:
+    tile: its tile sizes.
+    head_dim: H.
+    value_dim: V.
+  """
+  size = _bytes_without_output(tile, head_dim, value_dim)
+  if in_place(tile, head_dim, value_dim):
+    return size
+  return size + _OUTPUT * value_dim
+
+
+def in_place(tile: BandTile, head_dim: int, value_dim: int) -> bool:
+  """Whether the output has to pass through the buffer of the queries.
+
+  With a buffer of its own, the next queries load while the last keys are read.
+
+  Args:
+    tile: tile sizes of the forward kernel.
+    head_dim: H.
+    value_dim: V.
+  """
+  size = _bytes_without_output(tile, head_dim, value_dim)
+  full = size + _OUTPUT * value_dim > _SHARED_MEMORY
+  return full and value_dim == head_dim
+
+
+# Bytes of the output of a piece, per value.
+_OUTPUT = 2 * WORKERS * ROWS
+
+
+def _bytes_without_output(tile: BandTile, head_dim: int, value_dim: int) -> int:
+  keys = tile.block_k * (2 * head_dim + 2 * value_dim + 4)  # 4 for segments
+  queries = WORKERS * ROWS * (2 * head_dim + 4)  # 4 for the lse
+  return queries + tile.num_stages * keys
+
+
+def band_tiling(*, head_dim: int, value_dim: int) -> BandTiling:
+  """Chooses tiles of the compressed or the window branch for a shape.
+
+  Args:
+    head_dim: H.
+    value_dim: V.
+  """
+  # Measured at H = V = 128 alone: 128 keys were faster than 64, and two stages
+  # as fast as three. The accumulator and two tiles of scores are in registers,
+  # so that wider values leave room for 64 keys only.
+  tile = BandTile(128)
+  fits = shared_bytes(tile, head_dim, value_dim) <= _SHARED_MEMORY
+  block_k = 128 if value_dim <= 128 and fits else 64
+  # As many bytes in flight for narrower heads.
+  width = head_dim + value_dim
+  most = min(max(2**16 // (block_k * width), 2), 4)
+  for num_stages in range(most, 2, -1):
+    tile = BandTile(block_k, num_stages)
+    fits = shared_bytes(tile, head_dim, value_dim) <= _SHARED_MEMORY
+    if fits and not in_place(tile, head_dim, value_dim):
+      return BandTiling(tile)
+  return BandTiling(BandTile(block_k))
