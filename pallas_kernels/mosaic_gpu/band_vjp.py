@@ -1,96 +1,86 @@
-"""Attention over a band of keys, backward, with wgmma and TMA (Hopper).
+"""Attention over a band of keys, backward: compressed branch and window.
 
 Five products, as on Triton: dk and dv with ds, the gradients of the scores,
-which the first kernel stores; then dq as one product with ds. Tiles of keys
-stay in shared memory, and tiles of 64 rows (some queries with all heads of a
-group) stream past them.
+which the first kernel stores; then dq as one product with ds.
 
-dk, dv: a block has two warpgroups that compute, each with 64 keys of a tile,
-and one that loads. dk and dv stay in registers; scores are transposed, [keys,
-rows], so that they are the first operand of both products in registers. The two
-warpgroups drift apart by themselves: one computes exponentials while the other
-one has the tensor cores.
+dk, dv: two warpgroups compute, each with 64 keys of a tile, and a third one
+loads. The keys stay in shared memory, dk and dv in registers, and steps of 64
+rows (a few queries with all heads of a group) stream past them. Scores are
+transposed, [keys, rows], so that probabilities and ds are operands of the next
+products right where they are computed, in registers. Nothing orders the two
+warpgroups: one that waits for its products leaves the tensor cores to the
+other, and they drift apart until exponentials run beside products.
 
-dq: a block has four steps of 64 rows, so that their ds, which comes from device
-memory, limits it rather than the keys, which come from L2.
+dq: a program has several steps of 64 rows, so that it reads each key, from L2,
+for many rows; it is as slow as the memory that holds ds.
 
 Queries are processed in chunks, which bounds the memory of ds; dk and dv
-accumulate over the chunks, over shares of the queries in separate sums. There
-are no atomics, so every run gives the same bits.
+accumulate over the chunks, and over shares of the queries in separate sums.
+There are no atomics, so every run gives the same bits.
 """
 
-import dataclasses
 import functools
-from collections.abc import Callable
+import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.experimental.pallas as pl
-import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.bands import Band, BandReads, key_tiles, query_tiles
+from pallas_kernels.integers import ceil_div, div, rem, within
 from pallas_kernels.interface import Spec
-from pallas_kernels.triton import common
-from pallas_kernels.triton.band import Band, BandReads, ceil_div, key_tiles
-from pallas_kernels.triton.band_vjp import query_tiles, sum_splits
+from pallas_kernels.mosaic_gpu.interpreter import interpreted
+from pallas_kernels.mosaic_gpu.support import group_of
+from pallas_kernels.mosaic_gpu.tiling import (
+  MAX_GRADIENT_DIM,
+  ROWS,
+  WORKERS,
+  BandGradientTile,
+)
+from pallas_kernels.triton.band_vjp import sum_splits
+from pallas_kernels.triton.common import delta_of, keep_finite
 
-M = 64  # rows of a wgmma, keys per warpgroup
-CONSUMERS = 2  # warpgroups that compute
-# Registers per thread of the warpgroups that load and that compute.
-LOAD_REGISTERS, COMPUTE_REGISTERS = 24, 240
-EMPTY = 1e30  # lse of queries that read nothing: their probabilities are 0
-
-
-@dataclasses.dataclass(frozen=True)
-class BandVjpTiling:
-  """Tiles of the backward pass of the compressed or the window branch.
-
-  Attributes:
-    rows: tile rows (queries x heads of a group) per step of the dk, dv kernel.
-    stages: steps whose queries and dout are in flight or in use.
-    steps: steps per query tile of the dq kernel, an even number.
-    dq_block_k: keys per step of the dq kernel.
-    dq_stages: its steps in flight or in use.
-    programs: number of dk, dv programs that fills a device; the queries are
-      split until there are that many.
-    scratch: maximum memory in bytes of ds, the stored gradients of the scores.
-      A chunk has at least one query tile.
-  """
-
-  rows: int = 64
-  stages: int = 3
-  steps: int = 4
-  dq_block_k: int = 64
-  dq_stages: int = 4
-  programs: int = 512
-  scratch: int = 2**31
+_LOG2E = math.log2(math.e)
+# Value of lse of queries that read nothing: their probabilities are exactly 0.
+_EMPTY = 1e30
+# Registers per thread: what the loading warpgroup gives up the others take.
+# They need all of it for dk, dv, and the two tiles of scores.
+_LOAD_REGISTERS = 24
+_COMPUTE_REGISTERS = 240
+_BLOCK_K = WORKERS * ROWS  # keys per tile of the dk, dv kernel
 
 
 class Inputs(NamedTuple):
-  """Arrays that the kernels read; those of queries are not flat."""
+  """Arrays that the kernels read. S is padded to whole key tiles."""
 
-  place: jax.Array  # int32 [B, 2]
+  place: jax.Array  # int32 [B, 2]: position of query 0, first valid key row
   query: jax.Array  # [B, T, N, H]
   dout: jax.Array  # [B, T, N, V]
-  stats: jax.Array  # [B K, steps, 2, rows]: lse, base 2, and delta
-  key: jax.Array  # [B, S, K, H], S a multiple of the key tile
+  stats: jax.Array  # [B K, steps, 2, ROWS]: lse (base 2) and delta
+  key: jax.Array  # [B, S, K, H]
   value: jax.Array  # [B, S, K, V]
-  # Segments of keys [B, S] and of tile rows [B, steps, rows], if any.
+  # () or segments of the keys [B, S] and of the rows of steps [B, steps, ROWS].
   segments: tuple[jax.Array, ...]
 
 
 class Schedule(NamedTuple):
-  """How the work is split into programs; hashable."""
+  """How the work is split into programs; hashable.
+
+  A step is 64 rows: `step_queries` queries with all heads of a group. A query
+  tile is several steps, which one program of the dq kernel computes.
+  """
 
   band: Band
-  tiles: BandVjpTiling
+  tile: BandGradientTile
   scale: float
   interpret: bool
   length: int  # T
-  kv_heads: int
-  group: int
-  block_k: int  # keys per key tile
+  kv_heads: int  # K
+  group: int  # G
   heads: int  # B K
   num_tiles: int  # query tiles
   num_key_tiles: int
@@ -102,12 +92,12 @@ class Schedule(NamedTuple):
   @property
   def step_queries(self) -> int:
     """Queries per step."""
-    return self.tiles.rows // self.group
+    return ROWS // self.group
 
   @property
   def block_q(self) -> int:
     """Queries per query tile."""
-    return self.tiles.steps * self.step_queries
+    return self.tile.steps * self.step_queries
 
   def tiles_of(self, chunk: Any) -> tuple[Any, int]:
     """First query tile of a chunk, and the distance between its tiles."""
@@ -117,14 +107,16 @@ class Schedule(NamedTuple):
     # Contiguous, a chunk reads few key tiles.
     return chunk * self.chunk_tiles, 1
 
-  def keys_of(
-    self, tile: Any, offset: Any, first_row: Any, size: int
-  ) -> tuple[Any, Any]:
-    """Range of the tiles of `size` keys that a query tile reads."""
+  def keys_of(self, tile: Any, place: Any, size: int) -> tuple[Any, Any]:
+    """Range of the tiles of `size` keys that a query tile reads.
+
+    Those of `ROWS` keys are the pairs of query tile and keys for which the dk,
+    dv kernel writes ds, because `query_tiles` yields the same pairs. The first
+    one of `_BLOCK_K` keys is slot 0 of the query tile's ds.
+    """
     bounds = key_tiles(
       self.band,
-      offset,
-      first_row,
+      *place,
       tile * self.block_q,
       jnp.minimum((tile + 1) * self.block_q, self.length),
       size,
@@ -135,7 +127,7 @@ class Schedule(NamedTuple):
 def make_schedule(
   spec: Spec,
   band: Band,
-  tiles: BandVjpTiling,
+  tile: BandGradientTile,
   query: jax.Array,
   key: jax.Array,
 ) -> Schedule:
@@ -144,35 +136,34 @@ def make_schedule(
   Args:
     spec: static arguments of the call.
     band: band of the branch.
-    tiles: tiles.
+    tile: tile sizes.
     query: [B, T, N, H].
     key: [B, S, K, H].
   """
   batch, num_keys, kv_heads, _ = key.shape
-  _, length, query_heads, _ = query.shape
-  group = query_heads // kv_heads
-  heads, block_k = batch * kv_heads, 2 * M
-  block_q = tiles.steps * (tiles.rows // group)
+  length, group = query.shape[1], group_of(query, key)
+  heads = batch * kv_heads
+  block_q = tile.steps * (ROWS // group)
   num_tiles = -(-length // block_q)
-  num_key_tiles = slots = -(-num_keys // block_k)
+  num_key_tiles = slots = -(-num_keys // _BLOCK_K)
   if band.window is not None:
     # Windows and query tiles are not aligned to key tiles.
-    slots = min(slots, (band.window + block_q - 2) // block_k + 2)
-  size = heads * slots * block_k * tiles.steps * tiles.rows * 2
-  num_chunks = -(-num_tiles // max(1, tiles.scratch // size))
+    slots = min(slots, (band.window + block_q - 2) // _BLOCK_K + 2)
+  row = slots * _BLOCK_K * query.dtype.itemsize
+  size = heads * tile.steps * ROWS * row
+  num_chunks = -(-num_tiles // max(1, tile.scratch // size))
   chunk_tiles = -(-num_tiles // num_chunks)
-  splits = -(-tiles.programs // (num_key_tiles * heads))
+  splits = -(-tile.programs // (num_key_tiles * heads))
   # Enough work per program: 8 steps if the whole chunk reads its key tile.
-  splits = max(1, min(splits, chunk_tiles * tiles.steps // 8))
+  splits = max(1, min(splits, chunk_tiles * tile.steps // 8))
   return Schedule(
     band,
-    tiles,
+    tile,
     spec.scale,
     spec.interpret,
     length,
     kv_heads,
     group,
-    block_k,
     heads,
     num_tiles,
     num_key_tiles,
@@ -183,6 +174,39 @@ def make_schedule(
   )
 
 
+def check(qkv: tuple[jax.Array, ...]) -> None:
+  """Checks that these kernels can do a call that the forward kernel can do.
+
+  Args:
+    qkv: as in `backward`.
+
+  Raises:
+    NotImplementedError: naming argument, value and limit.
+  """
+  query, key, value = qkv
+  for name, size in (("query", query.shape[-1]), ("value", value.shape[-1])):
+    if size > MAX_GRADIENT_DIM:
+      raise NotImplementedError(
+        f"`{name}` has head dimension {size}: the backward kernels take at "
+        f"most {MAX_GRADIENT_DIM}"
+      )
+  group = group_of(query, key)
+  if ROWS % group:
+    raise NotImplementedError(
+      f"`query` has {group} heads per key/value head: the backward kernels "
+      f"take divisors of {ROWS}"
+    )
+
+
+def serves(qkv: tuple[jax.Array, ...]) -> bool:
+  """Whether `check` accepts a call."""
+  try:
+    check(qkv)
+  except NotImplementedError:
+    return False
+  return True
+
+
 def backward(
   spec: Spec,
   qkv: tuple[jax.Array, ...],
@@ -191,50 +215,34 @@ def backward(
   lse: jax.Array,
   dout: jax.Array,
   dlse: jax.Array,
-  tiles: BandVjpTiling = BandVjpTiling(),
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
   """Gradients of query, key and value, in their dtypes.
 
   Args:
-    spec: static arguments of the call.
-    qkv: query [B, T, N, H]; key [B, S, K, H] and value [B, S, K, V] of S key
-      rows.
-    reads: what the queries read.
-    out: [B, T, N, V], from the forward pass.
-    lse: float32 [B, T, N], from the forward pass.
+    spec: as in `forward`.
+    qkv: as in `forward`.
+    reads: as in `forward`.
+    out: [B, T, N, V], from `forward`.
+    lse: [B, T, N], from `forward`.
     dout: [B, T, N, V], cotangent of `out`.
     dlse: float32 [B, T, N], cotangent of `lse`.
-    tiles: tiles.
   """
   query, key, value = qkv
-  num_keys = key.shape[1]
-  schedule = make_schedule(spec, reads.band, tiles, query, key)
+  tile = spec.tiles.bwd if spec.tiles else BandGradientTile()
+  schedule = make_schedule(spec, reads.band, tile, query, key)
   inputs = prepare(schedule, qkv, reads, out, lse, dout, dlse)
-  first = jnp.zeros((1,), jnp.int32)
-  sums, ds = key_value_gradient(schedule, first, inputs, ())
-  dq = query_gradient(schedule, first, inputs, ds, None)
-  if schedule.num_chunks > 1:
-    # The later chunks add to these arrays in place.
-    refs = [jax.new_ref(x) for x in sums]
-    dq_ref = jax.new_ref(dq)
-
-    def step(chunk: jax.Array, carry: tuple[()]) -> tuple[()]:
-      chunk = chunk.astype(jnp.int32).reshape(1)
-      _, ds = key_value_gradient(schedule, chunk, inputs, refs)
-      query_gradient(schedule, chunk, inputs, ds, dq_ref)
-      return carry
-
-    lax.fori_loop(1, schedule.num_chunks, step, ())
-    sums = tuple(ref[...] for ref in refs)
-    dq = dq_ref[...]
+  run: Any = functools.partial(gradients, schedule)
+  if schedule.interpret:
+    shapes = [_result(query.shape, query.dtype), *_sums(schedule, inputs)]
+    run = functools.partial(interpreted, run, shapes)
+  dq, dk, dv = run(*inputs[:-1], *inputs.segments)
 
   def finish(x: jax.Array, like: jax.Array, scale: float = 1.0) -> jax.Array:
-    """[splits, B K, S, H] -> [B, S, K, H], without padding."""
-    x = sum_splits(x)[:, :num_keys] * scale
+    x = sum_splits(x)[:, : like.shape[1]] * scale
     x = jnp.swapaxes(x.reshape(len(like), -1, *x.shape[1:]), 1, 2)
     return x.astype(like.dtype)
 
-  return dq, finish(sums[0], key, spec.scale), finish(sums[1], value)
+  return dq, finish(dk, key, spec.scale), finish(dv, value)
 
 
 def prepare(
@@ -246,50 +254,150 @@ def prepare(
   dout: jax.Array,
   dlse: jax.Array,
 ) -> Inputs:
-  """What the kernels read; arguments as in `backward`."""
+  """What the kernels read; the arguments are those of `backward`."""
   query, key, value = qkv
-  rows, group = schedule.tiles.rows, schedule.group
   batch, length = query.shape[:2]
-  steps = schedule.num_tiles * schedule.tiles.steps
+  steps = schedule.num_tiles * schedule.tile.steps
+  # Rows after the last query, which repeat it, are empty.
   padding = steps * schedule.step_queries - length
-  delta = common.keep_finite(common.delta_of(out, dout, dlse), lse)
-  lse = jnp.where(lse == -jnp.inf, EMPTY, lse * common.LOG2E)
+  more_keys = schedule.num_key_tiles * _BLOCK_K - key.shape[1]
+  delta = keep_finite(delta_of(out, dout, dlse), lse)
+  lse = jnp.where(lse == -jnp.inf, _EMPTY, lse * _LOG2E)
+
+  def pad(x: jax.Array, more: int, value: float = 0) -> jax.Array:
+    width = [(0, 0), (0, more)] + [(0, 0)] * (x.ndim - 2)
+    return jnp.pad(x, width, constant_values=value) if more else x
 
   def per_step(x: jax.Array, empty: float) -> jax.Array:
-    """[B, T, N] -> [B K, steps, rows], heads innermost."""
-    x = jnp.pad(x, ((0, 0), (0, padding), (0, 0)), constant_values=empty)
-    x = x.reshape(batch, -1, schedule.kv_heads, group)
-    return jnp.swapaxes(x, 1, 2).reshape(-1, steps, rows)
-
-  stats = jnp.stack([per_step(lse, EMPTY), per_step(delta, 0)], axis=2)
-  more = schedule.num_key_tiles * schedule.block_k - key.shape[1]
-
-  def pad_keys(x: jax.Array) -> jax.Array:
-    width = ((0, 0), (0, more)) + ((0, 0),) * (x.ndim - 2)
-    return jnp.pad(x, width) if more else x
+    x = pad(x, padding, empty)
+    x = x.reshape(batch, -1, schedule.kv_heads, schedule.group)
+    return jnp.swapaxes(x, 1, 2).reshape(-1, steps, ROWS)
 
   segments = reads.segments
   if segments:
     keys, queries = segments
-    # Every head of a query; the rows after the last query are empty.
-    queries = jnp.pad(queries, ((0, 0), (0, padding)), constant_values=-1)
-    queries = jnp.repeat(queries, group, axis=1)
-    segments = pad_keys(keys), queries.reshape(batch, steps, rows)
+    queries = jnp.repeat(pad(queries, padding, -1), schedule.group, axis=1)
+    segments = pad(keys, more_keys), queries.reshape(batch, steps, ROWS)
   return Inputs(
-    reads.place, query, dout, stats, pad_keys(key), pad_keys(value), segments
+    reads.place,
+    query,
+    dout,
+    jnp.stack([per_step(lse, _EMPTY), per_step(delta, 0)], axis=2),
+    pad(key, more_keys),
+    pad(value, more_keys),
+    segments,
   )
 
 
-def scalar_div(x: Any, y: int) -> Any:
-  """Floor division of a nonnegative scalar."""
-  return lax.div(x, jnp.int32(y))
+def gradients(
+  schedule: Schedule, *arrays: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """dq [B, T, N, H], and sums of dk and dv as in `key_value_gradient`.
+
+  Args:
+    schedule: the schedule.
+    *arrays: the fields of `Inputs`, `segments` last and flat.
+  """
+  inputs = Inputs(*arrays[:6], arrays[6:])
+  first = jnp.zeros((1,), jnp.int32)
+  (dk, dv), ds = key_value_gradient(schedule, first, inputs, ())
+  dq = query_gradient(schedule, first, inputs, ds, None)
+  if schedule.num_chunks == 1:
+    return dq, dk, dv
+  # The other chunks add to these arrays in place.
+  dq, dk, dv = (jax.new_ref(x) for x in (dq, dk, dv))
+
+  def step(chunk: jax.Array, carry: tuple[()]) -> tuple[()]:
+    chunk = chunk.astype(jnp.int32).reshape(1)
+    _, ds = key_value_gradient(schedule, chunk, inputs, (dk, dv))
+    query_gradient(schedule, chunk, inputs, ds, dq)
+    return carry
+
+  lax.fori_loop(1, schedule.num_chunks, step, ())
+  return dq[...], dk[...], dv[...]
+
+
+def _result(shape: Sequence[int], dtype: Any) -> jax.ShapeDtypeStruct:
+  return jax.ShapeDtypeStruct(tuple(shape), dtype)
+
+
+def _sums(schedule: Schedule, inputs: Inputs) -> list[jax.ShapeDtypeStruct]:
+  """Shapes of dk and dv, a sum per share of the queries."""
+  shape = schedule.splits, schedule.heads, inputs.key.shape[1]
+  widths = inputs.key.shape[-1], inputs.value.shape[-1]
+  return [_result((*shape, width), jnp.float32) for width in widths]
+
+
+def _options(schedule: Schedule, name: str) -> dict[str, Any]:
+  """Keyword arguments of `plgpu.kernel`, the same for both kernels."""
+  return {
+    "grid_names": ("program",),
+    "num_threads": WORKERS + 1,
+    "thread_name": "warpgroup",
+    "kernel_name": f"nsa_{schedule.band.branch}_{name}",
+    # No reduction crosses warps.
+    "compiler_params": plgpu.CompilerParams(
+      approx_math=True, reduction_scratch_bytes=0
+    ),
+    "interpret": plgpu.InterpretGPUParams() if schedule.interpret else None,
+  }
+
+
+class Place(NamedTuple):
+  """Scalars of a program: its batch row, key/value head, and band."""
+
+  head: Any  # in [0, B K)
+  b: Any
+  h: Any
+  band: tuple[Any, Any]  # position of query 0, first valid key row
+
+
+def _place(schedule: Schedule, place_ref: Any, head: Any) -> Place:
+  b = div(head, schedule.kv_heads)
+  band = place_ref[b, 0], place_ref[b, 1]
+  return Place(head, b, rem(head, schedule.kv_heads), band)
+
+
+def _heads(schedule: Schedule, place: Place) -> Any:
+  """Slice of the query heads of a program."""
+  start = pl.multiple_of(place.h * schedule.group, schedule.group)
+  return pl.ds(start, schedule.group)
+
+
+def _rows_of(schedule: Schedule, x: int) -> Any:
+  """Slice of the rows of the x-th query of a step."""
+  return pl.ds(x * schedule.group, schedule.group)
+
+
+def _ring(
+  schedule: Schedule, free: Any, stages: int, count: Any, load: Any
+) -> None:
+  """Calls load(n, slot) for n in [0, count) once its slot is free."""
+
+  def step(n: Any, _: Any) -> Any:
+    slot = rem(n, stages)
+    pl.when(n >= stages)(lambda: plgpu.barrier_wait(free.at[slot]))
+    load(n, slot)
+    return ()
+
+  lax.fori_loop(0, count, step, ())
+  if schedule.interpret:  # The interpreter wants every barrier awaited.
+
+    def drain(n: Any, _: Any) -> Any:
+      plgpu.barrier_wait(free.at[rem(n, stages)])
+      return ()
+
+    lax.fori_loop(jnp.maximum(count - stages, 0), count, drain, ())
+
+
+# ---------------------------------------------------------------------- dk, dv
 
 
 class Walk(NamedTuple):
-  """Steps that a warpgroup of a dk, dv program walks, counted in its chunk.
+  """Steps of a warpgroup of the dk, dv kernel, counted in the chunk.
 
-  It skips [begin, first) and [last, end), where it only keeps pace with the
-  other warpgroup; [full_first, full_last) needs no mask.
+  In [begin, first) and [last, end) only the other warpgroup reads its keys, and
+  in [full_first, full_last) every query reads every key.
   """
 
   begin: Any
@@ -301,270 +409,311 @@ class Walk(NamedTuple):
 
 
 def steps_of(
-  schedule: Schedule, chunk: Any, place: tuple[Any, Any], j: Any, split: Any,
-  wg: Any, segmented: bool,
-) -> Walk:  # fmt: skip
+  schedule: Schedule,
+  chunk: Any,
+  band_place: tuple[Any, Any],
+  tile: Any,
+  split: Any,
+  worker: Any,
+  segmented: bool = False,
+) -> Walk:
   """The steps of one warpgroup.
 
   Args:
     schedule: the schedule.
     chunk: number of the chunk.
-    place: position of query 0, and the first valid key row.
-    j: key tile.
-    split: number of the share of queries.
-    wg: number of the warpgroup.
+    band_place: position of query 0, and the first valid key row.
+    tile: key tile.
+    split: number of the share of the queries.
+    worker: number of the warpgroup.
     segmented: every step needs a mask.
   """
-  band, tiles = schedule.band, schedule.tiles
-  offset, first_row = place
+  band, steps, block_q = schedule.band, schedule.tile.steps, schedule.block_q
+  offset, first_row = band_place
   start, apart = schedule.tiles_of(chunk)
 
-  def to_steps(tile):
-    """Query tile -> first step of the chunk at or after it."""
-    x = ceil_div(jnp.maximum(tile - start, 0), apart)
-    return jnp.minimum(x, schedule.chunk_tiles) * tiles.steps
+  def to_steps(tile: Any) -> Any:
+    """The first step of the chunk in or after a query tile."""
+    number = ceil_div(jnp.maximum(tile - start, 0), apart)
+    return jnp.minimum(number, schedule.chunk_tiles) * steps
 
-  def reading(start_k, size):
+  def reading(start_k: Any, size: int) -> list[Any]:
     bounds = query_tiles(
-      band, offset, first_row, start_k, size, schedule.length, schedule.block_q
+      band, offset, first_row, start_k, size, schedule.length, block_q
     )
     return [to_steps(x) for x in bounds]
 
-  begin, end = reading(j * schedule.block_k, schedule.block_k)
+  begin, end = reading(tile * _BLOCK_K, _BLOCK_K)
   # Equal shares of the steps that read these keys, so that no program finishes
   # long after the others.
   share = ceil_div(jnp.maximum(end - begin, 0), schedule.splits)
   begin += split * share
   end = jnp.maximum(jnp.minimum(end, begin + share), begin)
 
-  def inside(x, low=begin):
-    return jnp.minimum(jnp.maximum(x, low), end)
-
-  start_k = j * schedule.block_k + wg * M
-  last_k = start_k + (M - 1)
-  first, last = reading(start_k, M)
-  first = inside(first)
-  last = inside(last, first)
-  # The first query tile whose queries all read the last key.
-  whole = last_k * band.stride + (band.span - 1) - offset
-  full_first = to_steps(ceil_div(jnp.maximum(whole, 0), schedule.block_q))
+  start_k = tile * _BLOCK_K + worker * ROWS
+  first, last = reading(start_k, ROWS)
+  first = within(first, begin, end)
+  last = within(last, first, end)
+  if segmented:
+    return Walk(begin, first, last, last, last, end)
+  # From the first query that reads the last key, to the last one that reads the
+  # first key.
+  full = (start_k + (ROWS - 1)) * band.stride + (band.span - 1) - offset
+  full_first = to_steps(ceil_div(jnp.maximum(full, 0), block_q))
+  full_first = within(full_first, first, last)
   full_last = last
   if band.window is not None:
-    # Up to the last query tile whose queries all read the first key.
-    whole = start_k + band.window - offset
-    whole = scalar_div(jnp.maximum(whole, 0), schedule.block_q)
-    whole = jnp.where(start_k < first_row, 0, whole)
-    full_last = jnp.minimum(to_steps(whole), last)
-  if segmented:
-    full_first = last
-  full_first = jnp.minimum(jnp.maximum(full_first, first), last)
-  full_last = jnp.maximum(full_last, full_first)
+    stop = jnp.where(start_k < first_row, 0, start_k + band.window - offset)
+    full_last = to_steps(div(jnp.maximum(stop, 0), block_q))
+    full_last = within(full_last, full_first, last)
   return Walk(begin, first, full_first, full_last, last, end)
 
 
+class Refs(NamedTuple):
+  """Arrays in global memory, and what is in shared memory (`*_s`).
+
+  W is `WORKERS`, D is `num_stages`.
+  """
+
+  chunk: Any  # [1]
+  place: Any  # [B, 2]
+  q: Any  # [B, T, N, H]
+  dout: Any  # [B, T, N, V]
+  stats: Any  # [B K, steps, 2, ROWS]
+  k: Any  # [B, S, K, H]
+  v: Any  # [B, S, K, V]
+  key_segments: Any  # [B, S] or None
+  row_segments: Any  # [B, steps, ROWS] or None
+  dk: Any  # [splits, B K, S, H], float32
+  dv: Any  # [splits, B K, S, V], float32
+  ds: Any  # [B K, chunk steps, slots _BLOCK_K, ROWS]
+  k_s: Any  # [_BLOCK_K, H]
+  v_s: Any  # [_BLOCK_K, V]
+  q_s: Any  # [D, ROWS, H]
+  dout_s: Any  # [D, ROWS, V]
+  stats_s: Any  # [D, 2, ROWS]
+  segments_s: Any  # [D, ROWS] or None
+  ds_s: Any  # [W, 2, ROWS keys, ROWS]
+  p_s: Any  # [W, ROWS keys, ROWS], interpreted only
+  keys_ready: Any  # barrier: the keys and values are loaded
+  ready: Any  # [D] barriers: a step is loaded
+  free: Any  # [D] barriers: both warpgroups have read a step
+
+
 def _dkv_kernel(
-  chunk_ref,  # [1]
-  place_ref,  # [B, 2]
-  q_ref,  # [B, T, N, H]
-  dout_ref,  # [B, T, N, V]
-  stats_ref,  # [B K, steps, 2, rows]
-  k_ref,  # [B, S, K, H]
-  v_ref,  # [B, S, K, V]
-  # Segments [B, S] and [B, steps, rows], if any; dk [splits, B K, S, H] and dv
-  # [splits, B K, S, V], float32; ds [B K, chunk steps, slots block_k, rows].
-  *refs,
-  schedule: Schedule,
-  segmented: bool,
-  fresh: bool,  # dk and dv have no earlier gradients
-):
-  segments, (dk_ref, dv_ref, ds_ref), scratch = (
-    refs[:2] if segmented else (),
-    refs[2 * segmented : 2 * segmented + 3],
-    refs[2 * segmented + 3 :],
-  )
-  k_s, v_s, q_s, dout_s, stats_s, segments_s, ds_s, p_s = scratch[:8]
-  keys_ready, ready, free = scratch[8:]
-  band, tiles, group = schedule.band, schedule.tiles, schedule.group
-  rows, stages, interpret = tiles.rows, tiles.stages, schedule.interpret
-  wg = lax.axis_index("wg")
-  # The tiles that most queries read start first.
-  program = lax.axis_index("program")
-  split = lax.rem(program, jnp.int32(schedule.splits))
-  program = scalar_div(program, schedule.splits)
-  head = lax.rem(program, jnp.int32(schedule.heads))
-  j = scalar_div(program, schedule.heads)
-  b = scalar_div(head, schedule.kv_heads)
-  h = lax.rem(head, jnp.int32(schedule.kv_heads))
-  place = place_ref[b, 0], place_ref[b, 1]
-  chunk = chunk_ref[0]
-  start, apart = schedule.tiles_of(chunk)
+  *arrays: Any, schedule: Schedule, segmented: bool, fresh: bool, **scratch: Any
+) -> None:
+  """The kernel of dk, dv and ds; the arrays are in the order of `Refs`.
 
-  def step_of(i):
-    """Query tile, its number in the chunk, and the step, of a step's number."""
-    number = scalar_div(i, tiles.steps)
-    tile = start + number * apart
-    return tile, tile * tiles.steps + lax.rem(i, jnp.int32(tiles.steps))
+  Args:
+    *arrays: those in global memory.
+    schedule: the schedule.
+    segmented: segments are among them.
+    fresh: dk and dv have no earlier gradients to add to.
+    **scratch: what is in shared memory.
+  """
+  inputs, results = arrays[:-3], arrays[-3:]
+  segments = () if segmented else (None, None)
+  absent = dict.fromkeys(("segments_s", "p_s"))
+  refs = Refs(*inputs, *segments, *results, **(absent | scratch))
+  program, worker = lax.axis_index("program"), lax.axis_index("warpgroup")
+  # The keys that most queries read start first.
+  split = rem(program, schedule.splits)
+  program = div(program, schedule.splits)
+  place = _place(schedule, refs.place, rem(program, schedule.heads))
+  tile = div(program, schedule.heads)
+  chunk = refs.chunk[0]
+  walk = steps_of(schedule, chunk, place.band, tile, split, worker, segmented)
 
-  @pl.when(wg == CONSUMERS)
-  def _load():
-    if not interpret:
-      plgpu.set_max_registers(LOAD_REGISTERS, action="decrease")
-    walk = steps_of(schedule, chunk, place, j, split, wg, segmented)
-    keys = b, pl.ds(j * schedule.block_k, schedule.block_k), h
-    plgpu.copy_gmem_to_smem(k_ref.at[keys], k_s, keys_ready)
-    plgpu.copy_gmem_to_smem(v_ref.at[keys], v_s, keys_ready)
+  @pl.when(worker == WORKERS)
+  def _() -> None:
+    if not schedule.interpret:
+      plgpu.set_max_registers(_LOAD_REGISTERS, action="decrease")
+    _load_steps(schedule, refs, place, chunk, tile, walk)
 
-    def load(i, _):
-      n = i - walk.begin
-      slot = lax.rem(n, jnp.int32(stages))
-      _, step = step_of(i)
-
-      @pl.when(n >= stages)
-      def _():
-        plgpu.barrier_wait(free.at[slot])
-
-      plgpu.copy_gmem_to_smem(
-        stats_ref.at[head, step], stats_s.at[slot], ready.at[slot]
-      )
-      if segmented:
-        plgpu.copy_gmem_to_smem(
-          segments[1].at[b, step], segments_s.at[slot], ready.at[slot]
-        )
-      for x in range(schedule.step_queries):
-        # Rows after the last query repeat it; their probabilities are 0.
-        t = step * schedule.step_queries + x
-        t = jnp.minimum(t, schedule.length - 1)
-        heads = pl.ds(h * group, group)
-        part = pl.ds(x * group, group)
-        plgpu.copy_gmem_to_smem(
-          q_ref.at[b, t, heads], q_s.at[slot, part], ready.at[slot]
-        )
-        plgpu.copy_gmem_to_smem(
-          dout_ref.at[b, t, heads], dout_s.at[slot, part], ready.at[slot]
-        )
-      return ()
-
-    lax.fori_loop(walk.begin, walk.end, load, ())
-    if interpret:  # It wants every barrier awaited.
-
-      def drain(i, _):
-        plgpu.barrier_wait(free.at[lax.rem(i, jnp.int32(stages))])
-        return ()
-
-      count = walk.end - walk.begin
-      lax.fori_loop(jnp.maximum(count - stages, 0), count, drain, ())
-
-  @pl.when(wg < CONSUMERS)
-  def _compute():
-    if not interpret:
-      plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
-    walk = steps_of(schedule, chunk, place, j, split, wg, segmented)
-    start_k = j * schedule.block_k + wg * M
-    mine = pl.ds(wg * M, M)
-    layout = plgpu.Layout.WGMMA
-    shape = M, rows
-    factor = schedule.scale * common.LOG2E
-    if segmented:
-      key_segment = plgpu.load(
-        segments[0].at[b, pl.ds(start_k, M)],
-        layout=layout.reduce(1),
-        optimized=False,
-      )
-
-    def slot_of(i):
-      return lax.rem(i - walk.begin, jnp.int32(stages))
-
-    def skip(i, _):
-      plgpu.barrier_wait(ready.at[slot_of(i)])
-      plgpu.barrier_arrive(free.at[slot_of(i)])
-      return ()
-
-    def by_row(ref):
-      """[rows] as [keys, rows]."""
-      x = plgpu.load(ref, layout=layout.reduce(0), optimized=False)
-      return lax.broadcast_in_dim(x, shape, [1])
-
-    def masked_out(p, slot, step):
-      key_row = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=layout)
-      row = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=layout)
-      first = place[0] + step * schedule.step_queries
-      t = first + lax.shift_right_logical(row, group.bit_length() - 1)
-      mask = band.readable(start_k + key_row, t, place[1])
-      if segmented:
-        mask &= lax.broadcast_in_dim(key_segment, shape, [0]) == by_row(
-          segments_s.at[slot]
-        )
-      return jnp.where(mask, p, 0.0)
-
-    def compute(dk, dv):
-      def product(acc, x, y):
-        """acc += x y, x in registers."""
-        if interpret:  # It takes operands in shared memory only.
-          p_s[wg] = x
-          plgpu.commit_smem()
-          x = p_s.at[wg]
-        plgpu.wgmma(acc, x, y)
-
-      def step(i, _, masked):
-        slot = slot_of(i)
-        tile, number = step_of(i)
-        q, dout = q_s.at[slot], dout_s.at[slot]
-        plgpu.barrier_wait(ready.at[slot])
-
-        def products(s_acc, dp_acc):
-          plgpu.wgmma(s_acc, k_s.at[mine], q.T)
-          plgpu.wgmma(dp_acc, v_s.at[mine], dout.T)
-          s = plgpu.wgmma_accumulator_load(s_acc, wait_n=1)
-          p = jnp.exp2(s * factor - by_row(stats_s.at[slot, 0]))
-          if masked:
-            p = masked_out(p, slot, number)
-          product(dv, p.astype(q.dtype), dout)
-          dp = plgpu.wgmma_accumulator_load(dp_acc, wait_n=1)
-          ds = (p * (dp - by_row(stats_s.at[slot, 1]))).astype(q.dtype)
-          product(dk, ds, q)
-          n = lax.rem(i, 2)
-          plgpu.wait_smem_to_gmem(1, wait_read_only=True)
-          ds_s[wg, n] = ds
-          plgpu.commit_smem()
-          first = schedule.keys_of(tile, *place, 2 * M)[0] * (2 * M)
-          plgpu.copy_smem_to_gmem(
-            ds_s.at[wg, n], ds_ref.at[head, i, pl.ds(start_k - first, M)]
-          )
-          plgpu.wgmma_wait(0)
-
-        acc = plgpu.ACC(shape, jnp.float32)
-        pl.run_scoped(products, acc, acc)
-        plgpu.barrier_arrive(free.at[slot])
-        return ()
-
-      for low, high, body in (
-        (walk.begin, walk.first, skip),
-        (walk.first, walk.full_first, functools.partial(step, masked=True)),
-        (walk.full_first, walk.full_last, functools.partial(step, masked=False)),
-        (walk.full_last, walk.last, functools.partial(step, masked=True)),
-        (walk.last, walk.end, skip),
-      ):
-        lax.fori_loop(low, high, body, ())
-      return dk[...], dv[...]
-
-    plgpu.barrier_wait(keys_ready)
+  @pl.when(worker < WORKERS)
+  def _() -> None:
+    if not schedule.interpret:
+      plgpu.set_max_registers(_COMPUTE_REGISTERS, action="increase")
+    some = walk.begin < walk.end
+    pl.when(some)(lambda: plgpu.barrier_wait(refs.keys_ready))
+    start_k = tile * _BLOCK_K + worker * ROWS
     grads = pl.run_scoped(
-      compute,
-      *(plgpu.ACC((M, x.shape[-1]), jnp.float32) for x in (k_s, v_s)),
+      functools.partial(
+        _walk_steps, schedule, refs, place, chunk, start_k, worker, walk
+      ),
+      plgpu.ACC((ROWS, refs.k.shape[-1]), jnp.float32),
+      plgpu.ACC((ROWS, refs.v.shape[-1]), jnp.float32),
     )
-    place_k = split, head, pl.ds(start_k, M)
-    for ref, x in zip((dk_ref, dv_ref), grads, strict=True):
-      if not fresh:
-        x += plgpu.load(ref.at[place_k], layout=layout, optimized=False)
-      ref[place_k] = x
+
+    @pl.when(fresh | some)
+    def _() -> None:
+      at = split, place.head, pl.ds(start_k, ROWS)
+      for ref, x in zip((refs.dk, refs.dv), grads, strict=True):
+        if not fresh:
+          layout = plgpu.Layout.WGMMA
+          x += plgpu.load(ref.at[at], layout=layout, optimized=False)
+        ref[at] = x
+
     plgpu.wait_smem_to_gmem(0)
+
+
+def _step_of(schedule: Schedule, chunk: Any, i: Any) -> tuple[Any, Any]:
+  """Query tile and step of the i-th step of a chunk."""
+  start, apart = schedule.tiles_of(chunk)
+  tile = start + div(i, schedule.tile.steps) * apart
+  return tile, tile * schedule.tile.steps + rem(i, schedule.tile.steps)
+
+
+def _load_steps(
+  schedule: Schedule, refs: Refs, place: Place, chunk: Any, tile: Any, walk: Walk
+) -> None:
+  """Loads a key tile, and the steps that stream past it."""
+
+  @pl.when(walk.begin < walk.end)
+  def _() -> None:
+    start_k = pl.multiple_of(tile * _BLOCK_K, _BLOCK_K)
+    keys = place.b, pl.ds(start_k, _BLOCK_K), place.h
+    plgpu.copy_gmem_to_smem(refs.k.at[keys], refs.k_s, refs.keys_ready)
+    plgpu.copy_gmem_to_smem(refs.v.at[keys], refs.v_s, refs.keys_ready)
+
+  def load(n: Any, slot: Any) -> None:
+    _, step = _step_of(schedule, chunk, walk.begin + n)
+
+    def copy(source: Any, target: Any) -> None:
+      plgpu.copy_gmem_to_smem(source, target, refs.ready.at[slot])
+
+    copy(refs.stats.at[place.head, step], refs.stats_s.at[slot])
+    if refs.segments_s is not None:
+      copy(refs.row_segments.at[place.b, step], refs.segments_s.at[slot])
+    for x in range(schedule.step_queries):
+      query = step * schedule.step_queries + x
+      query = jnp.minimum(query, schedule.length - 1)
+      source = place.b, query, _heads(schedule, place)
+      target = slot, _rows_of(schedule, x)
+      copy(refs.q.at[source], refs.q_s.at[target])
+      copy(refs.dout.at[source], refs.dout_s.at[target])
+
+  count = walk.end - walk.begin
+  _ring(schedule, refs.free, schedule.tile.num_stages, count, load)
+
+
+def _walk_steps(
+  schedule: Schedule,
+  refs: Refs,
+  place: Place,
+  chunk: Any,
+  start_k: Any,
+  worker: Any,
+  walk: Walk,
+  dk_acc: Any,
+  dv_acc: Any,
+) -> tuple[Any, Any]:
+  """Stores ds of the keys of a warpgroup; returns dk / scale and dv."""
+  layout, shape = plgpu.Layout.WGMMA, (ROWS, ROWS)
+  dtype = refs.q.dtype
+  mine = pl.ds(pl.multiple_of(worker * ROWS, ROWS), ROWS)
+  k, v = refs.k_s.at[mine], refs.v_s.at[mine]
+  if refs.key_segments is not None:
+    key_segment = plgpu.load(
+      refs.key_segments.at[place.b, pl.ds(start_k, ROWS)],
+      layout=layout.reduce(1),
+      optimized=False,
+    )
+
+  def of_rows(ref: Any) -> Any:
+    """[ROWS], of the rows of a step -> [keys, ROWS]."""
+    x = plgpu.load(ref, layout=layout.reduce(0), optimized=False)
+    return lax.broadcast_in_dim(x, shape, [1])
+
+  def readable(slot: Any, step: Any) -> Any:
+    key_row, row = (
+      plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=layout)
+      for axis in (0, 1)
+    )
+    first = place.band[0] + step * schedule.step_queries
+    t = first + lax.shift_right_logical(row, schedule.group.bit_length() - 1)
+    mask = schedule.band.readable(start_k + key_row, t, place.band[1])
+    if refs.segments_s is not None:
+      key = lax.broadcast_in_dim(key_segment, shape, [0])
+      mask &= key == of_rows(refs.segments_s.at[slot])
+    return mask
+
+  def add_product(acc: Any, x: Any, y: Any) -> None:
+    """Issues acc += x y, with x in registers."""
+    if schedule.interpret:  # It multiplies no operands in registers.
+      refs.p_s[worker] = x
+      plgpu.commit_smem()
+      x = refs.p_s.at[worker]
+    plgpu.wgmma(acc, x, y)
+
+  def store(ds: Any, i: Any, tile: Any) -> None:
+    buffer = rem(i, 2)
+    # The store of two steps ago has read this buffer.
+    plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+    refs.ds_s[worker, buffer] = ds
+    plgpu.commit_smem()
+    slot = start_k - schedule.keys_of(tile, place.band, _BLOCK_K)[0] * _BLOCK_K
+    plgpu.copy_smem_to_gmem(
+      refs.ds_s.at[worker, buffer],
+      refs.ds.at[place.head, i, pl.ds(pl.multiple_of(slot, ROWS), ROWS)],
+    )
+
+  def slot_of(i: Any) -> Any:
+    return rem(i - walk.begin, schedule.tile.num_stages)
+
+  def skip(i: Any, _: Any) -> Any:
+    plgpu.barrier_wait(refs.ready.at[slot_of(i)])
+    plgpu.barrier_arrive(refs.free.at[slot_of(i)])
+    return ()
+
+  def compute(i: Any, _: Any, masked: bool) -> Any:
+    slot = slot_of(i)
+    tile, step = _step_of(schedule, chunk, i)
+    q, dout = refs.q_s.at[slot], refs.dout_s.at[slot]
+    plgpu.barrier_wait(refs.ready.at[slot])
+
+    def products(s_acc: Any, dp_acc: Any) -> None:
+      plgpu.wgmma(s_acc, k, q.T)
+      plgpu.wgmma(dp_acc, v, dout.T)
+      # The exponentials run beside the second product, ds beside that of dv.
+      s = plgpu.wgmma_accumulator_load(s_acc, wait_n=1)
+      lse = of_rows(refs.stats_s.at[slot, 0])
+      p = jnp.exp2(s * (schedule.scale * _LOG2E) - lse)
+      if masked:
+        p = jnp.where(readable(slot, step), p, 0.0)
+      add_product(dv_acc, p.astype(dtype), dout)
+      dp = plgpu.wgmma_accumulator_load(dp_acc, wait_n=1)
+      delta = of_rows(refs.stats_s.at[slot, 1])
+      ds = (p * (dp - delta)).astype(dtype)
+      add_product(dk_acc, ds, q)
+      store(ds, i, tile)
+      plgpu.wgmma_wait(0)
+
+    scores = plgpu.ACC(shape, jnp.float32)
+    pl.run_scoped(products, scores, scores)
+    plgpu.barrier_arrive(refs.free.at[slot])
+    return ()
+
+  masked = functools.partial(compute, masked=True)
+  lax.fori_loop(walk.begin, walk.first, skip, ())
+  if refs.key_segments is not None:
+    lax.fori_loop(walk.first, walk.last, masked, ())
+  else:
+    full = functools.partial(compute, masked=False)
+    lax.fori_loop(walk.first, walk.full_first, masked, ())
+    lax.fori_loop(walk.full_first, walk.full_last, full, ())
+    if schedule.band.window is not None:
+      lax.fori_loop(walk.full_last, walk.last, masked, ())
+  lax.fori_loop(walk.last, walk.end, skip, ())
+  return dk_acc[...], dv_acc[...]
 
 
 def key_value_gradient(
   schedule: Schedule,
   chunk: jax.Array,
   inputs: Inputs,
-  before: tuple[Any, ...] | list[Any],
+  before: tuple[Any, ...],
 ) -> tuple[tuple[jax.Array, ...], jax.Array]:
   """dk / scale and dv of a chunk of queries, and ds.
 
@@ -572,185 +721,144 @@ def key_value_gradient(
     schedule: the schedule.
     chunk: [1], its number.
     inputs: what the kernels read.
-    before: refs of dk and dv of earlier chunks, to add to; none for the first.
+    before: refs of dk and dv of earlier chunks, which are added to; () for the
+      first chunk.
 
   Returns:
-    dk / scale [splits, B K, S, H] and dv [splits, B K, S, V] in float32, () if
-    they are added to `before`; ds [B K, chunk steps, slots block_k, rows].
+    dk / scale [splits, B K, S, H] and dv [splits, B K, S, V] in float32, ()
+    if they are in `before`; ds [B K, chunk steps, slots _BLOCK_K, ROWS], parts
+    of which are not written.
   """
-  tiles = schedule.tiles
-  dtype, num_keys = inputs.query.dtype, inputs.key.shape[1]
+  tile, dtype = schedule.tile, inputs.query.dtype
+  stages, segmented = tile.num_stages, bool(inputs.segments)
   widths = inputs.key.shape[-1], inputs.value.shape[-1]
-  f32 = jnp.float32
-  shapes = [
-    jax.ShapeDtypeStruct((schedule.splits, schedule.heads, num_keys, x), f32)
-    for x in widths
-  ]
-  if before:
-    shapes = []
-  steps = schedule.chunk_tiles * tiles.steps
-  ds = (schedule.heads, steps, schedule.slots * schedule.block_k, tiles.rows)
-  segmented = bool(inputs.segments)
+  steps = schedule.chunk_tiles * tile.steps
+  ds = schedule.heads, steps, schedule.slots * _BLOCK_K, ROWS
   smem, barrier = plgpu.SMEM, plgpu.Barrier
-  body = functools.partial(
-    _dkv_kernel, schedule=schedule, segmented=segmented, fresh=not before
-  )
+  scratch = {
+    "k_s": smem((_BLOCK_K, widths[0]), dtype),
+    "v_s": smem((_BLOCK_K, widths[1]), dtype),
+    "q_s": smem((stages, ROWS, widths[0]), dtype),
+    "dout_s": smem((stages, ROWS, widths[1]), dtype),
+    "stats_s": smem((stages, 2, ROWS), jnp.float32),
+    "ds_s": smem((WORKERS, 2, ROWS, ROWS), dtype),
+    "keys_ready": barrier(num_arrivals=2),
+    "ready": barrier(
+      num_arrivals=1 + segmented + 2 * schedule.step_queries,
+      num_barriers=stages,
+    ),
+    "free": barrier(num_arrivals=WORKERS, num_barriers=stages),
+  }
+  if segmented:
+    scratch["segments_s"] = smem((stages, ROWS), jnp.int32)
+  if schedule.interpret:
+    scratch["p_s"] = smem((WORKERS, ROWS, ROWS), dtype)
   *sums, ds = plgpu.kernel(
     functools.partial(
       _dkv_kernel, schedule=schedule, segmented=segmented, fresh=not before
     ),
-    out_type=(*shapes, jax.ShapeDtypeStruct(ds, dtype)),
+    out_type=(
+      *(() if before else _sums(schedule, inputs)),
+      _result(ds, dtype),
+    ),
     grid=(schedule.num_key_tiles * schedule.heads * schedule.splits,),
-    grid_names=("program",),
-    scratch_types=[
-      *(smem((schedule.block_k, x), dtype) for x in widths),
-      *(smem((tiles.stages, tiles.rows, x), dtype) for x in widths),
-      smem((tiles.stages, 2, tiles.rows), f32),
-      smem((tiles.stages, tiles.rows), jnp.int32) if segmented else None,
-      smem((CONSUMERS, 2, M, tiles.rows), dtype),
-      smem((CONSUMERS, M, tiles.rows), dtype) if schedule.interpret else None,
-      barrier(num_arrivals=2),
-      barrier(
-        num_arrivals=1 + segmented + 2 * schedule.step_queries,
-        num_barriers=tiles.stages,
-      ),
-      barrier(num_arrivals=CONSUMERS, num_barriers=tiles.stages),
-    ],
+    scratch_types=scratch,
     **_options(schedule, "dkv"),
   )(chunk, *inputs[:-1], *inputs.segments, *before)
   return tuple(sums), ds
 
 
-def _options(schedule: Schedule, name: str) -> dict[str, Any]:
-  """Keyword arguments of `plgpu.kernel` that both kernels share."""
-  options: dict[str, Any] = {
-    "num_threads": CONSUMERS + 1,
-    "thread_name": "wg",
-    "kernel_name": f"nsa_{schedule.band.branch}_{name}",
-    # No reduction crosses warps.
-    "compiler_params": plgpu.CompilerParams(
-      approx_math=True, reduction_scratch_bytes=0
-    ),
-  }
-  if schedule.interpret:
-    options["interpret"] = plgpu.InterpretGPUParams()
-  return options
+# -------------------------------------------------------------------------- dq
 
 
 def _dq_kernel(
   chunk_ref,  # [1]
   place_ref,  # [B, 2]
-  stats_ref,  # [B K, steps, 2, rows]
-  ds_ref,  # [B K, chunk steps, slots block_k, rows]
+  stats_ref,  # [B K, steps, 2, ROWS]
+  ds_ref,  # [B K, chunk steps, slots _BLOCK_K, ROWS]
   k_ref,  # [B, S, K, H]
   dq_ref,  # [B, T, N, H]
-  k_s,  # [dq_stages, dq_block_k, H]
-  ds_s,  # [dq_stages, steps, dq_block_k, rows]
-  dq_s,  # [CONSUMERS, rows, H]
-  ready,
-  free,
   *,
+  k_s,  # [dq_stages, ROWS keys, H]
+  ds_s,  # [dq_stages, steps, ROWS keys, ROWS]
+  dq_s,  # [WORKERS, ROWS, H]
+  ready,  # [dq_stages] barriers: a tile of keys is loaded, and its ds
+  free,  # [dq_stages] barriers: both warpgroups have read it
   schedule: Schedule,
 ):
-  tiles, group, interpret = schedule.tiles, schedule.group, schedule.interpret
-  block_k, stages, rows = tiles.dq_block_k, tiles.dq_stages, tiles.rows
-  wg = lax.axis_index("wg")
-  program = lax.axis_index("program")
-  head = lax.rem(program, jnp.int32(schedule.heads))
-  b = scalar_div(head, schedule.kv_heads)
-  h = lax.rem(head, jnp.int32(schedule.kv_heads))
-  place = place_ref[b, 0], place_ref[b, 1]
+  steps, stages = schedule.tile.steps, schedule.tile.dq_stages
+  program, worker = lax.axis_index("program"), lax.axis_index("warpgroup")
+  place = _place(schedule, place_ref, rem(program, schedule.heads))
   start, apart = schedule.tiles_of(chunk_ref[0])
   # The last queries read the most keys, so they start first.
-  number = schedule.chunk_tiles - 1 - scalar_div(program, schedule.heads)
+  number = schedule.chunk_tiles - 1 - div(program, schedule.heads)
   tile = start + number * apart
-  # ds has the keys from `base` on; a warpgroup of the dk, dv kernel wrote those
-  # of its 64 keys.
-  base = schedule.keys_of(tile, *place, 2 * M)[0] * (2 * M)
-  parts = M // block_k
-  begin, end = (x * parts for x in schedule.keys_of(tile, *place, M))
+  base = schedule.keys_of(tile, place.band, _BLOCK_K)[0] * _BLOCK_K
+  begin, end = schedule.keys_of(tile, place.band, ROWS)
   # All chunks have `chunk_tiles` tiles, but the last ones may not exist.
-  count = jnp.where(tile < schedule.num_tiles, jnp.maximum(end - begin, 0), 0)
+  exists = tile < schedule.num_tiles
+  count = jnp.where(exists, jnp.maximum(end - begin, 0), 0)
 
-  @pl.when(wg == CONSUMERS)
-  def _load():
-    if not interpret:
-      plgpu.set_max_registers(LOAD_REGISTERS, action="decrease")
+  @pl.when(worker == WORKERS)
+  def _() -> None:
+    if not schedule.interpret:
+      plgpu.set_max_registers(_LOAD_REGISTERS, action="decrease")
 
-    def load(n, _):
-      slot = lax.rem(n, jnp.int32(stages))
-      start_k = (begin + n) * block_k
-
-      @pl.when(n >= stages)
-      def _():
-        plgpu.barrier_wait(free.at[slot])
-
+    def load(n: Any, slot: Any) -> None:
+      start_k = pl.multiple_of((begin + n) * ROWS, ROWS)
+      keys = place.b, pl.ds(start_k, ROWS), place.h
+      plgpu.copy_gmem_to_smem(k_ref.at[keys], k_s.at[slot], ready.at[slot])
+      rows = pl.ds(number * steps, steps)
+      keys = pl.ds(pl.multiple_of(start_k - base, ROWS), ROWS)
       plgpu.copy_gmem_to_smem(
-        k_ref.at[b, pl.ds(start_k, block_k), h], k_s.at[slot], ready.at[slot]
+        ds_ref.at[place.head, rows, keys], ds_s.at[slot], ready.at[slot]
       )
-      plgpu.copy_gmem_to_smem(
-        ds_ref.at[
-          head,
-          pl.ds(number * tiles.steps, tiles.steps),
-          pl.ds(start_k - base, block_k),
-        ],
-        ds_s.at[slot],
-        ready.at[slot],
-      )
-      return ()
 
-    lax.fori_loop(0, count, load, ())
-    if interpret:  # It wants every barrier awaited.
+    _ring(schedule, free, stages, count, load)
 
-      def drain(n, _):
-        plgpu.barrier_wait(free.at[lax.rem(n, jnp.int32(stages))])
-        return ()
+  @pl.when((worker < WORKERS) & exists)
+  def _() -> None:
+    if not schedule.interpret:
+      plgpu.set_max_registers(_COMPUTE_REGISTERS, action="increase")
+    mine = steps // WORKERS  # steps of this warpgroup
+    shape = ROWS, k_s.shape[-1]
 
-      lax.fori_loop(jnp.maximum(count - stages, 0), count, drain, ())
-
-  @pl.when((wg < CONSUMERS) & (tile < schedule.num_tiles))
-  def _compute():
-    if not interpret:
-      plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
-    layout = plgpu.Layout.WGMMA
-    mine = tiles.steps // CONSUMERS  # steps of this warpgroup
-    shape = rows, k_s.shape[-1]
-
-    def compute(*accs):
-      def step(n, _):
-        slot = lax.rem(n, jnp.int32(stages))
+    def compute(*accs: Any) -> Any:
+      def product(n: Any, _: Any) -> Any:
+        slot = rem(n, stages)
         plgpu.barrier_wait(ready.at[slot])
         for x, acc in enumerate(accs):
-          plgpu.wgmma(acc, ds_s.at[slot, wg * mine + x].T, k_s.at[slot])
+          ds = ds_s.at[slot, worker * mine + x]
+          plgpu.wgmma(acc, ds.T, k_s.at[slot])
         plgpu.wgmma_wait(0)
         plgpu.barrier_arrive(free.at[slot])
         return ()
 
-      lax.fori_loop(0, count, step, ())
+      lax.fori_loop(0, count, product, ())
       return tuple(acc[...] for acc in accs)
 
-    results = pl.run_scoped(
-      compute, *(plgpu.ACC(shape, jnp.float32) for _ in range(mine))
-    )
-    for x, dq in enumerate(results):
-      step = tile * tiles.steps + wg * mine + x
+    grads = pl.run_scoped(compute, *(plgpu.ACC(shape, jnp.float32),) * mine)
+    for x, dq in enumerate(grads):
+      step = tile * steps + worker * mine + x
       lse = plgpu.load(
-        stats_ref.at[head, step, 0], layout=layout.reduce(1), optimized=False
+        stats_ref.at[place.head, step, 0],
+        layout=plgpu.Layout.WGMMA.reduce(1),
+        optimized=False,
       )
       # A NaN in an unread value may be in the ds of queries that read nothing.
-      empty = lax.broadcast_in_dim(lse == EMPTY, shape, [0])
-      dq = jnp.where(empty, 0.0, dq * schedule.scale)
+      some = lax.broadcast_in_dim((lse != _EMPTY).astype(jnp.float32), shape, [0])
+      dq = jnp.where(some > 0, dq * schedule.scale, 0.0)
       plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-      dq_s[wg] = dq.astype(dq_s.dtype)
+      dq_s[worker] = dq.astype(dq_s.dtype)
       plgpu.commit_smem()
       for y in range(schedule.step_queries):
-        t = step * schedule.step_queries + y
+        query = step * schedule.step_queries + y
 
-        @pl.when(t < schedule.length)
-        def _(t=t, y=y):
+        @pl.when(query < schedule.length)
+        def _(query: Any = query, y: int = y) -> None:
           plgpu.copy_smem_to_gmem(
-            dq_s.at[wg, pl.ds(y * group, group)],
-            dq_ref.at[b, t, pl.ds(h * group, group)],
+            dq_s.at[worker, _rows_of(schedule, y)],
+            dq_ref.at[place.b, query, _heads(schedule, place)],
           )
 
     plgpu.wait_smem_to_gmem(0)
@@ -762,40 +870,32 @@ def query_gradient(
   inputs: Inputs,
   ds: jax.Array,
   before: Any,
-) -> jax.Array | None:
-  """dq [B, T, N, H] of the queries of a chunk.
+) -> Any:
+  """dq [B, T, N, H] of the queries of a chunk; None if it is in `before`.
 
   Args:
     schedule: the schedule.
     chunk: [1], its number.
     inputs: what the kernels read.
     ds: from `key_value_gradient`.
-    before: ref of dq, to write to; None for a new array.
+    before: ref of dq, which is written to; None for the first chunk.
   """
-  tiles = schedule.tiles
-  query, smem, barrier = inputs.query, plgpu.SMEM, plgpu.Barrier
-  width, dtype = query.shape[-1], query.dtype
-  stages, block_k = tiles.dq_stages, tiles.dq_block_k
-  shapes = (jax.ShapeDtypeStruct(query.shape, dtype),) if before is None else ()
+  tile, query = schedule.tile, inputs.query
+  stages, width, dtype = tile.dq_stages, query.shape[-1], query.dtype
+  smem, barrier = plgpu.SMEM, plgpu.Barrier
+  refs = () if before is None else (before,)
   result = plgpu.kernel(
     functools.partial(_dq_kernel, schedule=schedule),
-    out_type=shapes,
+    out_type=() if refs else (_result(query.shape, dtype),),
     grid=(schedule.chunk_tiles * schedule.heads,),
-    grid_names=("program",),
-    scratch_types=[
-      smem((stages, block_k, width), dtype),
-      smem((stages, tiles.steps, block_k, tiles.rows), dtype),
-      smem((CONSUMERS, tiles.rows, width), dtype),
-      barrier(num_arrivals=2, num_barriers=stages),
-      barrier(num_arrivals=CONSUMERS, num_barriers=stages),
-    ],
+    scratch_types={
+      "k_s": smem((stages, ROWS, width), dtype),
+      "ds_s": smem((stages, tile.steps, ROWS, ROWS), dtype),
+      "dq_s": smem((WORKERS, ROWS, width), dtype),
+      "ready": barrier(num_arrivals=2, num_barriers=stages),
+      "free": barrier(num_arrivals=WORKERS, num_barriers=stages),
+    },
     **_options(schedule, "dq"),
-  )(
-    chunk,
-    inputs.place,
-    inputs.stats,
-    ds,
-    inputs.key,
-    *(() if before is None else (before,)),
-  )
-  return result[0] if result else None
+  )(chunk, inputs.place, inputs.stats, ds, inputs.key, *refs)
+  return None if refs else result[0]
+

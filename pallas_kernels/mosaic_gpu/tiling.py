@@ -9,6 +9,9 @@ import dataclasses
 ROWS = 64
 # Warpgroups of a block that compute; one more loads.
 WORKERS = 2
+# The accumulators of dk and dv are in registers, so that the backward kernels
+# take no wider heads.
+MAX_GRADIENT_DIM = 128
 # Shared memory of a block on Hopper, in bytes, less what barriers and padding
 # take.
 _SHARED_MEMORY = 232448 - 2048
@@ -30,14 +33,43 @@ class BandTile:
 
 
 @dataclasses.dataclass(frozen=True)
+class BandGradientTile:
+  """Tile sizes of the backward kernels of band attention.
+
+  A step of the dk, dv kernel takes `ROWS` rows of queries against the `ROWS`
+  keys of each warpgroup that computes.
+
+  Attributes:
+    num_stages: steps of the dk, dv kernel whose queries and dout are in shared
+      memory.
+    steps: steps per query tile of the dq kernel, a multiple of `WORKERS`.
+    dq_stages: tiles of `ROWS` keys in shared memory, with their ds, of the dq
+      kernel.
+    programs: number of dk, dv programs that fills a device; the queries are
+      split until there are that many.
+    scratch: maximum memory in bytes of ds, the stored gradients of the scores,
+      of the queries of a chunk times the keys they read. A chunk has at least
+      one query tile.
+  """
+
+  num_stages: int = 3
+  steps: int = 4
+  dq_stages: int = 4
+  programs: int = 512
+  scratch: int = 2**31
+
+
+@dataclasses.dataclass(frozen=True)
 class BandTiling:
   """Tiles of the compressed or the window branch.
 
   Attributes:
     fwd: forward kernel.
+    bwd: backward kernels, where this backend has them.
   """
 
   fwd: BandTile
+  bwd: BandGradientTile = BandGradientTile()
 
   def check_fit(self, head_dim: int, value_dim: int) -> None:
     """Checks that the tiles fit a call.
@@ -62,6 +94,43 @@ class BandTiling:
         f"`fwd` of {self} takes {size} bytes of shared memory with head "
         f"dimensions {head_dim} and {value_dim}; there are {_SHARED_MEMORY}."
       )
+    bwd = self.bwd
+    if bwd.num_stages < 2 or bwd.dq_stages < 2:
+      raise ValueError(f"The stages of `bwd` of {self} must be at least 2.")
+    if bwd.steps < WORKERS or bwd.steps % WORKERS or bwd.steps > 3 * WORKERS:
+      raise ValueError(
+        f"`bwd.steps` of {self} must be a multiple of {WORKERS} up to "
+        f"{3 * WORKERS}."
+      )
+    if bwd.programs < 1:
+      raise ValueError(f"`bwd.programs` of {self} must be at least 1.")
+    sizes = gradient_bytes(bwd, head_dim, value_dim)
+    if max(head_dim, value_dim) <= MAX_GRADIENT_DIM:
+      for name, size in zip(("dk, dv", "dq"), sizes, strict=True):
+        if size > _SHARED_MEMORY:
+          raise ValueError(
+            f"`bwd` of {self} takes {size} bytes of shared memory in the "
+            f"{name} kernel with head dimensions {head_dim} and {value_dim}; "
+            f"there are {_SHARED_MEMORY}."
+          )
+
+
+def gradient_bytes(
+  tile: BandGradientTile, head_dim: int, value_dim: int
+) -> tuple[int, int]:
+  """Bytes of shared memory of the dk, dv kernel and of the dq kernel.
+
+  Args:
+    tile: tile sizes.
+    head_dim: H.
+    value_dim: V.
+  """
+  width = 2 * (head_dim + value_dim)
+  stage = ROWS * (width + 12)  # 12 for lse, delta and segment
+  ds = 2 * ROWS * ROWS  # two of them for every warpgroup
+  dkv = WORKERS * (ROWS * width + 2 * ds) + tile.num_stages * stage
+  dq_stage = ROWS * 2 * head_dim + tile.steps * ds
+  return dkv, WORKERS * ROWS * 2 * head_dim + tile.dq_stages * dq_stage
 
 
 def shared_bytes(tile: BandTile, head_dim: int, value_dim: int) -> int:
