@@ -18,15 +18,13 @@ import nsa_jax
 from nsa_jax import NSAConfig
 from pallas_kernels import bands
 from pallas_kernels.interface import Queries, Spec
+from pallas_kernels.mosaic_gpu import band_vjp, tiling
 from tests import helpers
 from tests.test_triton_band import BRANCHES, _inputs, _pullback
 
-pytestmark = pytest.mark.skipif(
+needs_kernels = pytest.mark.skipif(
   jax.__version_info__ < (0, 11), reason="the kernels need jax 0.11"
 )
-if jax.__version_info__ >= (0, 11):
-  from pallas_kernels.mosaic_gpu import band_vjp, tiling
-
 CONFIG = NSAConfig(8, 4, 16, 3, 1, 1, 19)
 HALF: Any = {"dtype": jnp.bfloat16, "head_dim": 64, "value_dim": 64}
 
@@ -36,7 +34,7 @@ def _tiles(**kwargs: Any) -> Any:
   return tiling.BandTiling(tiling.BandTile(64), tile)
 
 
-# ----------------------------------------------------------- interpreted kernels
+# --------------------------------------------------------- interpreted kernels
 
 
 def _spec_and_index(
@@ -56,7 +54,7 @@ def _spec_and_index(
   batch, queries = query.shape[:2]
   scale = query.shape[-1] ** -0.5 if scale is None else scale
   spec = Spec(config, scale, length, tiles=tiles, interpret=True)
-  of_queries = None
+  of_queries: Any = None
   if segments is not None:
     position = np.reshape(offset, (-1, 1)) + np.arange(queries)[None]
     position = np.broadcast_to(position, (batch, queries))
@@ -127,13 +125,13 @@ def _check(
   actual = jax.jit(functools.partial(_backward, branch, spec, index))(
     *inputs[:3], out.astype(query.dtype), lse, dout, dlse
   )
-  for name, got, want in zip(("dq", "dk", "dv"), actual, expected, strict=True):
-    assert got.dtype == query.dtype
-    got, want = (np.asarray(x, np.float64) for x in (got, want))
+  for name, x, y in zip(("dq", "dk", "dv"), actual, expected, strict=True):
+    assert x.dtype == query.dtype
+    got, want = np.asarray(x, np.float64), np.asarray(y, np.float64)
     # Probabilities, ds and the results are rounded to the dtype: errors of a
     # fraction of an ulp each, relative to the sums.
     ulp = 2.0**-8 if query.dtype == jnp.bfloat16 else 2.0**-11
-    error = np.linalg.norm(got - want) / max(np.linalg.norm(want), 1e-30)
+    error = np.linalg.norm(got - want) / np.maximum(np.linalg.norm(want), 1e-30)
     assert error < 1.5 * ulp, (name, error)
     where = np.abs(got - want).max() / np.abs(want).max()
     assert where < 8 * ulp, (name, where)
@@ -200,6 +198,7 @@ def _check_case(branch: str, case: dict[str, Any]) -> None:
   _check(branch, **case)
 
 
+@needs_kernels
 @pytest.mark.parametrize("branch", BRANCHES)
 @pytest.mark.parametrize(
   "case",
@@ -232,6 +231,7 @@ def _check_halo() -> None:
   )
 
 
+@needs_kernels
 @pytest.mark.slow
 def test_halo_of_the_window() -> None:
   _check_halo()
@@ -257,7 +257,7 @@ def _check_queries_that_read_nothing(branch: str) -> None:
   out = jnp.where(empty[None, :, None, None], 0, dout)
   lse = jnp.where(empty[None, :, None], -jnp.inf, dlse)
   dout, dlse = out, jnp.where(empty[None, :, None], 0, dlse)
-  dq, dk, dv = jax.jit(functools.partial(_backward, branch, spec, index))(
+  dq, _, dv = jax.jit(functools.partial(_backward, branch, spec, index))(
     query, key, value, out, lse, dout, dlse
   )
   assert (np.asarray(dq)[:, empty] == 0).all()
@@ -265,6 +265,7 @@ def _check_queries_that_read_nothing(branch: str) -> None:
   assert np.isfinite(np.asarray(dv, np.float32)[:, :-1]).all()
 
 
+@needs_kernels
 @pytest.mark.parametrize("branch", BRANCHES)
 def test_queries_that_read_nothing(branch: str) -> None:
   _check_queries_that_read_nothing(branch)
@@ -285,12 +286,10 @@ def _schedule(
   stride, span = (2, 4) if window is None else (1, 1)
   tokens = (num_keys - 1) * stride + span
   band = bands.Band(stride, span, window, tokens)
-  query = jax.ShapeDtypeStruct((1, length, group, 64), jnp.bfloat16)
-  key = jax.ShapeDtypeStruct((1, num_keys, 1, 64), jnp.bfloat16)
+  query: Any = jax.ShapeDtypeStruct((1, length, group, 64), jnp.bfloat16)
+  key: Any = jax.ShapeDtypeStruct((1, num_keys, 1, 64), jnp.bfloat16)
   tile = tiling.BandGradientTile(**tiles)
-  return band_vjp.make_schedule(
-    Spec(None, 1.0, tokens), band, tile, query, key
-  )
+  return band_vjp.make_schedule(Spec(None, 1.0, tokens), band, tile, query, key)
 
 
 @pytest.mark.parametrize("window", [None, 1, 70, 130, 1000])
@@ -308,7 +307,9 @@ def test_steps_are_what_dq_reads(
   schedule = _schedule(window, group, length, num_keys, **tiles)
   band, steps = schedule.band, schedule.tile.steps
   shape = schedule.num_chunks, schedule.num_key_tiles, schedule.splits, 2
-  programs = np.stack([x.reshape(-1) for x in np.indices(shape)]).astype("int32")
+  programs = np.stack([x.reshape(-1) for x in np.indices(shape)]).astype(
+    "int32"
+  )
   walk_of = jax.jit(
     lambda place: jax.vmap(
       lambda chunk, tile, split, worker: band_vjp.steps_of(
@@ -431,6 +432,7 @@ def _lower(branch: str, **sizes: Any) -> str:
     return traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
+@needs_kernels
 @pytest.mark.parametrize("branch", BRANCHES)
 def test_lowers_for_cuda(branch: str) -> None:
   """In several chunks: the first kernels, and those that add to them."""
@@ -449,6 +451,7 @@ LOWERED: dict[str, Any] = {
 }
 
 
+@needs_kernels
 @pytest.mark.slow
 @pytest.mark.parametrize("sizes", helpers.pairwise(LOWERED), ids=str)
 def test_every_shape_lowers_for_cuda(sizes: dict[str, Any]) -> None:
@@ -467,9 +470,9 @@ def test_gpu_matches_xla_at_length(
 ) -> None:
   """Forward and backward, twice with the same bits."""
   config, length = NSAConfig(), 8192
-  tiles = tiling.band_tiling(head_dim=width, value_dim=width)
   bwd = tiling.BandGradientTile(scratch=scratch)
-  tiles: Any = dataclasses.replace(tiles, bwd=bwd)
+  tiles: Any = tiling.band_tiling(head_dim=width, value_dim=width)
+  tiles = dataclasses.replace(tiles, bwd=bwd)
   inputs = _inputs(
     branch,
     config,

@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.experimental.pallas import mosaic_gpu
 
 from pallas_kernels.bands import Band, BandReads, key_tiles, query_tiles
 from pallas_kernels.integers import ceil_div, div, rem, within
@@ -44,6 +44,7 @@ from pallas_kernels.mosaic_gpu.tiling import (
 from pallas_kernels.triton.band_vjp import sum_splits
 from pallas_kernels.triton.common import delta_of, keep_finite
 
+plgpu: Any = mosaic_gpu
 _LOG2E = math.log2(math.e)
 # Value of lse of queries that read nothing: their probabilities are exactly 0.
 _EMPTY = 1e30
@@ -114,9 +115,11 @@ class Schedule(NamedTuple):
     dv kernel writes ds, because `query_tiles` yields the same pairs. The first
     one of `_BLOCK_K` keys is slot 0 of the query tile's ds.
     """
+    offset, first_row = place
     bounds = key_tiles(
       self.band,
-      *place,
+      offset,
+      first_row,
       tile * self.block_q,
       jnp.minimum((tile + 1) * self.block_q, self.length),
       size,
@@ -298,23 +301,24 @@ def gradients(
     schedule: the schedule.
     *arrays: the fields of `Inputs`, `segments` last and flat.
   """
-  inputs = Inputs(*arrays[:6], arrays[6:])
+  fields: Any = (*arrays[:6], arrays[6:])
+  inputs = Inputs(*fields)
   first = jnp.zeros((1,), jnp.int32)
   (dk, dv), ds = key_value_gradient(schedule, first, inputs, ())
   dq = query_gradient(schedule, first, inputs, ds, None)
   if schedule.num_chunks == 1:
     return dq, dk, dv
   # The other chunks add to these arrays in place.
-  dq, dk, dv = (jax.new_ref(x) for x in (dq, dk, dv))
+  dq_ref, *sums = (jax.new_ref(x) for x in (dq, dk, dv))
 
   def step(chunk: jax.Array, carry: tuple[()]) -> tuple[()]:
     chunk = chunk.astype(jnp.int32).reshape(1)
-    _, ds = key_value_gradient(schedule, chunk, inputs, (dk, dv))
-    query_gradient(schedule, chunk, inputs, ds, dq)
+    _, ds = key_value_gradient(schedule, chunk, inputs, sums)
+    query_gradient(schedule, chunk, inputs, ds, dq_ref)
     return carry
 
   lax.fori_loop(1, schedule.num_chunks, step, ())
-  return dq[...], dk[...], dv[...]
+  return dq_ref[...], sums[0][...], sums[1][...]
 
 
 def _result(shape: Sequence[int], dtype: Any) -> jax.ShapeDtypeStruct:
@@ -335,9 +339,13 @@ def _options(schedule: Schedule, name: str) -> dict[str, Any]:
     "num_threads": WORKERS + 1,
     "thread_name": "warpgroup",
     "kernel_name": f"nsa_{schedule.band.branch}_{name}",
-    # No reduction crosses warps.
+    # No reduction crosses warps. Barriers of a warpgroup around every access to
+    # shared memory are not needed: no thread reads what another one has stored
+    # there, and stores for TMA have barriers of their own.
     "compiler_params": plgpu.CompilerParams(
-      approx_math=True, reduction_scratch_bytes=0
+      approx_math=True,
+      reduction_scratch_bytes=0,
+      unsafe_no_auto_barriers=not schedule.interpret,
     ),
     "interpret": plgpu.InterpretGPUParams() if schedule.interpret else None,
   }
@@ -566,7 +574,12 @@ def _step_of(schedule: Schedule, chunk: Any, i: Any) -> tuple[Any, Any]:
 
 
 def _load_steps(
-  schedule: Schedule, refs: Refs, place: Place, chunk: Any, tile: Any, walk: Walk
+  schedule: Schedule,
+  refs: Refs,
+  place: Place,
+  chunk: Any,
+  tile: Any,
+  walk: Walk,
 ) -> None:
   """Loads a key tile, and the steps that stream past it."""
 
@@ -713,7 +726,7 @@ def key_value_gradient(
   schedule: Schedule,
   chunk: jax.Array,
   inputs: Inputs,
-  before: tuple[Any, ...],
+  before: Sequence[Any],
 ) -> tuple[tuple[jax.Array, ...], jax.Array]:
   """dk / scale and dv of a chunk of queries, and ds.
 
@@ -809,10 +822,9 @@ def _dq_kernel(
       keys = place.b, pl.ds(start_k, ROWS), place.h
       plgpu.copy_gmem_to_smem(k_ref.at[keys], k_s.at[slot], ready.at[slot])
       rows = pl.ds(number * steps, steps)
-      keys = pl.ds(pl.multiple_of(start_k - base, ROWS), ROWS)
-      plgpu.copy_gmem_to_smem(
-        ds_ref.at[place.head, rows, keys], ds_s.at[slot], ready.at[slot]
-      )
+      start_ds = pl.multiple_of(start_k - base, ROWS)
+      ds = place.head, rows, pl.ds(start_ds, ROWS)
+      plgpu.copy_gmem_to_smem(ds_ref.at[ds], ds_s.at[slot], ready.at[slot])
 
     _ring(schedule, free, stages, count, load)
 
@@ -846,7 +858,9 @@ def _dq_kernel(
         optimized=False,
       )
       # A NaN in an unread value may be in the ds of queries that read nothing.
-      some = lax.broadcast_in_dim((lse != _EMPTY).astype(jnp.float32), shape, [0])
+      some = lax.broadcast_in_dim(
+        (lse != _EMPTY).astype(jnp.float32), shape, [0]
+      )
       dq = jnp.where(some > 0, dq * schedule.scale, 0.0)
       plgpu.wait_smem_to_gmem(0, wait_read_only=True)
       dq_s[worker] = dq.astype(dq_s.dtype)
@@ -898,4 +912,3 @@ def query_gradient(
     **_options(schedule, "dq"),
   )(chunk, inputs.place, inputs.stats, ds, inputs.key, *refs)
   return None if refs else result[0]
-
