@@ -359,6 +359,9 @@ def _attend(
       mask &= column >= _wide(rows.start - first, block_k)
     if rows.segment is not None:
       keys = plgpu.load(refs.segments_s.at[slot_of(i)], layout=layout.reduce(0))
+      # These reads and the next copy to this place go different ways to shared
+      # memory, which a barrier alone does not order.
+      plgpu.commit_smem()
       mask &= _wide(keys, ROWS, 1) == _wide(rows.segment, block_k)
     return mask
 
@@ -618,7 +621,9 @@ def forward(
     compiler_params=plgpu.CompilerParams(
       approx_math=True, reduction_scratch_bytes=0
     ),
-    interpret=plgpu.InterpretGPUParams() if call.interpret else None,
+    interpret=(
+      plgpu.InterpretGPUParams(detect_races=True) if call.interpret else None
+    ),
   )
   if call.interpret:
     run = functools.partial(interpreted, run, results)

@@ -2,6 +2,7 @@
 
 import functools
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -50,7 +51,7 @@ def check_where() -> None:
   if devices:
     check_assembler(ptx_isa())
     return
-  card = get_abstract_mesh().abstract_device
+  card = _abstract_card()
   if card is not None and not _HOPPER.search(card.device_kind):
     raise NotImplementedError(
       f"{card.device_kind} is not a Hopper card: the kernels take compute "
@@ -98,8 +99,14 @@ def multiprocessors() -> int:
   """
   for device in visible_gpus():
     return device.core_count
-  card = get_abstract_mesh().abstract_device
+  card = _abstract_card()
   return (card.num_cores if card is not None else None) or _MULTIPROCESSORS
+
+
+def _abstract_card() -> Any:
+  """The abstract device of the current mesh, if it is a GPU."""
+  card = get_abstract_mesh().abstract_device
+  return card if card is not None and card.platform == "gpu" else None
 
 
 def check_heads(query: jax.Array, key: jax.Array, value: jax.Array) -> None:
