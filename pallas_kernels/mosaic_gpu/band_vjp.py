@@ -347,7 +347,11 @@ def _options(schedule: Schedule, name: str) -> dict[str, Any]:
       reduction_scratch_bytes=0,
       unsafe_no_auto_barriers=not schedule.interpret,
     ),
-    "interpret": plgpu.InterpretGPUParams() if schedule.interpret else None,
+    "interpret": (
+      plgpu.InterpretGPUParams(detect_races=True)
+      if schedule.interpret
+      else None
+    ),
   }
 
 
