@@ -15,7 +15,7 @@ from jax.experimental import pallas as pl
 
 import nsa_jax
 from nsa_jax import NSAConfig, dispatch
-from pallas_kernels import triton
+from pallas_kernels import mosaic_gpu, triton
 from tests import helpers
 from tests.helpers import Dims
 
@@ -155,11 +155,14 @@ def test_a_kernel_is_traced_once_for_each_platform(
 # ----------------------------------------------------------------- a backend
 
 
-def test_every_module_of_a_backend_has_the_same_three_functions() -> None:
-  served = [name for name in triton.__all__]
+@pytest.mark.parametrize("backend", [triton, mosaic_gpu])
+def test_every_module_of_a_backend_has_the_same_three_functions(
+  backend: Any,
+) -> None:
+  served = [name for name in backend.__all__]
   assert set(served) <= {*dispatch.ATTENTION_OPS, "select_blocks", "decode"}
   for name in served:
-    module = getattr(triton, name)
+    module = getattr(backend, name)
     for function, rest in (
       ("check", []),
       ("forward", []),

@@ -14,6 +14,7 @@ import pytest
 
 import nsa_jax
 from nsa_jax import dispatch, inspect
+from pallas_kernels.mosaic_gpu import support as mosaic_support
 from pallas_kernels.triton import support
 from tests import tiny_run
 
@@ -292,7 +293,7 @@ def test_the_limits_are_those_of_the_code() -> None:
   rows = {
     row[0]: row
     for row in (line.strip("|").split(" | ") for line in text.splitlines())
-    if len(row) == 5
+    if len(row) == 6
   }
   triton = {name.strip(): cells[3].strip() for name, cells in rows.items()}
   assert f"capability {support._MIN_CAPABILITY} " in triton["runs on"]
@@ -304,6 +305,18 @@ def test_the_limits_are_those_of_the_code() -> None:
   assert row == f"up to {support._MAX_BLOCKS_OF_A_ROW}"
   names = sorted(dtype.dtype.name for dtype in map(_zero, support._DTYPES))
   assert sorted(triton["dtypes"].split(", ")) == names
+  mosaic = {name.strip(): cells[4].strip() for name, cells in rows.items()}
+  assert f"capability {mosaic_support._CAPABILITY}, " in mosaic["runs on"]
+  least = ".".join(map(str, mosaic_support._MIN_JAX))
+  assert f"jax {least} and newer" in mosaic["runs on"]
+  group = f"multiples of 8 up to {mosaic_support._MAX_GROUP}"
+  assert mosaic["heads per group"] == group
+  widths = ", ".join(map(str, mosaic_support._HEAD_DIMS))
+  assert mosaic["head dimensions"] == widths
+  names = sorted(
+    dtype.dtype.name for dtype in map(_zero, mosaic_support._DTYPES)
+  )
+  assert sorted(mosaic["dtypes"].split(", ")) == names
 
 
 def _zero(dtype: Any) -> Any:

@@ -16,7 +16,12 @@ import sys
 import nsa_jax
 from jax._src import xla_bridge
 assert xla_bridge._backends == {}, xla_bridge._backends
-for name in ("pallas_kernels.triton", "jax.experimental.pallas", "flax.nnx"):
+for name in (
+  "pallas_kernels.triton",
+  "pallas_kernels.mosaic_gpu",
+  "jax.experimental.pallas",
+  "flax.nnx",
+):
   assert name not in sys.modules, name
 assert nsa_jax.nnx is sys.modules["nsa_jax.nnx"]
 """

@@ -32,6 +32,7 @@ from pallas_kernels.mosaic_gpu.tiling import (
   shared_bytes,
 )
 from tests import helpers
+from tests.test_dispatch import _own_frames
 from tests.test_triton_band import BRANCHES, _inputs, _pullback
 
 CONFIG = NSAConfig(8, 4, 16, 3, 1, 1, 19)
@@ -106,7 +107,7 @@ def test_what_the_kernels_cannot_do(sizes: Any, match: str) -> None:
 @pytest.mark.usefixtures("new_jax")
 def test_symbolic_sizes() -> None:
   (batch,) = export.symbolic_shape("b")
-  shape = jax.ShapeDtypeStruct((batch, 20, 8, 64), jnp.bfloat16)
+  shape: Any = jax.ShapeDtypeStruct((batch, 20, 8, 64), jnp.bfloat16)
   with pytest.raises(NotImplementedError, match="symbolic shape"):
     mosaic_gpu.window.check(
       Spec(CONFIG, 1.0, 20), (shape, shape, shape), (None, Queries(0))
@@ -208,6 +209,39 @@ def test_a_sequence_falls_back() -> None:
     for name in (both, "xla")
   )
   helpers.assert_same_bits(actual, expected)
+
+
+@needs_kernels
+@pytest.mark.parametrize("branch", BRANCHES)
+def test_from_op_to_kernel_in_four_hops(
+  branch: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  path: list[str] = []
+  kernel = band.plgpu.kernel
+
+  def recorded(*args: Any, **kwargs: Any) -> Any:
+    path[:] = _own_frames()
+    return kernel(*args, **kwargs)
+
+  monkeypatch.setattr(band.plgpu, "kernel", recorded)
+  inputs = _inputs(
+    branch,
+    CONFIG,
+    length=9,
+    group=8,
+    head_dim=64,
+    value_dim=64,
+    dtype=jnp.bfloat16,
+  )
+  _op(branch, 9, config=CONFIG)(*inputs[:3])
+  hops = [
+    f"branches.{branch}_attention",
+    "branches.attend_branch",
+    "dispatch._attend_fwd",
+    f"{branch}.forward",
+  ]
+  assert [frame for frame in path if frame in hops] == hops, path
+  assert len(path) <= 10, path
 
 
 # ---------------------------------------------------------------------- tiles
@@ -478,12 +512,11 @@ def test_vmap(shared: bool) -> None:
     "window", CONFIG, batch=2, length=12, dtype=jnp.bfloat16, **sizes
   )
   op = _op("window", 12, config=CONFIG)
+  axes: Any = (0, 0, 0)
+  rows: Any = [x[:, None] for x in (query, key, value)]
   if shared:  # The keys are not copied.
-    key, value = key[:1], value[:1]
-    axes, rows = (0, None, None), (query[:, None], key, value)
-    key, value = (jnp.repeat(x, 2, axis=0) for x in (key, value))
-  else:
-    axes, rows = (0, 0, 0), tuple(x[:, None] for x in (query, key, value))
+    axes, rows = (0, None, None), [query[:, None], key[:1], value[:1]]
+    key, value = (jnp.repeat(x[:1], 2, axis=0) for x in (key, value))
   whole = jax.jit(op)(query, key, value)
   one_by_one = jax.jit(jax.vmap(op, in_axes=axes))(*rows)
   helpers.assert_same_bits([x[:, 0] for x in one_by_one], whole)

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.experimental.pallas import mosaic_gpu
 
 from pallas_kernels.bands import Band, BandReads, key_tiles
 from pallas_kernels.integers import div, rem
@@ -36,6 +36,9 @@ from pallas_kernels.mosaic_gpu.tiling import (
   band_tiling,
   in_place,
 )
+
+# The kernels need names of jax 0.11; type checkers may see those of 0.10.
+plgpu: Any = mosaic_gpu
 
 # The softmax uses exp2, which is one instruction; the scale includes log2(e).
 _LOG2E = math.log2(math.e)
@@ -194,10 +197,10 @@ def _each_piece(num_pieces: Any, run: Any) -> Any:
 
 
 def _fwd_kernel(*arrays: Any, call: Call, **scratch: Any) -> None:
-  inputs, (out, lse) = arrays[:-2], arrays[-2:]
-  segments = inputs[4:] or (None, None)
+  inputs, results = arrays[:-2], arrays[-2:]
+  inputs = inputs if len(inputs) > 4 else (*inputs, None, None)
   absent = dict.fromkeys(("o_s", "p_s", "acc_s", "segments_s"))
-  refs = Refs(*inputs[:4], *segments, out, lse, **(absent | scratch))
+  refs = Refs(*inputs, *results, **(absent | scratch))
   block = lax.axis_index("block")
   worker = lax.axis_index("warpgroup")
   num_pieces = _num_pieces(call, block)
@@ -525,14 +528,14 @@ def _loops(call: Call, piece: Piece, segments: Any) -> list[Any]:
     return [(1, piece.steps, True)]
   full_begin = jnp.maximum(piece.full_begin, 1)
   full_end = jnp.maximum(piece.full_end, full_begin)
-  loops = []
+  begin: Any = 1
+  loops: list[Any] = []
   # The numbers of key rows that the queries of a piece read may differ by one:
   # then only the last tile that they read has an end.
   if call.block_q - 1 > call.band.stride:
-    loops.append((1, full_begin, True))
-  else:
-    full_begin = 1
-  loops.append((full_begin, full_end, False))
+    loops.append((begin, full_begin, True))
+    begin = full_begin
+  loops.append((begin, full_end, False))
   if call.band.window is not None:
     loops.append((full_end, piece.steps, True))
   return loops
@@ -583,7 +586,7 @@ def forward(
     for x in (key, value, *reads.segments[:1])
   ]
   dtype, barrier = query.dtype, plgpu.Barrier
-  scratch = {
+  scratch: dict[str, Any] = {
     "q_s": plgpu.SMEM((WORKERS, ROWS, head_dim), dtype),
     "k_s": plgpu.SMEM((stages, block_k, head_dim), dtype),
     "v_s": plgpu.SMEM((stages, block_k, value_dim), dtype),
