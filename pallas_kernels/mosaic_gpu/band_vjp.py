@@ -649,7 +649,7 @@ def _walk_steps(
       for axis in (0, 1)
     )
     first = place.band[0] + step * schedule.step_queries
-    t = first + lax.shift_right_logical(row, schedule.group.bit_length() - 1)
+    t = first + (row >> (schedule.group.bit_length() - 1))
     mask = schedule.band.readable(start_k + key_row, t, place.band[1])
     if refs.segments_s is not None:
       key = lax.broadcast_in_dim(key_segment, shape, [0])
