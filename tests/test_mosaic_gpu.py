@@ -157,6 +157,12 @@ def test_assemblers_that_do_not(
   support.check_where()
 
 
+def test_the_assembler_tells_its_version() -> None:
+  """Or nothing does: without the CUDA plugin of jax, or without ptxas."""
+  isa = support.ptx_isa()
+  assert isa is None or 80 <= isa < 200
+
+
 def _lowering_for(kind: str) -> Any:
   device = AbstractDevice(device_kind=kind, num_cores=114, platform="gpu")
   mesh = AbstractMesh((), (), abstract_device=device)

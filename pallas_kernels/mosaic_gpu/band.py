@@ -456,13 +456,14 @@ def _attend(
 
       s, mask = scores(i, masked, then)
       p_next, m_i, correction, sums = softmax(s, m_i, mask)
-      # ptxas moves the wait for P V up to the last wait before it, and the
-      # exponentials would come after it: this one is there to stop it.
+      # ptxas moves the wait for P V up, until it meets another wait. This one
+      # keeps it below the exponentials, which would else not run beside P V.
       wait_for_keys(i + 1)
       old = sums_of(acc)
       acc[...] = old * _wide(correction, value_dim)
       plgpu.barrier_arrive(refs.v_free.at[slot_of(i - 1)])
-      # Cast before that wait, P would make ptxas serialise all products.
+      # If P were cast before the wait for P V, ptxas would serialise all
+      # products.
       return p_next.astype(p.dtype), m_i, l_i * correction + sums
 
     carry = p, m_i, l_i
