@@ -604,15 +604,15 @@ def _lowered(run: Any, *args: Any) -> str:
 
 
 @needs_kernels
-def test_gradients_of_wide_heads_are_those_of_triton() -> None:
+def test_gradients_of_some_groups_are_those_of_triton() -> None:
   """The forward of this backend and the backward of Triton, lowered."""
   op = _op("window", 200, config=CONFIG)
 
   def loss(*qkv: Any) -> Any:
     return op(*qkv)[0].astype(jnp.float32).sum()
 
-  keys = _bf16(1, 200, 1, 192)
-  text = _lowered(jax.grad(loss, (0, 1, 2)), _bf16(1, 200, 8, 192), keys, keys)
+  keys = _bf16(1, 200, 1, 64)
+  text = _lowered(jax.grad(loss, (0, 1, 2)), _bf16(1, 200, 24, 64), keys, keys)
   _assert_kernel(text, "window", 1)
   assert all(f'nsa_window_{name}"' in text for name in ("dq", "dkv"))
 

@@ -186,6 +186,21 @@ CASES: dict[str, Any] = {
     "group": 8,
     "tiles": {"scratch": 2**20, "programs": 4},
   },
+  "wide heads": {
+    "length": 140,
+    "queries": 20,
+    "batch": 2,
+    "offset": helpers.int32([-3, 120]),
+    "head_dim": 256,
+    "value_dim": 192,
+  },
+  "wide queries, chunks": {
+    "length": 90,
+    "group": 32,
+    "head_dim": 192,
+    "value_dim": 128,
+    "tiles": {"scratch": 1, "dq_stages": 2, "steps": 2},
+  },
   "a scale of 0": {"queries": 5, "scale": 0.0},
   "a negative scale": {"queries": 5, "scale": -0.3},
 }
@@ -281,30 +296,36 @@ def test_gpu_queries_that_read_nothing(branch: str) -> None:
 
 
 def _schedule(
-  window: int | None, group: int, length: int, num_keys: int, **tiles: Any
+  window: int | None,
+  group: int,
+  length: int,
+  num_keys: int,
+  width: int,
+  **tiles: Any,
 ) -> Any:
   stride, span = (2, 4) if window is None else (1, 1)
   tokens = (num_keys - 1) * stride + span
   band = bands.Band(stride, span, window, tokens)
-  query: Any = jax.ShapeDtypeStruct((1, length, group, 64), jnp.bfloat16)
-  key: Any = jax.ShapeDtypeStruct((1, num_keys, 1, 64), jnp.bfloat16)
+  query: Any = jax.ShapeDtypeStruct((1, length, group, width), jnp.bfloat16)
+  key: Any = jax.ShapeDtypeStruct((1, num_keys, 1, width), jnp.bfloat16)
   tile = tiling.BandGradientTile(**tiles)
-  return band_vjp.make_schedule(Spec(None, 1.0, tokens), band, tile, query, key)
+  spec = Spec(None, 1.0, tokens)
+  return band_vjp.make_schedule(spec, band, tile, query, key, width)
 
 
 @pytest.mark.parametrize("window", [None, 1, 70, 130, 1000])
-@pytest.mark.parametrize("group", [16, 64])
+@pytest.mark.parametrize("group, width", [(16, 64), (64, 64), (16, 256)])
 @pytest.mark.parametrize(
   "tiles",
   [{}, {"scratch": 2**18, "programs": 8, "steps": 2}, {"scratch": 2**17}],
   ids=str,
 )
 def test_steps_are_what_dq_reads(
-  window: int | None, group: int, tiles: Any
+  window: int | None, group: int, width: int, tiles: Any
 ) -> None:
   """Each ds that dq reads is written once, in its place, masked if need be."""
   length, num_keys, rows = 101, 300, tiling.ROWS
-  schedule = _schedule(window, group, length, num_keys, **tiles)
+  schedule = _schedule(window, group, length, num_keys, width, **tiles)
   band, steps = schedule.band, schedule.tile.steps
   shape = schedule.num_chunks, schedule.num_key_tiles, schedule.splits, 2
   programs = np.stack([x.reshape(-1) for x in np.indices(shape)]).astype(
@@ -329,20 +350,23 @@ def test_steps_are_what_dq_reads(
     tiles_read = np.arange(schedule.num_tiles, dtype=np.int32)
     begin, end = map(np.asarray, keys_of(place, tiles_read, rows))
     begin = np.broadcast_to(begin, tiles_read.shape)
-    base = keys_of(place, tiles_read, 2 * rows)[0]
-    base = np.broadcast_to(np.asarray(base), tiles_read.shape) * 2
+    parts = schedule.block_k // rows
+    base = keys_of(place, tiles_read, schedule.block_k)[0]
+    base = np.broadcast_to(np.asarray(base), tiles_read.shape) * parts
     written: dict[Any, bool] = {}
     for number, (chunk, key_tile, _, worker) in enumerate(programs.T):
       walk = band_vjp.Walk(*(int(x[number]) for x in walks))
       assert list(walk) == sorted(walk)
       start, apart = schedule.tiles_of(int(chunk))
-      keys = 2 * int(key_tile) + int(worker)
+      keys = parts * int(key_tile) + (0 if schedule.shared else int(worker))
+      if schedule.shared and worker == 0:
+        continue  # It computes dv and stores no ds.
       for i in range(walk.first, walk.last):
         tile = start + i // steps * apart
         full = walk.full_first <= i < walk.full_last
         assert (tile, i % steps, keys) not in written
         written[tile, i % steps, keys] = full
-        assert 0 <= keys - base[tile] < 2 * schedule.slots
+        assert 0 <= keys - base[tile] < parts * schedule.slots
     read = {
       (tile, i, keys)
       for tile in tiles_read.tolist()
@@ -367,8 +391,6 @@ def test_steps_are_what_dq_reads(
 @pytest.mark.parametrize(
   "sizes, match",
   [
-    ({"head_dim": 192}, "`query` has head dimension 192: .* at most 128"),
-    ({"value_dim": 256}, "`value` has head dimension 256: .* at most 128"),
     ({"group": 24}, "24 heads per key/value head: .* divisors of 64"),
   ],
   ids=str,
@@ -386,8 +408,8 @@ def test_what_the_kernels_cannot_do(sizes: Any, match: str) -> None:
   [
     ({"num_stages": 1}, "stages of `bwd` of .* must be at least 2"),
     ({"dq_stages": 1}, "stages of `bwd` of .* must be at least 2"),
-    ({"steps": 3}, "`bwd.steps` of .* must be a multiple of 2 up to 6"),
-    ({"steps": 8}, "`bwd.steps` of .* must be a multiple of 2 up to 6"),
+    ({"steps": 3}, "`bwd.steps` of .* must be a multiple of 2 up to 6 with"),
+    ({"steps": 8}, "`bwd.steps` of .* up to 6 with head dimension 128"),
     ({"programs": 0}, "`bwd.programs` of .* must be at least 1"),
     ({"num_stages": 5}, "takes 265984 bytes .* in the dk, dv kernel"),
     ({"dq_stages": 6}, "takes 327680 bytes of shared memory in the dq kernel"),
@@ -397,11 +419,15 @@ def test_what_the_kernels_cannot_do(sizes: Any, match: str) -> None:
 def test_tiles_that_do_not_fit(tile: Any, match: str) -> None:
   with pytest.raises(ValueError, match=match):
     _tiles(**tile).check_fit(128, 128)
-  if "steps" not in tile:
-    # Wider heads are not for these kernels.
-    dataclasses.replace(_tiles(), bwd=tiling.BandGradientTile()).check_fit(
-      192, 192
-    )
+
+
+@pytest.mark.parametrize("value_dim", [64, 128, 192, 256])
+@pytest.mark.parametrize("head_dim", [64, 128, 192, 256])
+def test_tiles_of_the_heuristic_fit(head_dim: int, value_dim: int) -> None:
+  tile = tiling.gradient_tile(head_dim, value_dim)
+  tiles = dataclasses.replace(_tiles(), bwd=tile)
+  tiles = dataclasses.replace(tiles, fwd=tiling.BandTile(64))
+  tiles.check_fit(head_dim, value_dim)
 
 
 # --------------------------------------------------------------------- lowering
@@ -413,7 +439,7 @@ def _lower(branch: str, **sizes: Any) -> str:
   length = sizes.pop("length", 333)
   segmented = sizes.pop("segmented", False)
   segments = np.ones((1, length), np.int32) if segmented else None
-  tiles = _tiles(**sizes.pop("tiles", {}))
+  tiles = _tiles(**sizes.pop("tiles")) if "tiles" in sizes else None
   sizes = HALF | sizes
   inputs = jax.eval_shape(
     functools.partial(_inputs, branch, config, length=length, **sizes)
@@ -445,8 +471,8 @@ def test_lowers_for_cuda(branch: str) -> None:
 LOWERED: dict[str, Any] = {
   "branch": BRANCHES,
   "group": (8, 16, 32, 64),
-  "head_dim": (64, 128),
-  "value_dim": (64, 128),
+  "head_dim": (64, 128, 192, 256),
+  "value_dim": (64, 128, 192, 256),
   "dtype": (jnp.float16, jnp.bfloat16),
   "segmented": (False, True),
 }

@@ -9,7 +9,9 @@ rows (a few queries with all heads of a group) stream past them. Scores are
 transposed, [keys, rows], so that probabilities and ds are operands of the next
 products right where they are computed, in registers. Nothing orders the two
 warpgroups: one that waits for its products leaves the tensor cores to the
-other, and they drift apart until exponentials run beside products.
+other, and they drift apart until exponentials run beside products. Of wide
+heads, dk and dv do not fit in the registers of one warpgroup: there a tile has
+64 keys, of which one warpgroup computes dv and the other one dk and ds.
 
 dq: a program has several steps of 64 rows, so that it reads each key, from L2,
 for many rows; it is as slow as the memory that holds ds.
@@ -36,10 +38,11 @@ from pallas_kernels.interface import Spec
 from pallas_kernels.mosaic_gpu.interpreter import interpreted
 from pallas_kernels.mosaic_gpu.support import group_of
 from pallas_kernels.mosaic_gpu.tiling import (
-  MAX_GRADIENT_DIM,
   ROWS,
   WORKERS,
   BandGradientTile,
+  gradient_keys,
+  gradient_tile,
 )
 from pallas_kernels.triton.band_vjp import sum_splits
 from pallas_kernels.triton.common import delta_of, keep_finite
@@ -52,7 +55,6 @@ _EMPTY = 1e30
 # They need all of it for dk, dv, and the two tiles of scores.
 _LOAD_REGISTERS = 24
 _COMPUTE_REGISTERS = 240
-_BLOCK_K = WORKERS * ROWS  # keys per tile of the dk, dv kernel
 
 
 class Inputs(NamedTuple):
@@ -82,6 +84,7 @@ class Schedule(NamedTuple):
   length: int  # T
   kv_heads: int  # K
   group: int  # G
+  block_k: int  # keys per tile of the dk, dv kernel
   heads: int  # B K
   num_tiles: int  # query tiles
   num_key_tiles: int
@@ -89,6 +92,11 @@ class Schedule(NamedTuple):
   chunk_tiles: int  # query tiles per chunk
   slots: int  # most key tiles that a query tile can read
   splits: int  # programs per key tile
+
+  @property
+  def shared(self) -> bool:
+    """Whether the warpgroups of the dk, dv kernel share the keys of a tile."""
+    return self.block_k == ROWS
 
   @property
   def step_queries(self) -> int:
@@ -113,7 +121,7 @@ class Schedule(NamedTuple):
 
     Those of `ROWS` keys are the pairs of query tile and keys for which the dk,
     dv kernel writes ds, because `query_tiles` yields the same pairs. The first
-    one of `_BLOCK_K` keys is slot 0 of the query tile's ds.
+    one of `block_k` keys is slot 0 of the query tile's ds.
     """
     offset, first_row = place
     bounds = key_tiles(
@@ -133,6 +141,7 @@ def make_schedule(
   tile: BandGradientTile,
   query: jax.Array,
   key: jax.Array,
+  value_dim: int,
 ) -> Schedule:
   """Chooses the chunks and splits for a shape.
 
@@ -142,17 +151,19 @@ def make_schedule(
     tile: tile sizes.
     query: [B, T, N, H].
     key: [B, S, K, H].
+    value_dim: V.
   """
-  batch, num_keys, kv_heads, _ = key.shape
+  batch, num_keys, kv_heads, head_dim = key.shape
+  block_k = gradient_keys(head_dim, value_dim)
   length, group = query.shape[1], group_of(query, key)
   heads = batch * kv_heads
   block_q = tile.steps * (ROWS // group)
   num_tiles = -(-length // block_q)
-  num_key_tiles = slots = -(-num_keys // _BLOCK_K)
+  num_key_tiles = slots = -(-num_keys // block_k)
   if band.window is not None:
     # Windows and query tiles are not aligned to key tiles.
-    slots = min(slots, (band.window + block_q - 2) // _BLOCK_K + 2)
-  row = slots * _BLOCK_K * query.dtype.itemsize
+    slots = min(slots, (band.window + block_q - 2) // block_k + 2)
+  row = slots * block_k * query.dtype.itemsize
   size = heads * tile.steps * ROWS * row
   num_chunks = -(-num_tiles // max(1, tile.scratch // size))
   chunk_tiles = -(-num_tiles // num_chunks)
@@ -167,6 +178,7 @@ def make_schedule(
     length,
     kv_heads,
     group,
+    block_k,
     heads,
     num_tiles,
     num_key_tiles,
@@ -186,13 +198,7 @@ def check(qkv: tuple[jax.Array, ...]) -> None:
   Raises:
     NotImplementedError: naming argument, value and limit.
   """
-  query, key, value = qkv
-  for name, size in (("query", query.shape[-1]), ("value", value.shape[-1])):
-    if size > MAX_GRADIENT_DIM:
-      raise NotImplementedError(
-        f"`{name}` has head dimension {size}: the backward kernels take at "
-        f"most {MAX_GRADIENT_DIM}"
-      )
+  query, key, _ = qkv
   group = group_of(query, key)
   if ROWS % group:
     raise NotImplementedError(
@@ -231,8 +237,9 @@ def backward(
     dlse: float32 [B, T, N], cotangent of `lse`.
   """
   query, key, value = qkv
-  tile = spec.tiles.bwd if spec.tiles else BandGradientTile()
-  schedule = make_schedule(spec, reads.band, tile, query, key)
+  widths = key.shape[-1], value.shape[-1]
+  tile = (spec.tiles and spec.tiles.bwd) or gradient_tile(*widths)
+  schedule = make_schedule(spec, reads.band, tile, query, key, widths[1])
   inputs = prepare(schedule, qkv, reads, out, lse, dout, dlse)
   run: Any = functools.partial(gradients, schedule)
   if schedule.interpret:
@@ -263,7 +270,7 @@ def prepare(
   steps = schedule.num_tiles * schedule.tile.steps
   # Rows after the last query, which repeat it, are empty.
   padding = steps * schedule.step_queries - length
-  more_keys = schedule.num_key_tiles * _BLOCK_K - key.shape[1]
+  more_keys = schedule.num_key_tiles * schedule.block_k - key.shape[1]
   delta = keep_finite(delta_of(out, dout, dlse), lse)
   lse = jnp.where(lse == -jnp.inf, _EMPTY, lse * _LOG2E)
 
@@ -405,6 +412,12 @@ def _ring(
 # ---------------------------------------------------------------------- dk, dv
 
 
+def _first_key(schedule: Schedule, tile: Any, worker: Any) -> Any:
+  """First of the 64 keys of a warpgroup."""
+  start_k = tile * schedule.block_k
+  return start_k if schedule.shared else start_k + worker * ROWS
+
+
 class Walk(NamedTuple):
   """Steps of a warpgroup of the dk, dv kernel, counted in the chunk.
 
@@ -441,6 +454,7 @@ def steps_of(
     segmented: every step needs a mask.
   """
   band, steps, block_q = schedule.band, schedule.tile.steps, schedule.block_q
+  block_k = schedule.block_k
   offset, first_row = band_place
   start, apart = schedule.tiles_of(chunk)
 
@@ -455,14 +469,14 @@ def steps_of(
     )
     return [to_steps(x) for x in bounds]
 
-  begin, end = reading(tile * _BLOCK_K, _BLOCK_K)
+  begin, end = reading(tile * block_k, block_k)
   # Equal shares of the steps that read these keys, so that no program finishes
   # long after the others.
   share = ceil_div(jnp.maximum(end - begin, 0), schedule.splits)
   begin += split * share
   end = jnp.maximum(jnp.minimum(end, begin + share), begin)
 
-  start_k = tile * _BLOCK_K + worker * ROWS
+  start_k = _first_key(schedule, tile, worker)
   first, last = reading(start_k, ROWS)
   first = within(first, begin, end)
   last = within(last, first, end)
@@ -498,14 +512,14 @@ class Refs(NamedTuple):
   row_segments: Any  # [B, steps, ROWS] or None
   dk: Any  # [splits, B K, S, H], float32
   dv: Any  # [splits, B K, S, V], float32
-  ds: Any  # [B K, chunk steps, slots _BLOCK_K, ROWS]
-  k_s: Any  # [_BLOCK_K, H]
-  v_s: Any  # [_BLOCK_K, V]
+  ds: Any  # [B K, chunk steps, slots block_k, ROWS]
+  k_s: Any  # [block_k, H]
+  v_s: Any  # [block_k, V]
   q_s: Any  # [D, ROWS, H]
   dout_s: Any  # [D, ROWS, V]
   stats_s: Any  # [D, 2, ROWS]
   segments_s: Any  # [D, ROWS] or None
-  ds_s: Any  # [W, 2, ROWS keys, ROWS]
+  ds_s: Any  # [block_k / ROWS, 2, ROWS keys, ROWS]
   p_s: Any  # [W, ROWS keys, ROWS], interpreted only
   keys_ready: Any  # barrier: the keys and values are loaded
   ready: Any  # [D] barriers: a step is loaded
@@ -543,31 +557,44 @@ def _dkv_kernel(
       plgpu.set_max_registers(_LOAD_REGISTERS, action="decrease")
     _load_steps(schedule, refs, place, chunk, tile, walk)
 
-  @pl.when(worker < WORKERS)
-  def _() -> None:
+  def compute(*names: str) -> None:
+    """Computes the named gradients of the keys of this warpgroup."""
     if not schedule.interpret:
       plgpu.set_max_registers(_COMPUTE_REGISTERS, action="increase")
     some = walk.begin < walk.end
     pl.when(some)(lambda: plgpu.barrier_wait(refs.keys_ready))
-    start_k = tile * _BLOCK_K + worker * ROWS
+    start_k = _first_key(schedule, tile, worker)
+    sums = {"dk": refs.dk, "dv": refs.dv}
     grads = pl.run_scoped(
-      functools.partial(
-        _walk_steps, schedule, refs, place, chunk, start_k, worker, walk
+      lambda *accs: _walk_steps(
+        schedule,
+        refs,
+        place,
+        chunk,
+        start_k,
+        worker,
+        walk,
+        dict(zip(names, accs, strict=True)),
       ),
-      plgpu.ACC((ROWS, refs.k.shape[-1]), jnp.float32),
-      plgpu.ACC((ROWS, refs.v.shape[-1]), jnp.float32),
+      *(plgpu.ACC((ROWS, sums[x].shape[-1]), jnp.float32) for x in names),
     )
 
     @pl.when(fresh | some)
     def _() -> None:
       at = split, place.head, pl.ds(start_k, ROWS)
-      for ref, x in zip((refs.dk, refs.dv), grads, strict=True):
+      for name, x in zip(names, grads, strict=True):
         if not fresh:
           layout = plgpu.Layout.WGMMA
-          x += plgpu.load(ref.at[at], layout=layout, optimized=False)
-        ref[at] = x
+          x += plgpu.load(sums[name].at[at], layout=layout, optimized=False)
+        sums[name][at] = x
 
     plgpu.wait_smem_to_gmem(0)
+
+  if schedule.shared:
+    pl.when(worker == 0)(lambda: compute("dv"))
+    pl.when(worker == 1)(lambda: compute("dk"))
+  else:
+    pl.when(worker < WORKERS)(lambda: compute("dk", "dv"))
 
 
 def _step_of(schedule: Schedule, chunk: Any, i: Any) -> tuple[Any, Any]:
@@ -589,8 +616,8 @@ def _load_steps(
 
   @pl.when(walk.begin < walk.end)
   def _() -> None:
-    start_k = pl.multiple_of(tile * _BLOCK_K, _BLOCK_K)
-    keys = place.b, pl.ds(start_k, _BLOCK_K), place.h
+    start_k = pl.multiple_of(tile * schedule.block_k, schedule.block_k)
+    keys = place.b, pl.ds(start_k, schedule.block_k), place.h
     plgpu.copy_gmem_to_smem(refs.k.at[keys], refs.k_s, refs.keys_ready)
     plgpu.copy_gmem_to_smem(refs.v.at[keys], refs.v_s, refs.keys_ready)
 
@@ -623,13 +650,29 @@ def _walk_steps(
   start_k: Any,
   worker: Any,
   walk: Walk,
-  dk_acc: Any,
-  dv_acc: Any,
-) -> tuple[Any, Any]:
-  """Stores ds of the keys of a warpgroup; returns dk / scale and dv."""
+  accs: dict[str, Any],
+) -> list[Any]:
+  """Computes dk / scale, dv, or both, of the keys of a warpgroup.
+
+  With dk it stores ds, too.
+
+  Args:
+    schedule: the schedule.
+    refs: arrays and shared memory.
+    place: batch row and head.
+    chunk: number of the chunk.
+    start_k: first key.
+    worker: number of the warpgroup.
+    walk: its steps.
+    accs: an accumulator for each gradient by its name, "dk" or "dv".
+
+  Returns:
+    The gradients in the order of `accs`.
+  """
   layout, shape = plgpu.Layout.WGMMA, (ROWS, ROWS)
   dtype = refs.q.dtype
-  mine = pl.ds(pl.multiple_of(worker * ROWS, ROWS), ROWS)
+  part = jnp.int32(0) if schedule.shared else worker  # of the tile
+  mine = pl.ds(pl.multiple_of(part * ROWS, ROWS), ROWS)
   k, v = refs.k_s.at[mine], refs.v_s.at[mine]
   if refs.key_segments is not None:
     key_segment = plgpu.load(
@@ -668,11 +711,12 @@ def _walk_steps(
     buffer = rem(i, 2)
     # The store of two steps ago has read this buffer.
     plgpu.wait_smem_to_gmem(1, wait_read_only=True)
-    refs.ds_s[worker, buffer] = ds
+    refs.ds_s[part, buffer] = ds
     plgpu.commit_smem()
-    slot = start_k - schedule.keys_of(tile, place.band, _BLOCK_K)[0] * _BLOCK_K
+    size = schedule.block_k
+    slot = start_k - schedule.keys_of(tile, place.band, size)[0] * size
     plgpu.copy_smem_to_gmem(
-      refs.ds_s.at[worker, buffer],
+      refs.ds_s.at[part, buffer],
       refs.ds.at[place.head, i, pl.ds(pl.multiple_of(slot, ROWS), ROWS)],
     )
 
@@ -690,25 +734,28 @@ def _walk_steps(
     q, dout = refs.q_s.at[slot], refs.dout_s.at[slot]
     plgpu.barrier_wait(refs.ready.at[slot])
 
-    def products(s_acc: Any, dp_acc: Any) -> None:
-      plgpu.wgmma(s_acc, k, q.T)
-      plgpu.wgmma(dp_acc, v, dout.T)
+    def products(s_acc: Any, dp_acc: Any = None) -> None:
       # The exponentials run beside the second product, ds beside that of dv.
-      s = plgpu.wgmma_accumulator_load(s_acc, wait_n=1)
+      plgpu.wgmma(s_acc, k, q.T)
+      if "dk" in accs:
+        plgpu.wgmma(dp_acc, v, dout.T)
+      s = plgpu.wgmma_accumulator_load(s_acc, wait_n=int("dk" in accs))
       lse = of_rows(refs.stats_s.at[slot, 0])
       p = jnp.exp2(s * (schedule.scale * _LOG2E) - lse)
       if masked:
         p = jnp.where(readable(slot, step), p, 0.0)
-      add_product(dv_acc, p.astype(dtype), dout)
-      dp = plgpu.wgmma_accumulator_load(dp_acc, wait_n=1)
-      delta = of_rows(refs.stats_s.at[slot, 1])
-      ds = (p * (dp - delta)).astype(dtype)
-      add_product(dk_acc, ds, q)
-      store(ds, i, tile)
+      if "dv" in accs:
+        add_product(accs["dv"], p.astype(dtype), dout)
+      if "dk" in accs:
+        dp = plgpu.wgmma_accumulator_load(dp_acc, wait_n=int("dv" in accs))
+        delta = of_rows(refs.stats_s.at[slot, 1])
+        ds = (p * (dp - delta)).astype(dtype)
+        add_product(accs["dk"], ds, q)
+        store(ds, i, tile)
       plgpu.wgmma_wait(0)
 
     scores = plgpu.ACC(shape, jnp.float32)
-    pl.run_scoped(products, scores, scores)
+    pl.run_scoped(products, scores, *[scores] * ("dk" in accs))
     plgpu.barrier_arrive(refs.free.at[slot])
     return ()
 
@@ -723,7 +770,7 @@ def _walk_steps(
     if schedule.band.window is not None:
       lax.fori_loop(walk.full_last, walk.last, masked, ())
   lax.fori_loop(walk.last, walk.end, skip, ())
-  return dk_acc[...], dv_acc[...]
+  return [acc[...] for acc in accs.values()]
 
 
 def key_value_gradient(
@@ -743,22 +790,23 @@ def key_value_gradient(
 
   Returns:
     dk / scale [splits, B K, S, H] and dv [splits, B K, S, V] in float32, ()
-    if they are in `before`; ds [B K, chunk steps, slots _BLOCK_K, ROWS], parts
+    if they are in `before`; ds [B K, chunk steps, slots block_k, ROWS], parts
     of which are not written.
   """
   tile, dtype = schedule.tile, inputs.query.dtype
   stages, segmented = tile.num_stages, bool(inputs.segments)
   widths = inputs.key.shape[-1], inputs.value.shape[-1]
   steps = schedule.chunk_tiles * tile.steps
-  ds = schedule.heads, steps, schedule.slots * _BLOCK_K, ROWS
+  block_k, parts = schedule.block_k, schedule.block_k // ROWS
+  ds = schedule.heads, steps, schedule.slots * block_k, ROWS
   smem, barrier = plgpu.SMEM, plgpu.Barrier
   scratch = {
-    "k_s": smem((_BLOCK_K, widths[0]), dtype),
-    "v_s": smem((_BLOCK_K, widths[1]), dtype),
+    "k_s": smem((block_k, widths[0]), dtype),
+    "v_s": smem((block_k, widths[1]), dtype),
     "q_s": smem((stages, ROWS, widths[0]), dtype),
     "dout_s": smem((stages, ROWS, widths[1]), dtype),
     "stats_s": smem((stages, 2, ROWS), jnp.float32),
-    "ds_s": smem((WORKERS, 2, ROWS, ROWS), dtype),
+    "ds_s": smem((parts, 2, ROWS, ROWS), dtype),
     "keys_ready": barrier(num_arrivals=2),
     "ready": barrier(
       num_arrivals=1 + segmented + 2 * schedule.step_queries,
@@ -792,7 +840,7 @@ def _dq_kernel(
   chunk_ref,  # [1]
   place_ref,  # [B, 2]
   stats_ref,  # [B K, steps, 2, ROWS]
-  ds_ref,  # [B K, chunk steps, slots _BLOCK_K, ROWS]
+  ds_ref,  # [B K, chunk steps, slots block_k, ROWS]
   k_ref,  # [B, S, K, H]
   dq_ref,  # [B, T, N, H]
   *,
@@ -810,7 +858,8 @@ def _dq_kernel(
   # The last queries read the most keys, so they start first.
   number = schedule.chunk_tiles - 1 - div(program, schedule.heads)
   tile = start + number * apart
-  base = schedule.keys_of(tile, place.band, _BLOCK_K)[0] * _BLOCK_K
+  size = schedule.block_k
+  base = schedule.keys_of(tile, place.band, size)[0] * size
   begin, end = schedule.keys_of(tile, place.band, ROWS)
   # All chunks have `chunk_tiles` tiles, but the last ones may not exist.
   exists = tile < schedule.num_tiles

@@ -9,9 +9,8 @@ import dataclasses
 ROWS = 64
 # Warpgroups of a block that compute; one more loads.
 WORKERS = 2
-# The accumulators of dk and dv are in registers, so that the backward kernels
-# take no wider heads.
-MAX_GRADIENT_DIM = 128
+# Most `steps` x H of the dq kernel: 192 numbers per thread.
+_MAX_STEPS_WIDTH = 768
 # Shared memory of a block on Hopper, in bytes, less what barriers and padding
 # take.
 _SHARED_MEMORY = 232448 - 2048
@@ -36,13 +35,14 @@ class BandTile:
 class BandGradientTile:
   """Tile sizes of the backward kernels of band attention.
 
-  A step of the dk, dv kernel takes `ROWS` rows of queries against the `ROWS`
-  keys of each warpgroup that computes.
+  A step of the dk, dv kernel takes `ROWS` rows of queries against
+  `gradient_keys` keys.
 
   Attributes:
     num_stages: steps of the dk, dv kernel whose queries and dout are in shared
       memory.
-    steps: steps per query tile of the dq kernel, a multiple of `WORKERS`.
+    steps: steps per query tile of the dq kernel, a multiple of `WORKERS`. Its
+      accumulators, `steps` x H numbers per row, are in registers.
     dq_stages: tiles of `ROWS` keys in shared memory, with their ds, of the dq
       kernel.
     programs: number of dk, dv programs that fills a device; the queries are
@@ -65,11 +65,11 @@ class BandTiling:
 
   Attributes:
     fwd: forward kernel.
-    bwd: backward kernels, where this backend has them.
+    bwd: backward kernels; None for the heuristic.
   """
 
   fwd: BandTile
-  bwd: BandGradientTile = BandGradientTile()
+  bwd: BandGradientTile | None = None
 
   def check_fit(self, head_dim: int, value_dim: int) -> None:
     """Checks that the tiles fit a call.
@@ -95,24 +95,67 @@ class BandTiling:
         f"dimensions {head_dim} and {value_dim}; there are {_SHARED_MEMORY}."
       )
     bwd = self.bwd
+    if bwd is None:
+      return
     if bwd.num_stages < 2 or bwd.dq_stages < 2:
       raise ValueError(f"The stages of `bwd` of {self} must be at least 2.")
-    if bwd.steps < WORKERS or bwd.steps % WORKERS or bwd.steps > 3 * WORKERS:
+    most = _MAX_STEPS_WIDTH // head_dim
+    if bwd.steps < WORKERS or bwd.steps % WORKERS or bwd.steps > most:
       raise ValueError(
-        f"`bwd.steps` of {self} must be a multiple of {WORKERS} up to "
-        f"{3 * WORKERS}."
+        f"`bwd.steps` of {self} must be a multiple of {WORKERS} up to {most} "
+        f"with head dimension {head_dim}."
       )
     if bwd.programs < 1:
       raise ValueError(f"`bwd.programs` of {self} must be at least 1.")
     sizes = gradient_bytes(bwd, head_dim, value_dim)
-    if max(head_dim, value_dim) <= MAX_GRADIENT_DIM:
-      for name, size in zip(("dk, dv", "dq"), sizes, strict=True):
-        if size > _SHARED_MEMORY:
-          raise ValueError(
-            f"`bwd` of {self} takes {size} bytes of shared memory in the "
-            f"{name} kernel with head dimensions {head_dim} and {value_dim}; "
-            f"there are {_SHARED_MEMORY}."
-          )
+    for name, size in zip(("dk, dv", "dq"), sizes, strict=True):
+      if size > _SHARED_MEMORY:
+        raise ValueError(
+          f"`bwd` of {self} takes {size} bytes of shared memory in the {name} "
+          f"kernel with head dimensions {head_dim} and {value_dim}; there are "
+          f"{_SHARED_MEMORY}."
+        )
+
+
+def gradient_keys(head_dim: int, value_dim: int) -> int:
+  """Keys per tile of the dk, dv kernel.
+
+  dk and dv are in registers: of each warpgroup's own keys if both fit, else one
+  warpgroup has dk and the other dv of the same keys.
+
+  Args:
+    head_dim: H.
+    value_dim: V.
+  """
+  return WORKERS * ROWS if head_dim + value_dim <= 256 else ROWS
+
+
+def gradient_tile(head_dim: int, value_dim: int) -> BandGradientTile:
+  """Chooses tiles of the backward kernels for a shape; none is measured yet.
+
+  Args:
+    head_dim: H.
+    value_dim: V.
+  """
+  steps = min(_MAX_STEPS_WIDTH // head_dim // WORKERS * WORKERS, 4)
+
+  def fits(tile: BandGradientTile, kernel: int) -> bool:
+    size = gradient_bytes(tile, head_dim, value_dim)[kernel]
+    return size <= _SHARED_MEMORY
+
+  def most(name: str, kernel: int, stages: int) -> int:
+    while stages > 2:
+      tile = BandGradientTile(**{"steps": steps, name: stages})
+      if fits(tile, kernel):
+        break
+      stages -= 1
+    return stages
+
+  return BandGradientTile(
+    num_stages=most("num_stages", 0, 3),
+    steps=steps,
+    dq_stages=most("dq_stages", 1, 4),
+  )
 
 
 def gradient_bytes(
@@ -127,8 +170,9 @@ def gradient_bytes(
   """
   width = 2 * (head_dim + value_dim)
   stage = ROWS * (width + 12)  # 12 for lse, delta and segment
-  ds = 2 * ROWS * ROWS  # two of them for every warpgroup
-  dkv = WORKERS * (ROWS * width + 2 * ds) + tile.num_stages * stage
+  ds = 2 * ROWS * ROWS  # two of them for every 64 keys
+  parts = gradient_keys(head_dim, value_dim) // ROWS
+  dkv = parts * (ROWS * width + 2 * ds) + tile.num_stages * stage
   dq_stage = ROWS * 2 * head_dim + tile.steps * ds
   return dkv, WORKERS * ROWS * 2 * head_dim + tile.dq_stages * dq_stage
 
