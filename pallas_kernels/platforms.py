@@ -125,7 +125,9 @@ def _lowering(platform):
     # Inside, nothing needs to know what varies over a mesh.
     args = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in ctx.avals_in]
     parts = getattr(ctx.module_context.axis_context, "num_devices", 1)
-    if parts != 1 and function is calls["cuda"][0] is not _mapped:
+    kernel = function is calls["cuda"][0] is not _mapped
+    python = platform == "default" and getattr(function, "in_python", False)
+    if parts != 1 and kernel and not python:
       run = partitioned(_flat(calls[platform], tree), args, avals)
       return mlir.lower_fun(run)(_of_avals(ctx, args), *flat)
     jaxpr = jax.make_jaxpr(functools.partial(function, static))(

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import export
-from jax.sharding import AbstractDevice, AbstractMesh, Mesh
+from jax.sharding import AbstractDevice, AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import nsa_jax
@@ -42,6 +42,11 @@ NAME: Any = "mosaic_gpu"
 needs_kernels = pytest.mark.skipif(
   jax.__version_info__ < (0, 11), reason="the kernels need jax 0.11"
 )
+
+
+def on_gpu(test: Any) -> Any:
+  """Marks a test that runs on a card."""
+  return pytest.mark.gpu(needs_kernels(test))
 
 
 @pytest.fixture(autouse=True)
@@ -380,6 +385,11 @@ INTERPRETED: dict[str, Any] = {
     "head_dim": 256,
     "value_dim": 256,
   },
+  "without turns": {
+    "config": SMALL_STRIDE,
+    "tiles": BandTiling(BandTile(64, 2, 2, turns=False)),
+    "queries": 20,
+  },
   "negative scale": {"queries": 5, "call": {"scale": -0.3}},
 }
 FAST = ("ragged", "group of 8, segments", "group of 64, other widths")
@@ -400,7 +410,7 @@ def test_matches_reference(branch: str, case: dict[str, Any]) -> None:
   _check(branch, **case)
 
 
-@pytest.mark.gpu
+@on_gpu
 @pytest.mark.parametrize("branch", BRANCHES)
 @pytest.mark.parametrize("case", INTERPRETED.values(), ids=list(INTERPRETED))
 def test_gpu_matches_reference(branch: str, case: dict[str, Any]) -> None:
@@ -421,7 +431,7 @@ def test_halo_of_the_window() -> None:
   _check_halo()
 
 
-@pytest.mark.gpu
+@on_gpu
 def test_gpu_halo_of_the_window() -> None:
   _check_halo()
 
@@ -492,7 +502,7 @@ def test_what_is_not_finite(branch: str) -> None:
   _check_non_finite(branch)
 
 
-@pytest.mark.gpu
+@on_gpu
 @pytest.mark.parametrize("branch", BRANCHES)
 def test_gpu_what_is_not_finite(branch: str) -> None:
   _check_non_finite(branch)
@@ -526,6 +536,24 @@ def test_vmap(shared: bool) -> None:
   whole = jax.jit(op)(query, key, value)
   one_by_one = jax.jit(jax.vmap(op, in_axes=axes))(*rows)
   helpers.assert_same_bits([x[:, 0] for x in one_by_one], whole)
+
+
+@needs_kernels
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["Auto axes", "shard_map"])
+def test_several_devices(way: str) -> None:
+  sizes: dict[str, Any] = {"group": 8, "head_dim": 64, "value_dim": 64}
+  sizes = sizes | {"batch": 2, "kv_heads": 2, "dtype": jnp.bfloat16}
+  inputs = _inputs("window", CONFIG, length=12, **sizes)[:3]
+  op = _op("window", 12, config=CONFIG)
+  expected = jax.jit(op)(*inputs)
+  devices = np.array(jax.devices("cpu")[:4]).reshape(2, 2)
+  mesh = Mesh(devices, ("batch", "head"))
+  spec = P("batch", None, "head")
+  if way == "shard_map":
+    op = jax.shard_map(op, mesh=mesh, in_specs=spec, out_specs=spec)
+  split = [jax.device_put(x, NamedSharding(mesh, spec)) for x in inputs]
+  helpers.assert_same_bits(jax.jit(op)(*split), expected)
 
 
 def test_few_threads_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -618,6 +646,26 @@ def test_gradients_of_some_groups_are_those_of_triton() -> None:
 
 
 @needs_kernels
+def test_a_sequence_mixes_backends() -> None:
+  """Each op by the first that has it, in one program."""
+  dims = helpers.Dims(NSAConfig(), 1, 300, 300, 1, 8, 64, 64)
+  inputs = jax.tree.map(
+    lambda x: _bf16(*x.shape), helpers.make_inputs(dims, "float32")
+  )
+  both: Any = (NAME, "triton")
+
+  def run(inputs: Any) -> Any:
+    return nsa_jax.native_sparse_attention(
+      **inputs, config=dims.config, implementation=both
+    )
+
+  text = _lowered(run, inputs)
+  for branch in BRANCHES:
+    _assert_kernel(text, branch, 2)
+  assert "nsa_selected_by_block_fwd" in text
+
+
+@needs_kernels
 @pytest.mark.parametrize("branch", BRANCHES)
 def test_vmap_with_shared_keys_lowers_for_cuda(branch: str) -> None:
   rows = 200 if branch == "window" else 49
@@ -660,7 +708,7 @@ def test_exports_without_disabled_checks() -> None:
 # ------------------------------------------------------------------- on a GPU
 
 
-@pytest.mark.gpu
+@on_gpu
 @pytest.mark.parametrize("sizes", helpers.pairwise(LOWERED), ids=str)
 def test_gpu_matches_reference_everywhere(sizes: dict[str, Any]) -> None:
   sizes = dict(sizes)
@@ -671,7 +719,7 @@ def test_gpu_matches_reference_everywhere(sizes: dict[str, Any]) -> None:
   _check(config=config, batch=2, kv_heads=2, call=call, **sizes)
 
 
-@pytest.mark.gpu
+@on_gpu
 @pytest.mark.parametrize("branch", BRANCHES)
 def test_gpu_matches_xla_at_length(branch: str) -> None:
   """Forward and backward; the second run has the same bits."""
@@ -698,7 +746,7 @@ def test_gpu_matches_xla_at_length(branch: str) -> None:
     assert error < 2**-7, error
 
 
-@pytest.mark.gpu
+@on_gpu
 def test_gpu_more_than_2_to_31_elements() -> None:
   """The last queries are those of a call of their own."""
   config, length, tail = NSAConfig(window=100), 2**18 + 100, 64

@@ -3,7 +3,7 @@
 A block computes pieces of work, one after the other; a piece is a few
 neighbouring queries with all heads of a group. Two warpgroups compute, 64 rows
 each, and a third one loads keys and values for both, up to `num_stages` tiles
-ahead, across the ends of pieces too. The two take turns: one issues matrix
+ahead, across the ends of pieces too. The two may take turns: one issues matrix
 products while the other computes exponentials. Within one, the product of
 probabilities and values of a tile runs beside the exponentials of the next
 tile.
@@ -117,7 +117,7 @@ class Refs(NamedTuple):
   v_ready: Any
   k_free: Any  # [D] barriers: both warpgroups have read a tile of keys
   v_free: Any
-  turn: Any  # [W] barriers: a warpgroup may issue products
+  turn: Any  # [W] barriers: a warpgroup may issue products; or None
 
 
 class Piece(NamedTuple):
@@ -199,7 +199,7 @@ def _each_piece(num_pieces: Any, run: Any) -> Any:
 def _fwd_kernel(*arrays: Any, call: Call, **scratch: Any) -> None:
   inputs, results = arrays[:-2], arrays[-2:]
   inputs = inputs if len(inputs) > 4 else (*inputs, None, None)
-  absent = dict.fromkeys(("o_s", "p_s", "acc_s", "segments_s"))
+  absent = dict.fromkeys(("o_s", "p_s", "acc_s", "segments_s", "turn"))
   refs = Refs(*inputs, *results, **(absent | scratch))
   block = lax.axis_index("block")
   worker = lax.axis_index("warpgroup")
@@ -230,12 +230,13 @@ def _fwd_kernel(*arrays: Any, call: Call, **scratch: Any) -> None:
     _load_queries(call, refs, _piece(call, refs, block, 0), worker)
     # The first turn is the first warpgroup's. Turns alternate strictly, across
     # pieces too: a second arrival before a wait would be lost.
-    pl.when(worker == 1)(lambda: plgpu.barrier_arrive(refs.turn.at[0]))
+    if call.tile.turns:
+      pl.when(worker == 1)(lambda: plgpu.barrier_arrive(refs.turn.at[0]))
     _each_piece(
       num_pieces,
       functools.partial(_attend, call, refs, block, worker, num_pieces),
     )
-    if call.interpret:
+    if call.interpret and call.tile.turns:
       pl.when(worker == 0)(lambda: plgpu.barrier_wait(refs.turn.at[0]))
     plgpu.wait_smem_to_gmem(0)
 
@@ -344,10 +345,12 @@ def _attend(
     return rem(before + i, stages)
 
   def my_turn() -> None:
-    plgpu.barrier_wait(refs.turn.at[worker])
+    if call.tile.turns:
+      plgpu.barrier_wait(refs.turn.at[worker])
 
   def your_turn() -> None:
-    plgpu.barrier_arrive(refs.turn.at[1 - worker])
+    if call.tile.turns:
+      plgpu.barrier_arrive(refs.turn.at[1 - worker])
 
   def wait_for_keys(i: Any) -> None:
     pl.when(i < piece.steps)(
@@ -599,8 +602,9 @@ def forward(
     "v_ready": barrier(num_barriers=stages),
     "k_free": barrier(num_arrivals=WORKERS, num_barriers=stages),
     "v_free": barrier(num_arrivals=WORKERS, num_barriers=stages),
-    "turn": barrier(num_barriers=WORKERS),
   }
+  if tile.turns:
+    scratch["turn"] = barrier(num_barriers=WORKERS)
   if not in_place(tile, head_dim, value_dim):
     scratch["o_s"] = plgpu.SMEM((WORKERS, ROWS, value_dim), dtype)
   if reads.segments:

@@ -5,6 +5,7 @@ import jax
 from pallas_kernels.bands import compressed_reads
 from pallas_kernels.interface import Queries, Spec
 from pallas_kernels.mosaic_gpu import band, band_vjp
+from pallas_kernels.mosaic_gpu.interpreter import in_python
 from pallas_kernels.triton import compressed as triton
 
 
@@ -16,6 +17,7 @@ def check(
   triton.check(spec._replace(tiles=None), qkv, index)
 
 
+@in_python
 def forward(
   spec: Spec, qkv: tuple[jax.Array, ...], index: tuple[None, Queries]
 ) -> tuple[jax.Array, jax.Array]:
@@ -23,6 +25,7 @@ def forward(
   return band.forward(spec, qkv, compressed_reads(spec, qkv, index))
 
 
+@in_python
 def backward(
   spec: Spec,
   qkv: tuple[jax.Array, ...],

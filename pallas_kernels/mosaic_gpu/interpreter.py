@@ -15,6 +15,16 @@ _LOCK = threading.Lock()
 _THREADS = 8
 
 
+def in_python(function: Callable[..., Any]) -> Callable[..., Any]:
+  """Marks a function of a backend whose interpreted kernels call Python.
+
+  `platforms` does not partition it where it is interpreted: jax would not keep
+  what is called alive. XLA then runs it on one device.
+  """
+  function.in_python = True  # type: ignore[attr-defined]
+  return function
+
+
 def interpreted(
   run: Callable[..., Any], results: Any, *arrays: jax.Array
 ) -> Any:

@@ -24,11 +24,13 @@ class BandTile:
     block_k: keys per step, 64, 128, 192 or 256.
     num_stages: tiles of keys, and of values, in shared memory.
     blocks: persistent blocks; None for one per multiprocessor.
+    turns: the warpgroups of a block take turns to issue products.
   """
 
   block_k: int
   num_stages: int = 2
   blocks: int | None = None
+  turns: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
