@@ -228,6 +228,7 @@ def test_matches_reference(branch: str, case: dict[str, Any]) -> None:
   _check_case(branch, case)
 
 
+@needs_kernels
 @pytest.mark.gpu
 @pytest.mark.parametrize("branch", BRANCHES)
 @pytest.mark.parametrize("case", CASES.values(), ids=list(CASES))
@@ -252,6 +253,7 @@ def test_halo_of_the_window() -> None:
   _check_halo()
 
 
+@needs_kernels
 @pytest.mark.gpu
 def test_gpu_halo_of_the_window() -> None:
   _check_halo()
@@ -286,6 +288,7 @@ def test_queries_that_read_nothing(branch: str) -> None:
   _check_queries_that_read_nothing(branch)
 
 
+@needs_kernels
 @pytest.mark.gpu
 @pytest.mark.parametrize("branch", BRANCHES)
 def test_gpu_queries_that_read_nothing(branch: str) -> None:
@@ -488,6 +491,7 @@ def test_every_shape_lowers_for_cuda(sizes: dict[str, Any]) -> None:
 # --------------------------------------------------------------------- on a GPU
 
 
+@needs_kernels
 @pytest.mark.gpu
 @pytest.mark.parametrize("branch", BRANCHES)
 @pytest.mark.parametrize("scratch", [2**25, 2**31])
