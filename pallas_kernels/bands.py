@@ -164,3 +164,34 @@ def key_tiles(
     full_begin = within(ceil_div(high, size), begin, end)
   full_end = within(div(band.stop(first), size), full_begin, end)
   return Bounds(begin, full_begin, full_end, end)
+
+
+def query_tiles(
+  band: Band,
+  offset: Any,
+  first_row: Any,
+  start_k: Any,
+  block_k: int,
+  length: int,
+  block_q: int,
+) -> tuple[Any, Any]:
+  """Range of the query tiles that read a key tile.
+
+  Args:
+    band: the band.
+    offset: position of query 0.
+    first_row: first valid key row.
+    start_k: first key row of the tile.
+    block_k: key rows per tile.
+    length: T.
+    block_q: queries per query tile.
+  """
+  last_k = start_k + block_k - 1
+  first = start_k * band.stride + (band.span - 1) - offset
+  stop = jnp.minimum(length, band.length - offset)
+  if band.window is not None:
+    stop = jnp.minimum(stop, last_k + band.window - offset)
+    stop = jnp.where(last_k < first_row, 0, stop)
+  begin = div(jnp.maximum(first, 0), block_q)
+  end = jnp.where(first < stop, ceil_div(jnp.maximum(stop, 0), block_q), 0)
+  return begin, end

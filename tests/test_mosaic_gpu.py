@@ -509,7 +509,7 @@ def test_gpu_what_is_not_finite(branch: str) -> None:
 
 @needs_kernels
 @pytest.mark.slow
-def test_gradients_are_those_of_triton() -> None:
+def test_gradients_match_triton() -> None:
   """With the residuals of this backend's forward."""
   sizes: dict[str, Any] = {"group": 8, "head_dim": 64, "value_dim": 64}
   inputs = _inputs("window", CONFIG, length=20, dtype=jnp.bfloat16, **sizes)
@@ -631,15 +631,15 @@ def _lowered(run: Any, *args: Any) -> str:
 
 
 @needs_kernels
-def test_gradients_lower_for_cuda() -> None:
-  """The forward of this backend and the backward of Triton."""
+def test_gradients_of_some_groups_are_those_of_triton() -> None:
+  """The forward of this backend and the backward of Triton, lowered."""
   op = _op("window", 200, config=CONFIG)
 
   def loss(*qkv: Any) -> Any:
     return op(*qkv)[0].astype(jnp.float32).sum()
 
   keys = _bf16(1, 200, 1, 64)
-  text = _lowered(jax.grad(loss, (0, 1, 2)), _bf16(1, 200, 8, 64), keys, keys)
+  text = _lowered(jax.grad(loss, (0, 1, 2)), _bf16(1, 200, 24, 64), keys, keys)
   _assert_kernel(text, "window", 1)
   assert all(f'nsa_window_{name}"' in text for name in ("dq", "dkv"))
 

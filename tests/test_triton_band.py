@@ -15,6 +15,7 @@ import pytest
 
 import nsa_jax
 from nsa_jax import NSAConfig
+from pallas_kernels.bands import query_tiles
 from pallas_kernels.interface import Spec
 from pallas_kernels.triton import band as bands
 from pallas_kernels.triton import band_vjp, tiling
@@ -217,7 +218,7 @@ def _reads(band: bands.Band, block_q: int, length: int, block_k: int) -> Any:
   shape = (length + 90, 9, -(-length // block_q), -(-band.length // block_k))
   offset, first_row, i, j = (jnp.asarray(x) for x in np.indices(shape))
   offset -= 50
-  begin, end = band_vjp.query_tiles(
+  begin, end = query_tiles(
     band, offset, first_row, j * block_k, block_k, length, block_q
   )
   keys = bands.key_tiles(

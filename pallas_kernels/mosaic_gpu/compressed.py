@@ -4,7 +4,7 @@ import jax
 
 from pallas_kernels.bands import compressed_reads
 from pallas_kernels.interface import Queries, Spec
-from pallas_kernels.mosaic_gpu import band
+from pallas_kernels.mosaic_gpu import band, band_vjp
 from pallas_kernels.mosaic_gpu.interpreter import in_python
 from pallas_kernels.triton import compressed as triton
 
@@ -25,6 +25,7 @@ def forward(
   return band.forward(spec, qkv, compressed_reads(spec, qkv, index))
 
 
+@in_python
 def backward(
   spec: Spec,
   qkv: tuple[jax.Array, ...],
@@ -35,6 +36,9 @@ def backward(
   dlse: jax.Array,
 ) -> tuple[jax.Array, ...]:
   """As in `interface`."""
-  # Triton's kernels, until this backend has its own; `check` asks them too.
+  if band_vjp.serves(qkv):
+    reads = compressed_reads(spec, qkv, index)
+    return band_vjp.backward(spec, qkv, reads, out, lse, dout, dlse)
+  # Triton's kernels serve the others; `check` asks them too.
   spec = spec._replace(tiles=None)
   return triton.backward(spec, qkv, index, out, lse, dout, dlse)

@@ -9,6 +9,8 @@ import dataclasses
 ROWS = 64
 # Warpgroups of a block that compute; one more loads.
 WORKERS = 2
+# Most `steps` x H of the dq kernel: 192 numbers per thread.
+_MAX_STEPS_WIDTH = 768
 # Shared memory of a block on Hopper, in bytes, less what barriers and padding
 # take.
 _SHARED_MEMORY = 232448 - 2048
@@ -32,14 +34,44 @@ class BandTile:
 
 
 @dataclasses.dataclass(frozen=True)
+class BandGradientTile:
+  """Tile sizes of the backward kernels of band attention.
+
+  A step of the dk, dv kernel takes `ROWS` rows of queries against
+  `gradient_keys` keys.
+
+  Attributes:
+    num_stages: steps of the dk, dv kernel whose queries and dout are in shared
+      memory.
+    steps: steps per query tile of the dq kernel, a multiple of `WORKERS`. Its
+      accumulators, `steps` x H numbers per row, are in registers.
+    dq_stages: tiles of `ROWS` keys in shared memory, with their ds, of the dq
+      kernel.
+    programs: number of dk, dv programs that fills a device; the queries are
+      split until there are that many.
+    scratch: maximum memory in bytes of ds, the stored gradients of the scores,
+      of the queries of a chunk times the keys they read. A chunk has at least
+      one query tile.
+  """
+
+  num_stages: int = 3
+  steps: int = 4
+  dq_stages: int = 4
+  programs: int = 512
+  scratch: int = 2**31
+
+
+@dataclasses.dataclass(frozen=True)
 class BandTiling:
   """Tiles of the compressed or the window branch.
 
   Attributes:
     fwd: forward kernel.
+    bwd: backward kernels; None for the heuristic.
   """
 
   fwd: BandTile
+  bwd: BandGradientTile | None = None
 
   def check_fit(self, head_dim: int, value_dim: int) -> None:
     """Checks that the tiles fit a call.
@@ -64,6 +96,87 @@ class BandTiling:
         f"`fwd` of {self} takes {size} bytes of shared memory with head "
         f"dimensions {head_dim} and {value_dim}; there are {_SHARED_MEMORY}."
       )
+    bwd = self.bwd
+    if bwd is None:
+      return
+    if bwd.num_stages < 2 or bwd.dq_stages < 2:
+      raise ValueError(f"The stages of `bwd` of {self} must be at least 2.")
+    most = _MAX_STEPS_WIDTH // head_dim
+    if bwd.steps < WORKERS or bwd.steps % WORKERS or bwd.steps > most:
+      raise ValueError(
+        f"`bwd.steps` of {self} must be a multiple of {WORKERS} up to {most} "
+        f"with head dimension {head_dim}."
+      )
+    if bwd.programs < 1:
+      raise ValueError(f"`bwd.programs` of {self} must be at least 1.")
+    sizes = gradient_bytes(bwd, head_dim, value_dim)
+    for name, size in zip(("dk, dv", "dq"), sizes, strict=True):
+      if size > _SHARED_MEMORY:
+        raise ValueError(
+          f"`bwd` of {self} takes {size} bytes of shared memory in the {name} "
+          f"kernel with head dimensions {head_dim} and {value_dim}; there are "
+          f"{_SHARED_MEMORY}."
+        )
+
+
+def gradient_keys(head_dim: int, value_dim: int) -> int:
+  """Keys per tile of the dk, dv kernel.
+
+  dk and dv are in registers: of each warpgroup's own keys if both fit, else one
+  warpgroup has dk and the other dv of the same keys.
+
+  Args:
+    head_dim: H.
+    value_dim: V.
+  """
+  return WORKERS * ROWS if head_dim + value_dim <= 256 else ROWS
+
+
+def gradient_tile(head_dim: int, value_dim: int) -> BandGradientTile:
+  """Chooses tiles of the backward kernels for a shape; none is measured yet.
+
+  Args:
+    head_dim: H.
+    value_dim: V.
+  """
+  steps = min(_MAX_STEPS_WIDTH // head_dim // WORKERS * WORKERS, 4)
+
+  def fits(tile: BandGradientTile, kernel: int) -> bool:
+    size = gradient_bytes(tile, head_dim, value_dim)[kernel]
+    return size <= _SHARED_MEMORY
+
+  def most(name: str, kernel: int, stages: int) -> int:
+    while stages > 2:
+      tile = BandGradientTile(**{"steps": steps, name: stages})
+      if fits(tile, kernel):
+        break
+      stages -= 1
+    return stages
+
+  return BandGradientTile(
+    num_stages=most("num_stages", 0, 3),
+    steps=steps,
+    dq_stages=most("dq_stages", 1, 4),
+  )
+
+
+def gradient_bytes(
+  tile: BandGradientTile, head_dim: int, value_dim: int
+) -> tuple[int, int]:
+  """Bytes of shared memory of the dk, dv kernel and of the dq kernel.
+
+  Args:
+    tile: tile sizes.
+    head_dim: H.
+    value_dim: V.
+  """
+  width = 2 * (head_dim + value_dim)
+  stage = ROWS * (width + 12)  # 12 for lse, delta and segment
+  ds = 2 * ROWS * ROWS  # two of them for every 64 keys
+  parts = gradient_keys(head_dim, value_dim) // ROWS
+  dkv = parts * (ROWS * width + 2 * ds) + tile.num_stages * stage
+  dq_stage = ROWS * 2 * head_dim + tile.steps * ds
+  return dkv, WORKERS * ROWS * 2 * head_dim + tile.dq_stages * dq_stage
 
 
 def shared_bytes(tile: BandTile, head_dim: int, value_dim: int) -> int:

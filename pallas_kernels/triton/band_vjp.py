@@ -18,17 +18,15 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
+from pallas_kernels.bands import Band, BandReads, key_tiles, query_tiles
+from pallas_kernels.integers import ceil_div
 from pallas_kernels.interface import Spec
 from pallas_kernels.triton import common
 from pallas_kernels.triton.band import (
-  Band,
-  BandReads,
   QuerySizes,
-  ceil_div,
   choose_tiles,
   flat_rows,
   key_span,
-  key_tiles,
   load_rows,
   per_head,
   tile_rows,
@@ -244,37 +242,6 @@ def sum_splits(x: jax.Array) -> jax.Array:
     pairs = x[:half] + x[half : 2 * half]
     x = jnp.concatenate([pairs, x[2 * half :]]) if len(x) % 2 else pairs
   return x[0]
-
-
-def query_tiles(
-  band: Band,
-  offset: Any,
-  first_row: Any,
-  start_k: Any,
-  block_k: int,
-  length: int,
-  block_q: int,
-) -> tuple[Any, Any]:
-  """Range of the query tiles that read a key tile.
-
-  Args:
-    band: the band.
-    offset: position of query 0.
-    first_row: first valid key row.
-    start_k: first key row of the tile.
-    block_k: key rows per tile.
-    length: T.
-    block_q: queries per query tile.
-  """
-  last_k = start_k + block_k - 1
-  first = start_k * band.stride + (band.span - 1) - offset
-  stop = jnp.minimum(length, band.length - offset)
-  if band.window is not None:
-    stop = jnp.minimum(stop, last_k + band.window - offset)
-    stop = jnp.where(last_k < first_row, 0, stop)
-  begin = common.div(jnp.maximum(first, 0), block_q)
-  end = jnp.where(first < stop, ceil_div(jnp.maximum(stop, 0), block_q), 0)
-  return begin, end
 
 
 def row_and_head(head: Any, sizes: QuerySizes) -> tuple[Any, Any]:
