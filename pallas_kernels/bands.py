@@ -45,8 +45,8 @@ class Band(NamedTuple):
 
   def stop(self, t: Any) -> Any:
     """End of the key rows that a query at position t reads."""
-    # It is 0 for t < span - 1, because span >= stride.
-    return div(jnp.maximum(t + (1 + self.stride - self.span), 0), self.stride)
+    rows = div(jnp.maximum(t - self.span + 1, 0), self.stride) + 1
+    return jnp.where(t < self.span - 1, 0, rows)
 
   def readable(self, j: Any, t: Any, first_row: Any) -> Any:
     """Mask of the key rows j that positions t read; j and t broadcast."""
