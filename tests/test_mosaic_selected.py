@@ -550,24 +550,3 @@ def test_exports_without_disabled_checks() -> None:
   program = export.export(jax.jit(_op), platforms=("cuda",))(*arrays)
   text = export.deserialize(program.serialize()).mlir_module()
   assert "nsa_selected_fwd" in text
-
-
-# ------------------------------------------------------------------- overlap
-
-
-@pytest.mark.parametrize("most", [256, 5])
-def test_mean_union(most: int) -> None:
-  from pallas_kernels.mosaic_gpu.selected_overlap import mean_union
-
-  rng = np.random.default_rng(0)
-  ids: Any = _ids(rng, (2, 67, 3), 9, 4)
-  firsts = 4 * (np.arange(min(16, most)) * 16 // min(16, most))
-  unions = [
-    len(set(ids[b, t : t + 4, h].ravel()) - {-1})
-    for b in range(2)
-    for t in firsts
-    for h in range(3)
-  ]
-  actual = jax.jit(functools.partial(mean_union, most=most))(ids)
-  np.testing.assert_allclose(actual, np.mean(unions), rtol=1e-6)
-  assert mean_union(ids[:, :3]) == 0

@@ -15,7 +15,7 @@ import pytest
 
 import nsa_jax
 from nsa_jax import NSAConfig
-from pallas_kernels.bands import query_tiles
+from pallas_kernels.bands import Band, key_tiles, query_tiles
 from pallas_kernels.interface import Spec
 from pallas_kernels.triton import band as bands
 from pallas_kernels.triton import band_vjp, tiling
@@ -208,7 +208,7 @@ def test_splits_are_added_in_a_fixed_order(count: int) -> None:
   assert "reduce" not in str(jax.make_jaxpr(band_vjp.sum_splits)(x))
 
 
-def _reads(band: bands.Band, block_q: int, length: int, block_k: int) -> Any:
+def _reads(band: Band, block_q: int, length: int, block_k: int) -> Any:
   """[offset, first row, tile of queries, tile of keys]: the place of a pair.
 
   The number of the keys' tile, counted from the first that the queries read,
@@ -221,7 +221,7 @@ def _reads(band: bands.Band, block_q: int, length: int, block_k: int) -> Any:
   begin, end = query_tiles(
     band, offset, first_row, j * block_k, block_k, length, block_q
   )
-  keys = bands.key_tiles(
+  keys = key_tiles(
     band,
     offset,
     first_row,
@@ -242,7 +242,7 @@ def test_the_scratch_of_a_tile_holds_all_that_is_read(
   """What dq reads has been written, and nothing is written out of bounds."""
   length = 23
   stride, span = (4, 8) if window is None else (1, 1)
-  band = bands.Band(stride, span, window, 37)
+  band = Band(stride, span, window, 37)
   tile = tiling.BandTile(4, 4, 2, rows=block_q)
   tiles = tiling.BandTiling(tile, tile, tile)
   schedule = band_vjp.make_schedule(

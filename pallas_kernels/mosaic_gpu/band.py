@@ -23,6 +23,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu
 
+from pallas_kernels import checks
 from pallas_kernels.bands import Band, BandReads, key_tiles
 from pallas_kernels.integers import div, rem
 from pallas_kernels.interface import Spec
@@ -549,9 +550,9 @@ def check(spec: Spec, qkv: tuple[jax.Array, ...]) -> None:
   """Checks that the forward kernel can do a call; arguments as in `forward`."""
   query, _, value = qkv
   support.check_where()
-  support.check_scores(spec)
+  checks.check_scores(spec)
   support.check_heads(*qkv)
-  support.check_tiles(spec, BandTiling, query.shape[-1], value.shape[-1])
+  checks.check_tiles(spec, BandTiling, query.shape[-1], value.shape[-1])
 
 
 def forward(

@@ -2,6 +2,7 @@
 
 import jax
 
+from pallas_kernels import checks
 from pallas_kernels.interface import Queries, Spec
 from pallas_kernels.mosaic_gpu import selected_union, support
 from pallas_kernels.mosaic_gpu.tiling import SelectedTiling, selected_tiling
@@ -37,7 +38,7 @@ def check(
       f"`query` of shape {query.shape} and `key` of shape {key.shape}: the "
       "kernels take fewer than 2^31 block ids, and keys of all batch rows"
     )
-  support.check_tiles(spec, SelectedTiling, head_dim, value_dim, block)
+  checks.check_tiles(spec, SelectedTiling, head_dim, value_dim, block)
   if _tiles(spec, qkv) is None:
     raise NotImplementedError(
       f"`selection_block`={block} with head dimensions {head_dim} and "

@@ -8,10 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import get_abstract_mesh
 
-from pallas_kernels.checks import check_scores as check_scores
-from pallas_kernels.checks import check_static_sizes, visible_gpus
-from pallas_kernels.checks import check_tiles as check_tiles
-from pallas_kernels.checks import group_of as group_of
+from pallas_kernels.checks import check_static_sizes, group_of, visible_gpus
 
 # Older versions lack much of the layout inference that the kernels rely on.
 _MIN_JAX = (0, 11)

@@ -18,12 +18,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from pallas_kernels.bands import Band as Band
-from pallas_kernels.bands import BandReads as BandReads
-from pallas_kernels.bands import Bounds as Bounds
-from pallas_kernels.bands import key_tiles as key_tiles
-from pallas_kernels.integers import ceil_div as ceil_div
-from pallas_kernels.integers import within as within
+from pallas_kernels import checks
+from pallas_kernels.bands import Band, BandReads, Bounds, key_tiles
+from pallas_kernels.integers import div, rem
 from pallas_kernels.interface import Queries, Spec
 from pallas_kernels.triton import common, support
 from pallas_kernels.triton.tiling import BandTile, BandTiling, band_tiling
@@ -92,17 +89,17 @@ def tile_rows(
     row = jnp.arange(rows, dtype=jnp.int32)
   else:
     row = jnp.arange(steps * rows, dtype=jnp.int32)
-    step, row = common.div(row, rows), common.rem(row, rows)
+    step, row = div(row, rows), rem(row, rows)
   if steps > 1:
     tile = tile * steps + step
   local = jnp.minimum(row, block_q * group - 1)
-  query = tile * block_q + common.div(local, group)
+  query = tile * block_q + div(local, group)
   distinct = None
   # Inner loops compute this, so it is left out if no row repeats another.
   if rows % group or length % (steps * block_q):
     distinct = (row < block_q * group) & (query < length)
     query = jnp.minimum(query, length - 1)
-  index = (b * length + query) * heads + h * group + common.rem(local, group)
+  index = (b * length + query) * heads + h * group + rem(local, group)
   return TileRows(query, index, distinct)
 
 
@@ -246,9 +243,9 @@ def check(
   """As in `interface`; `tiles` must be a `BandTiling` that fits."""
   del index
   support.check_where()
-  support.check_scores(spec)
+  checks.check_scores(spec)
   support.check_heads(*qkv)
-  support.check_tiles(spec, BandTiling, support.group_of(*qkv[:2]))
+  checks.check_tiles(spec, BandTiling, checks.group_of(*qkv[:2]))
 
 
 def choose_tiles(
@@ -258,7 +255,7 @@ def choose_tiles(
   query, key, value = qkv
   return spec.tiles or band_tiling(
     windowed=band.window is not None,
-    group=support.group_of(query, key),
+    group=checks.group_of(query, key),
     head_dim=query.shape[-1],
     value_dim=value.shape[-1],
     dtype=query.dtype,

@@ -19,7 +19,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels.bands import Band, BandReads, key_tiles, query_tiles
-from pallas_kernels.integers import ceil_div
+from pallas_kernels.integers import ceil_div, div, rem
 from pallas_kernels.interface import Spec
 from pallas_kernels.triton import common
 from pallas_kernels.triton.band import (
@@ -251,7 +251,7 @@ def row_and_head(head: Any, sizes: QuerySizes) -> tuple[Any, Any]:
   is 0, and keeps so many addresses in registers that the gradients spill.
   """
   kv_heads = sizes.heads // sizes.group
-  return common.div(head, kv_heads), common.rem(head, kv_heads)
+  return div(head, kv_heads), rem(head, kv_heads)
 
 
 def _dkv_kernel(
@@ -317,8 +317,8 @@ def _dkv_kernel(
     def step(i, carry):
       dk, dv = carry
       number, part = (
-        common.div(i, schedule.steps),
-        common.rem(i, schedule.steps),
+        div(i, schedule.steps),
+        rem(i, schedule.steps),
       )
       queries = start + number * apart
       rows = tile_rows(queries, b, h, tile.rows, sizes, schedule.steps, part)

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
+from pallas_kernels.integers import div
 from pallas_kernels.interface import Queries, Spec
 from pallas_kernels.triton import common
 from pallas_kernels.triton.by_query import group_heads, reads_of
@@ -135,7 +136,7 @@ def walk_queries(
     used = start + jnp.arange(queries) < piece.last
     item = common.load(items_ref.at[pl.ds(start, queries)], used)
     item = jnp.where(used, item, filler)
-    query = piece.first_query + common.div(item, chunking.num_ids)
+    query = piece.first_query + div(item, chunking.num_ids)
     segment = None
     if segments:
       segment = per_row(segments[1][piece.batch, query])
@@ -149,7 +150,7 @@ def walk_queries(
       carry,
     )
 
-  steps = common.div(piece.last - piece.first + queries - 1, queries)
+  steps = div(piece.last - piece.first + queries - 1, queries)
   return lax.fori_loop(0, steps, step, carry)
 
 

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
+from pallas_kernels.integers import div, rem
 from pallas_kernels.interface import Queries, Spec, per_row, segment_pair
 from pallas_kernels.triton import common
 from pallas_kernels.triton.tiling import Tile
@@ -46,7 +47,7 @@ def attended(ids: jax.Array, t: Any, key_length: int, block: int) -> Any:
   later ones are not read. A position outside the keys reads nothing.
   """
   inside = (t >= 0) & (t < key_length)
-  own = common.div(jnp.maximum(t, 0), block)
+  own = div(jnp.maximum(t, 0), block)
   return inside & (ids >= 0) & (ids < own), inside & (ids == own)
 
 
@@ -252,7 +253,7 @@ def walk_blocks(
 
   def entry(run, i):
     """Block of step i, and whether both queries of a pair read it here."""
-    x = program.ids_ref[run.first + common.div(i, steps)]
+    x = program.ids_ref[run.first + div(i, steps)]
     return (x >> 1, (x & 1) == 1) if pair else (x, False)
 
   def readable(q, span_k, token, masked, joins=True):
@@ -272,7 +273,7 @@ def walk_blocks(
 
     def body(i, states):
       block_id, both = entry(program.runs[q], i)
-      start = block_id * block + common.rem(i, steps) * block_k
+      start = block_id * block + rem(i, steps) * block_k
       span_k, token = pl.ds(start, block_k), start + jnp.arange(block_k)
       mask = either = readable(q, span_k, token, masked)
       if with_second:
@@ -306,7 +307,7 @@ def walk_blocks(
       # If both are in this block, the second reads one more token of it.
       _, both = entry(run, full)
       last = jnp.where(both, program.positions[1], last)
-    visible = common.div(common.rem(jnp.maximum(last, 0), block), block_k) + 1
+    visible = div(rem(jnp.maximum(last, 0), block), block_k) + 1
     states = walk(q, 0, full, False, states)
     states = walk(q, full, full + run.diagonal * visible, True, states)
   return states

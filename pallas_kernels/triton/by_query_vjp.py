@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
+from pallas_kernels.integers import div, rem
 from pallas_kernels.interface import Queries, Spec
 from pallas_kernels.triton import common
 from pallas_kernels.triton.by_query import BlockReads, group_heads, reads_of
@@ -150,7 +151,7 @@ def _dkv_kernel(
     def body(i, carry):
       dk, dv = carry
       item = items_ref[i]
-      t = piece.first_query + common.div(item, chunking.num_ids)
+      t = piece.first_query + div(item, chunking.num_ids)
       index = (b, t, h, slice(None))
       q = common.load_pieces(q_ref, index, head_pieces, row_mask)
       dout = common.load_pieces(dout_ref, index, value_pieces, row_mask)
@@ -269,9 +270,9 @@ def _dq_kernel(
   head_pieces = common.pieces(head_dim)
   row_mask = common.padding_mask(group, rows)
   row = first_row_ref[0] + pl.program_id(0)
-  head = common.div(row, chunking.length)
+  head = div(row, chunking.length)
   t = row - head * chunking.length
-  b = common.div(head, chunking.kv_heads)
+  b = div(head, chunking.kv_heads)
   h = head - b * chunking.kv_heads
 
   count = count_chosen(ids_ref, first_row_ref, offset_ref, chunking)
@@ -279,8 +280,8 @@ def _dq_kernel(
   @pl.when(t < dq_ref.shape[1])  # The last chunk of a head may be padded.
   def _():
     def body(i, dq):
-      slot = common.div(i, parts)
-      local = common.rem(i, parts) * block_k
+      slot = div(i, parts)
+      local = rem(i, parts) * block_k
       start = ids_ref[slot] * chunking.block + local
       inside = None
       if chunking.key_length % chunking.block:

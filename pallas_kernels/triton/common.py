@@ -14,9 +14,6 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jax.sharding import ManualAxisType
 
-from pallas_kernels.integers import div as div
-from pallas_kernels.integers import rem as rem
-
 # The softmax uses exp2, which is one instruction; the scale includes log2(e).
 LOG2E = math.log2(math.e)
 # Value of masked scores, and initial value of running maxima. The maximum

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
+from pallas_kernels.integers import div, rem
 from pallas_kernels.triton import common
 
 _AT_ONCE = 8  # Pieces that `sum_pieces` loads per step.
@@ -57,15 +58,14 @@ def invert(
     key = owner.astype(jnp.uint32) * num_items + item.astype(jnp.uint32)
     key = jnp.sort(key.reshape(-1))
     owners, items = (
-      divide(key, num_items).astype(jnp.int32)
-      for divide in (common.div, common.rem)
+      divide(key, num_items).astype(jnp.int32) for divide in (div, rem)
     )
   else:
     owners, items = lax.sort(
       (owner.reshape(-1), item.reshape(-1)), num_keys=1, is_stable=True
     )
   bounds = _search(owners, jnp.arange(num_owners + 1, dtype=jnp.int32))
-  per_list = common.div(jnp.diff(bounds) + (piece - 1), piece)
+  per_list = div(jnp.diff(bounds) + (piece - 1), piece)
   starts = jnp.pad(jnp.cumsum(per_list, dtype=jnp.int32), (1, 0))
   # Upper bound: at most one piece per list is incomplete.
   num_pieces = -(-owner.size // piece) + num_owners
@@ -145,7 +145,7 @@ def _sum_pieces_kernel(
 
   total, _ = lax.fori_loop(
     0,
-    common.div(end - first + (_AT_ONCE - 1), _AT_ONCE),
+    div(end - first + (_AT_ONCE - 1), _AT_ONCE),
     add,
     (jnp.zeros(sum_ref.shape, jnp.float32), load(0)),
   )

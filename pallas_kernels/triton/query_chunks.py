@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
+from pallas_kernels.integers import div, rem
 from pallas_kernels.triton import common
 from pallas_kernels.triton.inverse_lists import (
   InverseLists,
@@ -138,9 +139,9 @@ def make_chunk(
     jnp.arange(chunking.heads, dtype=jnp.int32), chunking.queries
   )
   local = lax.dynamic_slice_in_dim(row_ids, first_row, count)
-  head = common.div(first_row, chunking.length) + local_head
+  head = div(first_row, chunking.length) + local_head
   row = first_row + jnp.arange(count, dtype=jnp.int32)
-  position = common.take(offset, common.div(head, chunking.kv_heads))
+  position = common.take(offset, div(head, chunking.kv_heads))
   position += row - head * chunking.length
   valid = chosen(local, position[:, None], chunking.key_length, chunking.block)
   num_owners = chunking.heads * chunking.num_blocks
@@ -178,7 +179,7 @@ def add_pieces(
     partial, chunk.lists.starts, total.dtype, interpret=interpret
   )
   sums = sums.reshape(chunking.heads, -1, sums.shape[-1])
-  first_head = common.div(chunk.first_row[0], chunking.length)
+  first_head = div(chunk.first_row[0], chunking.length)
   if chunking.splits_heads:
     sums += lax.dynamic_slice_in_dim(total, first_head, chunking.heads)
   return lax.dynamic_update_slice_in_dim(total, sums, first_head, axis=0)
@@ -215,11 +216,11 @@ def load_piece(
 ) -> Piece:
   """Loads the program's piece and the segments of its keys, if any."""
   row, first, last = piece_ref[0], piece_ref[1], piece_ref[2]
-  local_head = common.div(row, chunking.num_blocks)
-  first_head = common.div(first_row_ref[0], chunking.length)
+  local_head = div(row, chunking.num_blocks)
+  first_head = div(first_row_ref[0], chunking.length)
   head = first_head + local_head
-  batch = common.div(head, chunking.kv_heads)
-  start_k = common.rem(row, chunking.num_blocks) * chunking.block
+  batch = div(head, chunking.kv_heads)
+  start_k = rem(row, chunking.num_blocks) * chunking.block
   token = start_k + jnp.arange(chunking.block)
   key_segment = None
   if segments:
@@ -248,8 +249,8 @@ def count_chosen(
   Ids ascend, so those of attended blocks come first.
   """
   row = first_row_ref[0] + pl.program_id(0)
-  head = common.div(row, chunking.length)
-  position = offset_ref[common.div(head, chunking.kv_heads)]
+  head = div(row, chunking.length)
+  position = offset_ref[div(head, chunking.kv_heads)]
   position += row - head * chunking.length
   mask = common.padding_mask(chunking.num_ids, ids_ref.shape[0])
   ids = common.load(ids_ref, mask, other=-1)

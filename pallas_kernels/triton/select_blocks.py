@@ -19,6 +19,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from pallas_kernels import checks
+from pallas_kernels.integers import div, rem
 from pallas_kernels.interface import (
   Queries,
   Spec,
@@ -121,7 +123,7 @@ def _scores_kernel(
 
     # Strides of a compressed block in the selection block where it begins.
     inside = jnp.minimum(
-      spec.reach, spec.ratio - common.rem(_arange(block_k), spec.ratio)
+      spec.reach, spec.ratio - rem(_arange(block_k), spec.ratio)
     )
     # The interpreter stores by indices of one dtype, and that of `:` depends on
     # jax_enable_x64.
@@ -174,7 +176,7 @@ def _top_n_kernel(
       start + _arange(rows) < length,
       _NEVER,
     )
-  last = common.div(jnp.maximum(t, 0), config.selection_block)
+  last = div(jnp.maximum(t, 0), config.selection_block)
   count = jnp.where((t >= 0) & (t < spec.key_length), last - first + 1, 0)
   # Up to n candidates are all chosen; with more, forced blocks do not overlap.
   crowded = count > config.num_selected
@@ -207,8 +209,8 @@ def _top_n_kernel(
     return jnp.where(here[None, :, None], x[:, None, :], high)
 
   high = lax.fori_loop(
-    common.div(jnp.maximum(jnp.min(lo), 0), block_m),
-    common.div(jnp.max(hi) + block_m, block_m),
+    div(jnp.maximum(jnp.min(lo), 0), block_m),
+    div(jnp.max(hi) + block_m, block_m),
     visit,
     jnp.full((rows, num_steps, per_step), -1, jnp.int32),
   ).reshape(rows, num_steps * per_step)
@@ -280,7 +282,7 @@ def check(
   support.check_where()
   support.check_heads(query, compressed_key, compressed_key)
   support.check_selection_block(spec.config.selection_block)
-  support.check_tiles(spec, SelectionTiling, spec.ratio)
+  checks.check_tiles(spec, SelectionTiling, spec.ratio)
 
 
 def forward(

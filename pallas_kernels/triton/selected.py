@@ -5,6 +5,7 @@ Large groups use the query-outer kernels, small ones the block-outer kernels.
 
 import jax
 
+from pallas_kernels import checks
 from pallas_kernels.interface import Queries, Spec
 from pallas_kernels.triton import (
   by_block,
@@ -25,7 +26,7 @@ def check(
   support.check_heads(*qkv)
   block = spec.config.selection_block
   support.check_selection_block(block)
-  support.check_tiles(spec, SelectedTiling, support.group_of(*qkv[:2]), block)
+  checks.check_tiles(spec, SelectedTiling, checks.group_of(*qkv[:2]), block)
 
 
 def forward(
@@ -57,7 +58,7 @@ def _with_tiles(spec, qkv, index):
     return spec
   query, key, value = qkv
   tiles = selected_tiling(
-    group=support.group_of(query, key),
+    group=checks.group_of(query, key),
     head_dim=query.shape[-1],
     value_dim=value.shape[-1],
     dtype=query.dtype,

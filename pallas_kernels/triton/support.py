@@ -3,10 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.checks import check_scores as check_scores
-from pallas_kernels.checks import check_static_sizes, visible_gpus
-from pallas_kernels.checks import check_tiles as check_tiles
-from pallas_kernels.checks import group_of as group_of
+from pallas_kernels.checks import check_static_sizes, group_of, visible_gpus
 
 _DTYPES = (jnp.float16, jnp.bfloat16, jnp.float32)
 _BLOCKS = (16, 32, 64, 128)

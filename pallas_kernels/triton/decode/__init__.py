@@ -26,6 +26,7 @@ from typing import NoReturn
 import jax
 from jax.experimental import pallas as pl
 
+from pallas_kernels import checks
 from pallas_kernels.interface import (
   KV,
   DecodeArrays,
@@ -55,9 +56,9 @@ def check(
     raise NotImplementedError(
       "`select` is given, and the decode kernels select the blocks themselves"
     )
-  group = support.group_of(arrays.query, arrays.selected.key)
+  group = checks.group_of(arrays.query, arrays.selected.key)
   ratio = _of_selection(spec).ratio
-  support.check_tiles(spec, DecodeTiling, group, block, ratio)
+  checks.check_tiles(spec, DecodeTiling, group, block, ratio)
 
 
 def forward(

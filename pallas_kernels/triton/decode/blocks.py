@@ -10,9 +10,11 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from pallas_kernels.bands import Bounds
+from pallas_kernels.integers import ceil_div, div, rem, within
 from pallas_kernels.interface import KV, Spec
 from pallas_kernels.triton import common
-from pallas_kernels.triton.band import Bounds, ceil_div, walk, within
+from pallas_kernels.triton.band import walk
 from pallas_kernels.triton.by_query import group_heads
 from pallas_kernels.triton.decode.select import ascending, select_ids
 from pallas_kernels.triton.decode.softmax import (
@@ -122,7 +124,7 @@ def _read_window(
     if not ring:
       return (row <= t) & (row >= low)
     # The age of an entry is counted back from the newest one of the ring.
-    newest = common.rem(jnp.maximum(length - 1, 0), num_rows)
+    newest = rem(jnp.maximum(length - 1, 0), num_rows)
     age = newest - row
     position = length - 1 - jnp.where(age < 0, age + num_rows, age)
     return (position <= t) & (position >= low) & (row < num_rows)
@@ -149,11 +151,11 @@ def _read_selected(
   first = piece * steps
   # The last block is the query's own, the only one that needs a mask.
   per_block = spec.config.selection_block // block_k
-  own = common.div(jnp.maximum(t, 0), spec.config.selection_block)
+  own = div(jnp.maximum(t, 0), spec.config.selection_block)
   full = jnp.minimum(own, spec.config.num_selected - 1) * per_block
   end = (
     full
-    + common.div(jnp.maximum(t - own * spec.config.selection_block, 0), block_k)
+    + div(jnp.maximum(t - own * spec.config.selection_block, 0), block_k)
     + 1
   )
   real = (t >= 0) & (t < length)
@@ -161,11 +163,9 @@ def _read_selected(
   end = jnp.maximum(end, first)
 
   def step(i, carry, masked):
-    here = arange(len(ids)) == common.div(i, per_block)
+    here = arange(len(ids)) == div(i, per_block)
     block = jnp.where(here, ids, 0).sum(dtype=jnp.int32)
-    row = (
-      block * spec.config.selection_block + common.rem(i, per_block) * block_k
-    )
+    row = block * spec.config.selection_block + rem(i, per_block) * block_k
     mask = row + arange(block_k) <= t if masked else None
     return softmax.fold(carry, row, mask)
 

@@ -8,18 +8,16 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from pallas_kernels.bands import Band, Bounds
+from pallas_kernels.integers import ceil_div, div, rem, within
 from pallas_kernels.interface import KV, Spec
 from pallas_kernels.triton import common
 from pallas_kernels.triton.band import (
-  Band,
-  Bounds,
   QuerySizes,
-  ceil_div,
   flat_rows,
   load_rows,
   tile_rows,
   walk,
-  within,
 )
 from pallas_kernels.triton.decode.softmax import (
   PartialSoftmax,
@@ -39,8 +37,8 @@ def _stencil(spec: Spec) -> jax.Array:
   """
   k = arange(spec.tiles.compressed.block_k)[:, None]
   m = arange(common.padded_rows(columns_of(spec) + 1))[None, :]
-  own = jnp.minimum(spec.reach, spec.ratio - common.rem(k, spec.ratio))
-  first = common.div(k, spec.ratio)
+  own = jnp.minimum(spec.reach, spec.ratio - rem(k, spec.ratio))
+  first = div(k, spec.ratio)
   count = jnp.where(m == first, own, 0)
   count = jnp.where(m == first + 1, spec.reach - own, count)
   return count.astype(jnp.float32).astype(jnp.bfloat16)
@@ -91,17 +89,17 @@ def _compressed_kernel(
   stop = jnp.minimum(band.stop(last), num_keys)
   stop = jnp.where(first <= last, stop, 0)
   tiles = ceil_div(stop, block_k)
-  begin = common.div(tiles * split, tiling.splits)
-  end = common.div(tiles * (split + 1), tiling.splits)
-  full = common.div(jnp.minimum(band.stop(first), stop), block_k)
+  begin = div(tiles * split, tiling.splits)
+  end = div(tiles * (split + 1), tiling.splits)
+  full = div(jnp.minimum(band.stop(first), stop), block_k)
   bounds = Bounds(begin, begin, within(full, begin, end), end)
   t = offset + mine.query
   inside = t < length
   t = jnp.minimum(t, last)
 
   stencil = _stencil(spec)
-  group = common.div(mine.index, sizes.group)
-  head = common.rem(mine.index, sizes.group)
+  group = div(mine.index, sizes.group)
+  head = rem(mine.index, sizes.group)
 
   def store_weights(j, top, p):
     """Stores the weights of a tile, summed over selection blocks."""

@@ -9,6 +9,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from pallas_kernels.integers import div
 from pallas_kernels.interface import Spec
 from pallas_kernels.triton import common
 from pallas_kernels.triton.decode.softmax import arange, columns_of
@@ -47,7 +48,7 @@ def select_ids(
     exp2: 2^x.
   """
   n = spec.config.num_selected
-  last = common.div(jnp.maximum(t, 0), spec.config.selection_block)
+  last = div(jnp.maximum(t, 0), spec.config.selection_block)
   count = jnp.where((t >= 0) & (t < length), last + 1, 0)
   slot = arange(pl.next_power_of_2(n))
   few = jnp.where(slot < count, slot, -1)
@@ -228,6 +229,6 @@ def _importance(
     # Without a loop the loads need not wait for the length of the row.
     scores = visit(0, scores)
   else:
-    steps = common.div(hi + block_m, block_m)
+    steps = div(hi + block_m, block_m)
     scores = lax.fori_loop(0, steps, visit, scores)
   return scores.reshape(chunks * block_m)
