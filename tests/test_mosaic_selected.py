@@ -512,6 +512,19 @@ def _op(*arrays: Any) -> Any:
   )
 
 
+@pytest.mark.slow
+def test_several_devices() -> None:
+  """Interpreted, under Auto axes, which compiled kernels are split along."""
+  inputs = _inputs(batch=2, length=8, keys=64, kv_heads=2, group=8)
+  expected = jax.jit(_op)(*inputs)
+  devices = np.array(jax.devices("cpu")[:4]).reshape(2, 2)
+  mesh = jax.sharding.Mesh(devices, ("batch", "head"))
+  spec = jax.sharding.PartitionSpec("batch", None, "head")
+  place = jax.sharding.NamedSharding(mesh, spec)
+  split = [jax.device_put(x, place) for x in inputs]
+  helpers.assert_same_bits(jax.jit(_op)(*split), expected)
+
+
 def _gradients(*arrays: Any) -> Any:
   """The forward of this backend and the backward of Triton."""
   *qkv, ids = arrays

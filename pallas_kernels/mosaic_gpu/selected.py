@@ -5,6 +5,7 @@ import jax
 from pallas_kernels import checks
 from pallas_kernels.interface import Queries, Spec
 from pallas_kernels.mosaic_gpu import selected_union, support
+from pallas_kernels.mosaic_gpu.interpreter import in_python
 from pallas_kernels.mosaic_gpu.tiling import SelectedTiling, selected_tiling
 from pallas_kernels.triton import selected as triton
 
@@ -47,6 +48,7 @@ def check(
   triton.check(spec._replace(tiles=None), qkv, index)  # The backward pass.
 
 
+@in_python
 def forward(
   spec: Spec, qkv: tuple[jax.Array, ...], index: tuple[jax.Array, Queries]
 ) -> tuple[jax.Array, jax.Array]:
