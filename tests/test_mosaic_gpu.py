@@ -611,6 +611,8 @@ def _assert_kernel(text: str, branch: str, count: int | None = None) -> None:
 def test_lowers_for_cuda(branch: str) -> None:
   text = _lower(branch, group=16, head_dim=128, value_dim=128, length=333)
   _assert_kernel(text, branch, 1)
+  # Pieces of 8 queries are stored whole: 336 of them, with 16 heads.
+  assert "tensor<2x2x5376xf32>" in text
 
 
 @needs_kernels

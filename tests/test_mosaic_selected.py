@@ -266,6 +266,17 @@ def test_tiles_change_no_bit(tile: Any) -> None:
   helpers.assert_same_bits(actual, _attend(arrays))
 
 
+def test_a_query_without_blocks_gets_zeros() -> None:
+  """Whatever its neighbours read."""
+  query, key, value, ids = _inputs(length=8, keys=64, num_ids=1)
+  ids = np.where(np.arange(8)[None, :, None, None] % 2, -1, 0)
+  value = np.full_like(value, np.nan)
+  out, lse = _attend((query, key, value, ids.astype(np.int32)))
+  assert np.isnan(np.asarray(out[:, ::2], np.float32)).all()
+  np.testing.assert_array_equal(out[:, 1::2], 0)
+  np.testing.assert_array_equal(lse[:, 1::2], -np.inf)
+
+
 def _unreadable_tokens_change_nothing(packed: bool) -> None:
   query, key, value, ids = _inputs(length=24, keys=300)
   call: dict[str, Any] = {"query_offset": jnp.int32(100)}

@@ -518,7 +518,7 @@ def _attend(
   used = call.per * call.group
   plgpu.copy_smem_to_gmem(
     refs.lse_s.at[worker, pl.ds(0, used)],
-    # What lies after the last query is not written.
+    # In bounds: `lse` has room for the whole of the last piece.
     refs.lse.at[piece.b, piece.h, pl.ds(query * call.group, used)],
   )
   if refs.o_s is None:
@@ -613,9 +613,12 @@ def forward(
   if call.interpret:
     scratch["p_s"] = plgpu.SMEM((WORKERS, ROWS, block_k), dtype)
     scratch["acc_s"] = plgpu.SMEM((WORKERS, ROWS, value_dim), jnp.float32)
+  rows = -(-length // call.block_q) * call.block_q
   results = [
     jax.ShapeDtypeStruct((batch, length, heads, value_dim), dtype),
-    jax.ShapeDtypeStruct((batch, kv_heads, length * call.group), jnp.float32),
+    # A whole number of pieces: a contiguous copy from shared memory is not a
+    # tensor copy, and would run on into the next head.
+    jax.ShapeDtypeStruct((batch, kv_heads, rows * call.group), jnp.float32),
   ]
   run = plgpu.kernel(
     functools.partial(_fwd_kernel, call=call),
@@ -637,5 +640,5 @@ def forward(
   if call.interpret:
     run = functools.partial(interpreted, run, results)
   out, lse = run(reads.place, query, *inputs, *reads.segments[1:])
-  lse = lse.reshape(batch, kv_heads, length, call.group)
+  lse = lse.reshape(batch, kv_heads, rows, call.group)[:, :, :length]
   return out, lse.transpose(0, 2, 1, 3).reshape(batch, length, heads)

@@ -756,6 +756,9 @@ def _walk_steps(
 
     scores = plgpu.ACC(shape, jnp.float32)
     pl.run_scoped(products, scores, *[scores] * ("dk" in accs))
+    if "dk" not in accs:  # Else `store` does it.
+      # What was read of `stats_s` and `segments_s` may be overwritten by TMA.
+      plgpu.commit_smem()
     plgpu.barrier_arrive(refs.free.at[slot])
     return ()
 

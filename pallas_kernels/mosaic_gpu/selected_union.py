@@ -549,7 +549,10 @@ def _compute_piece(
     out = to.out.at[worker]
   # The output and lse of the previous piece have left.
   plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-  out[...] = (acc / wide(total, s.value_dim)).astype(dtype)
+  # A query that reads nothing gets 0, whatever its neighbours have read.
+  kept = wide(some.astype(jnp.float32), s.value_dim) > 0
+  values = jnp.where(kept, acc / wide(total, s.value_dim), 0)
+  out[...] = values.astype(dtype)
   to.lse[worker] = lse
   plgpu.commit_smem()
   for j in range(s.per_worker):
