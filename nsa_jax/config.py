@@ -80,9 +80,6 @@ class NSAConfig:
       )
 
 
-MEAN_TOKENS = 4
-
-
 @dataclasses.dataclass(frozen=True)
 class SelectByMeans:
   """A `select`: the paper's rule over means of the keys that are read.
@@ -108,7 +105,7 @@ class SelectByMeans:
     >>> config = TransformerConfig.preset("tiny", select=SelectByMeans(8))
   """
 
-  tokens: int = MEAN_TOKENS
+  tokens: int = 4
 
   def __post_init__(self):
     tokens = _checks.static_int("tokens", self.tokens, 1)
@@ -141,7 +138,7 @@ def check_select(value: Any) -> Selector | SelectByMeans | None:
   if isinstance(value, str) and value in SELECTORS:
     return SELECTORS[value]
   known = value is None or isinstance(value, SelectByMeans)
-  if not known and not callable(value):
+  if not known and (isinstance(value, type) or not callable(value)):
     names = ", ".join(map(repr, SELECTORS))
     raise ValueError(
       f"`select`={_checks.show(value)} must be a function that returns block "

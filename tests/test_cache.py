@@ -696,7 +696,9 @@ def test_phi_gets_no_more_than_the_blocks_that_may_complete():
     assert seen == [blocks]
 
 
-@pytest.mark.parametrize("share_kv, select", [(False, None), (True, "means")])
+@pytest.mark.parametrize(
+  "share_kv, select", [(False, None), (True, None), (True, "means")]
+)
 def test_a_donated_cache_is_updated_in_place(share_kv, select):
   """No second copy of it, neither of the keys nor of the values."""
 

@@ -601,7 +601,8 @@ def test_the_name_of_a_selector_is_what_it_stands_for():
   assert TransformerConfig.from_dict(fields | {"select": "means"}) == config
   for wrong, message in (
     ("mean", "`select`='mean' must be a function"),
-    (4, "`select`=4 must be a dictionary of fields of SelectByMeans"),
+    (4, "`select`=4 must be a function that returns block ids, 'means'"),
+    ({"tokens": 3}, "`tokens`=3 of `select` must divide `selection_block`="),
     ({"token": 4}, "`select.token` must be a field of SelectByMeans: tokens"),
   ):
     with pytest.raises(ValueError, match=message):

@@ -118,7 +118,9 @@ def init(
     share_kv: the window reads the keys and values of the selected branch.
     kind: "nsa"; "full", for attention to all tokens; or "window", for
       attention to the last w tokens.
-    select: that of `attend`. By means, a cache of kind "nsa" keeps these.
+    select: that of `attend`. With "means" or a SelectByMeans, whose `tokens`
+      divide `selection_block`, a cache of kind "nsa" keeps the means; anything
+      else needs nothing of it.
     dtype: dtype of keys and values, one that the ops take: float16, bfloat16,
       float32 or float64.
 

@@ -77,6 +77,9 @@ class TransformerConfig(AttentionConfig):
     if self.logit_softcap is not None:
       self._keep_positive("logit_softcap")
     self._keep_layer_nsa()
+    if isinstance(self.select, SelectByMeans):
+      for nsa in self.layer_nsa or (self.nsa,):
+        self.select.blocks(nsa)  # Raises if they do not fit.
     _checks.choice("remat", self.remat, get_args(RematName))
     _checks.flag("tie_embeddings", self.tie_embeddings)
     _checks.flag("scan_layers", self.scan_layers)
@@ -235,9 +238,9 @@ class TransformerConfig(AttentionConfig):
         later versions can read what earlier ones wrote.
 
     Raises:
-      ValueError: if `fields` (or `nsa`, `rope`, `layout` or `select` in it) is
-        not a dictionary, has an unknown field or lacks one without a default,
-        or if a value breaks a rule.
+      ValueError: if `fields` (or `nsa`, `rope` or `layout` in it) is not a
+        dictionary, has an unknown field or lacks one without a default, or if a
+        value breaks a rule.
 
     Example:
       >>> from nsa_jax import TransformerConfig
@@ -256,7 +259,7 @@ class TransformerConfig(AttentionConfig):
         _nested(NSAConfig, f"layer_nsa[{i}]", x) for i, x in enumerate(layers)
       ]
     kinds = {"rope": RopeConfig, "layout": Layout}
-    if not isinstance(values.get("select"), str):
+    if isinstance(values.get("select"), Mapping):
       kinds["select"] = SelectByMeans
     for name, kind in kinds.items():
       if values.get(name) is not None:

@@ -19,8 +19,8 @@ from nsa_jax.typing import Array, Implementation
 from nsa_jax.xla.attention import first_candidates, top_n
 from pallas_kernels.interface import Spec
 
-# V of a call of which only lse is used: the fewest numbers that every
-# implementation takes, so that the product with them costs little.
+# V of a call of which only lse is used: the fewest numbers that "xla" and
+# "triton" take, so that the product with them costs little.
 _FEW = 16
 
 
@@ -334,14 +334,11 @@ def select_by_means(
   """
   spec = spec._replace(config=spec.means, means=None)
   query, means = jax.lax.stop_gradient((query, means))
-  query, means, values = scope.mask(
-    query, means, means[..., :_FEW], compressed=spec.config
-  )
   _, lse = attend_branch(
     "compressed",
     implementation,
     spec._replace(tiles=None),
-    (query, means, values),
+    (query, means, means[..., :_FEW]),
     scope,
   )
   lse = keep(lse, scope.valid_queries)

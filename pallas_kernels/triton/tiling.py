@@ -359,7 +359,8 @@ class SelectionTiling:
     if self.scores.block_k % ratio:
       raise ValueError(
         f"`tiles`={self} must have a `scores.block_k` that is a multiple of "
-        f"`selection_block` / `compression_stride` = {ratio}."
+        f"`selection_block` / `compression_stride` = {ratio} (by means, / "
+        "`tokens`)."
       )
 
 
@@ -455,7 +456,8 @@ class DecodeTiling:
     if self.compressed.block_k % ratio:
       raise ValueError(
         f"`tiles`={self} must have a `block_k` of `compressed` that is a "
-        f"multiple of `selection_block` / `compression_stride` = {ratio}."
+        f"multiple of `selection_block` / `compression_stride` = {ratio} (by "
+        "means, / `tokens`)."
       )
     columns = self.compressed.block_k // ratio
     if self.block_m % columns:
