@@ -84,10 +84,11 @@ class NSAConfig:
 class SelectByMeans:
   """A `select`: the paper's rule over means of the keys that are read.
 
-  Eq. 8-11 with compressed keys that are means of consecutive keys of the
-  selected branch, instead of those of the compressed branch, which have to
-  learn how to select. No gradient passes through. With the defaults "means" is
-  its name.
+  Eq. 8-11 with the query of the selected branch and with compressed keys that
+  are means of its consecutive keys, instead of those of the compressed branch,
+  which have to learn how to select. A mean counts once its last token is
+  visible, and if its tokens are of one segment. No gradient passes through.
+  With the defaults "means" is its name.
 
   Attributes:
     tokens: length and stride of the means; divides `selection_block`. Shorter
