@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from pallas_kernels.interface import Spec
 
@@ -52,14 +53,32 @@ def group_of(query: jax.Array, key: jax.Array) -> int:
   return query.shape[2] // key.shape[2]
 
 
-def check_static_sizes(query: jax.Array) -> None:
-  """Checks that the sizes of the query are known when tracing.
+def check_selection_block(block: int, taken: tuple[int, ...]) -> None:
+  """Checks that the kernels take selection blocks of this length.
 
   Raises:
-    NotImplementedError: naming the shape.
+    NotImplementedError: naming the value and the limit.
+  """
+  if block not in taken:
+    raise NotImplementedError(
+      f"`selection_block`={block}: the kernels take "
+      f"{', '.join(map(str, taken))}"
+    )
+
+
+def check_query(query: jax.Array, dtypes: tuple[Any, ...]) -> None:
+  """Checks the dtype, and that sizes are known when tracing.
+
+  Raises:
+    NotImplementedError: naming the shape, or the dtype and those taken.
   """
   if not all(isinstance(size, int) for size in query.shape):
     raise NotImplementedError(
       f"`query` has the symbolic shape {query.shape}: the kernels take static "
       "sizes"
+    )
+  if query.dtype not in dtypes:
+    raise NotImplementedError(
+      f"`query` of dtype {query.dtype}: the kernels take "
+      f"{', '.join(jnp.dtype(d).name for d in dtypes)}"
     )

@@ -299,7 +299,7 @@ def test_the_limits_are_those_of_the_code() -> None:
   assert f"capability {support._MIN_CAPABILITY} " in triton["runs on"]
   assert triton["heads per group"] == f"up to {support._MAX_GROUP}"
   assert triton["head dimensions"].endswith(f"up to {support._MAX_HEAD_DIM}")
-  blocks = ", ".join(map(str, support._BLOCKS))
+  blocks = ", ".join(map(str, support.BLOCKS))
   assert triton["`selection_block`"] == blocks
   row = triton["selection blocks of a row of a decode cache"]
   assert row == f"up to {support._MAX_BLOCKS_OF_A_ROW}"

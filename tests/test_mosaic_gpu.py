@@ -39,9 +39,7 @@ CONFIG = NSAConfig(8, 4, 16, 3, 1, 1, 19)
 HEAD_DIMS = (64, 128, 192, 256)
 NAME: Any = "mosaic_gpu"
 
-needs_kernels = pytest.mark.skipif(
-  jax.__version_info__ < (0, 11), reason="the kernels need jax 0.11"
-)
+needs_kernels = pytest.mark.jax_0_11
 
 
 def on_gpu(test: Any) -> Any:

@@ -22,9 +22,7 @@ from pallas_kernels.mosaic_gpu import band_vjp, tiling
 from tests import helpers
 from tests.test_triton_band import BRANCHES, _inputs, _pullback
 
-needs_kernels = pytest.mark.skipif(
-  jax.__version_info__ < (0, 11), reason="the kernels need jax 0.11"
-)
+needs_kernels = pytest.mark.jax_0_11
 CONFIG = NSAConfig(8, 4, 16, 3, 1, 1, 19)
 HALF: Any = {"dtype": jnp.bfloat16, "head_dim": 64, "value_dim": 64}
 
@@ -389,21 +387,6 @@ def test_steps_are_what_dq_reads(
 
 
 # --------------------------------------------------------------------- refusals
-
-
-@pytest.mark.parametrize(
-  "sizes, match",
-  [
-    ({"group": 24}, "24 heads per key/value head: .* divisors of 64"),
-  ],
-  ids=str,
-)
-def test_what_the_kernels_cannot_do(sizes: Any, match: str) -> None:
-  sizes = HALF | {"group": 8} | sizes
-  qkv = jax.eval_shape(lambda: _inputs("window", CONFIG, **sizes)[:3])
-  with pytest.raises(NotImplementedError, match=match):
-    band_vjp.check(qkv)
-  assert not band_vjp.serves(qkv)
 
 
 @pytest.mark.parametrize(

@@ -22,9 +22,7 @@ from nsa_jax import NSAConfig
 from pallas_kernels.interface import Queries, Spec
 from tests import helpers
 
-pytestmark = pytest.mark.skipif(
-  jax.__version_info__ < (0, 11), reason="the kernels need jax 0.11"
-)
+pytestmark = pytest.mark.jax_0_11
 
 CONFIG = NSAConfig()
 GPU = jax.default_backend() == "gpu"

@@ -26,7 +26,7 @@ from jax.experimental.pallas import mosaic_gpu
 from pallas_kernels import checks
 from pallas_kernels.bands import Band, BandReads, key_tiles
 from pallas_kernels.integers import div, rem
-from pallas_kernels.interface import Spec
+from pallas_kernels.interface import Queries, Spec
 from pallas_kernels.mosaic_gpu import support
 from pallas_kernels.mosaic_gpu.interpreter import interpreted
 from pallas_kernels.mosaic_gpu.tiling import (
@@ -37,6 +37,7 @@ from pallas_kernels.mosaic_gpu.tiling import (
   band_tiling,
   in_place,
 )
+from pallas_kernels.triton import band as triton_band
 
 # The kernels need names of jax 0.11; type checkers may see those of 0.10.
 plgpu: Any = mosaic_gpu
@@ -546,13 +547,17 @@ def _loops(call: Call, piece: Piece, segments: Any) -> list[Any]:
   return loops
 
 
-def check(spec: Spec, qkv: tuple[jax.Array, ...]) -> None:
-  """Checks that the forward kernel can do a call; arguments as in `forward`."""
+def check(
+  spec: Spec, qkv: tuple[jax.Array, ...], index: tuple[None, Queries]
+) -> None:
+  """As in `interface`; `tiles` must be a `BandTiling` that fits."""
   query, _, value = qkv
   support.check_where()
   checks.check_scores(spec)
   support.check_heads(*qkv)
   checks.check_tiles(spec, BandTiling, query.shape[-1], value.shape[-1])
+  # Its kernels compute some gradients.
+  triton_band.check(spec._replace(tiles=None), qkv, index)
 
 
 def forward(

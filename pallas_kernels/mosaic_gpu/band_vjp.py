@@ -44,7 +44,7 @@ from pallas_kernels.mosaic_gpu.tiling import (
   gradient_keys,
   gradient_tile,
 )
-from pallas_kernels.triton.band_vjp import sum_splits
+from pallas_kernels.triton import band_vjp
 from pallas_kernels.triton.common import delta_of, keep_finite
 
 plgpu: Any = mosaic_gpu
@@ -189,33 +189,6 @@ def make_schedule(
   )
 
 
-def check(qkv: tuple[jax.Array, ...]) -> None:
-  """Checks that these kernels can do a call that the forward kernel can do.
-
-  Args:
-    qkv: as in `backward`.
-
-  Raises:
-    NotImplementedError: naming argument, value and limit.
-  """
-  query, key, _ = qkv
-  group = group_of(query, key)
-  if ROWS % group:
-    raise NotImplementedError(
-      f"`query` has {group} heads per key/value head: the backward kernels "
-      f"take divisors of {ROWS}"
-    )
-
-
-def serves(qkv: tuple[jax.Array, ...]) -> bool:
-  """Whether `check` accepts a call."""
-  try:
-    check(qkv)
-  except NotImplementedError:
-    return False
-  return True
-
-
 def backward(
   spec: Spec,
   qkv: tuple[jax.Array, ...],
@@ -225,18 +198,11 @@ def backward(
   dout: jax.Array,
   dlse: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """Gradients of query, key and value, in their dtypes.
-
-  Args:
-    spec: as in `forward`.
-    qkv: as in `forward`.
-    reads: as in `forward`.
-    out: [B, T, N, V], from `forward`.
-    lse: [B, T, N], from `forward`.
-    dout: [B, T, N, V], cotangent of `out`.
-    dlse: float32 [B, T, N], cotangent of `lse`.
-  """
+  """As in `triton.band_vjp`, which does it for groups that do not divide 64."""
   query, key, value = qkv
+  if ROWS % group_of(query, key):
+    spec = spec._replace(tiles=None)
+    return band_vjp.backward(spec, qkv, reads, out, lse, dout, dlse)
   widths = key.shape[-1], value.shape[-1]
   tile = (spec.tiles and spec.tiles.bwd) or gradient_tile(*widths)
   schedule = make_schedule(spec, reads.band, tile, query, key, widths[1])
@@ -247,12 +213,11 @@ def backward(
     run = functools.partial(interpreted, run, shapes)
   dq, dk, dv = run(*inputs[:-1], *inputs.segments)
 
-  def finish(x: jax.Array, like: jax.Array, scale: float = 1.0) -> jax.Array:
-    x = sum_splits(x)[:, : like.shape[1]] * scale
-    x = jnp.swapaxes(x.reshape(len(like), -1, *x.shape[1:]), 1, 2)
-    return x.astype(like.dtype)
-
-  return dq, finish(dk, key, spec.scale), finish(dv, value)
+  return (
+    dq,
+    band_vjp.gradient_of(dk, key, spec.scale),
+    band_vjp.gradient_of(dv, value),
+  )
 
 
 def prepare(

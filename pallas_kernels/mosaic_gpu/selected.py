@@ -22,11 +22,7 @@ def check(
   support.check_heads(*qkv)
   query, key, value = qkv
   block = spec.config.selection_block
-  if block not in _BLOCKS:
-    raise NotImplementedError(
-      f"`selection_block`={block}: the kernels take "
-      f"{', '.join(map(str, _BLOCKS))}"
-    )
+  checks.check_selection_block(block, _BLOCKS)
   if not spec.scale > 0:
     raise NotImplementedError(
       f"`scale`={spec.scale}: the kernels take positive ones"

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import get_abstract_mesh
 
-from pallas_kernels.checks import check_static_sizes, group_of, visible_gpus
+from pallas_kernels.checks import check_query, group_of, visible_gpus
 
 # Older versions lack much of the layout inference that the kernels rely on.
 _MIN_JAX = (0, 11)
@@ -117,12 +117,7 @@ def check_heads(query: jax.Array, key: jax.Array, value: jax.Array) -> None:
   Raises:
     NotImplementedError: naming argument, value and limit.
   """
-  check_static_sizes(query)
-  if query.dtype not in _DTYPES:
-    raise NotImplementedError(
-      f"`query` of dtype {query.dtype}: the kernels take "
-      f"{', '.join(jnp.dtype(d).name for d in _DTYPES)}"
-    )
+  check_query(query, _DTYPES)
   for name, size in (("query", query.shape[-1]), ("value", value.shape[-1])):
     if size not in _HEAD_DIMS:
       raise NotImplementedError(

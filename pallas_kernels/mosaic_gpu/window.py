@@ -6,15 +6,8 @@ from pallas_kernels.bands import window_reads
 from pallas_kernels.interface import Queries, Spec
 from pallas_kernels.mosaic_gpu import band, band_vjp
 from pallas_kernels.mosaic_gpu.interpreter import in_python
-from pallas_kernels.triton import window as triton
 
-
-def check(
-  spec: Spec, qkv: tuple[jax.Array, ...], index: tuple[None, Queries]
-) -> None:
-  """As in `interface`; `tiles` must be a `BandTiling` that fits."""
-  band.check(spec, qkv)
-  triton.check(spec._replace(tiles=None), qkv, index)
+check = band.check
 
 
 @in_python
@@ -36,9 +29,5 @@ def backward(
   dlse: jax.Array,
 ) -> tuple[jax.Array, ...]:
   """As in `interface`."""
-  if band_vjp.serves(qkv):
-    reads = window_reads(spec, qkv, index)
-    return band_vjp.backward(spec, qkv, reads, out, lse, dout, dlse)
-  # Triton's kernels serve the others; `check` asks them too.
-  spec = spec._replace(tiles=None)
-  return triton.backward(spec, qkv, index, out, lse, dout, dlse)
+  reads = window_reads(spec, qkv, index)
+  return band_vjp.backward(spec, qkv, reads, out, lse, dout, dlse)

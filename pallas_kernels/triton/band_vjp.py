@@ -202,16 +202,27 @@ def backward(
     grads = lax.fori_loop(1, schedule.num_chunks, step, grads)
   dq, dk, dv = grads
 
-  def finish(splits, like, scale=1.0):
-    x = sum_splits(splits) * scale
-    x = jnp.swapaxes(x.reshape(len(key), key.shape[2], *x.shape[1:]), 1, 2)
-    return x.astype(like.dtype)
-
   return (
     dq.reshape(query.shape),
-    finish(dk, key, spec.scale),
-    finish(dv, value),
+    gradient_of(dk, key, spec.scale),
+    gradient_of(dv, value),
   )
+
+
+def gradient_of(
+  sums: jax.Array, like: jax.Array, scale: float = 1.0
+) -> jax.Array:
+  """The gradient of keys or values from what the kernels have summed.
+
+  Args:
+    sums: float32 [shares, B K, S or more, H], of shares of the queries.
+    like: the keys or values, [B, S, K, H].
+    scale: of the gradient.
+  """
+  batch, length, heads, _ = like.shape
+  x = sum_splits(sums)[:, :length] * scale
+  x = jnp.swapaxes(x.reshape(batch, heads, *x.shape[1:]), 1, 2)
+  return x.astype(like.dtype)
 
 
 def _add_chunk(

@@ -281,7 +281,7 @@ def check(
   del index
   support.check_where()
   support.check_heads(query, compressed_key, compressed_key)
-  support.check_selection_block(spec.config.selection_block)
+  checks.check_selection_block(spec.config.selection_block, support.BLOCKS)
   checks.check_tiles(spec, SelectionTiling, spec.ratio)
 
 

@@ -25,7 +25,7 @@ def check(
   support.check_where()
   support.check_heads(*qkv)
   block = spec.config.selection_block
-  support.check_selection_block(block)
+  checks.check_selection_block(block, support.BLOCKS)
   checks.check_tiles(spec, SelectedTiling, checks.group_of(*qkv[:2]), block)
 
 

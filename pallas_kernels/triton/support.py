@@ -3,10 +3,10 @@
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.checks import check_static_sizes, group_of, visible_gpus
+from pallas_kernels.checks import check_query, group_of, visible_gpus
 
 _DTYPES = (jnp.float16, jnp.bfloat16, jnp.float32)
-_BLOCKS = (16, 32, 64, 128)
+BLOCKS = (16, 32, 64, 128)
 _MAX_GROUP = 64
 _MAX_HEAD_DIM = 256
 _MIN_CAPABILITY = 8.0
@@ -43,12 +43,7 @@ def check_heads(query: jax.Array, key: jax.Array, value: jax.Array) -> None:
   Raises:
     NotImplementedError: naming argument, value and limit.
   """
-  check_static_sizes(query)
-  if query.dtype not in _DTYPES:
-    raise NotImplementedError(
-      f"`query` of dtype {query.dtype}: the kernels take "
-      f"{', '.join(jnp.dtype(d).name for d in _DTYPES)}"
-    )
+  check_query(query, _DTYPES)
   for name, size in (("query", query.shape[-1]), ("value", value.shape[-1])):
     if size % 16 or size > _MAX_HEAD_DIM:
       raise NotImplementedError(
@@ -60,19 +55,6 @@ def check_heads(query: jax.Array, key: jax.Array, value: jax.Array) -> None:
     raise NotImplementedError(
       f"`query` has {group} heads per key/value head: the kernels take at most "
       f"{_MAX_GROUP}"
-    )
-
-
-def check_selection_block(block: int) -> None:
-  """Checks for a block length whose tiles are powers of two.
-
-  Raises:
-    NotImplementedError: naming the value and the limit.
-  """
-  if block not in _BLOCKS:
-    raise NotImplementedError(
-      f"`selection_block`={block}: the kernels take "
-      f"{', '.join(map(str, _BLOCKS))}"
     )
 
 

@@ -50,7 +50,7 @@ def check(
   support.check_where()
   support.check_heads(arrays.query, *arrays.selected)
   block = spec.config.selection_block
-  support.check_selection_block(block)
+  checks.check_selection_block(block, support.BLOCKS)
   support.check_blocks_of_a_row(arrays.selected.key.shape[1], block)
   if spec.own_selection:
     raise NotImplementedError(
