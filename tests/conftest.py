@@ -95,3 +95,11 @@ def script_environment(tmp_path_factory: pytest.TempPathFactory) -> Any:
     "JAX_COMPILATION_CACHE_DIR": str(folder / "jax_cache"),
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
   }
+
+
+@pytest.fixture
+def no_races(capfd: pytest.CaptureFixture[str]) -> Iterator[None]:
+  """In kernels of Mosaic GPU, whose interpreter prints what it finds."""
+  yield
+  out, _ = capfd.readouterr()
+  assert "RACE DETECTED" not in out, out

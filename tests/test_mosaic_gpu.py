@@ -8,7 +8,6 @@ the same time. The interpreter needs jax 0.11, as the kernels do.
 
 import functools
 import re
-from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -33,26 +32,24 @@ from pallas_kernels.mosaic_gpu.tiling import (
 )
 from tests import helpers
 from tests.test_dispatch import _own_frames
-from tests.test_triton_band import BRANCHES, _inputs, _pullback
+from tests.test_triton_band import (
+  BRANCHES,
+  _inputs,
+  _pullback,
+  check_at_length,
+)
 
 CONFIG = NSAConfig(8, 4, 16, 3, 1, 1, 19)
 HEAD_DIMS = (64, 128, 192, 256)
 NAME: Any = "mosaic_gpu"
 
+pytestmark = pytest.mark.usefixtures("no_races")
 needs_kernels = pytest.mark.jax_0_11
 
 
 def on_gpu(test: Any) -> Any:
   """Marks a test that runs on a card."""
   return pytest.mark.gpu(needs_kernels(test))
-
-
-@pytest.fixture(autouse=True)
-def no_races(capfd: pytest.CaptureFixture[str]) -> Iterator[None]:
-  """The interpreter prints what one thread reads while another writes it."""
-  yield
-  out, _ = capfd.readouterr()
-  assert "RACE DETECTED" not in out, out
 
 
 def _op(branch: str, length: int, implementation: Any = NAME, **call: Any):
@@ -721,28 +718,7 @@ def test_gpu_matches_reference_everywhere(sizes: dict[str, Any]) -> None:
 @on_gpu
 @pytest.mark.parametrize("branch", BRANCHES)
 def test_gpu_matches_xla_at_length(branch: str) -> None:
-  """Forward and backward; the second run has the same bits."""
-  config, length = NSAConfig(), 8192
-  inputs = _inputs(
-    branch,
-    config,
-    length=length,
-    kv_heads=2,
-    group=16,
-    head_dim=128,
-    value_dim=128,
-    dtype=jnp.bfloat16,
-  )
-  wide = [x.astype(jnp.float32) for x in inputs]
-  expected = _pullback(branch, "xla", config, length=length)(*wide)
-  run = _pullback(branch, NAME, config, length=length)
-  actual = run(*inputs)
-  helpers.assert_same_bits(actual, run(*inputs))
-  helpers.assert_close(actual[0], expected[0], "bfloat16")
-  for got, want in zip(actual[1], expected[1], strict=True):
-    got, want = (np.asarray(x, np.float32) for x in (got, want))
-    error = np.linalg.norm(got - want) / np.linalg.norm(want)
-    assert error < 2**-7, error
+  check_at_length(branch, NAME)
 
 
 @on_gpu

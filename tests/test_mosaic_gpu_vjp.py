@@ -22,6 +22,7 @@ from pallas_kernels.mosaic_gpu import band_vjp, tiling
 from tests import helpers
 from tests.test_triton_band import BRANCHES, _inputs, _pullback
 
+pytestmark = pytest.mark.usefixtures("no_races")
 needs_kernels = pytest.mark.jax_0_11
 CONFIG = NSAConfig(8, 4, 16, 3, 1, 1, 19)
 HALF: Any = {"dtype": jnp.bfloat16, "head_dim": 64, "value_dim": 64}

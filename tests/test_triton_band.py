@@ -379,19 +379,9 @@ def test_gpu_matches_reference_everywhere(sizes: dict[str, Any]) -> None:
   helpers.assert_close(actual[1], expected[1], dtype, gradient=growth)
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("branch", BRANCHES)
-@pytest.mark.parametrize("scratch", [2**25, 2**31])
-def test_gpu_matches_xla_at_length(branch: str, scratch: int) -> None:
+def check_at_length(branch: str, implementation: Any, **call: Any) -> None:
+  """Forward and backward against `xla`; the second run has the same bits."""
   config, length = NSAConfig(), 8192
-  tiles = tiling.band_tiling(
-    windowed=branch == "window",
-    group=16,
-    head_dim=128,
-    value_dim=128,
-    dtype=jnp.bfloat16,
-  )
-  tiles = dataclasses.replace(tiles, scratch=scratch)
   inputs = _inputs(
     branch,
     config,
@@ -404,7 +394,7 @@ def test_gpu_matches_xla_at_length(branch: str, scratch: int) -> None:
   )
   wide = [x.astype(jnp.float32) for x in inputs]
   expected = _pullback(branch, "xla", config, length=length)(*wide)
-  run = _pullback(branch, "triton", config, length=length, tiles=tiles)
+  run = _pullback(branch, implementation, config, length=length, **call)
   actual = run(*inputs)
   helpers.assert_same_bits(actual, run(*inputs))
   helpers.assert_close(actual[0], expected[0], "bfloat16")
@@ -414,3 +404,18 @@ def test_gpu_matches_xla_at_length(branch: str, scratch: int) -> None:
     # the error follows the size of the sum.
     error = np.linalg.norm(got - want) / np.linalg.norm(want)
     assert error < 2**-7, error
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("branch", BRANCHES)
+@pytest.mark.parametrize("scratch", [2**25, 2**31])
+def test_gpu_matches_xla_at_length(branch: str, scratch: int) -> None:
+  tiles = tiling.band_tiling(
+    windowed=branch == "window",
+    group=16,
+    head_dim=128,
+    value_dim=128,
+    dtype=jnp.bfloat16,
+  )
+  tiles = dataclasses.replace(tiles, scratch=scratch)
+  check_at_length(branch, "triton", tiles=tiles)
