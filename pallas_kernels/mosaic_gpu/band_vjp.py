@@ -63,7 +63,8 @@ class Inputs(NamedTuple):
   place: jax.Array  # int32 [B, 2]: position of query 0, first valid key row
   query: jax.Array  # [B, T, N, H]
   dout: jax.Array  # [B, T, N, V]
-  stats: jax.Array  # [B K, steps, 2, ROWS]: lse (base 2) and delta
+  lse: jax.Array  # [B K, steps, ROWS], base 2
+  delta: jax.Array  # [B K, steps, ROWS]
   key: jax.Array  # [B, S, K, H]
   value: jax.Array  # [B, S, K, V]
   # () or segments of the keys [B, S] and of the rows of steps [B, steps, ROWS].
@@ -257,7 +258,8 @@ def prepare(
     reads.place,
     query,
     dout,
-    jnp.stack([per_step(lse, _EMPTY), per_step(delta, 0)], axis=2),
+    per_step(lse, _EMPTY),
+    per_step(delta, 0),
     pad(key, more_keys),
     pad(value, more_keys),
     segments,
@@ -273,7 +275,7 @@ def gradients(
     schedule: the schedule.
     *arrays: the fields of `Inputs`, `segments` last and flat.
   """
-  fields: Any = (*arrays[:6], arrays[6:])
+  fields: Any = (*arrays[:7], arrays[7:])
   inputs = Inputs(*fields)
   first = jnp.zeros((1,), jnp.int32)
   (dk, dv), ds = key_value_gradient(schedule, first, inputs, ())
@@ -470,7 +472,8 @@ class Refs(NamedTuple):
   place: Any  # [B, 2]
   q: Any  # [B, T, N, H]
   dout: Any  # [B, T, N, V]
-  stats: Any  # [B K, steps, 2, ROWS]
+  lse: Any  # [B K, steps, ROWS]
+  delta: Any  # [B K, steps, ROWS]
   k: Any  # [B, S, K, H]
   v: Any  # [B, S, K, V]
   key_segments: Any  # [B, S] or None
@@ -482,7 +485,8 @@ class Refs(NamedTuple):
   v_s: Any  # [block_k, V]
   q_s: Any  # [D, ROWS, H]
   dout_s: Any  # [D, ROWS, V]
-  stats_s: Any  # [D, 2, ROWS]
+  lse_s: Any  # [D, ROWS]
+  delta_s: Any  # [D, ROWS]
   segments_s: Any  # [D, ROWS] or None
   ds_s: Any  # [block_k / ROWS, 2, ROWS keys, ROWS]
   p_s: Any  # [W, ROWS keys, ROWS], interpreted only
@@ -592,7 +596,8 @@ def _load_steps(
     def copy(source: Any, target: Any) -> None:
       plgpu.copy_gmem_to_smem(source, target, refs.ready.at[slot])
 
-    copy(refs.stats.at[place.head, step], refs.stats_s.at[slot])
+    copy(refs.lse.at[place.head, step], refs.lse_s.at[slot])
+    copy(refs.delta.at[place.head, step], refs.delta_s.at[slot])
     if refs.segments_s is not None:
       copy(refs.row_segments.at[place.b, step], refs.segments_s.at[slot])
     for x in range(schedule.step_queries):
@@ -705,7 +710,7 @@ def _walk_steps(
       if "dk" in accs:
         plgpu.wgmma(dp_acc, v, dout.T)
       s = plgpu.wgmma_accumulator_load(s_acc, wait_n=int("dk" in accs))
-      lse = of_rows(refs.stats_s.at[slot, 0])
+      lse = of_rows(refs.lse_s.at[slot])
       p = jnp.exp2(s * (schedule.scale * _LOG2E) - lse)
       if masked:
         p = jnp.where(readable(slot, step), p, 0.0)
@@ -713,7 +718,7 @@ def _walk_steps(
         add_product(accs["dv"], p.astype(dtype), dout)
       if "dk" in accs:
         dp = plgpu.wgmma_accumulator_load(dp_acc, wait_n=int("dv" in accs))
-        delta = of_rows(refs.stats_s.at[slot, 1])
+        delta = of_rows(refs.delta_s.at[slot])
         ds = (p * (dp - delta)).astype(dtype)
         add_product(accs["dk"], ds, q)
         store(ds, i, tile)
@@ -722,7 +727,7 @@ def _walk_steps(
     scores = plgpu.ACC(shape, jnp.float32)
     pl.run_scoped(products, scores, *[scores] * ("dk" in accs))
     if "dk" not in accs:  # Else `store` does it.
-      # What was read of `stats_s` and `segments_s` may be overwritten by TMA.
+      # TMA may overwrite what was read of `lse_s` and `segments_s`.
       plgpu.commit_smem()
     plgpu.barrier_arrive(refs.free.at[slot])
     return ()
@@ -773,11 +778,12 @@ def key_value_gradient(
     "v_s": smem((block_k, widths[1]), dtype),
     "q_s": smem((stages, ROWS, widths[0]), dtype),
     "dout_s": smem((stages, ROWS, widths[1]), dtype),
-    "stats_s": smem((stages, 2, ROWS), jnp.float32),
+    "lse_s": smem((stages, ROWS), jnp.float32),
+    "delta_s": smem((stages, ROWS), jnp.float32),
     "ds_s": smem((parts, 2, ROWS, ROWS), dtype),
     "keys_ready": barrier(num_arrivals=2),
     "ready": barrier(
-      num_arrivals=1 + segmented + 2 * schedule.step_queries,
+      num_arrivals=2 + segmented + 2 * schedule.step_queries,
       num_barriers=stages,
     ),
     "free": barrier(num_arrivals=WORKERS, num_barriers=stages),
@@ -807,7 +813,7 @@ def key_value_gradient(
 def _dq_kernel(
   chunk_ref,  # [1]
   place_ref,  # [B, 2]
-  stats_ref,  # [B K, steps, 2, ROWS]
+  lse_ref,  # [B K, steps, ROWS]
   ds_ref,  # [B K, chunk steps, slots block_k, ROWS]
   k_ref,  # [B, S, K, H]
   dq_ref,  # [B, T, N, H]
@@ -874,7 +880,7 @@ def _dq_kernel(
     for x, dq in enumerate(grads):
       step = tile * steps + worker * mine + x
       lse = plgpu.load(
-        stats_ref.at[place.head, step, 0],
+        lse_ref.at[place.head, step],
         layout=plgpu.Layout.WGMMA.reduce(1),
         optimized=False,
       )
@@ -931,5 +937,5 @@ def query_gradient(
       "free": barrier(num_arrivals=WORKERS, num_barriers=stages),
     },
     **_options(schedule, "dq"),
-  )(chunk, inputs.place, inputs.stats, ds, inputs.key, *refs)
+  )(chunk, inputs.place, inputs.lse, ds, inputs.key, *refs)
   return None if refs else result[0]
