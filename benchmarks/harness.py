@@ -229,6 +229,15 @@ def arguments(description: str) -> argparse.ArgumentParser:
   return parser
 
 
+def add_implementation(parser: argparse.ArgumentParser) -> None:
+  """Adds `--implementation`, which a record is named after."""
+  parser.add_argument(
+    "--implementation",
+    choices=("triton", "xla"),
+    help="of the sparse attention (default: what a call without one takes)",
+  )
+
+
 def environment() -> dict[str, str]:
   """Device, versions, command and date."""
   device = jax.devices()[0]

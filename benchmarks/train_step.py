@@ -60,7 +60,6 @@ def configure(attention: str, **overrides: Any) -> TransformerConfig:
   fields = {
     "attention": attention,
     "dtype": jnp.bfloat16,
-    "implementation": None if attention == "full" else "triton",
   }
   return TransformerConfig.preset("base", **{**fields, **overrides})
 
@@ -347,6 +346,7 @@ def parser():
   result.add_argument(
     "--scan", action="store_true", help="layers in a scan: compiles faster"
   )
+  harness.add_implementation(result)
   return result
 
 
@@ -368,6 +368,8 @@ def main(argv: Sequence[str] | None = None):
       num_layers=layers,
       scan_layers=args.scan,
       vocab_size=args.vocab_size,
+      # Full attention has none of the kernels.
+      implementation=args.implementation if name == "nsa" else None,
     )
     for name in ATTENTIONS
   }
@@ -407,6 +409,8 @@ def main(argv: Sequence[str] | None = None):
   if args.vocab_size > 256:
     record += f"_vocab_{args.vocab_size}"
   record += "_scan" * args.scan
+  if args.implementation:
+    record += f"_{args.implementation}"
   harness.record(
     args.out,
     record,

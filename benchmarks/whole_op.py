@@ -58,7 +58,7 @@ class Shape(NamedTuple):
   head_dim: int = 128
   config: nsa_jax.NSAConfig = nsa_jax.NSAConfig()
   dtype: Any = jnp.bfloat16
-  implementation: Any = "triton"
+  implementation: Any = None
 
 
 class Inputs(NamedTuple):
@@ -674,6 +674,7 @@ def parser():
     help="tokens of the long sequence, 0 for none (default: 1048576; none "
     "with --quick or other heads)",
   )
+  harness.add_implementation(result)
   return result
 
 
@@ -682,16 +683,17 @@ def main(argv: Sequence[str] | None = None):
   harness.require_gpu()
   lengths = sorted(args.lengths or (QUICK if args.quick else LENGTHS))
   sizes = args.heads, args.kv_heads, args.head_dim
-  every = [Shape(length, *sizes) for length in lengths]
+  shape = Shape(0, *sizes, implementation=args.implementation)
+  every = [shape._replace(length=length) for length in lengths]
   in_parts = args.parts or (lengths[-1:] if args.quick else lengths)
   if not set(in_parts) & set(lengths):
     raise SystemExit(f"--parts {in_parts} must be among {lengths}")
   failures = Failures()
   wanted: dict[Any, Any] = {}
   long = None
-  headline = every[0]._replace(length=0) == Shape(0)
+  headline = sizes == Shape(0)[1:4]
   if args.long and headline and not args.quick:
-    long = Shape(args.long, heads=16, kv_heads=1)
+    long = shape._replace(length=args.long, heads=16, kv_heads=1)
     wanted |= jobs(long, only=("whole",))
   for shape in every:
     only = None if shape.length in in_parts else ("whole", *LONGEST)
@@ -718,6 +720,8 @@ def main(argv: Sequence[str] | None = None):
   record = "whole_op"
   if not headline:
     record += f"_{args.heads}_{args.kv_heads}_{args.head_dim}"
+  if args.implementation:
+    record += f"_{args.implementation}"
   harness.record(
     args.out,
     record,

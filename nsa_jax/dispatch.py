@@ -24,6 +24,7 @@ from nsa_jax import _checks, cudnn, reference, xla
 from nsa_jax.precision import sum_dtype
 from nsa_jax.reverse_mode import reverse_mode_only
 from nsa_jax.typing import Implementation
+from pallas_kernels.checks import visible_gpus
 from pallas_kernels.interface import Spec
 from pallas_kernels.platforms import by_platform, vary_alike
 
@@ -86,9 +87,15 @@ def names(implementation: Implementation, op: str = "window") -> Sequence[str]:
   """
   if implementation is None:
     # cuDNN is the default for full attention only: its order of sums changes
-    # from run to run. "mosaic_gpu" is taken by name only, until a measurement
-    # says for which ops it is faster: that choice belongs here.
-    return ("cudnn" if op == "full" else "triton", "xla")
+    # from run to run.
+    if op == "full":
+      return "cudnn", "xla"
+    # `benchmarks.backends` measures that "mosaic_gpu" is the faster one. It
+    # runs on some cards only, so that the cards have to be visible: a program
+    # that is lowered elsewhere may be for others.
+    if op in ATTENTION_OPS and visible_gpus():
+      return "mosaic_gpu", "triton", "xla"
+    return "triton", "xla"
   known = [*PORTABLE, *BACKENDS]
   if isinstance(implementation, str):
     tried: Sequence[Any] = (implementation,)
@@ -110,9 +117,9 @@ def choose(
 ) -> Callable[[], Any]:
   """The first requested implementation of `op` that can do the call.
 
-  None is "triton" on NVIDIA GPUs and "xla" on other platforms, in one traced
-  program; or "xla" alone, if the kernels cannot do the call. For "full" it is
-  "cudnn" or "xla".
+  None is "mosaic_gpu" or "triton" on NVIDIA GPUs and "xla" on other platforms,
+  in one traced program; or "xla" alone, if the kernels cannot do the call. For
+  "full" it is "cudnn" or "xla".
 
   Args:
     op: name of the op.

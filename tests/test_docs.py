@@ -275,7 +275,10 @@ def test_the_table_of_ops_is_that_of_the_code() -> None:
         assert cell == ("yes" if _served(name, op) else "no"), (title, name)
 
 
-def test_the_defaults_are_those_of_the_code() -> None:
+def test_the_defaults_are_those_of_the_code(
+  monkeypatch: pytest.MonkeyPatch,
+) -> None:
+  monkeypatch.setattr(dispatch, "visible_gpus", lambda: ["a card"])
   text = " ".join((DOCS / "implementations.md").read_text().split())
   for op in (
     *dispatch.ATTENTION_OPS,
@@ -284,7 +287,12 @@ def test_the_defaults_are_those_of_the_code() -> None:
     "decode",
   ):
     want = ("cudnn" if op == "full" else "triton", "xla")
+    if op in ("compressed", "selected", "window"):
+      want = ("mosaic_gpu", *want)
     assert dispatch.names(None, op) == want, op
+  assert "`mosaic_gpu` where it can on the Hopper cards that are visible" in (
+    text
+  )
   assert "For `full_attention` it is `cudnn`" in text
 
 

