@@ -35,7 +35,7 @@ class Shape(NamedTuple):
   head_dim: int = 128
   config: nsa_jax.NSAConfig = nsa_jax.NSAConfig()
   dtype: Any = jnp.bfloat16
-  implementation: Any = "triton"
+  implementation: Any = None
 
 
 class Tokens(NamedTuple):

@@ -47,13 +47,13 @@ def inputs(length, heads, kv_heads):
   )
 
 
-def forward(query, key, value, ids, implementation: Any = "triton"):
+def forward(query, key, value, ids, implementation: Any = None):
   return nsa_jax.selected_attention(
     query, key, value, ids, config=CONFIG, implementation=implementation
   )
 
 
-def both(query, key, value, ids, dout, dlse, implementation: Any = "triton"):
+def both(query, key, value, ids, dout, dlse, implementation: Any = None):
   """Forward and backward."""
   _, pullback = jax.vjp(
     lambda q, k, v: forward(q, k, v, ids, implementation),
