@@ -4,9 +4,14 @@ import jax
 
 from pallas_kernels import checks
 from pallas_kernels.interface import Queries, Spec
-from pallas_kernels.mosaic_gpu import selected_union, support
+from pallas_kernels.mosaic_gpu import selected_union, selected_vjp, support
 from pallas_kernels.mosaic_gpu.interpreter import in_python
-from pallas_kernels.mosaic_gpu.tiling import SelectedTiling, selected_tiling
+from pallas_kernels.mosaic_gpu.tiling import (
+  ROWS,
+  SelectedTiling,
+  selected_gradient_tile,
+  selected_tiling,
+)
 from pallas_kernels.triton import selected as triton
 
 # The product of probabilities and values takes 64 keys at least.
@@ -54,6 +59,7 @@ def forward(
   return selected_union.forward(spec, tiles.fwd, qkv, index)
 
 
+@in_python
 def backward(
   spec: Spec,
   qkv: tuple[jax.Array, ...],
@@ -64,9 +70,18 @@ def backward(
   dlse: jax.Array,
 ) -> tuple[jax.Array, ...]:
   """As in `interface`."""
-  # Triton's kernels, until this backend has its own; `check` asks them too.
-  spec = spec._replace(tiles=None)
-  return triton.backward(spec, qkv, index, out, lse, dout, dlse)
+  block, *widths = (
+    spec.config.selection_block,
+    qkv[1].shape[-1],
+    qkv[2].shape[-1],
+  )
+  tiles = _tiles(spec, qkv)
+  assert tiles is not None  # As `check` found.
+  tile = tiles.bwd or selected_gradient_tile(*widths)
+  if block != ROWS or ROWS % checks.group_of(*qkv[:2]):
+    spec = spec._replace(tiles=None)
+    return triton.backward(spec, qkv, index, out, lse, dout, dlse)
+  return selected_vjp.backward(spec, tile, qkv, index, out, lse, dout, dlse)
 
 
 def _tiles(spec: Spec, qkv: tuple[jax.Array, ...]) -> SelectedTiling | None:
