@@ -446,15 +446,17 @@ def selected_gradient_tile(
     head_dim: H.
     value_dim: V.
   """
-  stages = []
-  for kernel, name in enumerate(("num_stages", "dq_stages")):
-    fits = [
-      x
-      for x in (2, 3, 4)
-      if selected_gradient_bytes(
-        SelectedGradientTile(**{name: x}), head_dim, value_dim
-      )[kernel]
-      <= _SHARED_MEMORY
-    ]
-    stages.append(max(fits))
-  return SelectedGradientTile(*stages, dq_loaders=1 if head_dim > 192 else 2)
+
+  def most(name: str, kernel: int) -> int:
+    def fits(stages: int) -> bool:
+      tile = SelectedGradientTile(**{name: stages})
+      size = selected_gradient_bytes(tile, head_dim, value_dim)[kernel]
+      return size <= _SHARED_MEMORY
+
+    return max(filter(fits, (2, 3, 4)))
+
+  return SelectedGradientTile(
+    num_stages=most("num_stages", 0),
+    dq_stages=most("dq_stages", 1),
+    dq_loaders=1 if head_dim > 192 else 2,
+  )
