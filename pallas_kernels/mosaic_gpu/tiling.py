@@ -272,7 +272,7 @@ class SelectedGradientTile:
     dq_loaders: warpgroups of the dq kernel that load, 1 or 2; 2 only up to
       H = 192, since a product of 256 columns needs more registers.
     piece: maximum queries per piece of the list of a block.
-    window: pieces whose first queries are in the same range of so many queries
+    window: pieces whose middle queries are in the same range of so many queries
       are done at the same time.
     blocks: persistent blocks; None for one per multiprocessor.
     scratch: maximum memory in bytes of ds, the stored gradients of the scores,
@@ -283,7 +283,7 @@ class SelectedGradientTile:
   dq_stages: int = 4
   dq_loaders: int = 2
   piece: int = 128
-  window: int = 2048
+  window: int = 512
   blocks: int | None = None
   scratch: int = 2**31
 
