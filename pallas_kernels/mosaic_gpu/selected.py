@@ -70,17 +70,13 @@ def backward(
   dlse: jax.Array,
 ) -> tuple[jax.Array, ...]:
   """As in `interface`."""
-  block, *widths = (
-    spec.config.selection_block,
-    qkv[1].shape[-1],
-    qkv[2].shape[-1],
-  )
-  tiles = _tiles(spec, qkv)
-  assert tiles is not None  # As `check` found.
-  tile = tiles.bwd or selected_gradient_tile(*widths)
-  if block != ROWS or ROWS % checks.group_of(*qkv[:2]):
+  query, key, value = qkv
+  if spec.config.selection_block != ROWS or ROWS % checks.group_of(query, key):
     spec = spec._replace(tiles=None)
     return triton.backward(spec, qkv, index, out, lse, dout, dlse)
+  tile = spec.tiles.bwd if spec.tiles is not None else None
+  if tile is None:
+    tile = selected_gradient_tile(key.shape[-1], value.shape[-1])
   return selected_vjp.backward(spec, tile, qkv, index, out, lse, dout, dlse)
 
 
