@@ -77,6 +77,11 @@ _COMPUTE_REGISTERS = 240
 _DQ_REGISTERS = {1: (104, 200), 2: (104, 152)}
 
 
+# A pair that is outside ds, also where mapped calls have theirs in one array: a
+# copy of it brings zeros and reads nothing.
+_NOWHERE = 2**30
+
+
 class Inputs(NamedTuple):
   """Arrays that the kernels read."""
 
@@ -932,10 +937,9 @@ def _load_tile(
 
       def copy(at: Any = at, mine: Any = mine) -> None:
         for n, x in enumerate(mine):
-          # A copy from outside the array brings zeros and reads nothing.
           pair = rows[x] * chunking.num_ids + places[x]
           plgpu.copy_gmem_to_smem(
-            refs.ds.at[jnp.where(hits[x], pair, chunking.num_pairs)],
+            refs.ds.at[jnp.where(hits[x], pair, _NOWHERE)],
             refs.ds_s.at[at, _rows_of(schedule, n)],
             refs.ds_ready.at[at],
           )
