@@ -287,6 +287,45 @@ def test_unreadable_tokens_change_nothing_on_a_card(packed: bool) -> None:
   _unreadable_tokens_change_nothing(packed)
 
 
+def _mapped_twice(*arrays: Any) -> Any:
+  """A call's gradients, and those of calls mapped over [2, 2] queries."""
+  query, key, value, ids = arrays
+  run: Any = functools.partial(
+    nsa_jax.selected_attention, config=CONFIG, implementation="mosaic_gpu"
+  )
+
+  def one(query: Any, ids: Any) -> Any:
+    def loss(*qkv: Any) -> Any:
+      out, _ = run(*qkv, ids)
+      return (out.astype(jnp.float32) ** 2).sum()
+
+    return jax.grad(loss, (0, 1, 2))(query, key, value)
+
+  return one, jax.vmap(jax.vmap(one))(query, ids)
+
+
+def _four_calls() -> tuple[Any, ...]:
+  """Inputs of `_mapped_twice`, with shared keys."""
+  query, key, value, ids = _inputs(batch=4, length=100, keys=500, num_ids=3)
+  return (
+    query.reshape(2, 2, 1, *query.shape[1:]),
+    key[:1],
+    value[:1],
+    ids.reshape(2, 2, 1, *ids.shape[1:]),
+  )
+
+
+@pytest.mark.gpu
+def test_mapped_calls_on_a_card() -> None:
+  """A call that is mapped twice has the bits of single calls."""
+  arrays = _four_calls()
+  query, _, _, ids = arrays
+  one, actual = _mapped_twice(*arrays)
+  for i, j in np.ndindex(2, 2):
+    alone = jax.jit(one)(query[i, j], ids[i, j])
+    helpers.assert_same_bits([x[i, j] for x in actual], list(alone))
+
+
 # ----------------------------------------------------------------------- pieces
 
 
@@ -395,6 +434,14 @@ def _lower(
 )
 def test_lowers_for_cuda(sizes: dict[str, Any]) -> None:
   assert _lower(**sizes).count("custom_call @mosaic_gpu") == 2
+
+
+def test_mapped_calls_lower_for_cuda() -> None:
+  arrays = map(jnp.asarray, _four_calls())
+  with helpers.h200():
+    traced = jax.jit(lambda *x: _mapped_twice(*x)[1]).trace(*arrays)
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+  assert text.count("custom_call @mosaic_gpu") == 3
 
 
 def test_chunks_write_in_place() -> None:
