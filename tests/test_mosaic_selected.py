@@ -526,7 +526,7 @@ def test_several_devices() -> None:
 
 
 def _gradients(*arrays: Any) -> Any:
-  """The forward of this backend and the backward of Triton."""
+  """The forward and the backward."""
   *qkv, ids = arrays
   return jax.grad(
     lambda *qkv: _op(*qkv, ids)[0].astype(jnp.float32).sum(), (0, 1, 2)
@@ -554,7 +554,8 @@ def test_every_way_lowers_for_cuda(run: Any) -> None:
   with contextlib.nullcontext() if run is _sharded else helpers.h200():
     traced = jax.jit(run).trace(*arrays)
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
-  assert text.count("custom_call @mosaic_gpu") == 1
+  kernels = 3 if run is _gradients else 1
+  assert text.count("custom_call @mosaic_gpu") == kernels
   assert "nsa_selected_fwd" in text
 
 

@@ -5,11 +5,9 @@ which the first kernel stores; then dq as one product with ds.
 
 dk, dv: two warpgroups compute, each with 64 keys of a tile, and a third one
 loads. The keys stay in shared memory, dk and dv in registers, and steps of 64
-rows (a few queries with all heads of a group) stream past them. Scores are
-transposed, [keys, rows], so that probabilities and ds are operands of the next
-products right where they are computed, in registers. Nothing orders the two
-warpgroups: one that waits for its products leaves the tensor cores to the
-other, and they drift apart until exponentials run beside products. Of wide
+rows (a few queries with all heads of a group) stream past them. Nothing orders
+the two warpgroups: one that waits for its products leaves the tensor cores to
+the other, and they drift apart until exponentials run beside products. Of wide
 heads, dk and dv do not fit in the registers of one warpgroup: there a tile has
 64 keys, of which one warpgroup computes dv and the other one dk and ds.
 
@@ -22,7 +20,6 @@ There are no atomics, so every run gives the same bits.
 """
 
 import functools
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -35,6 +32,8 @@ from jax.experimental.pallas import mosaic_gpu
 from pallas_kernels.bands import Band, BandReads, key_tiles, query_tiles
 from pallas_kernels.integers import ceil_div, div, rem, within
 from pallas_kernels.interface import Spec
+from pallas_kernels.mosaic_gpu import gradient_steps
+from pallas_kernels.mosaic_gpu.gradient_steps import EMPTY, LOG2E
 from pallas_kernels.mosaic_gpu.interpreter import interpreted
 from pallas_kernels.mosaic_gpu.support import group_of
 from pallas_kernels.mosaic_gpu.tiling import (
@@ -48,9 +47,6 @@ from pallas_kernels.triton import band_vjp
 from pallas_kernels.triton.common import delta_of, keep_finite
 
 plgpu: Any = mosaic_gpu
-_LOG2E = math.log2(math.e)
-# Value of lse of queries that read nothing: their probabilities are exactly 0.
-_EMPTY = 1e30
 # Registers per thread: what the loading warpgroup gives up the others take.
 # They need all of it for dk, dv, and the two tiles of scores.
 _LOAD_REGISTERS = 24
@@ -238,7 +234,7 @@ def prepare(
   padding = steps * schedule.step_queries - length
   more_keys = schedule.num_key_tiles * schedule.block_k - key.shape[1]
   delta = keep_finite(delta_of(out, dout, dlse), lse)
-  lse = jnp.where(lse == -jnp.inf, _EMPTY, lse * _LOG2E)
+  lse = jnp.where(lse == -jnp.inf, EMPTY, lse * LOG2E)
 
   def pad(x: jax.Array, more: int, value: float = 0) -> jax.Array:
     width = [(0, 0), (0, more)] + [(0, 0)] * (x.ndim - 2)
@@ -258,7 +254,7 @@ def prepare(
     reads.place,
     query,
     dout,
-    per_step(lse, _EMPTY),
+    per_step(lse, EMPTY),
     per_step(delta, 0),
     pad(key, more_keys),
     pad(value, more_keys),
@@ -308,25 +304,8 @@ def _sums(schedule: Schedule, inputs: Inputs) -> list[jax.ShapeDtypeStruct]:
 
 def _options(schedule: Schedule, name: str) -> dict[str, Any]:
   """Keyword arguments of `plgpu.kernel`, the same for both kernels."""
-  return {
-    "grid_names": ("program",),
-    "num_threads": WORKERS + 1,
-    "thread_name": "warpgroup",
-    "kernel_name": f"nsa_{schedule.band.branch}_{name}",
-    # No reduction crosses warps. Barriers of a warpgroup around every access to
-    # shared memory are not needed: no thread reads what another one has stored
-    # there, and stores for TMA have barriers of their own.
-    "compiler_params": plgpu.CompilerParams(
-      approx_math=True,
-      reduction_scratch_bytes=0,
-      unsafe_no_auto_barriers=not schedule.interpret,
-    ),
-    "interpret": (
-      plgpu.InterpretGPUParams(detect_races=True)
-      if schedule.interpret
-      else None
-    ),
-  }
+  name = f"nsa_{schedule.band.branch}_{name}"
+  return gradient_steps.options(name, WORKERS + 1, schedule.interpret)
 
 
 class Place(NamedTuple):
@@ -367,13 +346,8 @@ def _ring(
     return ()
 
   lax.fori_loop(0, count, step, ())
-  if schedule.interpret:  # The interpreter wants every barrier awaited.
-
-    def drain(n: Any, _: Any) -> Any:
-      plgpu.barrier_wait(free.at[rem(n, stages)])
-      return ()
-
-    lax.fori_loop(jnp.maximum(count - stages, 0), count, drain, ())
+  if schedule.interpret:
+    gradient_steps.drain(free, stages, count)
 
 
 # ---------------------------------------------------------------------- dk, dv
@@ -640,7 +614,6 @@ def _walk_steps(
     The gradients in the order of `accs`.
   """
   layout, shape = plgpu.Layout.WGMMA, (ROWS, ROWS)
-  dtype = refs.q.dtype
   part = jnp.int32(0) if schedule.shared else worker  # of the tile
   mine = pl.ds(pl.multiple_of(part * ROWS, ROWS), ROWS)
   k, v = refs.k_s.at[mine], refs.v_s.at[mine]
@@ -653,8 +626,7 @@ def _walk_steps(
 
   def of_rows(ref: Any) -> Any:
     """[ROWS], of the rows of a step -> [keys, ROWS]."""
-    x = plgpu.load(ref, layout=layout.reduce(0), optimized=False)
-    return lax.broadcast_in_dim(x, shape, [1])
+    return gradient_steps.of_rows(gradient_steps.load_rows(ref))
 
   def readable(slot: Any, step: Any) -> Any:
     key_row, row = (
@@ -668,14 +640,6 @@ def _walk_steps(
       key = lax.broadcast_in_dim(key_segment, shape, [0])
       mask &= key == of_rows(refs.segments_s.at[slot])
     return mask
-
-  def add_product(acc: Any, x: Any, y: Any) -> None:
-    """Issues acc += x y, with x in registers."""
-    if schedule.interpret:  # It multiplies no operands in registers.
-      refs.p_s[worker] = x
-      plgpu.commit_smem()
-      x = refs.p_s.at[worker]
-    plgpu.wgmma(acc, x, y)
 
   def store(ds: Any, i: Any, tile: Any) -> None:
     buffer = rem(i, 2)
@@ -704,28 +668,19 @@ def _walk_steps(
     q, dout = refs.q_s.at[slot], refs.dout_s.at[slot]
     plgpu.barrier_wait(refs.ready.at[slot])
 
-    def products(s_acc: Any, dp_acc: Any = None) -> None:
-      # The exponentials run beside the second product, ds beside that of dv.
-      plgpu.wgmma(s_acc, k, q.T)
-      if "dk" in accs:
-        plgpu.wgmma(dp_acc, v, dout.T)
-      s = plgpu.wgmma_accumulator_load(s_acc, wait_n=int("dk" in accs))
-      lse = of_rows(refs.lse_s.at[slot])
-      p = jnp.exp2(s * (schedule.scale * _LOG2E) - lse)
-      if masked:
-        p = jnp.where(readable(slot, step), p, 0.0)
-      if "dv" in accs:
-        add_product(accs["dv"], p.astype(dtype), dout)
-      if "dk" in accs:
-        dp = plgpu.wgmma_accumulator_load(dp_acc, wait_n=int("dv" in accs))
-        delta = of_rows(refs.delta_s.at[slot])
-        ds = (p * (dp - delta)).astype(dtype)
-        add_product(accs["dk"], ds, q)
-        store(ds, i, tile)
-      plgpu.wgmma_wait(0)
-
-    scores = plgpu.ACC(shape, jnp.float32)
-    pl.run_scoped(products, scores, *[scores] * ("dk" in accs))
+    gradient_steps.add_step(
+      accs,
+      (k, v),
+      (q, dout),
+      (
+        lambda: of_rows(refs.lse_s.at[slot]),
+        lambda: of_rows(refs.delta_s.at[slot]),
+      ),
+      scale=schedule.scale,
+      readable=functools.partial(readable, slot, step) if masked else None,
+      store=lambda ds: store(ds, i, tile),
+      buffer=refs.p_s.at[worker] if schedule.interpret else None,
+    )
     if "dk" not in accs:  # Else `store` does it.
       # TMA may overwrite what was read of `lse_s` and `segments_s`.
       plgpu.commit_smem()
@@ -886,7 +841,7 @@ def _dq_kernel(
       )
       # A NaN in an unread value may be in the ds of queries that read nothing.
       some = lax.broadcast_in_dim(
-        (lse != _EMPTY).astype(jnp.float32), shape, [0]
+        (lse != EMPTY).astype(jnp.float32), shape, [0]
       )
       dq = jnp.where(some > 0, dq * schedule.scale, 0.0)
       plgpu.wait_smem_to_gmem(0, wait_read_only=True)

@@ -4,9 +4,14 @@ import jax
 
 from pallas_kernels import checks
 from pallas_kernels.interface import Queries, Spec
-from pallas_kernels.mosaic_gpu import selected_union, support
+from pallas_kernels.mosaic_gpu import selected_union, selected_vjp, support
 from pallas_kernels.mosaic_gpu.interpreter import in_python
-from pallas_kernels.mosaic_gpu.tiling import SelectedTiling, selected_tiling
+from pallas_kernels.mosaic_gpu.tiling import (
+  ROWS,
+  SelectedTiling,
+  selected_gradient_tile,
+  selected_tiling,
+)
 from pallas_kernels.triton import selected as triton
 
 # The product of probabilities and values takes 64 keys at least.
@@ -54,6 +59,7 @@ def forward(
   return selected_union.forward(spec, tiles.fwd, qkv, index)
 
 
+@in_python
 def backward(
   spec: Spec,
   qkv: tuple[jax.Array, ...],
@@ -64,9 +70,14 @@ def backward(
   dlse: jax.Array,
 ) -> tuple[jax.Array, ...]:
   """As in `interface`."""
-  # Triton's kernels, until this backend has its own; `check` asks them too.
-  spec = spec._replace(tiles=None)
-  return triton.backward(spec, qkv, index, out, lse, dout, dlse)
+  query, key, value = qkv
+  if spec.config.selection_block != ROWS or ROWS % checks.group_of(query, key):
+    spec = spec._replace(tiles=None)
+    return triton.backward(spec, qkv, index, out, lse, dout, dlse)
+  tile = spec.tiles.bwd if spec.tiles is not None else None
+  if tile is None:
+    tile = selected_gradient_tile(key.shape[-1], value.shape[-1])
+  return selected_vjp.backward(spec, tile, qkv, index, out, lse, dout, dlse)
 
 
 def _tiles(spec: Spec, qkv: tuple[jax.Array, ...]) -> SelectedTiling | None:

@@ -31,6 +31,7 @@ from pallas_kernels.integers import div, rem
 from pallas_kernels.interface import Queries, Spec, per_row, segment_pair
 from pallas_kernels.mosaic_gpu import selected_lanes, support
 from pallas_kernels.mosaic_gpu.interpreter import interpreted
+from pallas_kernels.mosaic_gpu.selected_lists import minimum, walk_union
 from pallas_kernels.mosaic_gpu.tiling import ROWS, UnionTile, union_in_place
 
 # With its types mypy would complain of jax 0.10, which lacks some of it.
@@ -40,8 +41,6 @@ _LOG2E = math.log2(math.e)
 # Initial maximum. That of a query without scores stays finite, so that
 # exp2(-inf - maximum) = 0.
 _MAX_INIT = -1e30
-# In place of a block id: the list of a query has ended.
-_NONE = 2**31 - 1
 # Set beside the bits of the queries if the tokens of the block differ in their
 # segment.
 _MIXED = 1 << 30
@@ -228,10 +227,6 @@ def _load(s: Sizes, x: _Inputs, to: _Buffers, interpret: bool):
     drain(to.v_free, end - _num_pieces(s))
 
 
-def _minimum(*values: Any) -> Any:
-  return functools.reduce(lax.min, values)
-
-
 def _union(*values: Any) -> Any:
   return functools.reduce(jnp.bitwise_or, values)
 
@@ -243,11 +238,11 @@ def _load_piece(
   if s.lanes:
     # Each lane has the list of its query; what is left over has none.
     queries: Sequence[Any] = [selected_lanes.lane()]
-    minimum: Any = selected_lanes.lowest
+    lowest: Any = selected_lanes.lowest
     union: Any = selected_lanes.union
   else:
     queries = range(s.per_piece)
-    minimum, union = _minimum, _union
+    lowest, union = minimum, _union
   rows = [_row(s, at, query) for query in queries]
   # Id of each query's own block; -1 if the query reads nothing. The shift of a
   # negative position is negative.
@@ -262,23 +257,14 @@ def _load_piece(
       inside &= query < s.per_piece
     own.append(jnp.where(inside, t >> shift, -1))
 
-  def entry(i, place):
-    """Block of query i at a place of its list. Later than its own: none."""
-    block_id = x.ids[
-      rows[i] * s.num_ids + lax.min(place, jnp.int32(s.num_ids - 1))
-    ]
-    some = (place < s.num_ids) & (block_id >= 0) & (block_id <= own[i])
-    return jnp.where(some, block_id, _NONE)
-
   segments = []
   if s.segments:
     for query in queries:
       row = at.b * s.length + _query(s, at, query)
       segments.append(x.query_segments[row])
 
-  def readers(heads, block_id):
+  def readers(hits, block_id):
     """A bit per query that reads the block."""
-    hits = [head == block_id for head in heads]
     mixed = jnp.int32(0)
     if s.segments:
       low, high = (y[at.b * s.blocks + block_id] for y in (x.lowest, x.highest))
@@ -298,16 +284,10 @@ def _load_piece(
     def _():
       plgpu.barrier_wait(barrier.at[rem(i, s.stages)])
 
-  def step(carry):
-    i, block_id, places, heads = carry
+  def step(i, block_id, hits, places):
+    del places
     slot = rem(i, s.stages)
-    bits = readers(heads, block_id)
-    # The loads of the next step are issued before waiting.
-    places = tuple(
-      place + (head == block_id).astype(jnp.int32)
-      for place, head in zip(places, heads, strict=True)
-    )
-    heads = tuple(entry(q, place) for q, place in enumerate(places))
+    bits = readers(hits, block_id)
     start = block_id * s.block
     span = pl.ds(pl.multiple_of(at.b * s.key_rows + start, s.block), s.block)
     when_free(to.k_free, i)
@@ -334,15 +314,8 @@ def _load_piece(
       pl.when(~at_end)(lambda: values(x.v, span))
     else:
       values(x.v, span)
-    return i + 1, minimum(*heads), places, heads
 
-  places = tuple(jnp.int32(0) for _ in queries)
-  heads = tuple(entry(q, place) for q, place in enumerate(places))
-  i, *_ = lax.while_loop(
-    lambda carry: carry[1] != _NONE,
-    step,
-    (i, minimum(*heads), places, heads),
-  )
+  i = walk_union(x.ids, s.num_ids, rows, own, i, step, lowest)
   slot = rem(i, s.stages)
   when_free(to.k_free, i)
   to.steps[slot, 0] = jnp.int32(-1)

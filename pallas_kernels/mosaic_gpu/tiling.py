@@ -263,14 +263,43 @@ class UnionTile:
 
 
 @dataclasses.dataclass(frozen=True)
+class SelectedGradientTile:
+  """Tile sizes of the backward kernels of the selected branch.
+
+  Attributes:
+    num_stages: steps of `ROWS` rows in shared memory, of each lane of the dk,
+      dv kernel.
+    dq_stages: blocks of keys in shared memory, with their ds, of the dq kernel.
+    dq_loaders: warpgroups of the dq kernel that load, 1 or 2; 2 only up to
+      H = 192, since a product of 256 columns needs more registers.
+    piece: maximum queries per piece of the list of a block.
+    window: pieces whose middle queries are in the same range of so many queries
+      are done at the same time.
+    blocks: persistent blocks; None for one per multiprocessor.
+    scratch: maximum memory in bytes of ds, the stored gradients of the scores,
+      of a chunk of queries (at least 16).
+  """
+
+  num_stages: int = 2
+  dq_stages: int = 4
+  dq_loaders: int = 2
+  piece: int = 128
+  window: int = 512
+  blocks: int | None = None
+  scratch: int = 2**31
+
+
+@dataclasses.dataclass(frozen=True)
 class SelectedTiling:
   """Tiles of the selected branch.
 
   Attributes:
     fwd: forward kernel.
+    bwd: backward kernels; None for the heuristic.
   """
 
   fwd: UnionTile
+  bwd: SelectedGradientTile | None = None
 
   def check_fit(self, head_dim: int, value_dim: int, block: int) -> None:
     """Checks that the tiles fit a call.
@@ -295,6 +324,30 @@ class SelectedTiling:
         f"`fwd` of {self} takes more than {_SHARED_MEMORY} bytes of shared "
         f"memory with head dimensions {head_dim} and {value_dim}."
       )
+    bwd = self.bwd
+    if bwd is None:
+      return
+    if bwd.num_stages < 2 or bwd.dq_stages < 2:
+      raise ValueError(f"The stages of `bwd` of {self} must be at least 2.")
+    most = 1 if head_dim > 192 else 2
+    if not 1 <= bwd.dq_loaders <= most:
+      raise ValueError(
+        f"`bwd.dq_loaders` of {self} must be from 1 to {most} with head "
+        f"dimension {head_dim}."
+      )
+    for name in ("piece", "window"):
+      if getattr(bwd, name) < 1:
+        raise ValueError(f"`bwd.{name}` of {self} must be at least 1.")
+    if bwd.blocks is not None and bwd.blocks < 1:
+      raise ValueError(f"`bwd.blocks` of {self} must be at least 1, or None.")
+    sizes = selected_gradient_bytes(bwd, head_dim, value_dim)
+    for name, size in zip(("dk, dv", "dq"), sizes, strict=True):
+      if size > _SHARED_MEMORY:
+        raise ValueError(
+          f"`bwd` of {self} takes {size} bytes of shared memory in the {name} "
+          f"kernel with head dimensions {head_dim} and {value_dim}; there are "
+          f"{_SHARED_MEMORY}."
+        )
 
 
 def union_bytes(
@@ -353,3 +406,63 @@ def selected_tiling(
     if _union_fits(tile, head_dim, value_dim, block):
       return SelectedTiling(tile)
   return None
+
+
+def selected_lanes(head_dim: int, value_dim: int) -> int:
+  """Pieces that a program of the dk, dv kernel does at the same time.
+
+  Each computing warpgroup has one if dk and dv fit in its registers; else one
+  warpgroup has dk and the other dv of the same piece.
+
+  Args:
+    head_dim: H.
+    value_dim: V.
+  """
+  return gradient_keys(head_dim, value_dim) // ROWS
+
+
+def selected_gradient_bytes(
+  tile: SelectedGradientTile, head_dim: int, value_dim: int
+) -> tuple[int, int]:
+  """Bytes of shared memory of the dk, dv kernel and of the dq kernel.
+
+  Args:
+    tile: tile sizes.
+    head_dim: H.
+    value_dim: V.
+  """
+  keys = ROWS * 2 * (head_dim + value_dim)
+  # Queries and dout, lse and delta, and at most two numbers per query.
+  stage = ROWS * 2 * (head_dim + value_dim) + ROWS * 8 + 64
+  ds = 2 * ROWS * ROWS
+  lanes = selected_lanes(head_dim, value_dim)
+  dkv = lanes * (keys + ds + tile.num_stages * stage)
+  rows = ROWS * 2 * head_dim
+  return dkv, tile.dq_stages * (rows + WORKERS * ds) + WORKERS * rows
+
+
+def selected_gradient_tile(
+  head_dim: int, value_dim: int
+) -> SelectedGradientTile:
+  """Chooses tiles of the backward kernels of the selected branch.
+
+  None is measured yet.
+
+  Args:
+    head_dim: H.
+    value_dim: V.
+  """
+
+  def most(name: str, kernel: int) -> int:
+    def fits(stages: int) -> bool:
+      tile = SelectedGradientTile(**{name: stages})
+      size = selected_gradient_bytes(tile, head_dim, value_dim)[kernel]
+      return size <= _SHARED_MEMORY
+
+    return max(filter(fits, (2, 3, 4)))
+
+  return SelectedGradientTile(
+    num_stages=most("num_stages", 0),
+    dq_stages=most("dq_stages", 1),
+    dq_loaders=1 if head_dim > 192 else 2,
+  )

@@ -53,17 +53,7 @@ def invert(
     num_items: exclusive upper bound of the items.
     piece: maximum items per piece.
   """
-  if (num_owners + 1) * num_items < 2**32:
-    # A single 32-bit key for owner and item sorts fastest.
-    key = owner.astype(jnp.uint32) * num_items + item.astype(jnp.uint32)
-    key = jnp.sort(key.reshape(-1))
-    owners, items = (
-      divide(key, num_items).astype(jnp.int32) for divide in (div, rem)
-    )
-  else:
-    owners, items = lax.sort(
-      (owner.reshape(-1), item.reshape(-1)), num_keys=1, is_stable=True
-    )
+  owners, items = sort_items(owner, item, num_owners, num_items)
   bounds = _search(owners, jnp.arange(num_owners + 1, dtype=jnp.int32))
   per_list = div(jnp.diff(bounds) + (piece - 1), piece)
   starts = jnp.pad(jnp.cumsum(per_list, dtype=jnp.int32), (1, 0))
@@ -80,6 +70,24 @@ def invert(
     [of_piece, jnp.where(used, first, 0), jnp.where(used, last, 0)], axis=1
   )
   return InverseLists(items, pieces, starts)
+
+
+def sort_items(
+  owner: jax.Array, item: jax.Array, num_owners: int, num_items: int
+) -> tuple[jax.Array, jax.Array]:
+  """Owners and items by owner, then item; arguments as in `invert`."""
+  if (num_owners + 1) * num_items < 2**32:
+    # A single 32-bit key for owner and item sorts fastest.
+    key = owner.astype(jnp.uint32) * num_items + item.astype(jnp.uint32)
+    key = jnp.sort(key.reshape(-1))
+    owners, items = (
+      divide(key, num_items).astype(jnp.int32) for divide in (div, rem)
+    )
+    return owners, items
+  owners, items = lax.sort(
+    (owner.reshape(-1), item.reshape(-1)), num_keys=1, is_stable=True
+  )
+  return owners, items
 
 
 def _search(ascending: jax.Array, values: jax.Array) -> jax.Array:

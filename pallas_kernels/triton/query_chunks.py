@@ -203,7 +203,7 @@ class Piece(NamedTuple):
   first_query: Any  # query of item 0, counted within the head
   offset: Any  # position of query 0
   start_k: Any
-  token: Any  # int32 [l'], positions of the keys
+  token: Any  # int32 [l'], positions of the keys, or None
   key_segment: Any  # int32 [l'], or None
 
 
@@ -215,17 +215,38 @@ def load_piece(
   chunking: Chunking,
 ) -> Piece:
   """Loads the program's piece and the segments of its keys, if any."""
-  row, first, last = piece_ref[0], piece_ref[1], piece_ref[2]
-  local_head = div(row, chunking.num_blocks)
-  first_head = div(first_row_ref[0], chunking.length)
-  head = first_head + local_head
-  batch = div(head, chunking.kv_heads)
-  start_k = rem(row, chunking.num_blocks) * chunking.block
-  token = start_k + jnp.arange(chunking.block)
+  bounds = piece_ref[0], piece_ref[1], piece_ref[2]
+  piece = piece_of(*bounds, first_row_ref[0], offset_ref, chunking)
+  token = piece.start_k + jnp.arange(chunking.block)
   key_segment = None
   if segments:
-    keys_ref = segments[0].at[batch, pl.ds(start_k, chunking.block)]
+    keys_ref = segments[0].at[piece.batch, pl.ds(piece.start_k, chunking.block)]
     key_segment = common.load(keys_ref, token < chunking.key_length)
+  return piece._replace(token=token, key_segment=key_segment)
+
+
+def piece_of(
+  owner: Any,
+  first: Any,
+  last: Any,
+  first_row: Any,
+  offset_ref: Any,
+  chunking: Chunking,
+) -> Piece:
+  """A piece of a list without its keys' positions and segments.
+
+  Args:
+    owner: M * (head in the chunk) + block.
+    first: index into the items.
+    last: exclusive.
+    first_row: first query row of the chunk.
+    offset_ref: [B], position of the first query.
+    chunking: the chunking of the query rows.
+  """
+  local_head = div(owner, chunking.num_blocks)
+  first_head = div(first_row, chunking.length)
+  head = first_head + local_head
+  batch = div(head, chunking.kv_heads)
   return Piece(
     first,
     last,
@@ -233,11 +254,11 @@ def load_piece(
     batch,
     first_pair=local_head * (chunking.queries * chunking.num_ids),
     # A chunk of several heads starts at the first query of a head.
-    first_query=first_row_ref[0] - first_head * chunking.length,
+    first_query=first_row - first_head * chunking.length,
     offset=offset_ref[batch],
-    start_k=start_k,
-    token=token,
-    key_segment=key_segment,
+    start_k=rem(owner, chunking.num_blocks) * chunking.block,
+    token=None,
+    key_segment=None,
   )
 
 
