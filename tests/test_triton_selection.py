@@ -39,7 +39,7 @@ def _select(
   implementation: Any,
   config: NSAConfig,
   key_length: int,
-  tiles: SelectionTiling | None = None,
+  tiles: Any = None,
 ) -> Any:
   """A jitted function f(query, key, lse, integers) -> ids."""
 
@@ -63,7 +63,8 @@ def _check(
   dims: Dims,
   dtype: str,
   integers: Any = None,
-  tiles: SelectionTiling | None = SMALL,
+  tiles: Any = SMALL,
+  implementation: Any = "triton",
 ) -> Any:
   """Ids of the kernels against the oracle, and exactly where it is clear."""
   integers = integers or {}
@@ -80,7 +81,8 @@ def _check(
     query_segment_ids=integers.get("query_segment_ids"),
   )
   lse = _lse(oracle, query, key)
-  ids = _select("triton", config, keys, tiles)(query, key, lse, integers)
+  run = _select(implementation, config, keys, tiles)
+  ids = run(query, key, lse, integers)
   scores = oracle.scores(inputs)
   oracle.assert_ids(ids, scores)
   expected = oracle.select(scores)
@@ -325,6 +327,10 @@ def test_gpu_matches_oracle(name: str) -> None:
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("group", [4, 16])
 def test_gpu_matches_xla_at_length(group: int, packed: bool) -> None:
+  check_at_length("triton", group, packed)
+
+
+def check_at_length(implementation: Any, group: int, packed: bool) -> None:
   """The ids differ only where scores do by less than rounding explains."""
   config, length = NSAConfig(), 8192
   keys = jax.random.split(jax.random.key(0), 2)
@@ -344,8 +350,9 @@ def test_gpu_matches_xla_at_length(group: int, packed: bool) -> None:
   }
   lse = nsa_jax.compressed_attention(*wide, wide[1], **call)[1]
   scores = nsa_jax.block_scores(*wide, lse, **call)
-  got = _select("triton", config, length)(query, key, lse, integers)
-  again = _select("triton", config, length)(query, key, lse, integers)
+  run = _select(implementation, config, length)
+  got = run(query, key, lse, integers)
+  again = run(query, key, lse, integers)
   np.testing.assert_array_equal(got, again)
   expected = nsa_jax.select_blocks(*wide, lse, **call)
 

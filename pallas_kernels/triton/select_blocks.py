@@ -11,7 +11,8 @@ large temporary; processing queries in chunks keeps them within a budget.
 """
 
 import functools
-from typing import NoReturn
+from collections.abc import Callable
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -291,8 +292,63 @@ def forward(
   index: tuple[None, Queries],
 ) -> jax.Array:
   """As in `interface`: ids int32 [B, T, K, n] of the selected blocks."""
-  query, key, lse = arrays
-  config = spec.config
+  query = arrays[0]
+  if spec.tiles is None:
+    tiles = selection_tiling(
+      length=query.shape[1], dtype=query.dtype, ratio=spec.ratio
+    )
+    spec = spec._replace(tiles=tiles)
+  tiles = spec.tiles
+  return select(
+    spec, arrays, index, (tiles.block_q, tiles.scores.block_k), _scores
+  )
+
+
+class Chunks(NamedTuple):
+  """How the queries are split, and the scores of a chunk.
+
+  These are `num_scores` arrays, float32 [B, K, length, width], whose sum counts
+  for the candidates of a query. Scores of other blocks need not be written, nor
+  the second one of block 0.
+
+  Attributes:
+    number: number of chunks.
+    length: queries per chunk; the last ones may not exist.
+    width: room for whole score tiles, and one more column.
+    num_scores: 2 if compressed blocks carry over into the next selection block.
+  """
+
+  number: int
+  length: int
+  width: int
+  num_scores: int
+
+  def shapes(self, batch: int, kv_heads: int) -> list[jax.ShapeDtypeStruct]:
+    """Shapes of the scores of a chunk."""
+    shape = batch, kv_heads, self.length, self.width
+    return [common.out_shape(shape, jnp.float32)] * self.num_scores
+
+
+def select(
+  spec: Spec,
+  arrays: tuple[jax.Array, jax.Array, jax.Array],
+  index: tuple[None, Queries],
+  tile: tuple[int, int],
+  make_scores: Callable[..., Any],
+) -> jax.Array:
+  """Ids int32 [B, T, K, n] by a given kernel for the scores.
+
+  Args:
+    spec: static arguments; with `tiles`, of which the top-n kernel has some.
+    arrays: query, compressed key and lse.
+    index: the queries.
+    tile: queries and compressed keys per tile of the scores.
+    make_scores: f(spec, arrays, offset, segments, chunks) -> g(start) ->
+      scores of the chunk that begins with query start [1]; see `Chunks` and
+      `_segments`.
+  """
+  query, key, _ = arrays
+  config, tiling = spec.config, spec.tiles
   _, queries = index
   batch, length = query.shape[:2]
   num_keys, kv_heads = key.shape[1:3]
@@ -301,16 +357,8 @@ def forward(
   num_blocks = pl.cdiv(spec.key_length, config.selection_block)
   if not spec.num_free or num_blocks <= config.num_selected or not num_keys:
     return _without_scores(spec, length, kv_heads, offset, segments)
-  if spec.tiles is None:
-    tiles = selection_tiling(length=length, dtype=query.dtype, ratio=spec.ratio)
-    spec = spec._replace(tiles=tiles)
-  tiling = spec.tiles
-  block_q, block_k = tiling.block_q, tiling.scores.block_k
-  grouped = group_heads(query, kv_heads)
-  group, head_dim = grouped.shape[3:]
-  lse = group_heads(lse.astype(jnp.float32) * common.LOG2E, kv_heads)
-  lse = jnp.moveaxis(lse, 1, 3)  # [B, K, G, T]
 
+  block_q, block_k = tile
   steps_k = pl.cdiv(num_keys, block_k)
   steps_m = pl.cdiv(steps_k * (block_k // spec.ratio), tiling.block_m)
   width = steps_m * tiling.block_m + _SPARE
@@ -320,56 +368,9 @@ def forward(
   per_chunk = min(
     1 << (per_chunk.bit_length() - 1), pl.cdiv(length, block_q) * block_q
   )
-  chunks = pl.cdiv(length, per_chunk)
+  chunks = Chunks(pl.cdiv(length, per_chunk), per_chunk, width, num_scores)
+  scores = make_scores(spec, arrays, offset, segments, chunks)
 
-  one = pl.BlockSpec((1,), lambda *_: (0,))
-  all_queries = pl.BlockSpec((None, length), lambda i, j, h, b: (b, 0))
-  scores_call = pl.pallas_call(
-    functools.partial(
-      _scores_kernel,
-      num_scores=num_scores,
-      num_keys=num_keys,
-      masked=chunks * per_chunk != length,
-      spec=spec,
-    ),
-    **common.options(
-      "nsa_block_scores",
-      tiling.scores.num_warps,
-      tiling.scores.num_stages,
-      spec.interpret,
-    ),
-    # Neighbouring programs share their queries.
-    grid=(steps_k, per_chunk // block_q, kv_heads, batch),
-    in_specs=[
-      one,
-      pl.BlockSpec((1,), lambda i, j, h, b: (b,)),
-      pl.BlockSpec(
-        (None, length, None, group, head_dim),
-        lambda i, j, h, b: (b, 0, h, 0, 0),
-      ),
-      pl.BlockSpec(
-        (None, block_k, None, head_dim), lambda i, j, h, b: (b, i, h, 0)
-      ),
-      pl.BlockSpec(
-        (None, None, group, length), lambda i, j, h, b: (b, h, 0, 0)
-      ),
-      *(
-        pl.BlockSpec((None, block_k), lambda i, j, h, b: (b, i)),
-        all_queries,
-        all_queries,
-      )[: len(segments)],
-    ],
-    out_specs=[
-      pl.BlockSpec(
-        (None, None, block_q, width), lambda i, j, h, b: (b, h, j, 0)
-      )
-    ]
-    * num_scores,
-    out_shape=[
-      common.out_shape((batch, kv_heads, per_chunk, width), jnp.float32)
-    ]
-    * num_scores,
-  )
   padded_n = pl.next_power_of_2(config.num_selected)
   top_n_call = pl.pallas_call(
     functools.partial(
@@ -378,7 +379,7 @@ def forward(
     **common.options("nsa_top_n", tiling.top_n_warps, 1, spec.interpret),
     grid=(per_chunk // tiling.rows, kv_heads, batch),
     in_specs=[
-      one,
+      pl.BlockSpec((1,), lambda *_: (0,)),
       pl.BlockSpec((1,), lambda i, h, b: (b,)),
       *[
         pl.BlockSpec(
@@ -398,14 +399,82 @@ def forward(
 
   def chunk(start):
     start = start[None]
-    scores = scores_call(start, offset, grouped, key, lse, *segments)
-    return top_n_call(start, offset, *scores, *segments[2:])
+    return top_n_call(start, offset, *scores(start), *segments[2:])
 
-  if chunks == 1:
+  if chunks.number == 1:
     return chunk(jnp.int32(0))[:, :length]
-  ids = lax.map(chunk, jnp.arange(chunks, dtype=jnp.int32) * per_chunk)
+  ids = lax.map(chunk, jnp.arange(chunks.number, dtype=jnp.int32) * per_chunk)
   ids = jnp.moveaxis(ids, 0, 1).reshape(batch, -1, *ids.shape[3:])
   return ids[:, :length]
+
+
+def _scores(
+  spec: Spec,
+  arrays: tuple[jax.Array, jax.Array, jax.Array],
+  offset: jax.Array,
+  segments: tuple[jax.Array, ...],
+  chunks: Chunks,
+) -> Callable[[jax.Array], Any]:
+  """`make_scores` of `select`."""
+  query, key, lse = arrays
+  tiling = spec.tiles
+  block_q, block_k = tiling.block_q, tiling.scores.block_k
+  batch, length = query.shape[:2]
+  num_keys, kv_heads = key.shape[1:3]
+  grouped = group_heads(query, kv_heads)
+  group, head_dim = grouped.shape[3:]
+  lse = group_heads(lse.astype(jnp.float32) * common.LOG2E, kv_heads)
+  lse = jnp.moveaxis(lse, 1, 3)  # [B, K, G, T]
+  all_queries = pl.BlockSpec((None, length), lambda i, j, h, b: (b, 0))
+  call = pl.pallas_call(
+    functools.partial(
+      _scores_kernel,
+      num_scores=chunks.num_scores,
+      num_keys=num_keys,
+      masked=chunks.number * chunks.length != length,
+      spec=spec,
+    ),
+    **common.options(
+      "nsa_block_scores",
+      tiling.scores.num_warps,
+      tiling.scores.num_stages,
+      spec.interpret,
+    ),
+    # Neighbouring programs share their queries.
+    grid=(
+      pl.cdiv(num_keys, block_k),
+      chunks.length // block_q,
+      kv_heads,
+      batch,
+    ),
+    in_specs=[
+      pl.BlockSpec((1,), lambda *_: (0,)),
+      pl.BlockSpec((1,), lambda i, j, h, b: (b,)),
+      pl.BlockSpec(
+        (None, length, None, group, head_dim),
+        lambda i, j, h, b: (b, 0, h, 0, 0),
+      ),
+      pl.BlockSpec(
+        (None, block_k, None, head_dim), lambda i, j, h, b: (b, i, h, 0)
+      ),
+      pl.BlockSpec(
+        (None, None, group, length), lambda i, j, h, b: (b, h, 0, 0)
+      ),
+      *(
+        pl.BlockSpec((None, block_k), lambda i, j, h, b: (b, i)),
+        all_queries,
+        all_queries,
+      )[: len(segments)],
+    ],
+    out_specs=[
+      pl.BlockSpec(
+        (None, None, block_q, chunks.width), lambda i, j, h, b: (b, h, j, 0)
+      )
+    ]
+    * chunks.num_scores,
+    out_shape=chunks.shapes(batch, kv_heads),
+  )
+  return lambda start: call(start, offset, grouped, key, lse, *segments)
 
 
 def backward(
