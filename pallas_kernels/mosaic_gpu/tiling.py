@@ -466,3 +466,141 @@ def selected_gradient_tile(
     dq_stages=most("dq_stages", 1),
     dq_loaders=1 if head_dim > 192 else 2,
   )
+
+
+@dataclasses.dataclass(frozen=True)
+class ScoresTile:
+  """Tile sizes of the score kernel of block selection.
+
+  Attributes:
+    block_k: compressed keys per computing warpgroup, 64 or 128.
+    num_stages: tiles of the queries of a head in shared memory.
+    key_stages: tiles of the keys of all warpgroups in shared memory.
+    unroll: heads whose products are issued together; those of the second one
+      run beside the exponentials of the first one.
+    workers: warpgroups that compute, 2 or 3.
+    turns: they take turns to issue products; the next one's begins once no more
+      than `turns` products of this one are left. None: no turns.
+    blocks: persistent blocks; None for one per multiprocessor.
+  """
+
+  block_k: int = 128
+  num_stages: int = 4
+  key_stages: int = 2
+  unroll: int = 2
+  workers: int = 2
+  turns: int | None = 2
+  blocks: int | None = None
+
+  @property
+  def keys(self) -> int:
+    """Compressed keys of a unit of work."""
+    return self.workers * self.block_k
+
+
+@dataclasses.dataclass(frozen=True)
+class SelectionTiling:
+  """Tiles of block selection.
+
+  Attributes:
+    scores: score kernel.
+    scratch: maximum memory in bytes of the scores of a chunk of queries.
+  """
+
+  scores: ScoresTile
+  scratch: int = 5 * 2**27
+
+  def check_fit(self, head_dim: int, group: int, ratio: int) -> None:
+    """Checks that the tiles fit a call.
+
+    Args:
+      head_dim: H.
+      group: G, heads per key/value head.
+      ratio: l' / d, compressed blocks that begin in one selection block.
+
+    Raises:
+      ValueError: naming the tiles and the rule.
+    """
+    tile = self.scores
+    if tile.block_k not in (64, 128):
+      raise ValueError(f"`scores.block_k` of {self} must be 64 or 128.")
+    # Shared memory is loaded in boxes of 8 rows.
+    if tile.block_k % (8 * ratio):
+      raise ValueError(
+        f"`scores.block_k` of {self} must be a multiple of 8 times "
+        f"`selection_block` / `compression_stride` = {ratio}."
+      )
+    if tile.workers not in (2, 3):
+      raise ValueError(f"`scores.workers` of {self} must be 2 or 3.")
+    if tile.key_stages < 1:
+      raise ValueError(f"`scores.key_stages` of {self} must be at least 1.")
+    if tile.unroll < 1 or group % tile.unroll:
+      raise ValueError(
+        f"`scores.unroll` of {self} must divide the {group} heads of a group."
+      )
+    if tile.turns is not None and tile.turns < 0:
+      raise ValueError(f"`scores.turns` of {self} must be at least 0, or None.")
+    # A warpgroup waits for queries of its next step while it computes. Those of
+    # this step are in shared memory until all have computed them, for which the
+    # next one needs its turn.
+    least = max(2, tile.unroll)
+    if tile.turns is not None:
+      least = max(least, 2 * tile.unroll - 1 - tile.turns)
+    if tile.num_stages < least:
+      raise ValueError(
+        f"`scores.num_stages` of {self} must be at least {least} with these "
+        "`unroll` and `turns`."
+      )
+    if tile.blocks is not None and tile.blocks < 1:
+      raise ValueError(
+        f"`scores.blocks` of {self} must be at least 1, or None."
+      )
+    size = scores_bytes(tile, head_dim, group, ratio)
+    if size > _SHARED_MEMORY:
+      raise ValueError(
+        f"`scores` of {self} takes {size} bytes of shared memory with head "
+        f"dimension {head_dim} and {group} heads per group; there are "
+        f"{_SHARED_MEMORY}."
+      )
+
+
+def scores_bytes(
+  tile: ScoresTile, head_dim: int, group: int, ratio: int
+) -> int:
+  """Bytes of shared memory of the score kernel of block selection.
+
+  Args:
+    tile: its tile sizes.
+    head_dim: H.
+    group: G, heads per key/value head.
+    ratio: l' / d, compressed blocks that begin in one selection block.
+  """
+  keys = tile.keys * 2 * head_dim + ROWS * 4 * group  # 4: lse
+  # Nothing is carried over from the blocks of a ratio of 1.
+  carried = ROWS * 4 * tile.keys // ratio if ratio > 1 else 0
+  queries = tile.num_stages * ROWS * 2 * head_dim
+  return tile.key_stages * keys + queries + carried
+
+
+def selection_tiling(
+  *, head_dim: int, group: int, ratio: int
+) -> SelectionTiling | None:
+  """Chooses tiles of block selection; None if none fit.
+
+  Args:
+    head_dim: H.
+    group: G, heads per key/value head.
+    ratio: l' / d, compressed blocks that begin in one selection block.
+  """
+  # None is measured yet. With one tile of keys the next unit's would load while
+  # nothing is computed.
+  for key_stages, block_k, num_stages in itertools.product(
+    (2, 1), (128, 64), (4, 3, 2)
+  ):
+    # A step of two heads leaves two of four stages for the next step's.
+    unroll = 2 if num_stages > 3 else 1
+    tile = ScoresTile(block_k, num_stages, key_stages, unroll)
+    fits = scores_bytes(tile, head_dim, group, ratio) <= _SHARED_MEMORY
+    if fits and block_k % (8 * ratio) == 0:
+      return SelectionTiling(tile)
+  return None
