@@ -91,6 +91,11 @@ class Call(NamedTuple):
     return self.tile.block_k // self.ratio
 
   @property
+  def key_copies(self) -> int:
+    """Copies of the keys and lse of a unit to shared memory."""
+    return self.tile.workers * self.ratio + 1
+
+  @property
   def key_tiles(self) -> int:
     """Tiles of the keys of a unit."""
     return -(-self.num_keys // self.tile.keys)
@@ -113,6 +118,7 @@ class Refs(NamedTuple):
   scores: Any  # as in `Chunks`
   k_s: Any  # [D', W, block_k, H]
   lse_s: Any  # [D', G, ROWS]
+  unit_s: Any  # [D', fields of `Unit`]
   q_s: Any  # [D, ROWS, H]
   carried_s: Any  # [W, ROWS, columns] or None
   k_ready: Any  # [D'] barriers: keys and lse of a unit are loaded
@@ -129,7 +135,7 @@ class Unit(NamedTuple):
   h: Any
   position: Any  # of the first query of the chunk
   row: Any  # first query, counted in the chunk
-  tile: Any  # key tile
+  tile: Any  # key tile; -1 after the last unit
 
 
 class Place(NamedTuple):
@@ -273,8 +279,12 @@ def _scores_kernel(
     units = _each_unit(
       call, refs, block, functools.partial(_load_unit, call, refs)
     )
+    slot = _wait_for_free(refs.k_free, units, call.tile.key_stages)
+    refs.unit_s[slot, Unit._fields.index("tile")] = jnp.int32(-1)
+    for _ in range(call.key_copies):
+      plgpu.barrier_arrive(refs.k_ready.at[slot])
     if call.interpret:  # The interpreter wants every barrier awaited.
-      _drain(refs.k_free, call.tile.key_stages, units)
+      _drain(refs.k_free, call.tile.key_stages, units + 1)
       _drain(refs.q_free, call.tile.num_stages, units * call.group)
 
   @pl.when(worker < workers)
@@ -285,12 +295,34 @@ def _scores_kernel(
       pl.when(worker == workers - 1)(
         lambda: plgpu.barrier_arrive(refs.turn.at[0])
       )
-    _each_unit(
-      call, refs, block, functools.partial(_compute_unit, call, refs, worker)
+
+    def look(n: Any) -> Unit:
+      """Waits for the keys of the n-th unit."""
+      slot = rem(n, call.tile.key_stages)
+      plgpu.barrier_wait(refs.k_ready.at[slot])
+      unit = Unit(*(refs.unit_s[slot, i] for i in range(len(Unit._fields))))
+      return unit._replace(row=pl.multiple_of(unit.row, ROWS))
+
+    def step(carry: Any) -> Any:
+      n, unit = carry
+      _compute_unit(call, refs, worker, n, unit)
+      return n + 1, look(n + 1)
+
+    zero = jnp.int32(0)
+    n, _ = lax.while_loop(
+      lambda carry: carry[1].tile >= 0, step, (zero, look(zero))
     )
+    plgpu.barrier_arrive(refs.k_free.at[rem(n, call.tile.key_stages)])
     if refs.turn is not None and call.interpret:
       pl.when(worker == 0)(lambda: plgpu.barrier_wait(refs.turn.at[0]))
     plgpu.wait_smem_to_gmem(0)
+
+
+def _wait_for_free(free: Any, i: Any, stages: int) -> Any:
+  """The slot of the i-th tile of a ring, once it is free."""
+  slot = rem(i, stages)
+  pl.when(i >= stages)(lambda: plgpu.barrier_wait(free.at[slot]))
+  return slot
 
 
 def _drain(free: Any, stages: int, count: Any) -> None:
@@ -308,12 +340,10 @@ def _load_unit(call: Call, refs: Refs, n: Any, unit: Unit) -> None:
   row = pl.multiple_of(refs.start[0] + unit.row, ROWS)
   span_q = pl.ds(row, ROWS)
 
-  def wait(free: Any, i: Any, stages: int) -> Any:
-    slot = rem(i, stages)
-    pl.when(i >= stages)(lambda: plgpu.barrier_wait(free.at[slot]))
-    return slot
-
-  slot = wait(refs.k_free, n, call.tile.key_stages)
+  slot = _wait_for_free(refs.k_free, n, call.tile.key_stages)
+  # Who waits for the copies finds these, too.
+  for i, x in enumerate(unit):
+    refs.unit_s[slot, i] = x
   for worker in range(call.tile.workers):
     first = pl.multiple_of(
       (unit.tile * call.tile.workers + worker) * columns, columns
@@ -331,7 +361,7 @@ def _load_unit(call: Call, refs: Refs, n: Any, unit: Unit) -> None:
   )
 
   def load(g: Any, _: Any) -> Any:
-    slot = wait(refs.q_free, n * call.group + g, stages)
+    slot = _wait_for_free(refs.q_free, n * call.group + g, stages)
     plgpu.copy_gmem_to_smem(
       refs.q.at[unit.b, span_q, unit.h * call.group + g],
       refs.q_s.at[slot],
@@ -395,7 +425,6 @@ def _compute_unit(
       plgpu.barrier_wait(refs.turn.at[worker])
     return pl.run_scoped(add, *[plgpu.ACC(shape, jnp.float32)] * unroll)
 
-  plgpu.barrier_wait(refs.k_ready.at[key_slot])
   for x in range(unroll):
     wait_for_queries(x)
   zeros = plgpu.layout_cast(jnp.zeros(shape, jnp.float32), layout)
@@ -599,10 +628,11 @@ def _scores(
   keys = tile.key_stages, tile.workers, tile.block_k, head_dim
   scratch = {
     "k_s": smem(keys, dtype),
+    "unit_s": smem((tile.key_stages, len(Unit._fields)), jnp.int32),
     "lse_s": smem((tile.key_stages, group, ROWS), jnp.float32),
     "q_s": smem((stages, ROWS, head_dim), dtype),
     "k_ready": barrier(
-      num_arrivals=tile.workers * ratio + 1, num_barriers=tile.key_stages
+      num_arrivals=call.key_copies, num_barriers=tile.key_stages
     ),
     "k_free": barrier(num_arrivals=tile.workers, num_barriers=tile.key_stages),
     "q_ready": barrier(num_barriers=stages),
