@@ -220,6 +220,7 @@ def test_tiles_of_the_heuristic_fit(
     # Else the warpgroups would wait for each other.
     ({"unroll": 4}, "`scores.num_stages` of .* must be at least 5 with"),
     ({"blocks": 0}, "`scores.blocks` of .* must be at least 1, or None"),
+    ({"prefetch": -1}, "`scores.prefetch` of .* must be at least 0"),
     ({"num_stages": 6}, "`scores` of .* takes 237568 bytes of shared memory"),
   ],
   ids=str,

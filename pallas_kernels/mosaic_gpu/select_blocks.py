@@ -367,6 +367,12 @@ def _load_unit(call: Call, refs: Refs, n: Any, unit: Unit) -> None:
       refs.q_s.at[slot],
       refs.q_ready.at[slot],
     )
+    ahead = call.tile.prefetch
+    if ahead and not call.interpret:
+      later = unit.h * call.group + jnp.minimum(g + ahead, call.group - 1)
+      plgpu.async_prefetch(
+        refs.q.at[unit.b, span_q, later], predicate=g + ahead < call.group
+      )
     return ()
 
   _loop(call.group, load, ())

@@ -482,6 +482,7 @@ class ScoresTile:
     turns: they take turns to issue products; the next one's begins once no more
       than `turns` products of this one are left. None: no turns.
     blocks: persistent blocks; None for one per multiprocessor.
+    prefetch: heads by which queries are fetched to L2 ahead; 0: they are not.
   """
 
   block_k: int = 128
@@ -491,6 +492,7 @@ class ScoresTile:
   workers: int = 2
   turns: int | None = 2
   blocks: int | None = None
+  prefetch: int = 0
 
   @property
   def keys(self) -> int:
@@ -555,6 +557,8 @@ class SelectionTiling:
       raise ValueError(
         f"`scores.blocks` of {self} must be at least 1, or None."
       )
+    if tile.prefetch < 0:
+      raise ValueError(f"`scores.prefetch` of {self} must be at least 0.")
     size = scores_bytes(tile, head_dim, group, ratio)
     if size > _SHARED_MEMORY:
       raise ValueError(
