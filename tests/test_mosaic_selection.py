@@ -378,8 +378,8 @@ def test_gpu_selects_as_triton_does(sizes: dict[str, Any]) -> None:
   )
   integers: dict[str, Any] = {}
   if packed:
-    segments = np.repeat(helpers.int32([[2, 0, 1, 3]] * 2), -(-length // 4), 1)
-    segments[:, : length % config.selection_block] = 0
+    part = -(-length // 512) * 128
+    segments = np.repeat(helpers.int32([[2, 0, 1, 3]] * 2), part, 1)
     integers["segment_ids"] = jnp.asarray(segments[:, :length])
   lse = nsa_jax.compressed_attention(
     query, key, key, config=config, key_length=length, **integers
