@@ -1,17 +1,18 @@
 """Block selection (Eq. 8-11): scores here, then Triton's top-n kernel.
 
 A persistent block computes units of work: 64 queries against a tile of
-compressed keys. Two warpgroups compute, each with its own half of the keys, and
-a third one loads. The keys of a unit stay in shared memory, and its queries
-stream past them head by head: so a product has queries as rows and keys as
-columns, and the sum over the heads of a group moves no data between threads.
-Within a warpgroup, the exponentials of one head run beside the product of the
-next one; the two warpgroups fill each other's gaps.
+compressed keys. Two or three warpgroups compute, each with its own part of the
+keys. One more loads; it also finds the units, and leaves each beside its keys.
+The keys of a unit stay in shared memory, and its queries stream past them head
+by head: so a product has queries as rows and keys as columns, and the sum over
+the heads of a group moves no data between threads. Products and exponentials
+take equally long. Within a warpgroup, the exponentials of one head run beside
+the product of the next one, and the warpgroups take turns to issue products.
 
-The sum over overlapping compressed blocks moves no data either: keys lie in
-shared memory in an order such that those that begin first in their selection
-block come first, then all that begin second, and so on. Then the columns that
-have to be added are the same ones of neighbouring slices.
+Nor does the sum over overlapping compressed blocks move data: in shared memory
+come first the keys that begin first in their selection block, then all that
+begin second, and so on. What has to be added is then in the same columns of
+several slices.
 """
 
 import dataclasses
