@@ -31,6 +31,7 @@ from pallas_kernels.bands import Band
 from pallas_kernels.integers import ceil_div, div, rem
 from pallas_kernels.interface import Queries, Spec
 from pallas_kernels.mosaic_gpu import support
+from pallas_kernels.mosaic_gpu.gradient_steps import drain, options
 from pallas_kernels.mosaic_gpu.interpreter import in_python, interpreted
 from pallas_kernels.mosaic_gpu.tiling import (
   ROWS,
@@ -269,7 +270,7 @@ def _scores_kernel(
   absent = {"carried_s": None, "turn": None}
   fields: Any = (*inputs[:5], *segments, scores)
   refs = Refs(*fields, **(absent | scratch))
-  block, worker = lax.axis_index("block"), lax.axis_index("warpgroup")
+  block, worker = lax.axis_index("program"), lax.axis_index("warpgroup")
   workers = call.tile.workers
   registers = _REGISTERS[workers]
 
@@ -284,9 +285,9 @@ def _scores_kernel(
     refs.unit_s[slot, Unit._fields.index("tile")] = jnp.int32(-1)
     for _ in range(call.key_copies):
       plgpu.barrier_arrive(refs.k_ready.at[slot])
-    if call.interpret:  # The interpreter wants every barrier awaited.
-      _drain(refs.k_free, call.tile.key_stages, units + 1)
-      _drain(refs.q_free, call.tile.num_stages, units * call.group)
+    if call.interpret:
+      drain(refs.k_free, call.tile.key_stages, units + 1)
+      drain(refs.q_free, call.tile.num_stages, units * call.group)
 
   @pl.when(worker < workers)
   def _() -> None:
@@ -326,14 +327,6 @@ def _wait_for_free(free: Any, i: Any, stages: int) -> Any:
   return slot
 
 
-def _drain(free: Any, stages: int, count: Any) -> None:
-  def wait(i: Any, _: Any) -> Any:
-    plgpu.barrier_wait(free.at[rem(i, stages)])
-    return ()
-
-  lax.fori_loop(jnp.maximum(count - stages, 0), count, wait, ())
-
-
 def _load_unit(call: Call, refs: Refs, n: Any, unit: Unit) -> None:
   """Loads the keys and lse of the n-th unit, then its queries by head."""
   columns, stages = call.columns, call.tile.num_stages
@@ -342,7 +335,8 @@ def _load_unit(call: Call, refs: Refs, n: Any, unit: Unit) -> None:
   span_q = pl.ds(row, ROWS)
 
   slot = _wait_for_free(refs.k_free, n, call.tile.key_stages)
-  # Who waits for the copies finds these, too.
+  # Every thread stores these before it arrives at the barrier of the copies: so
+  # who waits for the copies finds them, too.
   for i, x in enumerate(unit):
     refs.unit_s[slot, i] = x
   for worker in range(call.tile.workers):
@@ -654,22 +648,8 @@ def _scores(
     functools.partial(_scores_kernel, call=call, num_scores=chunks.num_scores),
     out_type=results,
     grid=(call.blocks,),
-    grid_names=("block",),
-    num_threads=tile.workers + 1,
-    thread_name="warpgroup",
-    kernel_name="nsa_block_scores",
     scratch_types=scratch,
-    # No reduction crosses warps. Barriers of a warpgroup around every access to
-    # shared memory are not needed: no thread reads what another one has stored
-    # there, and stores for TMA have barriers of their own.
-    compiler_params=plgpu.CompilerParams(
-      approx_math=True,
-      reduction_scratch_bytes=0,
-      unsafe_no_auto_barriers=not call.interpret,
-    ),
-    interpret=(
-      plgpu.InterpretGPUParams(detect_races=True) if call.interpret else None
-    ),
+    **options("nsa_block_scores", tile.workers + 1, call.interpret),
   )
   if call.interpret:
     run = functools.partial(interpreted, run, results)
