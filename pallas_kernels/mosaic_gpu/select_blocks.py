@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
+from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu
 
 from pallas_kernels import checks
@@ -122,7 +123,6 @@ class Refs(NamedTuple):
   lse_s: Any  # [D', G, ROWS]
   unit_s: Any  # [D', fields of `Unit`]
   q_s: Any  # [D, ROWS, H]
-  carried_s: Any  # [W, ROWS, columns] or None
   k_ready: Any  # [D'] barriers: keys and lse of a unit are loaded
   k_free: Any  # [D'] barriers: both warpgroups have read them
   q_ready: Any  # [D] barriers: the queries of a head are loaded
@@ -267,9 +267,8 @@ def _scores_kernel(
 ) -> None:
   inputs, scores = arrays[:-num_scores], arrays[-num_scores:]
   segments = inputs[5:] or (None, None, None)
-  absent = {"carried_s": None, "turn": None}
   fields: Any = (*inputs[:5], *segments, scores)
-  refs = Refs(*fields, **(absent | scratch))
+  refs = Refs(*fields, **({"turn": None} | scratch))
   block, worker = lax.axis_index("program"), lax.axis_index("warpgroup")
   workers = call.tile.workers
   registers = _REGISTERS[workers]
@@ -317,7 +316,6 @@ def _scores_kernel(
     plgpu.barrier_arrive(refs.k_free.at[rem(n, call.tile.key_stages)])
     if refs.turn is not None and call.interpret:
       pl.when(worker == 0)(lambda: plgpu.barrier_wait(refs.turn.at[0]))
-    plgpu.wait_smem_to_gmem(0)
 
 
 def _wait_for_free(free: Any, i: Any, stages: int) -> Any:
@@ -507,15 +505,28 @@ def _store(
   refs.scores[0][unit.b, unit.h, rows, pl.ds(first, columns)] = own
   if carried is None:
     return
-  # One column further right: that way no value moves between threads. A thread
-  # cannot store two floats at an odd place, but TMA can.
-  plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-  refs.carried_s[worker] = carried
-  plgpu.commit_smem()
-  plgpu.copy_smem_to_gmem(
-    refs.carried_s.at[worker],
-    refs.scores[1].at[unit.b, unit.h, rows, pl.ds(first + 1, columns)],
-  )
+  # One column further right: that way no value moves between threads.
+  target = unit.b, unit.h, rows, pl.ds(first + 1, columns)
+  if call.interpret:
+    refs.scores[1][target] = carried
+  else:
+    _store_one_by_one(refs.scores[1].at[target], carried)
+
+
+def _store_one_by_one(ref: Any, x: Any) -> None:
+  """Stores [ROWS, columns] anywhere in global memory.
+
+  `ref[...] = x` stores two floats at once, whose address must be a multiple of
+  8 bytes; and TMA takes only multiples of 16 bytes, else it is an illegal
+  instruction.
+  """
+
+  def store(context: Any, ref: Any, x: Any) -> None:
+    del context
+    x.foreach(lambda value, index: utils.memref.store(value, ref, index))
+
+  arg_types = plgpu.RefType(), plgpu.Layout.WGMMA
+  plgpu.inline_mgpu(arg_types=arg_types)(store)(ref, x)
 
 
 # ------------------------------------------------------------------- interface
@@ -608,11 +619,11 @@ def _scores(
     tile.blocks or support.multiprocessors(),
     spec.interpret,
   )
-  columns, stages = call.columns, tile.num_stages
+  stages = tile.num_stages
   # TMA loads boxes of 8 rows; of a box it fills with zeros what is not there.
   query = _pad(query, -length % 8)
   # A place for every key of the last tile.
-  blocks = call.key_tiles * tile.workers * columns
+  blocks = call.key_tiles * tile.workers * call.columns
   key = _pad(key, blocks * ratio - num_keys)
   key = key.reshape(batch, blocks, ratio * kv_heads, head_dim)
   lse = lse.astype(jnp.float32) * LOG2E
@@ -641,8 +652,6 @@ def _scores(
   }
   if tile.turns is not None:
     scratch["turn"] = barrier(num_barriers=tile.workers)
-  if chunks.num_scores > 1:
-    scratch["carried_s"] = smem((tile.workers, ROWS, columns), jnp.float32)
   results = chunks.shapes(batch, kv_heads)
   run = plgpu.kernel(
     functools.partial(_scores_kernel, call=call, num_scores=chunks.num_scores),

@@ -559,7 +559,7 @@ class SelectionTiling:
       )
     if tile.prefetch < 0:
       raise ValueError(f"`scores.prefetch` of {self} must be at least 0.")
-    size = scores_bytes(tile, head_dim, group, ratio)
+    size = scores_bytes(tile, head_dim, group)
     if size > _SHARED_MEMORY:
       raise ValueError(
         f"`scores` of {self} takes {size} bytes of shared memory with head "
@@ -568,22 +568,17 @@ class SelectionTiling:
       )
 
 
-def scores_bytes(
-  tile: ScoresTile, head_dim: int, group: int, ratio: int
-) -> int:
+def scores_bytes(tile: ScoresTile, head_dim: int, group: int) -> int:
   """Bytes of shared memory of the score kernel of block selection.
 
   Args:
     tile: its tile sizes.
     head_dim: H.
     group: G, heads per key/value head.
-    ratio: l' / d, compressed blocks that begin in one selection block.
   """
   keys = tile.keys * 2 * head_dim + ROWS * 4 * group  # 4: lse
-  # Nothing is carried over from the blocks of a ratio of 1.
-  carried = ROWS * 4 * tile.keys // ratio if ratio > 1 else 0
   queries = tile.num_stages * ROWS * 2 * head_dim
-  return tile.key_stages * keys + queries + carried
+  return tile.key_stages * keys + queries
 
 
 def selection_tiling(
@@ -604,7 +599,7 @@ def selection_tiling(
     # A step of two heads leaves two of four stages for the next step's.
     unroll = 2 if num_stages > 3 else 1
     tile = ScoresTile(block_k, num_stages, key_stages, unroll)
-    fits = scores_bytes(tile, head_dim, group, ratio) <= _SHARED_MEMORY
+    fits = scores_bytes(tile, head_dim, group) <= _SHARED_MEMORY
     if fits and block_k % (8 * ratio) == 0:
       return SelectionTiling(tile)
   return None
