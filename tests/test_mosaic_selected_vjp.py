@@ -171,7 +171,7 @@ CASES: dict[str, dict[str, Any]] = {
     group=32,
     head_dim=192,
     value_dim=128,
-    tiles=dict(piece=5, window=7, dq_loaders=1),
+    tiles=dict(piece=5, window=7),
   ),
   "wider, packed": dict(
     length=80,
@@ -367,7 +367,6 @@ def test_the_order_of_pieces() -> None:
     ({"piece": 0}, "`bwd.piece` of .* must be at least 1"),
     ({"window": 0}, "`bwd.window` of .* must be at least 1"),
     ({"blocks": 0}, "`bwd.blocks` of .* must be at least 1, or None"),
-    ({"dq_loaders": 3}, "`bwd.dq_loaders` of .* must be from 1 to 2 with"),
     ({"num_stages": 3}, "takes 281984 bytes .* in the dk, dv kernel"),
     ({"dq_stages": 7}, "takes 262144 bytes of shared memory in the dq kernel"),
   ],

@@ -72,9 +72,10 @@ plgpu: Any = mosaic_gpu
 # They need all of it for dk, dv, and the two tiles of scores.
 _LOAD_REGISTERS = 24
 _COMPUTE_REGISTERS = 240
-# In the dq kernel, by the number of warpgroups that load, which have the lists
-# of all queries of a tile in their registers.
-_DQ_REGISTERS = {1: (104, 200), 2: (104, 152)}
+# In the dq kernel, whose loading warpgroup has the lists of all queries of a
+# tile in its registers.
+_DQ_LOAD_REGISTERS = 120
+_DQ_COMPUTE_REGISTERS = 192
 
 
 # A pair that is outside ds, also where mapped calls have theirs in one array: a
@@ -845,27 +846,20 @@ def _dq_kernel(*arrays: Any, schedule: Schedule, **scratch: Any) -> None:
   refs = DqRefs(*arrays, **scratch)
   warpgroup = lax.axis_index("warpgroup")
 
-  loaders = schedule.tile.dq_loaders
-  load, compute = _DQ_REGISTERS[loaders]
-
-  for loader in range(loaders):
-
-    @pl.when(warpgroup == WORKERS + loader)
-    def _(loader: int = loader) -> None:
-      if not schedule.interpret:
-        plgpu.set_max_registers(load, action="decrease")
-      end = _each_tile(
-        schedule,
-        refs,
-        functools.partial(_load_tile, schedule, refs, loader),
-      )
-      if schedule.interpret:
-        gradient_steps.drain(refs.free, schedule.tile.dq_stages, end)
+  @pl.when(warpgroup == WORKERS)
+  def _() -> None:
+    if not schedule.interpret:
+      plgpu.set_max_registers(_DQ_LOAD_REGISTERS, action="decrease")
+    end = _each_tile(
+      schedule, refs, functools.partial(_load_tile, schedule, refs)
+    )
+    if schedule.interpret:
+      gradient_steps.drain(refs.free, schedule.tile.dq_stages, end)
 
   @pl.when(warpgroup < WORKERS)
   def _() -> None:
     if not schedule.interpret:
-      plgpu.set_max_registers(compute, action="increase")
+      plgpu.set_max_registers(_DQ_COMPUTE_REGISTERS, action="increase")
     _each_tile(
       schedule,
       refs,
@@ -874,19 +868,12 @@ def _dq_kernel(*arrays: Any, schedule: Schedule, **scratch: Any) -> None:
     plgpu.wait_smem_to_gmem(0)
 
 
-def _load_tile(
-  schedule: Schedule,
-  refs: DqRefs,
-  loader: int,
-  i: Any,
-  tile: _Tile,
-) -> Any:
-  """Loads the ds of some warpgroups; the first loader also loads the keys.
+def _load_tile(schedule: Schedule, refs: DqRefs, i: Any, tile: _Tile) -> Any:
+  """Loads the blocks of a tile, and their ds.
 
   Args:
     schedule: the schedule.
     refs: arrays and shared memory.
-    loader: number of the loading warpgroup.
     i: number of steps before this tile.
     tile: the queries.
 
@@ -904,7 +891,6 @@ def _load_tile(
     inside = (query < chunking.queries) & (t >= 0) & (t < chunking.key_length)
     own.append(jnp.where(inside, div(jnp.maximum(t, 0), ROWS), -1))
     rows.append(tile.first_row + jnp.minimum(query, chunking.queries - 1))
-  workers = range(loader, WORKERS, schedule.tile.dq_loaders)
 
   def wait(i: Any) -> Any:
     """The slot of a step, once it is free."""
@@ -923,13 +909,12 @@ def _load_tile(
 
   def visit(i: Any, block: Any, hits: list[Any], places: Sequence[Any]) -> None:
     slot = wait(i)
-    if loader == 0:
-      plgpu.copy_gmem_to_smem(
-        refs.k.at[tile.batch, block, :, h],
-        refs.k_s.at[slot],
-        refs.k_ready.at[slot],
-      )
-    for worker in workers:
+    plgpu.copy_gmem_to_smem(
+      refs.k.at[tile.batch, block, :, h],
+      refs.k_s.at[slot],
+      refs.k_ready.at[slot],
+    )
+    for worker in range(WORKERS):
       at = worker * stages + slot
       mine = range(worker * per_step, (worker + 1) * per_step)
       some = functools.reduce(jnp.logical_or, [hits[x] for x in mine])
@@ -948,9 +933,8 @@ def _load_tile(
 
   i = walk_union(refs.ids, chunking.num_ids, rows, own, i, visit)
   slot = wait(i)
-  if loader == 0:
-    plgpu.barrier_arrive(refs.k_ready.at[slot])
-  for worker in workers:
+  plgpu.barrier_arrive(refs.k_ready.at[slot])
+  for worker in range(WORKERS):
     refs.states_s[worker * stages + slot] = jnp.int32(_END)
     skip(worker, slot)
   return i + 1
@@ -1059,9 +1043,7 @@ def query_gradient(
       "free": barrier(num_arrivals=WORKERS, num_barriers=stages),
     },
     **gradient_steps.options(
-      "nsa_selected_dq",
-      WORKERS + schedule.tile.dq_loaders,
-      schedule.interpret,
+      "nsa_selected_dq", WORKERS + 1, schedule.interpret
     ),
   )(
     chunk.first_row,

@@ -270,8 +270,6 @@ class SelectedGradientTile:
     num_stages: steps of `ROWS` rows in shared memory, of each lane of the dk,
       dv kernel.
     dq_stages: blocks of keys in shared memory, with their ds, of the dq kernel.
-    dq_loaders: warpgroups of the dq kernel that load, 1 or 2; 2 only up to
-      H = 192, since a product of 256 columns needs more registers.
     piece: maximum queries per piece of the list of a block.
     window: pieces whose middle queries are in the same range of so many queries
       are done at the same time.
@@ -282,8 +280,7 @@ class SelectedGradientTile:
 
   num_stages: int = 2
   dq_stages: int = 4
-  dq_loaders: int = 2
-  piece: int = 128
+  piece: int = 192
   window: int = 512
   blocks: int | None = None
   scratch: int = 2**31
@@ -329,12 +326,6 @@ class SelectedTiling:
       return
     if bwd.num_stages < 2 or bwd.dq_stages < 2:
       raise ValueError(f"The stages of `bwd` of {self} must be at least 2.")
-    most = 1 if head_dim > 192 else 2
-    if not 1 <= bwd.dq_loaders <= most:
-      raise ValueError(
-        f"`bwd.dq_loaders` of {self} must be from 1 to {most} with head "
-        f"dimension {head_dim}."
-      )
     for name in ("piece", "window"):
       if getattr(bwd, name) < 1:
         raise ValueError(f"`bwd.{name}` of {self} must be at least 1.")
@@ -446,7 +437,9 @@ def selected_gradient_tile(
 ) -> SelectedGradientTile:
   """Chooses tiles of the backward kernels of the selected branch.
 
-  None is measured yet.
+  Measured at H = V = 128 and 64k tokens: pieces of 192 queries take 2% less
+  time than those of 128, and of 64 or 512 queries 5% more. Stages and windows
+  hardly matter.
 
   Args:
     head_dim: H.
@@ -464,5 +457,4 @@ def selected_gradient_tile(
   return SelectedGradientTile(
     num_stages=most("num_stages", 0),
     dq_stages=most("dq_stages", 1),
-    dq_loaders=1 if head_dim > 192 else 2,
   )
