@@ -286,7 +286,7 @@ def test_the_defaults_are_those_of_the_code(
     "select_blocks",
     "decode",
   ):
-    want = ("cudnn" if op == "full" else "triton", "xla")
+    want: tuple[str, ...] = ("cudnn" if op == "full" else "triton", "xla")
     if op in ("compressed", "selected", "window"):
       want = ("mosaic_gpu", *want)
     assert dispatch.names(None, op) == want, op

@@ -131,19 +131,7 @@ def _check(case: dict[str, Any]) -> None:
     call["segment_ids"] = segments
   rest, expected = _cotangents(arrays, call)
   actual = _gradients(arrays, rest, offset=offset, segments=segments, **tiles)
-  for name, x, y in zip(("dq", "dk", "dv"), actual, expected, strict=True):
-    assert x.dtype == arrays[0].dtype
-    got, want = np.asarray(x, np.float64), np.asarray(y, np.float64)
-    # Probabilities, ds and the results are rounded to the dtype: errors of a
-    # fraction of an ulp each, relative to the sums.
-    ulp = 2.0**-8 if x.dtype == jnp.bfloat16 else 2.0**-11
-    error = np.linalg.norm(got - want) / np.maximum(np.linalg.norm(want), 1e-30)
-    assert error < 1.5 * ulp, (name, error)
-    where = np.abs(got - want).max() / np.maximum(np.abs(want).max(), 1e-30)
-    assert where < 8 * ulp, (name, where)
-    # Rows that nothing is read from, or that read nothing, are exactly 0.
-    none = (want == 0).all(axis=-1)
-    assert (got[none] == 0).all(), name
+  helpers.assert_half_gradients(actual, expected, arrays[0].dtype)
 
 
 # Odd lengths, pieces that end within a step, several chunks and heads of a
