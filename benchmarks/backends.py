@@ -115,7 +115,7 @@ def compare(branch: str, heads: Heads, length: int, repeats: int) -> dict:
       if of == name and isinstance(p, Exception)
     ]
     if failed:
-      row[f"{name} fwd ms"] = f"{type(failed[0]).__name__}: {failed[0]}"[:80]
+      row[f"{name} fwd ms"] = f"{type(failed[0]).__name__}: {failed[0]}"[:200]
       continue
     _, fwd = harness.device_ms(
       programs[name, "fwd"], *jobs[name, "fwd"][1], repeats=repeats
