@@ -62,6 +62,46 @@ class BandGradientTile:
   scratch: int = 2**31
 
 
+def _check_forward(tiles: "BandTiling | SelectedTiling") -> None:
+  """Checks what the forward tiles of both kinds have.
+
+  Raises:
+    ValueError: naming the tiles and the rule.
+  """
+  if tiles.fwd.num_stages < 2:
+    raise ValueError(f"`fwd.num_stages` of {tiles} must be at least 2.")
+  if tiles.fwd.blocks is not None and tiles.fwd.blocks < 1:
+    raise ValueError(f"`fwd.blocks` of {tiles} must be at least 1, or None.")
+
+
+def _check_backward(
+  tiles: "BandTiling | SelectedTiling",
+  sizes: tuple[int, int],
+  head_dims: tuple[int, int],
+) -> None:
+  """Checks stages and shared memory of backward tiles.
+
+  Args:
+    tiles: tiles with `bwd`.
+    sizes: bytes of shared memory of the dk, dv kernel and of the dq kernel.
+    head_dims: H, V.
+
+  Raises:
+    ValueError: naming the tiles and the rule.
+  """
+  bwd = tiles.bwd
+  assert bwd is not None
+  if bwd.num_stages < 2 or bwd.dq_stages < 2:
+    raise ValueError(f"The stages of `bwd` of {tiles} must be at least 2.")
+  for name, size in zip(("dk, dv", "dq"), sizes, strict=True):
+    if size > _SHARED_MEMORY:
+      raise ValueError(
+        f"`bwd` of {tiles} takes {size} bytes of shared memory in the {name} "
+        f"kernel with head dimensions {head_dims[0]} and {head_dims[1]}; there "
+        f"are {_SHARED_MEMORY}."
+      )
+
+
 @dataclasses.dataclass(frozen=True)
 class BandTiling:
   """Tiles of the compressed or the window branch.
@@ -87,10 +127,7 @@ class BandTiling:
     tile = self.fwd
     if tile.block_k not in (64, 128, 192, 256):
       raise ValueError(f"`fwd.block_k` of {self} must be 64, 128, 192 or 256.")
-    if tile.num_stages < 2:
-      raise ValueError(f"`fwd.num_stages` of {self} must be at least 2.")
-    if tile.blocks is not None and tile.blocks < 1:
-      raise ValueError(f"`fwd.blocks` of {self} must be at least 1, or None.")
+    _check_forward(self)
     size = shared_bytes(tile, head_dim, value_dim)
     if size > _SHARED_MEMORY:
       raise ValueError(
@@ -100,8 +137,6 @@ class BandTiling:
     bwd = self.bwd
     if bwd is None:
       return
-    if bwd.num_stages < 2 or bwd.dq_stages < 2:
-      raise ValueError(f"The stages of `bwd` of {self} must be at least 2.")
     most = _MAX_STEPS_WIDTH // head_dim
     if bwd.steps < WORKERS or bwd.steps % WORKERS or bwd.steps > most:
       raise ValueError(
@@ -110,14 +145,9 @@ class BandTiling:
       )
     if bwd.programs < 1:
       raise ValueError(f"`bwd.programs` of {self} must be at least 1.")
-    sizes = gradient_bytes(bwd, head_dim, value_dim)
-    for name, size in zip(("dk, dv", "dq"), sizes, strict=True):
-      if size > _SHARED_MEMORY:
-        raise ValueError(
-          f"`bwd` of {self} takes {size} bytes of shared memory in the {name} "
-          f"kernel with head dimensions {head_dim} and {value_dim}; there are "
-          f"{_SHARED_MEMORY}."
-        )
+    _check_backward(
+      self, gradient_bytes(bwd, head_dim, value_dim), (head_dim, value_dim)
+    )
 
 
 def gradient_keys(head_dim: int, value_dim: int) -> int:
@@ -312,10 +342,7 @@ class SelectedTiling:
     tile = self.fwd
     if tile.workers not in (2, 3):
       raise ValueError(f"`fwd.workers` of {self} must be 2 or 3.")
-    if tile.num_stages < 2:
-      raise ValueError(f"`fwd.num_stages` of {self} must be at least 2.")
-    if tile.blocks is not None and tile.blocks < 1:
-      raise ValueError(f"`fwd.blocks` of {self} must be at least 1, or None.")
+    _check_forward(self)
     if not _union_fits(tile, head_dim, value_dim, block):
       raise ValueError(
         f"`fwd` of {self} takes more than {_SHARED_MEMORY} bytes of shared "
@@ -324,21 +351,16 @@ class SelectedTiling:
     bwd = self.bwd
     if bwd is None:
       return
-    if bwd.num_stages < 2 or bwd.dq_stages < 2:
-      raise ValueError(f"The stages of `bwd` of {self} must be at least 2.")
     for name in ("piece", "near"):
       if getattr(bwd, name) < 1:
         raise ValueError(f"`bwd.{name}` of {self} must be at least 1.")
     if bwd.blocks is not None and bwd.blocks < 1:
       raise ValueError(f"`bwd.blocks` of {self} must be at least 1, or None.")
-    sizes = selected_gradient_bytes(bwd, head_dim, value_dim)
-    for name, size in zip(("dk, dv", "dq"), sizes, strict=True):
-      if size > _SHARED_MEMORY:
-        raise ValueError(
-          f"`bwd` of {self} takes {size} bytes of shared memory in the {name} "
-          f"kernel with head dimensions {head_dim} and {value_dim}; there are "
-          f"{_SHARED_MEMORY}."
-        )
+    _check_backward(
+      self,
+      selected_gradient_bytes(bwd, head_dim, value_dim),
+      (head_dim, value_dim),
+    )
 
 
 def union_bytes(
