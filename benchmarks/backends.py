@@ -62,12 +62,12 @@ def arrays(branch: str, heads: Heads, length: int) -> tuple[Any, ...]:
   def normal(key, rows, heads, width):
     return jax.random.normal(key, (1, rows, heads, width), jnp.bfloat16)
 
-  ids = ()
+  ids: list[jax.Array] = []
   if branch in POOLS:
-    found = harness.selected_ids(
-      keys[5], length, heads.kv, 16, 64, pool=POOLS[branch]
+    pool = POOLS[branch]
+    ids.append(
+      harness.selected_ids(keys[5], length, heads.kv, 16, 64, pool=pool)
     )
-    ids = (found,)
   return (
     normal(keys[0], length, heads.query, heads.head_dim),
     normal(keys[1], rows, heads.kv, heads.head_dim),
@@ -115,7 +115,7 @@ def compare(branch: str, heads: Heads, length: int, repeats: int) -> dict:
       if of == name and isinstance(p, Exception)
     ]
     if failed:
-      row[f"{name} fwd ms"] = f"{type(failed[0]).__name__}: {failed[0]}"[:80]
+      row[f"{name} fwd ms"] = f"{type(failed[0]).__name__}: {failed[0]}"[:200]
       continue
     _, fwd = harness.device_ms(
       programs[name, "fwd"], *jobs[name, "fwd"][1], repeats=repeats
@@ -142,9 +142,10 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
   args = parser().parse_args(argv)
   harness.require_gpu()
-  shapes = {HEADLINE: (8192, 65536)}
+  shapes: dict[Heads, tuple[int, ...]] = {HEADLINE: (8192, 65536)}
   if not args.quick:
-    shapes = {HEADLINE: (1024, 8192, 65536)} | dict.fromkeys(OTHERS, (8192,))
+    shapes = {HEADLINE: (1024, 8192, 65536)}
+    shapes |= {heads: (8192,) for heads in OTHERS}
   tables = {}
   for heads, lengths in shapes.items():
     tables[f"{heads}, ms"] = [

@@ -1,4 +1,4 @@
-"""Compares the kernels with the oracle, forward and backward.
+"""Compares the Triton kernels with the oracle, forward and backward.
 
     python examples/check_kernels.py
 

@@ -295,7 +295,7 @@ class AttentionConfig:
     # Imported late: the implementations import this module.
     from nsa_jax import dispatch
 
-    dispatch.names(self.implementation)
+    dispatch.named(self.implementation)
 
   def _keep_integers(self, *names: str) -> None:
     """Checks sizes; arrays become integers, which have a hash."""

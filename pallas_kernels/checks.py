@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import get_abstract_mesh
 
 from pallas_kernels.interface import Spec
 
@@ -14,6 +15,12 @@ def visible_gpus() -> list[Any]:
     return jax.local_devices(backend="cuda")
   except RuntimeError:
     return []
+
+
+def abstract_gpu() -> Any:
+  """The GPU that a program is lowered for by the current mesh, or None."""
+  card = getattr(get_abstract_mesh(), "abstract_device", None)
+  return card if card is not None and card.platform == "gpu" else None
 
 
 def check_scores(spec: Spec) -> None:
@@ -38,11 +45,18 @@ def check_tiles(spec: Spec, kind: Any, *fits: int) -> None:
     *fits: arguments of its `check_fit`.
 
   Raises:
+    NotImplementedError: if they are tiles of another backend.
     ValueError: naming the value and the rule.
   """
   tiles = spec.tiles
   if tiles is None:
     return
+  module = type(tiles).__module__
+  if module != kind.__module__ and module.startswith("pallas_kernels."):
+    raise NotImplementedError(
+      f"`tiles` is a {module}.{type(tiles).__name__}: the kernels take a "
+      f"{kind.__module__}.{kind.__name__}"
+    )
   if not isinstance(tiles, kind):
     raise ValueError(f"`tiles`={tiles!r} must be a {kind.__name__}.")
   tiles.check_fit(*fits)

@@ -74,6 +74,29 @@ def assert_close(
     )
 
 
+def assert_half_gradients(actual: Any, expected: Any, dtype: Any) -> None:
+  """Compares dq, dk and dv of kernels in half precision, by norms.
+
+  Args:
+    actual: dq, dk and dv in `dtype`.
+    expected: the same in float32.
+    dtype: bfloat16 or float16.
+  """
+  for name, x, y in zip(("dq", "dk", "dv"), actual, expected, strict=True):
+    assert x.dtype == dtype
+    got, want = np.asarray(x, np.float64), np.asarray(y, np.float64)
+    # Probabilities, ds and the results are rounded to the dtype: errors of a
+    # fraction of an ulp each, relative to the sums.
+    ulp = 2.0**-8 if dtype == jnp.bfloat16 else 2.0**-11
+    error = np.linalg.norm(got - want) / np.maximum(np.linalg.norm(want), 1e-30)
+    assert error < 1.5 * ulp, (name, error)
+    where = np.abs(got - want).max() / np.maximum(np.abs(want).max(), 1e-30)
+    assert where < 8 * ulp, (name, where)
+    # Rows that nothing is read from, or that read nothing, are exactly 0.
+    none = (want == 0).all(axis=-1)
+    assert (got[none] == 0).all(), name
+
+
 def assert_same_bits(actual: Any, expected: Any, what: str = "") -> None:
   """Compares trees bit for bit (0 and -0 count as equal, NaN is refused)."""
   for (path, a), e in zip(

@@ -12,6 +12,7 @@ import pytest
 
 import nsa_jax
 from benchmarks import (
+  backends,
   cold_compile,
   decode,
   harness,
@@ -38,6 +39,7 @@ COMMANDS = (
   cold_compile,
   remat,
   sharded,
+  backends,
 )
 
 
@@ -62,6 +64,34 @@ def test_arguments(module, tmp_path, capsys):
     module.parser().parse_args(["--quik=1"])
   assert caught.value.code == 2
   assert "unrecognized arguments" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("branch", ["compressed", "selected, pool of 26"])
+def test_backends_side_by_side(
+  branch: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  """On made-up times of implementations that run here."""
+  times = iter([2.0, 6.0, 1.0, 3.0])
+  monkeypatch.setattr(
+    backends, "BACKENDS", {"Triton": "reference", "Mosaic": "xla"}
+  )
+  monkeypatch.setattr(
+    harness,
+    "device_ms",
+    lambda program, *args, repeats: (program(*args), next(times)),
+  )
+  row = backends.compare(branch, backends.Heads(8, 1, 16, 16), 128, 1)
+  assert (row["Triton bwd ms"], row["Mosaic bwd ms"]) == (4.0, 2.0)
+  assert row["Triton / Mosaic, fwd"] == row["Triton / Mosaic, bwd"] == 2
+  assert row["difference"] < 0.01
+
+
+def test_a_backend_that_cannot_is_a_row(
+  monkeypatch: pytest.MonkeyPatch,
+) -> None:
+  monkeypatch.setattr(backends, "BACKENDS", {"cuDNN": "cudnn"})
+  row = backends.compare("compressed", backends.Heads(8, 1, 16, 16), 64, 1)
+  assert "has no `compressed_attention`" in row["cuDNN fwd ms"]
 
 
 def test_more_arguments():

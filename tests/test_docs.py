@@ -278,21 +278,21 @@ def test_the_table_of_ops_is_that_of_the_code() -> None:
 def test_the_defaults_are_those_of_the_code(
   monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-  monkeypatch.setattr(dispatch, "visible_gpus", lambda: ["a card"])
   text = " ".join((DOCS / "implementations.md").read_text().split())
-  for op in (
-    *dispatch.ATTENTION_OPS,
-    "block_scores",
-    "select_blocks",
-    "decode",
-  ):
-    want = ("cudnn" if op == "full" else "triton", "xla")
-    if op in ("compressed", "selected", "window"):
-      want = ("mosaic_gpu", *want)
-    assert dispatch.names(None, op) == want, op
-  assert "`mosaic_gpu` where it can on the Hopper cards that are visible" in (
-    text
-  )
+  for cards in ([], ["a card"]):
+    monkeypatch.setattr(dispatch, "visible_gpus", lambda cards=cards: cards)
+    for op in (
+      *dispatch.ATTENTION_OPS,
+      "block_scores",
+      "select_blocks",
+      "decode",
+    ):
+      want: tuple[str, ...] = ("cudnn" if op == "full" else "triton", "xla")
+      if cards and op in ("compressed", "selected", "window"):
+        want = ("mosaic_gpu", *want)
+      assert dispatch.names(None, op) == want, op
+  assert "for the three branches on Hopper cards `mosaic_gpu`" in text
+  assert "else `triton` on NVIDIA GPUs and `xla` on everything else" in text
   assert "For `full_attention` it is `cudnn`" in text
 
 

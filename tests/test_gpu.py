@@ -183,6 +183,20 @@ def test_exported_programs_run(platforms: tuple[str, ...]) -> None:
   helpers.assert_close(step(*args), xla(*args), "float32")
 
 
+@pytest.mark.jax_0_11
+def test_exported_programs_for_hopper_run() -> None:
+  run, args, want = _named_case("bfloat16")
+  exported = export.export(run, disabled_checks=nsa_jax.EXPORT_DISABLED_CHECKS)(
+    *args
+  )
+  program = export.deserialize(exported.serialize())
+  hopper = jax.devices()[0].compute_capability == "9.0"
+  assert ("mosaic_gpu" in program.mlir_module()) == hopper
+  out, ids, _ = jax.jit(program.call)(*args)
+  np.testing.assert_array_equal(ids, want[1])
+  helpers.assert_close(out, want[0], "bfloat16")
+
+
 @pytest.mark.parametrize("mode", test_modes.MODES)
 def test_debugging_modes(mode: str) -> None:
   """Nothing is wrong, so that no mode finds anything or changes results."""

@@ -24,10 +24,18 @@ for name in (
 ):
   assert name not in sys.modules, name
 assert nsa_jax.nnx is sys.modules["nsa_jax.nnx"]
+for implementation in (None, "triton", ("mosaic_gpu", "xla")):
+  config = nsa_jax.TransformerConfig.preset(
+    "tiny", implementation=implementation
+  )
+  nsa_jax.TransformerLM(config)
+  nsa_jax.NativeSparseAttention(num_heads=4, implementation=implementation)
+assert xla_bridge._backends == {}, xla_bridge._backends
 """
 
 
 def test_import_creates_no_backend_and_imports_no_pallas() -> None:
+  """Nor do configurations: jax.distributed may be initialised after them."""
   done = subprocess.run(
     [sys.executable, "-c", SCRIPT],
     cwd=ROOT,

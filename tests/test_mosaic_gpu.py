@@ -30,6 +30,7 @@ from pallas_kernels.mosaic_gpu.tiling import (
   band_tiling,
   shared_bytes,
 )
+from pallas_kernels.triton import tiling as triton_tiling
 from tests import helpers
 from tests.test_dispatch import _own_frames
 from tests.test_triton_band import (
@@ -203,17 +204,38 @@ def _default(op: str) -> Any:
 
 @pytest.mark.usefixtures("new_jax")
 @pytest.mark.parametrize("op", ["compressed", "selected", "window"])
-def test_the_default_where_a_card_of_its_kind_is_visible(
-  monkeypatch: pytest.MonkeyPatch, op: str
-) -> None:
+def test_the_default_by_card(monkeypatch: pytest.MonkeyPatch, op: str) -> None:
+  """The card that a program is for decides, else those that are visible."""
   monkeypatch.setattr(support, "ptx_isa", lambda: 90)
   _cards(monkeypatch, "NVIDIA H100", "9.0")
   assert _default(op).forward is getattr(mosaic_gpu, op).forward
+  with _lowering_for("NVIDIA A100"):
+    assert _default(op).forward is getattr(triton, op).forward
   _cards(monkeypatch, "NVIDIA A100", "8.0")
   assert _default(op).forward is getattr(triton, op).forward
   monkeypatch.setattr(jax, "local_devices", lambda backend: [])
+  assert _default(op).forward is getattr(triton, op).forward
   with _lowering_for("NVIDIA H100"):
-    assert _default(op).forward is getattr(triton, op).forward
+    assert _default(op).forward is getattr(mosaic_gpu, op).forward
+
+
+@needs_kernels
+def test_tiles_of_another_backend_pass_a_default_on(
+  monkeypatch: pytest.MonkeyPatch,
+) -> None:
+  monkeypatch.setattr(support, "ptx_isa", lambda: 90)
+  _cards(monkeypatch, "NVIDIA H100", "9.0")
+  tiles = triton_tiling.band_tiling(
+    windowed=True, group=8, head_dim=64, value_dim=64, dtype=jnp.bfloat16
+  )
+  spec = Spec(CONFIG, 1.0, 64, tiles=tiles)
+  x = jnp.ones((1, 64, 16, 64), jnp.bfloat16)
+  call: Any = spec, (x, x[:, :, :2], x[:, :, :2]), (None, Queries(0))
+  run: Any = dispatch.choose("window", None, *call)
+  assert run.args[0].cuda.forward is triton.window.forward
+  match = r"`tiles` is a pallas_kernels\.triton\.tiling\.BandTiling"
+  with pytest.raises(NotImplementedError, match=match):
+    dispatch.choose("window", NAME, *call)
 
 
 def test_the_default_for_what_it_does_not_serve(

@@ -438,15 +438,13 @@ def test_no_warpgroup_waits_for_registers(
 # ------------------------------------------------------------------ lowering
 
 
-def _lower(
-  workers: int = 2, lanes: bool = True, packed: bool = False, **sizes: Any
-) -> str:
+def _lower(workers: int = 2, packed: bool = False, **sizes: Any) -> str:
   from pallas_kernels.mosaic_gpu import selected_union, tiling
 
   head_dims = {k: sizes.get(k, 64) for k in ("head_dim", "value_dim")}
   tiles = tiling.selected_tiling(**head_dims, block=sizes.get("block", 64))
   assert tiles is not None
-  tile = tiling.UnionTile(workers, tiles.fwd.num_stages, lanes=lanes)
+  tile = tiling.UnionTile(workers, tiles.fwd.num_stages)
   shapes = jax.eval_shape(functools.partial(_shapes, **sizes))
   *qkv, ids, segments = shapes
   config = NSAConfig(selection_block=sizes.get("block", 64))
@@ -477,7 +475,7 @@ def _shapes(**sizes: Any) -> Any:
     dict(group=16, head_dim=128, value_dim=128),
     dict(group=16, head_dim=128, value_dim=128, workers=3),
     dict(group=8, length=31, packed=True),
-    dict(group=8, length=31, packed=True, workers=3, lanes=False),
+    dict(group=8, length=31, packed=True, workers=3),
     dict(group=24, head_dim=192, value_dim=128, batch=2, kv_heads=2),
     dict(group=64, head_dim=256, value_dim=256, keys=333),
     dict(group=32, block=128, dtype="float16"),

@@ -131,23 +131,11 @@ def _check(case: dict[str, Any]) -> None:
     call["segment_ids"] = segments
   rest, expected = _cotangents(arrays, call)
   actual = _gradients(arrays, rest, offset=offset, segments=segments, **tiles)
-  for name, x, y in zip(("dq", "dk", "dv"), actual, expected, strict=True):
-    assert x.dtype == arrays[0].dtype
-    got, want = np.asarray(x, np.float64), np.asarray(y, np.float64)
-    # Probabilities, ds and the results are rounded to the dtype: errors of a
-    # fraction of an ulp each, relative to the sums.
-    ulp = 2.0**-8 if x.dtype == jnp.bfloat16 else 2.0**-11
-    error = np.linalg.norm(got - want) / np.maximum(np.linalg.norm(want), 1e-30)
-    assert error < 1.5 * ulp, (name, error)
-    where = np.abs(got - want).max() / np.maximum(np.abs(want).max(), 1e-30)
-    assert where < 8 * ulp, (name, where)
-    # Rows that nothing is read from, or that read nothing, are exactly 0.
-    none = (want == 0).all(axis=-1)
-    assert (got[none] == 0).all(), name
+  helpers.assert_half_gradients(actual, expected, arrays[0].dtype)
 
 
 # Odd lengths, pieces that end within a step, several chunks and heads of a
-# chunk, groups, widths (of the last ones a lane has two warpgroups).
+# chunk, groups, widths (of the last ones a piece has two warpgroups).
 CASES: dict[str, dict[str, Any]] = {
   "packed, widths": dict(
     length=24, keys=256, offset=150, packed=True, value_dim=128
@@ -155,7 +143,7 @@ CASES: dict[str, dict[str, Any]] = {
   "chunks, pieces": dict(
     length=20,
     kv_heads=2,
-    tiles=dict(piece=6, window=4, scratch=1),
+    tiles=dict(piece=6, near=4, scratch=1),
   ),
   "odd lengths": dict(batch=2, length=37, keys=300, kv_heads=2, num_ids=3),
   "packed rows": dict(batch=2, length=40, keys=320, offset=200, packed=True),
@@ -171,7 +159,7 @@ CASES: dict[str, dict[str, Any]] = {
     group=32,
     head_dim=192,
     value_dim=128,
-    tiles=dict(piece=5, window=7, dq_loaders=1),
+    tiles=dict(piece=5, near=7),
   ),
   "wider, packed": dict(
     length=80,
@@ -184,7 +172,7 @@ CASES: dict[str, dict[str, Any]] = {
     packed=True,
   ),
   "from the first token": dict(
-    length=200, keys=200, tiles=dict(piece=20, window=16, blocks=3)
+    length=200, keys=200, tiles=dict(piece=20, near=16, blocks=3)
   ),
   "no keys behind the queries": dict(length=20, offset=77),
   "one query": dict(length=1, offset=130, num_ids=2),
@@ -216,7 +204,7 @@ def test_matches_the_reference_on_a_card(name: str) -> None:
     case | tiles
     for case in LARGE
     if 64 % case["group"] == 0 and case["block"] == 64
-    for tiles in ({}, {"tiles": dict(piece=32, window=100, scratch=2**24)})
+    for tiles in ({}, {"tiles": dict(piece=32, near=100, scratch=2**24)})
   ],
   ids=str,
 )
@@ -330,9 +318,9 @@ def test_mapped_calls_on_a_card() -> None:
 
 
 def test_the_order_of_pieces() -> None:
-  """Each piece once, by window of the middle query, the longest first."""
+  """Each piece once, by range of the middle query, the longest first."""
   arrays = _inputs(batch=2, length=100, keys=300, kv_heads=2, num_ids=3)
-  tile = _tile(arrays[0], arrays[2], piece=7, window=16)
+  tile = _tile(arrays[0], arrays[2], piece=7, near=16)
   spec = Spec(CONFIG, 1.0, 300)
   schedule = selected_vjp.make_schedule(spec, tile, arrays[:3], arrays[3])
   chunking = schedule.chunking
@@ -365,9 +353,8 @@ def test_the_order_of_pieces() -> None:
     ({"num_stages": 1}, "stages of `bwd` of .* must be at least 2"),
     ({"dq_stages": 1}, "stages of `bwd` of .* must be at least 2"),
     ({"piece": 0}, "`bwd.piece` of .* must be at least 1"),
-    ({"window": 0}, "`bwd.window` of .* must be at least 1"),
+    ({"near": 0}, "`bwd.near` of .* must be at least 1"),
     ({"blocks": 0}, "`bwd.blocks` of .* must be at least 1, or None"),
-    ({"dq_loaders": 3}, "`bwd.dq_loaders` of .* must be from 1 to 2 with"),
     ({"num_stages": 3}, "takes 281984 bytes .* in the dk, dv kernel"),
     ({"dq_stages": 7}, "takes 262144 bytes of shared memory in the dq kernel"),
   ],

@@ -435,7 +435,7 @@ def attend_branch(
   """
   query, key, value = arrays
   if not key.shape[1]:  # No complete compressed block: no kernel to run.
-    dispatch.names(implementation)
+    dispatch.named(implementation)
     acc = sum_dtype(query.dtype)
     out = jnp.zeros((*query.shape[:3], value.shape[-1]), query.dtype)
     return out, jnp.full(query.shape[:3], -jnp.inf, acc)

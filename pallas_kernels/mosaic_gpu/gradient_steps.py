@@ -69,7 +69,7 @@ def drain(free: Any, stages: int, count: Any, first: Any = 0) -> None:
   lax.fori_loop(jnp.maximum(count - stages, 0), count, step, ())
 
 
-def add_product(acc: Any, x: Any, y: Any, buffer: Any) -> None:
+def _add_product(acc: Any, x: Any, y: Any, buffer: Any) -> None:
   """Issues acc += x y, with x in registers.
 
   Args:
@@ -106,7 +106,7 @@ def add_step(
     scale: softmax scale.
     readable: loads the mask [keys, ROWS]; None if all rows read all keys.
     store: stores ds [keys, ROWS].
-    buffer: as in `add_product`.
+    buffer: as in `_add_product`.
   """
   (k, v), (q, dout) = keys, rows
   lse_of, delta_of = stats
@@ -121,11 +121,11 @@ def add_step(
     if readable is not None:
       p = jnp.where(readable(), p, 0.0)
     if "dv" in accs:
-      add_product(accs["dv"], p.astype(q.dtype), dout, buffer)
+      _add_product(accs["dv"], p.astype(q.dtype), dout, buffer)
     if "dk" in accs:
       dp = plgpu.wgmma_accumulator_load(dp_acc, wait_n=int("dv" in accs))
       ds = (p * (dp - delta_of())).astype(q.dtype)
-      add_product(accs["dk"], ds, q, buffer)
+      _add_product(accs["dk"], ds, q, buffer)
       store(ds)
     plgpu.wgmma_wait(0)
 

@@ -46,7 +46,8 @@ def check(
       f"`selection_block`={block} with head dimensions {head_dim} and "
       f"{value_dim}: two blocks of keys and values do not fit in shared memory"
     )
-  triton.check(spec._replace(tiles=None), qkv, index)  # The backward pass.
+  # It has the backward pass of some groups and blocks, and its sums.
+  triton.check(spec._replace(tiles=None), qkv, index)
 
 
 @in_python

@@ -732,7 +732,7 @@ def forward(
     workers=tile.workers,
     stages=tile.num_stages,
     programs=0,
-    lanes=tile.lanes and not spec.interpret,
+    lanes=not spec.interpret,
     in_place=in_place,
     tail=last is not None,
     segments=bool(segments),

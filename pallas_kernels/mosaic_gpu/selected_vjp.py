@@ -6,12 +6,12 @@ chose; then dq as a product with ds.
 
 dk, dv: the keys of a block stay in shared memory, dk and dv in registers, and
 the queries that chose the block stream past them, in steps of 64 rows: a few
-queries with all heads of a group, gathered one by one. A program has two lanes,
-each a warpgroup that loads and one that computes, which have pieces of lists
-of their own: while one lane changes its block or waits for its products, the
-other one has the tensor cores. Of wide heads, dk and dv do not fit in the
-registers of one warpgroup: there a program has one lane, of which one warpgroup
-computes dv and another one dk and ds.
+queries with all heads of a group, gathered one by one. A program has two
+tracks, each a warp that loads and a warpgroup that computes, which have pieces
+of lists of their own: while one track changes its block or waits for its
+products, the other one has the tensor cores. Of wide heads, dk and dv do not
+fit in the registers of one warpgroup: there a program has one track, of which
+one warpgroup computes dv and another one dk and ds.
 
 A list is as long as the queries are many, and two lists share few queries. So
 lists are cut into short pieces, and pieces of queries near each other are done
@@ -38,6 +38,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu
 
+from pallas_kernels.checks import group_of
 from pallas_kernels.integers import ceil_div, div, rem
 from pallas_kernels.interface import Queries, Spec, per_row, segment_pair
 from pallas_kernels.mosaic_gpu import gradient_steps, support
@@ -48,7 +49,7 @@ from pallas_kernels.mosaic_gpu.tiling import (
   ROWS,
   WORKERS,
   SelectedGradientTile,
-  selected_lanes,
+  selected_tracks,
 )
 from pallas_kernels.triton import common
 from pallas_kernels.triton.inverse_lists import sort_items
@@ -72,9 +73,10 @@ plgpu: Any = mosaic_gpu
 # They need all of it for dk, dv, and the two tiles of scores.
 _LOAD_REGISTERS = 24
 _COMPUTE_REGISTERS = 240
-# In the dq kernel, by the number of warpgroups that load, which have the lists
-# of all queries of a tile in their registers.
-_DQ_REGISTERS = {1: (104, 200), 2: (104, 152)}
+# In the dq kernel, whose loading warpgroup has the lists of all queries of a
+# tile in its registers.
+_DQ_LOAD_REGISTERS = 120
+_DQ_COMPUTE_REGISTERS = 192
 
 
 # A pair that is outside ds, also where mapped calls have theirs in one array: a
@@ -105,7 +107,7 @@ class Schedule(NamedTuple):
     length: T.
     group: G.
     widths: H, V.
-    lanes: pieces that a program does at the same time, 2 or 1.
+    tracks: pieces that a program does at the same time, 2 or 1.
     num_pieces: pieces of a chunk, some of which may be empty.
     programs: programs of the dk, dv kernel.
   """
@@ -117,7 +119,7 @@ class Schedule(NamedTuple):
   length: int
   group: int
   widths: tuple[int, int]
-  lanes: int
+  tracks: int
   num_pieces: int
   programs: int
 
@@ -136,7 +138,7 @@ def make_schedule(
   """Chooses the chunks and programs for a shape; arguments as in `backward`."""
   query, key, value = qkv
   widths = key.shape[-1], value.shape[-1]
-  group = support.group_of(query, key)
+  group = group_of(query, key)
   chunking = make_chunking(
     block_ids,
     pair_bytes=ROWS * group * query.dtype.itemsize,
@@ -144,7 +146,7 @@ def make_schedule(
     block=ROWS,
     scratch=tile.scratch,
   )
-  lanes = selected_lanes(*widths)
+  tracks = selected_tracks(*widths)
   # As `invert` makes them: at most one piece per list is incomplete.
   owners = chunking.heads * chunking.num_blocks
   num_pieces = -(-chunking.num_pairs // tile.piece) + owners
@@ -157,9 +159,9 @@ def make_schedule(
     query.shape[1],
     group,
     widths,
-    lanes,
+    tracks,
     num_pieces,
-    min(most, -(-num_pieces // lanes)),
+    min(most, -(-num_pieces // tracks)),
   )
 
 
@@ -308,9 +310,9 @@ def gradients(
 def work_of(schedule: Schedule, chunk: Chunk) -> jax.Array:
   """The pieces of a chunk in the order in which programs take them.
 
-  Pieces with their middle within a window of queries come one after the other,
-  of each window the longest first, so that lanes finish at the same time. Empty
-  ones are last.
+  Pieces with their middle in the same range of queries come one after the
+  other, of each range the longest first, so that tracks finish at the same
+  time. Empty ones are last.
 
   Returns:
     Flat int32 [P, 4]: owner, first and last (exclusive) item, and number of the
@@ -320,11 +322,11 @@ def work_of(schedule: Schedule, chunk: Chunk) -> jax.Array:
   owner, first, last = chunk.lists.pieces.T
   middle = common.take(chunk.lists.items, div(first + last, 2))
   query = div(middle, chunking.num_ids)
-  windows = -(-chunking.queries // schedule.tile.window)
-  window = div(query, schedule.tile.window)
-  window += div(owner, chunking.num_blocks) * windows
-  rank = window * piece + (piece - (last - first))
-  ranks = chunking.heads * windows * piece
+  ranges = -(-chunking.queries // schedule.tile.near)
+  place = div(query, schedule.tile.near)
+  place += div(owner, chunking.num_blocks) * ranges
+  rank = place * piece + (piece - (last - first))
+  ranks = chunking.heads * ranges * piece
   number = jnp.arange(len(owner), dtype=jnp.int32)
   _, order = sort_items(
     jnp.where(last > first, rank, ranks), number, ranks, len(owner)
@@ -336,8 +338,8 @@ def work_of(schedule: Schedule, chunk: Chunk) -> jax.Array:
 class Refs(NamedTuple):
   """Arrays in global memory, and what is in shared memory (`*_s`).
 
-  L is `lanes`; a lane has a ring of D = `num_stages` steps. Slot d of lane l is
-  number l D + d.
+  L is `tracks`; a track has a ring of D = `num_stages` steps. Slot d of track l
+  is number l D + d.
   """
 
   first_row: Any  # [1]
@@ -392,11 +394,13 @@ def _dkv_kernel(
       plgpu.set_max_registers(_LOAD_REGISTERS, action="decrease")
 
     @plgpu.warp_map
-    def _(lane: Any) -> None:
-      pl.when(lane < schedule.lanes)(lambda: _load_lane(schedule, refs, lane))
+    def _(track: Any) -> None:
+      pl.when(track < schedule.tracks)(
+        lambda: _load_track(schedule, refs, track)
+      )
 
-  def run(worker: int, lane: int, *names: str) -> None:
-    """Computes the named gradients of the pieces of a lane."""
+  def run(worker: int, track: int, *names: str) -> None:
+    """Computes the named gradients of the pieces of a track."""
 
     @pl.when(warpgroup == worker)
     def _() -> None:
@@ -405,12 +409,12 @@ def _dkv_kernel(
       _each_piece(
         schedule,
         refs,
-        lane,
-        functools.partial(_compute_piece, schedule, refs, worker, lane, names),
+        track,
+        functools.partial(_compute_piece, schedule, refs, worker, track, names),
       )
       plgpu.wait_smem_to_gmem(0)
 
-  if schedule.lanes == 1:
+  if schedule.tracks == 1:
     run(0, 0, "dv")
     run(1, 0, "dk")
   else:
@@ -418,29 +422,29 @@ def _dkv_kernel(
     run(1, 1, "dk", "dv")
 
 
-def _load_lane(schedule: Schedule, refs: Refs, lane: Any) -> None:
-  """The loading warp of a lane."""
+def _load_track(schedule: Schedule, refs: Refs, track: Any) -> None:
+  """The loading warp of a track."""
   end = _each_piece(
-    schedule, refs, lane, functools.partial(_load_piece, schedule, refs, lane)
+    schedule, refs, track, functools.partial(_load_piece, schedule, refs, track)
   )
   if schedule.interpret:
     stages = schedule.tile.num_stages
-    gradient_steps.drain(refs.free, stages, end, lane * stages)
-    pl.when(end > 0)(lambda: plgpu.barrier_wait(refs.keys_free.at[lane]))
+    gradient_steps.drain(refs.free, stages, end, track * stages)
+    pl.when(end > 0)(lambda: plgpu.barrier_wait(refs.keys_free.at[track]))
 
 
 def _each_piece(
   schedule: Schedule,
   refs: Refs,
-  lane: Any,
+  track: Any,
   run: Callable[[Any, Any, Piece, Any], None],
 ) -> Any:
-  """Calls run(i, n, piece, count) for the pieces of a lane that are not empty.
+  """Calls run(i, n, piece, count) for the pieces of a track that are not empty.
 
   Args:
     schedule: the schedule.
     refs: arrays in global memory.
-    lane: number of the lane.
+    track: number of the track.
     run: takes the number of steps before the piece, the number of the piece,
       the piece, and the number of its steps.
 
@@ -448,10 +452,10 @@ def _each_piece(
     The number of steps of all.
   """
   program = lax.axis_index("program")
-  at_once = schedule.programs * schedule.lanes
+  at_once = schedule.programs * schedule.tracks
 
   def one(n: Any, i: Any) -> Any:
-    n = n * at_once + program * schedule.lanes + lane
+    n = n * at_once + program * schedule.tracks + track
     row = [
       refs.work[jnp.minimum(n, schedule.num_pieces - 1) * 4 + x]
       for x in range(4)
@@ -474,10 +478,10 @@ def _each_piece(
   return lax.fori_loop(0, rounds, one, jnp.int32(0))
 
 
-def _slot(schedule: Schedule, lane: Any, i: Any) -> Any:
-  """Slot of the i-th step of a lane."""
+def _slot(schedule: Schedule, track: Any, i: Any) -> Any:
+  """Slot of the i-th step of a track."""
   stages = schedule.tile.num_stages
-  return lane * stages + rem(i, stages)
+  return track * stages + rem(i, stages)
 
 
 def _rows_of(schedule: Schedule, x: int, size: int = 1) -> Any:
@@ -488,7 +492,7 @@ def _rows_of(schedule: Schedule, x: int, size: int = 1) -> Any:
 def _load_piece(
   schedule: Schedule,
   refs: Refs,
-  lane: Any,
+  track: Any,
   i: Any,
   number: Any,
   piece: Piece,
@@ -505,15 +509,15 @@ def _load_piece(
     return tuple(refs.items[jnp.minimum(x, piece.last - 1)] for x in at)
 
   items = items_of(jnp.int32(0))
-  pl.when(i > 0)(lambda: plgpu.barrier_wait(refs.keys_free.at[lane]))
+  pl.when(i > 0)(lambda: plgpu.barrier_wait(refs.keys_free.at[track]))
   block = div(piece.start_k, ROWS)
   for source, target in ((refs.k, refs.k_s), (refs.v, refs.v_s)):
     plgpu.copy_gmem_to_smem(
-      source.at[b, block, :, h], target.at[lane], refs.keys_ready.at[lane]
+      source.at[b, block, :, h], target.at[track], refs.keys_ready.at[track]
     )
 
   def load(n: Any, items: tuple[Any, ...]) -> tuple[Any, ...]:
-    slot = _slot(schedule, lane, i + n)
+    slot = _slot(schedule, track, i + n)
     # These loads are under way while the step is waited for and loaded.
     following = items_of(n + 1)
 
@@ -551,7 +555,7 @@ def _compute_piece(
   schedule: Schedule,
   refs: Refs,
   worker: int,
-  lane: int,
+  track: int,
   names: tuple[str, ...],
   i: Any,
   number: Any,
@@ -564,9 +568,9 @@ def _compute_piece(
     schedule: the schedule.
     refs: arrays and shared memory.
     worker: number of the warpgroup.
-    lane: its lane.
+    track: its track.
     names: "dk", "dv".
-    i: steps of the lane before this piece.
+    i: steps of the track before this piece.
     number: number of the piece.
     piece: the piece.
     count: number of its steps.
@@ -580,7 +584,7 @@ def _compute_piece(
   full = jnp.where(whole, div(piece.last - piece.first, per_step), 0)
   if refs.key_segments is not None:
     full = jnp.int32(0)
-  plgpu.barrier_wait(refs.keys_ready.at[lane])
+  plgpu.barrier_wait(refs.keys_ready.at[track])
 
   def walk(*accs: Any) -> list[Any]:
     def step(n: Any, _: Any, masked: bool) -> Any:
@@ -588,11 +592,11 @@ def _compute_piece(
         schedule,
         refs,
         worker,
-        lane,
+        track,
         dict(zip(names, accs, strict=True)),
         piece,
         n,
-        _slot(schedule, lane, i + n),
+        _slot(schedule, track, i + n),
         masked,
       )
       return ()
@@ -604,7 +608,7 @@ def _compute_piece(
   accs = [plgpu.ACC((ROWS, sums[x].shape[-1]), jnp.float32) for x in names]
   grads = pl.run_scoped(walk, *accs)
   # The next block loads while these are stored.
-  plgpu.barrier_arrive(refs.keys_free.at[lane])
+  plgpu.barrier_arrive(refs.keys_free.at[track])
   for name, x in zip(names, grads, strict=True):
     sums[name][number] = x * schedule.scale if name == "dk" else x
 
@@ -613,7 +617,7 @@ def _compute_step(
   schedule: Schedule,
   refs: Refs,
   worker: int,
-  lane: int,
+  track: int,
   accs: dict[str, Any],
   piece: Piece,
   n: Any,
@@ -667,13 +671,13 @@ def _compute_step(
   def store(ds: Any) -> None:
     # The stores of the step before have read the buffer.
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-    refs.ds_s.at[lane].T[...] = ds
+    refs.ds_s.at[track].T[...] = ds
     plgpu.commit_smem()
     for x in range(per_step):
 
       def copy(x: int = x) -> None:
         plgpu.copy_smem_to_gmem(
-          refs.ds_s.at[lane, _rows_of(schedule, x)],
+          refs.ds_s.at[track, _rows_of(schedule, x)],
           refs.ds.at[piece.first_pair + refs.items_s[slot, x]],
         )
 
@@ -685,7 +689,7 @@ def _compute_step(
   plgpu.barrier_wait(refs.ready.at[slot])
   gradient_steps.add_step(
     accs,
-    (refs.k_s.at[lane], refs.v_s.at[lane]),
+    (refs.k_s.at[track], refs.v_s.at[track]),
     (refs.q_s.at[slot], refs.dout_s.at[slot]),
     (functools.partial(stats, 0), functools.partial(stats, 1)),
     scale=schedule.scale,
@@ -706,21 +710,21 @@ def key_value_gradient(
 
   ds [pairs, G, l'] is not written for pairs that are not attended to.
   """
-  chunking, lanes = schedule.chunking, schedule.lanes
+  chunking, tracks = schedule.chunking, schedule.tracks
   dtype, widths = inputs.query.dtype, schedule.widths
-  slots, per_step = lanes * schedule.tile.num_stages, schedule.step_queries
+  slots, per_step = tracks * schedule.tile.num_stages, schedule.step_queries
   smem, barrier = plgpu.SMEM, plgpu.Barrier
-  readers = WORKERS // lanes  # warpgroups that read what a lane loads
+  readers = WORKERS // tracks  # warpgroups that read what a track loads
   scratch = {
-    "k_s": smem((lanes, ROWS, widths[0]), dtype),
-    "v_s": smem((lanes, ROWS, widths[1]), dtype),
+    "k_s": smem((tracks, ROWS, widths[0]), dtype),
+    "v_s": smem((tracks, ROWS, widths[1]), dtype),
     "q_s": smem((slots, ROWS, widths[0]), dtype),
     "dout_s": smem((slots, ROWS, widths[1]), dtype),
     "stats_s": smem((slots, 2 * ROWS), jnp.float32),
     "items_s": smem((slots, per_step), jnp.int32),
-    "ds_s": smem((lanes, ROWS, ROWS), dtype),
-    "keys_ready": barrier(num_arrivals=2, num_barriers=lanes),
-    "keys_free": barrier(num_arrivals=readers, num_barriers=lanes),
+    "ds_s": smem((tracks, ROWS, ROWS), dtype),
+    "keys_ready": barrier(num_arrivals=2, num_barriers=tracks),
+    "keys_free": barrier(num_arrivals=readers, num_barriers=tracks),
     "ready": barrier(num_arrivals=3 * per_step, num_barriers=slots),
     "free": barrier(num_arrivals=readers, num_barriers=slots),
   }
@@ -845,27 +849,20 @@ def _dq_kernel(*arrays: Any, schedule: Schedule, **scratch: Any) -> None:
   refs = DqRefs(*arrays, **scratch)
   warpgroup = lax.axis_index("warpgroup")
 
-  loaders = schedule.tile.dq_loaders
-  load, compute = _DQ_REGISTERS[loaders]
-
-  for loader in range(loaders):
-
-    @pl.when(warpgroup == WORKERS + loader)
-    def _(loader: int = loader) -> None:
-      if not schedule.interpret:
-        plgpu.set_max_registers(load, action="decrease")
-      end = _each_tile(
-        schedule,
-        refs,
-        functools.partial(_load_tile, schedule, refs, loader),
-      )
-      if schedule.interpret:
-        gradient_steps.drain(refs.free, schedule.tile.dq_stages, end)
+  @pl.when(warpgroup == WORKERS)
+  def _() -> None:
+    if not schedule.interpret:
+      plgpu.set_max_registers(_DQ_LOAD_REGISTERS, action="decrease")
+    end = _each_tile(
+      schedule, refs, functools.partial(_load_tile, schedule, refs)
+    )
+    if schedule.interpret:
+      gradient_steps.drain(refs.free, schedule.tile.dq_stages, end)
 
   @pl.when(warpgroup < WORKERS)
   def _() -> None:
     if not schedule.interpret:
-      plgpu.set_max_registers(compute, action="increase")
+      plgpu.set_max_registers(_DQ_COMPUTE_REGISTERS, action="increase")
     _each_tile(
       schedule,
       refs,
@@ -874,19 +871,12 @@ def _dq_kernel(*arrays: Any, schedule: Schedule, **scratch: Any) -> None:
     plgpu.wait_smem_to_gmem(0)
 
 
-def _load_tile(
-  schedule: Schedule,
-  refs: DqRefs,
-  loader: int,
-  i: Any,
-  tile: _Tile,
-) -> Any:
-  """Loads the ds of some warpgroups; the first loader also loads the keys.
+def _load_tile(schedule: Schedule, refs: DqRefs, i: Any, tile: _Tile) -> Any:
+  """Loads the blocks of a tile, and their ds.
 
   Args:
     schedule: the schedule.
     refs: arrays and shared memory.
-    loader: number of the loading warpgroup.
     i: number of steps before this tile.
     tile: the queries.
 
@@ -904,7 +894,6 @@ def _load_tile(
     inside = (query < chunking.queries) & (t >= 0) & (t < chunking.key_length)
     own.append(jnp.where(inside, div(jnp.maximum(t, 0), ROWS), -1))
     rows.append(tile.first_row + jnp.minimum(query, chunking.queries - 1))
-  workers = range(loader, WORKERS, schedule.tile.dq_loaders)
 
   def wait(i: Any) -> Any:
     """The slot of a step, once it is free."""
@@ -923,13 +912,12 @@ def _load_tile(
 
   def visit(i: Any, block: Any, hits: list[Any], places: Sequence[Any]) -> None:
     slot = wait(i)
-    if loader == 0:
-      plgpu.copy_gmem_to_smem(
-        refs.k.at[tile.batch, block, :, h],
-        refs.k_s.at[slot],
-        refs.k_ready.at[slot],
-      )
-    for worker in workers:
+    plgpu.copy_gmem_to_smem(
+      refs.k.at[tile.batch, block, :, h],
+      refs.k_s.at[slot],
+      refs.k_ready.at[slot],
+    )
+    for worker in range(WORKERS):
       at = worker * stages + slot
       mine = range(worker * per_step, (worker + 1) * per_step)
       some = functools.reduce(jnp.logical_or, [hits[x] for x in mine])
@@ -948,9 +936,8 @@ def _load_tile(
 
   i = walk_union(refs.ids, chunking.num_ids, rows, own, i, visit)
   slot = wait(i)
-  if loader == 0:
-    plgpu.barrier_arrive(refs.k_ready.at[slot])
-  for worker in workers:
+  plgpu.barrier_arrive(refs.k_ready.at[slot])
+  for worker in range(WORKERS):
     refs.states_s[worker * stages + slot] = jnp.int32(_END)
     skip(worker, slot)
   return i + 1
@@ -1059,9 +1046,7 @@ def query_gradient(
       "free": barrier(num_arrivals=WORKERS, num_barriers=stages),
     },
     **gradient_steps.options(
-      "nsa_selected_dq",
-      WORKERS + schedule.tile.dq_loaders,
-      schedule.interpret,
+      "nsa_selected_dq", WORKERS + 1, schedule.interpret
     ),
   )(
     chunk.first_row,

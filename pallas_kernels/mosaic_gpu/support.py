@@ -2,13 +2,16 @@
 
 import functools
 import re
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import get_abstract_mesh
 
-from pallas_kernels.checks import check_query, group_of, visible_gpus
+from pallas_kernels.checks import (
+  abstract_gpu,
+  check_query,
+  group_of,
+  visible_gpus,
+)
 
 # Older versions lack much of the layout inference that the kernels rely on.
 _MIN_JAX = (0, 11)
@@ -26,9 +29,9 @@ _MULTIPROCESSORS = 132  # of an H100 or H200 with SXM
 def check_where() -> None:
   """Checks the version of jax, the cards and the assembler.
 
-  Without a visible NVIDIA GPU (when lowering for another machine, or
-  interpreting), a card and an assembler that the kernels support are assumed,
-  unless an abstract device says which card it is.
+  An abstract device says which card it is, else the visible NVIDIA GPUs do.
+  Without both (when interpreting), and without an assembler, those that the
+  kernels support are assumed.
 
   Raises:
     NotImplementedError: naming what is there and the rule.
@@ -38,8 +41,13 @@ def check_where() -> None:
     raise NotImplementedError(
       f"jax has version {jax.__version__}: the kernels take {least} and newer"
     )
-  devices = visible_gpus()
-  for device in devices:
+  card, devices = abstract_gpu(), visible_gpus()
+  if card is not None and not _HOPPER.search(card.device_kind):
+    raise NotImplementedError(
+      f"{card.device_kind} is not a Hopper card: the kernels take compute "
+      f"capability {_CAPABILITY} only"
+    )
+  for device in devices if card is None else ():
     if device.compute_capability != _CAPABILITY:
       raise NotImplementedError(
         f"{device.device_kind} has compute capability "
@@ -47,13 +55,6 @@ def check_where() -> None:
       )
   if devices:
     check_assembler(ptx_isa())
-    return
-  card = _abstract_card()
-  if card is not None and not _HOPPER.search(card.device_kind):
-    raise NotImplementedError(
-      f"{card.device_kind} is not a Hopper card: the kernels take compute "
-      f"capability {_CAPABILITY} only"
-    )
 
 
 def check_assembler(isa: int | None) -> None:
@@ -92,18 +93,14 @@ def ptx_isa() -> int | None:
 def multiprocessors() -> int:
   """Multiprocessors of the card that a kernel is lowered for.
 
-  They are those of the visible GPUs, or of the abstract device, else an H200's.
+  They are those of the abstract device, or of the visible GPUs, else an H200's.
   """
+  card = abstract_gpu()
+  if card is not None and card.num_cores:
+    return card.num_cores
   for device in visible_gpus():
     return device.core_count
-  card = _abstract_card()
-  return (card.num_cores if card is not None else None) or _MULTIPROCESSORS
-
-
-def _abstract_card() -> Any:
-  """The abstract device of the current mesh, if it is a GPU."""
-  card = get_abstract_mesh().abstract_device
-  return card if card is not None and card.platform == "gpu" else None
+  return _MULTIPROCESSORS
 
 
 def check_heads(query: jax.Array, key: jax.Array, value: jax.Array) -> None:
