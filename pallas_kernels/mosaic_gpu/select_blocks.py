@@ -1,13 +1,14 @@
 """Block selection (Eq. 8-11): scores here, then Triton's top-n kernel.
 
 A persistent block computes units of work: 64 queries against a tile of
-compressed keys. Two or three warpgroups compute, each with its own part of the
-keys. One more loads; it also finds the units, and leaves each beside its keys.
-The keys of a unit stay in shared memory, and its queries stream past them head
-by head: so a product has queries as rows and keys as columns, and the sum over
-the heads of a group moves no data between threads. Products and exponentials
-take equally long. Within a warpgroup, the exponentials of one head run beside
-the product of the next one, and the warpgroups take turns to issue products.
+compressed keys. Two warpgroups compute, each with half of the keys. A third one
+loads; it also finds the units, and leaves each beside its keys. The keys of a
+unit stay in shared memory, and its queries stream past them head by head: so a
+product has queries as rows and keys as columns, and the sum over the heads of a
+group moves no data between threads. Products and exponentials take equally
+long. Where shared memory has room, a warpgroup issues the products of two heads
+together, and the second one runs beside the exponentials of the first one.
+Nothing orders the two warpgroups: to issue products in turns took 2% longer.
 
 Nor does the sum over overlapping compressed blocks move data: in shared memory
 come first the keys that begin first in their selection block, then all that
@@ -32,24 +33,25 @@ from pallas_kernels.bands import Band
 from pallas_kernels.integers import ceil_div, div, rem
 from pallas_kernels.interface import Queries, Spec
 from pallas_kernels.mosaic_gpu import support
-from pallas_kernels.mosaic_gpu.gradient_steps import drain, options
+from pallas_kernels.mosaic_gpu.gradient_steps import LOG2E, drain, options
 from pallas_kernels.mosaic_gpu.interpreter import in_python, interpreted
 from pallas_kernels.mosaic_gpu.tiling import (
+  MAX_RATIO,
   ROWS,
+  WORKERS,
   ScoresTile,
   SelectionTiling,
   selection_tiling,
 )
 from pallas_kernels.triton import select_blocks as triton
 from pallas_kernels.triton import tiling as triton_tiling
-from pallas_kernels.triton.common import LOG2E
 
 # The kernels need names of jax 0.11; type checkers may see those of 0.10.
 plgpu: Any = mosaic_gpu
 
-# Registers per thread of the loading and of the computing warpgroups, by the
-# number of the latter: together as many as there are at the start.
-_REGISTERS = {2: (40, 232), 3: (32, 160)}
+# Registers per thread: what the loading warpgroup gives up the others take.
+_LOAD_REGISTERS = 40
+_COMPUTE_REGISTERS = 232
 
 Arrays = tuple[jax.Array, jax.Array, jax.Array]
 Index = tuple[None, Queries]
@@ -96,7 +98,7 @@ class Call(NamedTuple):
   @property
   def key_copies(self) -> int:
     """Copies of the keys and lse of a unit to shared memory."""
-    return self.tile.workers * self.ratio + 1
+    return WORKERS * self.ratio + 1
 
   @property
   def key_tiles(self) -> int:
@@ -107,7 +109,7 @@ class Call(NamedTuple):
 class Refs(NamedTuple):
   """Arrays in global memory, and what is in shared memory (`*_s`).
 
-  T' is T rounded up, W is `workers`, D is `num_stages` and D' `key_stages`.
+  T' is T rounded up, W is `WORKERS`, D is `num_stages` and D' `key_stages`.
   """
 
   start: Any  # [1], first query of the chunk
@@ -127,7 +129,6 @@ class Refs(NamedTuple):
   k_free: Any  # [D'] barriers: both warpgroups have read them
   q_ready: Any  # [D] barriers: the queries of a head are loaded
   q_free: Any  # [D] barriers
-  turn: Any  # [W] barriers: a warpgroup may issue products; or None
 
 
 class Unit(NamedTuple):
@@ -268,15 +269,13 @@ def _scores_kernel(
   inputs, scores = arrays[:-num_scores], arrays[-num_scores:]
   segments = inputs[5:] or (None, None, None)
   fields: Any = (*inputs[:5], *segments, scores)
-  refs = Refs(*fields, **({"turn": None} | scratch))
+  refs = Refs(*fields, **scratch)
   block, worker = lax.axis_index("program"), lax.axis_index("warpgroup")
-  workers = call.tile.workers
-  registers = _REGISTERS[workers]
 
-  @pl.when(worker == workers)
+  @pl.when(worker == WORKERS)
   def _() -> None:
     if not call.interpret:
-      plgpu.set_max_registers(registers[0], action="decrease")
+      plgpu.set_max_registers(_LOAD_REGISTERS, action="decrease")
     units = _each_unit(
       call, refs, block, functools.partial(_load_unit, call, refs)
     )
@@ -288,14 +287,10 @@ def _scores_kernel(
       drain(refs.k_free, call.tile.key_stages, units + 1)
       drain(refs.q_free, call.tile.num_stages, units * call.group)
 
-  @pl.when(worker < workers)
+  @pl.when(worker < WORKERS)
   def _() -> None:
     if not call.interpret:
-      plgpu.set_max_registers(registers[1], action="increase")
-    if refs.turn is not None:  # The first turn is the first warpgroup's.
-      pl.when(worker == workers - 1)(
-        lambda: plgpu.barrier_arrive(refs.turn.at[0])
-      )
+      plgpu.set_max_registers(_COMPUTE_REGISTERS, action="increase")
 
     def look(n: Any) -> Unit:
       """Waits for the keys of the n-th unit."""
@@ -314,8 +309,6 @@ def _scores_kernel(
       lambda carry: carry[1].tile >= 0, step, (zero, look(zero))
     )
     plgpu.barrier_arrive(refs.k_free.at[rem(n, call.tile.key_stages)])
-    if refs.turn is not None and call.interpret:
-      pl.when(worker == 0)(lambda: plgpu.barrier_wait(refs.turn.at[0]))
 
 
 def _wait_for_free(free: Any, i: Any, stages: int) -> Any:
@@ -337,10 +330,8 @@ def _load_unit(call: Call, refs: Refs, n: Any, unit: Unit) -> None:
   # who waits for the copies finds them, too.
   for i, x in enumerate(unit):
     refs.unit_s[slot, i] = x
-  for worker in range(call.tile.workers):
-    first = pl.multiple_of(
-      (unit.tile * call.tile.workers + worker) * columns, columns
-    )
+  for worker in range(WORKERS):
+    first = pl.multiple_of((unit.tile * WORKERS + worker) * columns, columns)
     for r in range(call.ratio):
       plgpu.copy_gmem_to_smem(
         refs.k.at[unit.b, pl.ds(first, columns), r * call.kv_heads + unit.h],
@@ -360,12 +351,6 @@ def _load_unit(call: Call, refs: Refs, n: Any, unit: Unit) -> None:
       refs.q_s.at[slot],
       refs.q_ready.at[slot],
     )
-    ahead = call.tile.prefetch
-    if ahead and not call.interpret:
-      later = unit.h * call.group + jnp.minimum(g + ahead, call.group - 1)
-      plgpu.async_prefetch(
-        refs.q.at[unit.b, span_q, later], predicate=g + ahead < call.group
-      )
     return ()
 
   _loop(call.group, load, ())
@@ -376,7 +361,7 @@ def _compute_unit(
 ) -> None:
   """Computes and stores the scores of one warpgroup's keys of the n-th unit."""
   layout, shape = plgpu.Layout.WGMMA, (ROWS, call.tile.block_k)
-  unroll, stages = call.tile.unroll, call.tile.num_stages
+  heads, stages = call.tile.heads, call.tile.num_stages
   factor = call.scale * LOG2E
   key_slot = rem(n, call.tile.key_stages)
   keys = refs.k_s.at[key_slot, worker]
@@ -387,47 +372,36 @@ def _compute_unit(
   def wait_for_queries(g: Any) -> None:
     plgpu.barrier_wait(refs.q_ready.at[slot_of(g)])
 
-  def release_turn(pending: int) -> None:
-    """Passes the turn on once so many products have not ended."""
-    turns = call.tile.turns
-    if turns is not None and pending == min(turns, unroll):
-      next_worker = rem(worker + 1, call.tile.workers)
-      plgpu.barrier_arrive(refs.turn.at[next_worker])
-
-  def heads(i: Any, acc: Any) -> Any:
-    """Adds the probabilities of `unroll` heads."""
-    first = i * unroll
+  def step(i: Any, acc: Any) -> Any:
+    """Adds the probabilities of `heads` heads."""
+    first = i * heads
 
     def add(*products: Any) -> Any:
       for x, s in enumerate(products):
         plgpu.wgmma(s, refs.q_s.at[slot_of(first + x)], keys.T)
-      release_turn(unroll)
       total = acc
       for x, s in enumerate(products):
         g = first + x
         lse = plgpu.load(
           refs.lse_s.at[key_slot, g], layout=layout.reduce(1), optimized=False
         )
-        scores = plgpu.wgmma_accumulator_load(s, wait_n=unroll - 1 - x)
-        release_turn(unroll - 1 - x)
+        scores = plgpu.wgmma_accumulator_load(s, wait_n=heads - 1 - x)
         plgpu.barrier_arrive(refs.q_free.at[slot_of(g)])
         lse = lax.broadcast_in_dim(lse, shape, [0])
         total += jnp.exp2(scores * factor - lse)
         # ptxas moves the wait for a product up, until it meets another wait.
         # This one keeps it below the exponentials.
-        pl.when(g + unroll < call.group)(
-          functools.partial(wait_for_queries, g + unroll)
+        pl.when(g + heads < call.group)(
+          functools.partial(wait_for_queries, g + heads)
         )
       return total
 
-    if refs.turn is not None:
-      plgpu.barrier_wait(refs.turn.at[worker])
-    return pl.run_scoped(add, *[plgpu.ACC(shape, jnp.float32)] * unroll)
+    return pl.run_scoped(add, *[plgpu.ACC(shape, jnp.float32)] * heads)
 
-  for x in range(unroll):
+  for x in range(heads):
     wait_for_queries(x)
   zeros = plgpu.layout_cast(jnp.zeros(shape, jnp.float32), layout)
-  p = _loop(call.group // unroll, heads, zeros)
+  p = _loop(call.group // heads, step, zeros)
   # TMA may overwrite what was read of `lse_s`: a barrier alone does not order
   # the two.
   plgpu.commit_smem()
@@ -438,9 +412,7 @@ def _compute_unit(
     store(masked=True)
     return
   seen = call.band.stop(unit.position + unit.row)
-  full = (
-    seen >= (unit.tile * call.tile.workers + worker + 1) * call.tile.block_k
-  )
+  full = seen >= (unit.tile * WORKERS + worker + 1) * call.tile.block_k
   pl.when(full)(functools.partial(store, masked=False))
   pl.when(~full)(functools.partial(store, masked=True))
 
@@ -455,7 +427,7 @@ def _store(
   """
   layout, columns = plgpu.Layout.WGMMA, call.columns
   shape = ROWS, columns
-  part = unit.tile * call.tile.workers + worker
+  part = unit.tile * WORKERS + worker
   first = pl.multiple_of(part * columns, columns)
   rows = pl.ds(unit.row, ROWS)
 
@@ -538,14 +510,12 @@ def check(spec: Spec, arrays: Arrays, index: Index) -> None:
   support.check_where()
   checks.check_scores(spec)
   support.check_heads(query, key, key)
-  sizes = _sizes(spec, arrays)
-  checks.check_tiles(spec, SelectionTiling, *sizes.values())
-  if spec.tiles is None and selection_tiling(**sizes) is None:
+  if MAX_RATIO % spec.ratio:
     raise NotImplementedError(
-      f"`selection_block` / `compression_stride` = {spec.ratio} with head "
-      f"dimension {query.shape[-1]}: two tiles of keys of so many selection "
-      "blocks do not fit in shared memory"
+      f"`selection_block` / `compression_stride` = {spec.ratio}: the kernels "
+      f"take divisors of {MAX_RATIO}"
     )
+  checks.check_tiles(spec, SelectionTiling, *_sizes(spec, arrays).values())
   triton.check(spec._replace(tiles=None), arrays, index)  # Its top-n kernel.
 
 
@@ -554,7 +524,6 @@ def forward(spec: Spec, arrays: Arrays, index: Index) -> jax.Array:
   """As in `interface`: ids int32 [B, T, K, n] of the selected blocks."""
   query = arrays[0]
   tiles = spec.tiles or selection_tiling(**_sizes(spec, arrays))
-  assert tiles is not None  # As `check` found.
   top_n = triton_tiling.selection_tiling(
     length=query.shape[1], dtype=query.dtype, ratio=spec.ratio
   )
@@ -623,7 +592,7 @@ def _scores(
   # TMA loads boxes of 8 rows; of a box it fills with zeros what is not there.
   query = _pad(query, -length % 8)
   # A place for every key of the last tile.
-  blocks = call.key_tiles * tile.workers * call.columns
+  blocks = call.key_tiles * WORKERS * call.columns
   key = _pad(key, blocks * ratio - num_keys)
   key = key.reshape(batch, blocks, ratio * kv_heads, head_dim)
   lse = lse.astype(jnp.float32) * LOG2E
@@ -637,7 +606,7 @@ def _scores(
     first = first.reshape(batch, -1, ROWS).min(axis=2) // (tile.keys // ratio)
     segments = of_keys, _pad(of_queries, -length % ROWS, -1), first
   dtype, smem, barrier = query.dtype, plgpu.SMEM, plgpu.Barrier
-  keys = tile.key_stages, tile.workers, tile.block_k, head_dim
+  keys = tile.key_stages, WORKERS, tile.block_k, head_dim
   scratch = {
     "k_s": smem(keys, dtype),
     "unit_s": smem((tile.key_stages, len(Unit._fields)), jnp.int32),
@@ -646,19 +615,17 @@ def _scores(
     "k_ready": barrier(
       num_arrivals=call.key_copies, num_barriers=tile.key_stages
     ),
-    "k_free": barrier(num_arrivals=tile.workers, num_barriers=tile.key_stages),
+    "k_free": barrier(num_arrivals=WORKERS, num_barriers=tile.key_stages),
     "q_ready": barrier(num_barriers=stages),
-    "q_free": barrier(num_arrivals=tile.workers, num_barriers=stages),
+    "q_free": barrier(num_arrivals=WORKERS, num_barriers=stages),
   }
-  if tile.turns is not None:
-    scratch["turn"] = barrier(num_barriers=tile.workers)
   results = chunks.shapes(batch, kv_heads)
   run = plgpu.kernel(
     functools.partial(_scores_kernel, call=call, num_scores=chunks.num_scores),
     out_type=results,
     grid=(call.blocks,),
     scratch_types=scratch,
-    **options("nsa_block_scores", tile.workers + 1, call.interpret),
+    **options("nsa_block_scores", WORKERS + 1, call.interpret),
   )
   if call.interpret:
     run = functools.partial(interpreted, run, results)
