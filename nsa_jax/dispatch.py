@@ -95,7 +95,8 @@ def names(implementation: Implementation, op: str = "window") -> Sequence[str]:
     # most shapes, up to 2.7 times, and up to 22% slower with others. It serves
     # some cards only, so that the card has to be known: a program that is
     # lowered without one may be for others.
-    if op in ATTENTION_OPS and (abstract_gpu() or visible_gpus()):
+    served = op in (*ATTENTION_OPS, "select_blocks")
+    if served and (abstract_gpu() or visible_gpus()):
       return "mosaic_gpu", "triton", "xla"
     return "triton", "xla"
   return named(implementation)

@@ -288,10 +288,11 @@ def test_the_defaults_are_those_of_the_code(
       "decode",
     ):
       want: tuple[str, ...] = ("cudnn" if op == "full" else "triton", "xla")
-      if cards and op in ("compressed", "selected", "window"):
+      if cards and op in ("compressed", "select_blocks", "selected", "window"):
         want = ("mosaic_gpu", *want)
       assert dispatch.names(None, op) == want, op
-  assert "for the three branches on Hopper cards `mosaic_gpu`" in text
+  default = "for the three branches and block selection on Hopper cards"
+  assert f"{default} `mosaic_gpu`" in text
   assert "else `triton` on NVIDIA GPUs and `xla` on everything else" in text
   assert "For `full_attention` it is `cudnn`" in text
 

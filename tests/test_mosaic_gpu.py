@@ -196,14 +196,19 @@ def _default(op: str) -> Any:
   """The kernel that a call without `implementation` takes on a GPU."""
   x = jnp.ones((1, 64, 16, 64), jnp.bfloat16)
   arrays = x, x[:, :, :2], x[:, :, :2]
+  if op == "select_blocks":
+    arrays = x, x[:, :, :2], jnp.ones(x.shape[:3])
   ids = jnp.zeros((1, 64, 2, 1), jnp.int32) if op == "selected" else None
-  spec = Spec(NSAConfig(32, 1, 64), 1.0, 95 if op == "compressed" else 64)
+  compressed = op in ("compressed", "select_blocks")
+  spec = Spec(NSAConfig(32, 16, 64), 1.0, 1040 if compressed else 64)
   run: Any = dispatch.choose(op, None, spec, arrays, (ids, Queries(0)))
   return run.args[0].cuda
 
 
 @pytest.mark.usefixtures("new_jax")
-@pytest.mark.parametrize("op", ["compressed", "selected", "window"])
+@pytest.mark.parametrize(
+  "op", ["compressed", "select_blocks", "selected", "window"]
+)
 def test_the_default_by_card(monkeypatch: pytest.MonkeyPatch, op: str) -> None:
   """The card that a program is for decides, else those that are visible."""
   monkeypatch.setattr(support, "ptx_isa", lambda: 90)
@@ -242,7 +247,7 @@ def test_the_default_for_what_it_does_not_serve(
   monkeypatch: pytest.MonkeyPatch,
 ) -> None:
   _cards(monkeypatch, "NVIDIA H100", "9.0")
-  for op in ("full", "block_scores", "select_blocks", "decode"):
+  for op in ("full", "block_scores", "decode"):
     assert NAME not in dispatch.names(None, op)
 
 

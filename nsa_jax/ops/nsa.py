@@ -156,10 +156,10 @@ def native_sparse_attention(
       "selected", "window"; None for the heuristic.
     implementation: a name ("triton", "xla", "reference"), or a sequence of
       names to try in order, op by op; in a sequence, "cudnn" may serve the
-      window, and "mosaic_gpu" every branch. None is "mosaic_gpu" for what it
-      serves on Hopper cards, else "triton" on NVIDIA GPUs, and "xla" elsewhere,
-      in one traced program with reverse mode only; or "xla" alone, if the
-      kernels cannot do the call.
+      window, and "mosaic_gpu" every branch and the selection. None is
+      "mosaic_gpu" for what it serves on Hopper cards, else "triton" on NVIDIA
+      GPUs, and "xla" elsewhere, in one traced program with reverse mode only;
+      or "xla" alone, if the kernels cannot do the call.
     layout: mesh axes over which the arrays are split, on the mesh of
       `jax.set_mesh`. None reads them off the types if the mesh has Explicit
       axes. With Auto axes None leaves the partition to XLA, which can do it for
