@@ -236,6 +236,8 @@ def prepare(
     return jnp.pad(x, width) if more_keys else x
 
   delta = common.keep_finite(common.delta_of(out, dout, dlse), lse)
+  # Fused with the concatenation below, the sum over V would be slow.
+  delta = jax.lax.optimization_barrier(delta)
   lse = jnp.where(lse == -jnp.inf, EMPTY, lse * LOG2E)
 
   def by_group(x: jax.Array) -> jax.Array:
