@@ -277,12 +277,13 @@ def test_unreadable_tokens_change_nothing_on_a_card(packed: bool) -> None:
 
 def _one_call(key: Any, value: Any) -> Any:
   """A call's gradients, as a function of queries and ids."""
+  run: Any = functools.partial(
+    nsa_jax.selected_attention, config=CONFIG, implementation="mosaic_gpu"
+  )
 
   def one(query: Any, ids: Any) -> Any:
     def loss(*qkv: Any) -> Any:
-      out, _ = nsa_jax.selected_attention(
-        *qkv, ids, config=CONFIG, implementation="mosaic_gpu"
-      )
+      out, _ = run(*qkv, ids)
       return (out.astype(jnp.float32) ** 2).sum()
 
     return jax.grad(loss, (0, 1, 2))(query, key, value)
