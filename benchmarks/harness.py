@@ -233,7 +233,7 @@ def add_implementation(parser: argparse.ArgumentParser) -> None:
   """Adds `--implementation`, which a record is named after."""
   parser.add_argument(
     "--implementation",
-    choices=("triton", "xla"),
+    choices=("mosaic_gpu", "triton", "xla"),
     help="of the sparse attention (default: what a call without one takes)",
   )
 

@@ -275,9 +275,8 @@ def test_unreadable_tokens_change_nothing_on_a_card(packed: bool) -> None:
   _unreadable_tokens_change_nothing(packed)
 
 
-def _mapped_twice(*arrays: Any) -> Any:
-  """A call's gradients, and those of calls mapped over [2, 2] queries."""
-  query, key, value, ids = arrays
+def _one_call(key: Any, value: Any) -> Any:
+  """A call's gradients, as a function of queries and ids."""
   run: Any = functools.partial(
     nsa_jax.selected_attention, config=CONFIG, implementation="mosaic_gpu"
   )
@@ -289,7 +288,12 @@ def _mapped_twice(*arrays: Any) -> Any:
 
     return jax.grad(loss, (0, 1, 2))(query, key, value)
 
-  return one, jax.vmap(jax.vmap(one))(query, ids)
+  return one
+
+
+def _mapped_twice(query: Any, key: Any, value: Any, ids: Any) -> Any:
+  """The gradients of calls mapped over [2, 2] queries."""
+  return jax.vmap(jax.vmap(_one_call(key, value)))(query, ids)
 
 
 def _four_calls() -> tuple[Any, ...]:
@@ -306,11 +310,10 @@ def _four_calls() -> tuple[Any, ...]:
 @pytest.mark.gpu
 def test_mapped_calls_on_a_card() -> None:
   """A call that is mapped twice has the bits of single calls."""
-  arrays = _four_calls()
-  query, _, _, ids = arrays
-  one, actual = _mapped_twice(*arrays)
+  query, key, value, ids = _four_calls()
+  actual = jax.jit(_mapped_twice)(query, key, value, ids)
   for i, j in np.ndindex(2, 2):
-    alone = jax.jit(one)(query[i, j], ids[i, j])
+    alone = jax.jit(_one_call(key, value))(query[i, j], ids[i, j])
     helpers.assert_same_bits([x[i, j] for x in actual], list(alone))
 
 
@@ -426,7 +429,7 @@ def test_lowers_for_cuda(sizes: dict[str, Any]) -> None:
 def test_mapped_calls_lower_for_cuda() -> None:
   arrays = map(jnp.asarray, _four_calls())
   with helpers.h200():
-    traced = jax.jit(lambda *x: _mapped_twice(*x)[1]).trace(*arrays)
+    traced = jax.jit(_mapped_twice).trace(*arrays)
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
   assert text.count("custom_call @mosaic_gpu") == 3
 

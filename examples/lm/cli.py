@@ -75,7 +75,7 @@ def make_parser(prog: str = "train_lm.py") -> argparse.ArgumentParser:
   )
   add(
     "--implementation",
-    choices=("reference", "xla", "triton"),
+    choices=("reference", "xla", "triton", "mosaic_gpu"),
     help="of the attention (default: the fastest that the device has)",
   )
   add(

@@ -236,6 +236,8 @@ def prepare(
     return jnp.pad(x, width) if more_keys else x
 
   delta = common.keep_finite(common.delta_of(out, dout, dlse), lse)
+  # Fused with the concatenation below, the sum over V would be slow.
+  delta = jax.lax.optimization_barrier(delta)
   lse = jnp.where(lse == -jnp.inf, EMPTY, lse * LOG2E)
 
   def by_group(x: jax.Array) -> jax.Array:
@@ -275,8 +277,10 @@ def gradients(
   chunking, tile = schedule.chunking, schedule.tile
   starts = first_rows(row_ids, chunking)
   several = len(starts) > 1
-  # Chunks write their queries in place.
-  dq_ref = jax.new_ref(jnp.zeros_like(inputs.query)) if several else None
+  dq_ref = None
+  if several:
+    # Chunks write their queries in place, and all queries are in one.
+    dq_ref = jax.new_ref(lax.empty(inputs.query.shape, inputs.query.dtype))
 
   def step(first_row: jax.Array, totals: Sequence[jax.Array]) -> Any:
     chunk = make_chunk(first_row, row_ids, inputs.offset, chunking, tile.piece)
