@@ -7,6 +7,8 @@ Each program starts in a process of its own and finds no compiled programs on
 disk. XLA times variants of products and fusions while it compiles; a second
 process, in which it does not (`--xla_gpu_autotune_level=0`), shows what that
 takes. Programs with NSA stand beside the same programs with full attention.
+"init" makes the parameters of a model; with "in kernels", jax draws the random
+numbers in kernels of its own, as `examples/lm` does on one GPU.
 """
 
 import functools
@@ -29,7 +31,8 @@ from nsa_jax import KV, NSAConfig, TransformerConfig, TransformerLM
 LENGTH = 8192
 LAYERS = 8
 ATTENTIONS = ("nsa", "full")
-PROGRAMS = ("op", "step", "step, scanned", "decode")
+IN_KERNELS = "init, in kernels"
+PROGRAMS = ("op", "init", IN_KERNELS, "step", "step, scanned", "decode")
 QUICK = ("op", "step")
 NO_AUTOTUNING = "--xla_gpu_autotune_level=0"
 SECONDS = ("trace", "lower", "compile", "first call")
@@ -68,13 +71,20 @@ def op(
   return harness.forward_and_backward(function), (args, (), query)
 
 
-def step(config: TransformerConfig, length: int) -> Program:
-  """A training step, and shapes for it."""
+def init(config: TransformerConfig) -> Program:
+  """What makes parameters and optimiser state, and the shape of its seed."""
   optimizer = train.make_optimizer(3e-4, 1000)
   start = functools.partial(train_step.init, config=config, optimizer=optimizer)
+  return start, (jax.ShapeDtypeStruct((), jnp.int32),)
+
+
+def step(config: TransformerConfig, length: int) -> Program:
+  """A training step, and shapes for it."""
+  start, seed = init(config)
   windows = jax.ShapeDtypeStruct((1, length + 1), jnp.int32)
+  optimizer = train.make_optimizer(3e-4, 1000)
   function = train.make_train_step(TransformerLM(config), optimizer)
-  return function, (jax.eval_shape(start, 0), windows)
+  return function, (jax.eval_shape(start, *seed), windows)
 
 
 def decode(config: TransformerConfig, length: int) -> Program:
@@ -108,6 +118,8 @@ def make(name: str, attention: str, length: int, **overrides: Any) -> Program:
     "scan_layers": name == "step, scanned",
   }
   config = train_step.configure(attention, **{**fields, **overrides})
+  if name in ("init", IN_KERNELS):
+    return init(config)
   return (decode if name == "decode" else step)(config, length)
 
 
@@ -138,6 +150,7 @@ def run_child(name: str, attention: str, flags: str) -> dict[str, float]:
   environment = {
     "JAX_ENABLE_COMPILATION_CACHE": "false",
     "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip(),
+    "JAX_THREEFRY_GPU_KERNEL_LOWERING": str(name == IN_KERNELS),
   }
   done = subprocess.run(
     [*command, name, attention],

@@ -23,6 +23,7 @@ import numpy as np
 
 from benchmarks import harness
 from examples.lm import data, train
+from examples.lm.devices import draw_in_kernels
 from nsa_jax import TransformerConfig, TransformerLM
 from nsa_jax.layers.linen import CompressBlocks
 from nsa_jax.models.embedding import embed
@@ -361,6 +362,7 @@ def pairs_of_bytes(text: Any, vocab_size: int) -> Any:
 def main(argv: Sequence[str] | None = None):
   args = parser().parse_args(argv)
   harness.require_gpu()
+  draw_in_kernels()
   layers = args.layers or (4 if args.quick else 16)
   configs = {
     name: configure(

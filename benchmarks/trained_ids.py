@@ -20,6 +20,7 @@ import numpy as np
 
 from benchmarks import harness
 from examples.lm import data, train
+from examples.lm.devices import draw_in_kernels
 from nsa_jax import TransformerConfig, TransformerLM, inspect
 
 LENGTH = 65536
@@ -161,6 +162,7 @@ def parser():
 def main(argv: Sequence[str] | None = None):
   args = parser().parse_args(argv)
   harness.require_gpu()
+  draw_in_kernels()
   steps = args.steps or (STEPS // 10 if args.quick else STEPS)
   corpus = data.load_corpus(None, 2**26, args.length)
   config = configure()

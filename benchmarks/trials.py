@@ -21,6 +21,7 @@ from typing import Any
 import jax
 
 from benchmarks import harness
+from examples.lm.devices import draw_in_kernels
 
 UNFINISHED = 3  # exit code of a trial that was stopped
 
@@ -59,6 +60,7 @@ def write(
   Raises:
     SystemExit: if `run` returns None, because it was stopped.
   """
+  draw_in_kernels()
   result = run(trial)
   if result is None:
     raise SystemExit(UNFINISHED)

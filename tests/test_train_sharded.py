@@ -346,6 +346,30 @@ def test_batches_on_a_mesh():
   assert got.tokens.sharding.shard_shape(got.tokens.shape) == (3, 4)
 
 
+def test_one_device_draws_in_kernels():
+  """Over a mesh each device would draw the numbers of all."""
+
+  def init():
+    return jax.random.normal(jax.random.key(0), (8, 16))
+
+  name = "jax_threefry_gpu_kernel_lowering"
+  before = getattr(jax.config, name)
+  states, draws = [], []
+  try:
+    for where in (make_devices("data=8"), devices.Devices()):
+      shape = jax.eval_shape(init)
+      sharding = where.shardings(shape)
+      shape = jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
+      states.append(where.create(init, shape))
+      assert states[-1].sharding == sharding
+      lowered = jax.jit(init).trace().lower(lowering_platforms=("cuda",))
+      draws.append("cu_threefry2x32" in lowered.as_text())
+  finally:
+    jax.config.update(name, before)
+  np.testing.assert_array_equal(states[0], states[1])
+  assert draws == [False, True]
+
+
 def test_a_process_reads_its_rows_alone(monkeypatch):
   text = np.arange(200, dtype=np.uint8)
   batches = data.RandomWindows(text, 0, 8, 16)

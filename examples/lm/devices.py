@@ -9,7 +9,7 @@ import contextlib
 import math
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -54,6 +54,11 @@ class Devices:
     """Where every array of a state goes."""
     device = SingleDeviceSharding(jax.local_devices()[0])
     return jax.tree.map(lambda x: device, tree)
+
+  def create(self, init: Callable[[], Any], shapes: Any) -> Any:
+    """The state that `init` makes, with the shardings of `shapes`."""
+    draw_in_kernels()
+    return _create(init, shapes)
 
   @property
   def whole(self) -> Any:
@@ -140,6 +145,9 @@ class MeshDevices(Devices):
   def shardings(self, tree: Any) -> Any:
     return parameter_shardings(tree, self._mesh, self._rules)
 
+  def create(self, init: Callable[[], Any], shapes: Any) -> Any:
+    return _create(init, shapes)
+
   @property
   def whole(self) -> Any:
     return NamedSharding(self._mesh, P())
@@ -190,6 +198,20 @@ class MeshDevices(Devices):
       return 0
     signals = multihost_utils.process_allgather(np.int32(signal))
     return int(np.max(signals))
+
+
+def draw_in_kernels() -> None:
+  """Lets jax draw random numbers in kernels of its own on a GPU: the same bits.
+
+  XLA compiles what initialises many parameters in a tenth of the time then. It
+  is for one device: of several, each would draw the numbers of all.
+  """
+  jax.config.update("jax_threefry_gpu_kernel_lowering", True)
+
+
+def _create(init: Callable[[], Any], shapes: Any) -> Any:
+  shardings = jax.tree.map(lambda x: x.sharding, shapes)
+  return jax.jit(init, out_shardings=shardings)()
 
 
 def connect(args: argparse.Namespace) -> Devices:

@@ -436,8 +436,7 @@ def _train(
       step, state = run.restore(shapes)
       batches.set_state(run.data_state)
     else:
-      shardings = jax.tree.map(lambda x: x.sharding, shapes)
-      step, state = 0, jax.jit(init, out_shardings=shardings)()
+      step, state = 0, devices.create(init, shapes)
     if devices.first:
       tokenizer.save(run.folder)
     if run.steps_before < args.steps:
