@@ -309,12 +309,18 @@ def _four_calls() -> tuple[Any, ...]:
 
 @pytest.mark.gpu
 def test_mapped_calls_on_a_card() -> None:
-  """A call that is mapped twice has the bits of single calls."""
+  """A call that is mapped twice gives what single calls give.
+
+  The kernels give the same bits, as dv shows. XLA sums `out * dout` of a query,
+  which dq and dk depend on, in an order that changes with the shape.
+  """
   query, key, value, ids = _four_calls()
-  actual = jax.jit(_mapped_twice)(query, key, value, ids)
+  mapped = jax.jit(_mapped_twice)(query, key, value, ids)
   for i, j in np.ndindex(2, 2):
     alone = jax.jit(_one_call(key, value))(query[i, j], ids[i, j])
-    helpers.assert_same_bits([x[i, j] for x in actual], list(alone))
+    actual = [x[i, j] for x in mapped]
+    helpers.assert_close(actual[:2], list(alone[:2]), "bfloat16", gradient=1)
+    helpers.assert_same_bits(actual[2], alone[2])
 
 
 # ----------------------------------------------------------------------- pieces
