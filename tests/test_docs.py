@@ -152,7 +152,10 @@ def test_the_indexer_learns() -> None:
   ],
 )
 def test_what_a_trained_model_reads(option: str, start: str) -> None:
-  """The recall that the page states, up to what other rounding does to it."""
+  """The recall that the page states, up to what other rounding does to it.
+
+  Another version of Python has another library to read.
+  """
   page = "docs/inside-a-model.md"
   (whole,) = (code for place, code in PYTHON.items() if place.startswith(page))
   code = whole.split("from matplotlib")[0]
@@ -160,6 +163,11 @@ def test_what_a_trained_model_reads(option: str, start: str) -> None:
   space: dict[str, Any] = {"__name__": "docs"}
   exec(compile(code, page, "exec"), space)
   means = inspect.summarize(space["layers"]["layer_0"])
+  assert (means.oracle_recall > means.recall).all()
+  gain = float((means.recall - means.random_recall).mean())
+  assert gain > 0.05 if option else abs(gain) < 0.05
+  if sys.version_info[:2] != (3, 11):
+    return
   text = " ".join((ROOT / page).read_text().split())
   stated = text[text.index(start) + len(start) :]
   numbers = re.findall(r"0\.\d\d", stated)
