@@ -14,7 +14,6 @@ the first one it walks.
 """
 
 import functools
-import math
 from typing import Any, NamedTuple
 
 import jax
@@ -28,6 +27,7 @@ from pallas_kernels.bands import Band, BandReads, key_tiles
 from pallas_kernels.integers import div, rem
 from pallas_kernels.interface import Queries, Spec
 from pallas_kernels.mosaic_gpu import support
+from pallas_kernels.mosaic_gpu.common import LOG2E, drain, options
 from pallas_kernels.mosaic_gpu.interpreter import interpreted
 from pallas_kernels.mosaic_gpu.tiling import (
   ROWS,
@@ -42,8 +42,6 @@ from pallas_kernels.triton import band as triton_band
 # The kernels need names of jax 0.11; type checkers may see those of 0.10.
 plgpu: Any = mosaic_gpu
 
-# The softmax uses exp2, which is one instruction; the scale includes log2(e).
-_LOG2E = math.log2(math.e)
 # Initial value of running maxima: finite, so that -inf - m is -inf.
 _MAX_INIT = -1e30
 # Registers per thread: what the loading warpgroup gives up the others take.
@@ -203,7 +201,7 @@ def _fwd_kernel(*arrays: Any, call: Call, **scratch: Any) -> None:
   inputs = inputs if len(inputs) > 4 else (*inputs, None, None)
   absent = dict.fromkeys(("o_s", "p_s", "acc_s", "segments_s", "turn"))
   refs = Refs(*inputs, *results, **(absent | scratch))
-  block = lax.axis_index("block")
+  block = lax.axis_index("program")
   worker = lax.axis_index("warpgroup")
   num_pieces = _num_pieces(call, block)
 
@@ -214,16 +212,9 @@ def _fwd_kernel(*arrays: Any, call: Call, **scratch: Any) -> None:
     steps = _each_piece(
       num_pieces, functools.partial(_load_piece, call, refs, block)
     )
-    if call.interpret:  # The interpreter wants every barrier awaited.
-
-      def drain(i: Any, _: Any) -> Any:
-        slot = rem(i, call.tile.num_stages)
-        plgpu.barrier_wait(refs.k_free.at[slot])
-        plgpu.barrier_wait(refs.v_free.at[slot])
-        return ()
-
-      last = jnp.maximum(steps - call.tile.num_stages, 0)
-      lax.fori_loop(last, steps, drain, ())
+    if call.interpret:
+      drain(refs.k_free, call.tile.num_stages, steps)
+      drain(refs.v_free, call.tile.num_stages, steps)
 
   @pl.when(worker < WORKERS)
   def _():
@@ -341,7 +332,7 @@ def _attend(
   rows = _rows(call, refs, piece, worker)
   column = plgpu.broadcasted_iota(jnp.int32, (ROWS, block_k), 1, layout=layout)
   q_s = refs.q_s.at[worker]
-  factor = call.scale * _LOG2E
+  factor = call.scale * LOG2E
 
   def slot_of(i: Any) -> Any:
     return rem(before + i, stages)
@@ -498,7 +489,7 @@ def _attend(
   # Rows at positions past the last token may have read keys: they are zeroed.
   some = (l_i != 0) & (rows.t < call.band.length)
   total = jnp.where(some, l_i, 1.0)
-  lse = jnp.where(some, m_i / _LOG2E + jnp.log(total), -jnp.inf)
+  lse = jnp.where(some, m_i / LOG2E + jnp.log(total), -jnp.inf)
   kept = _wide(some.astype(jnp.float32), value_dim) > 0
   out = jnp.where(kept, acc * _wide(1 / total, value_dim), 0.0)
   staging = q_s if refs.o_s is None else refs.o_s.at[worker]
@@ -629,17 +620,12 @@ def forward(
     functools.partial(_fwd_kernel, call=call),
     out_type=results,
     grid=(call.blocks,),
-    grid_names=("block",),
-    num_threads=WORKERS + 1,
-    thread_name="warpgroup",
-    kernel_name=f"nsa_{call.band.branch}_fwd",
     scratch_types=scratch,
-    # No reduction crosses warps.
-    compiler_params=plgpu.CompilerParams(
-      approx_math=True, reduction_scratch_bytes=0
-    ),
-    interpret=(
-      plgpu.InterpretGPUParams(detect_races=True) if call.interpret else None
+    **options(
+      f"nsa_{call.band.branch}_fwd",
+      WORKERS + 1,
+      call.interpret,
+      auto_barriers=True,
     ),
   )
   if call.interpret:

@@ -32,8 +32,9 @@ from jax.experimental.pallas import mosaic_gpu
 from pallas_kernels.bands import Band, BandReads, key_tiles, query_tiles
 from pallas_kernels.integers import ceil_div, div, rem, within
 from pallas_kernels.interface import Spec
-from pallas_kernels.mosaic_gpu import gradient_steps
-from pallas_kernels.mosaic_gpu.gradient_steps import EMPTY, LOG2E
+from pallas_kernels.mosaic_gpu import common, gradient_steps
+from pallas_kernels.mosaic_gpu.common import LOG2E
+from pallas_kernels.mosaic_gpu.gradient_steps import EMPTY
 from pallas_kernels.mosaic_gpu.interpreter import interpreted
 from pallas_kernels.mosaic_gpu.support import group_of
 from pallas_kernels.mosaic_gpu.tiling import (
@@ -305,7 +306,7 @@ def _sums(schedule: Schedule, inputs: Inputs) -> list[jax.ShapeDtypeStruct]:
 def _options(schedule: Schedule, name: str) -> dict[str, Any]:
   """Keyword arguments of `plgpu.kernel`, the same for both kernels."""
   name = f"nsa_{schedule.band.branch}_{name}"
-  return gradient_steps.options(name, WORKERS + 1, schedule.interpret)
+  return common.options(name, WORKERS + 1, schedule.interpret)
 
 
 class Place(NamedTuple):
@@ -347,7 +348,7 @@ def _ring(
 
   lax.fori_loop(0, count, step, ())
   if schedule.interpret:
-    gradient_steps.drain(free, stages, count)
+    common.drain(free, stages, count)
 
 
 # ---------------------------------------------------------------------- dk, dv

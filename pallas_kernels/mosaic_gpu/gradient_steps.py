@@ -1,11 +1,10 @@
-"""What the backward kernels of all branches share: steps, rings, options.
+"""The steps of the backward kernels of all branches.
 
 A step is 64 rows of queries against 64 keys. Scores are transposed, [keys,
 rows], so that probabilities and ds are operands of the next products right
 where they are computed, in registers.
 """
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -14,59 +13,12 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu
 
-from pallas_kernels.integers import rem
+from pallas_kernels.mosaic_gpu.common import LOG2E
 from pallas_kernels.mosaic_gpu.tiling import ROWS
 
 plgpu: Any = mosaic_gpu
-LOG2E = math.log2(math.e)
 # Value of lse of queries that read nothing: their probabilities are exactly 0.
 EMPTY = 1e30
-
-
-def options(name: str, num_threads: int, interpret: bool) -> dict[str, Any]:
-  """Keyword arguments of `plgpu.kernel`, the same for all backward kernels.
-
-  Args:
-    name: name of the kernel.
-    num_threads: warpgroups.
-    interpret: run it in the interpreter.
-  """
-  return {
-    "grid_names": ("program",),
-    "num_threads": num_threads,
-    "thread_name": "warpgroup",
-    "kernel_name": name,
-    # No reduction crosses warps. Barriers of a warpgroup around every access to
-    # shared memory are not needed: no thread reads what another one has stored
-    # there, and stores for TMA have barriers of their own.
-    "compiler_params": plgpu.CompilerParams(
-      approx_math=True,
-      reduction_scratch_bytes=0,
-      unsafe_no_auto_barriers=not interpret,
-    ),
-    "interpret": (
-      plgpu.InterpretGPUParams(detect_races=True) if interpret else None
-    ),
-  }
-
-
-def drain(free: Any, stages: int, count: Any, first: Any = 0) -> None:
-  """Waits until the last steps of a ring are read.
-
-  The interpreter wants every barrier awaited.
-
-  Args:
-    free: barriers.
-    stages: size of the ring.
-    count: number of steps that it has had.
-    first: number of the barrier of its first slot.
-  """
-
-  def step(n: Any, _: Any) -> Any:
-    plgpu.barrier_wait(free.at[first + rem(n, stages)])
-    return ()
-
-  lax.fori_loop(jnp.maximum(count - stages, 0), count, step, ())
 
 
 def _add_product(acc: Any, x: Any, y: Any, buffer: Any) -> None:

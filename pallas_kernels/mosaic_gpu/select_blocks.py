@@ -33,7 +33,7 @@ from pallas_kernels.bands import Band
 from pallas_kernels.integers import ceil_div, div, rem
 from pallas_kernels.interface import Queries, Spec
 from pallas_kernels.mosaic_gpu import support
-from pallas_kernels.mosaic_gpu.gradient_steps import LOG2E, drain, options
+from pallas_kernels.mosaic_gpu.common import LOG2E, drain, options
 from pallas_kernels.mosaic_gpu.interpreter import in_python, interpreted
 from pallas_kernels.mosaic_gpu.tiling import (
   MAX_RATIO,

@@ -17,7 +17,6 @@ that no query may read.
 """
 
 import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -30,14 +29,13 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.integers import div, rem
 from pallas_kernels.interface import Queries, Spec, per_row, segment_pair
 from pallas_kernels.mosaic_gpu import selected_lanes, support
+from pallas_kernels.mosaic_gpu.common import LOG2E, drain, options
 from pallas_kernels.mosaic_gpu.interpreter import interpreted
 from pallas_kernels.mosaic_gpu.selected_lists import minimum, walk_union
 from pallas_kernels.mosaic_gpu.tiling import ROWS, UnionTile, union_in_place
 
 # With its types mypy would complain of jax 0.10, which lacks some of it.
 _plgpu: Any = plgpu
-# The softmax uses exp2, which is one instruction; the scale includes log2(e).
-_LOG2E = math.log2(math.e)
 # Initial maximum. That of a query without scores stays finite, so that
 # exp2(-inf - maximum) = 0.
 _MAX_INIT = -1e30
@@ -213,18 +211,9 @@ def _load(s: Sizes, x: _Inputs, to: _Buffers, interpret: bool):
   if not interpret:
     plgpu.set_max_registers(_registers(s)[0], action="decrease")
   end = _each_piece(s, x, functools.partial(_load_piece, s, x, to))
-  if interpret:  # It wants every barrier awaited.
-
-    def drain(barrier, end):
-      lax.fori_loop(
-        lax.max(end - s.stages, jnp.int32(0)),
-        end,
-        lambda i, _: plgpu.barrier_wait(barrier.at[rem(i, s.stages)]),
-        None,
-      )
-
-    drain(to.k_free, end)
-    drain(to.v_free, end - _num_pieces(s))
+  if interpret:
+    drain(to.k_free, s.stages, end)
+    drain(to.v_free, s.stages, end - _num_pieces(s))
 
 
 def _union(*values: Any) -> Any:
@@ -475,9 +464,9 @@ def _compute_piece(
       y,
     )
     # As everywhere, exponents are of base 2.
-    m_next = jnp.maximum(m_i, y.max(axis=1) * (scale * _LOG2E))
+    m_next = jnp.maximum(m_i, y.max(axis=1) * (scale * LOG2E))
     correction = jnp.exp2(m_i - m_next)
-    p = jnp.exp2(y * (scale * _LOG2E) - wide(m_next, s.block))
+    p = jnp.exp2(y * (scale * LOG2E) - wide(m_next, s.block))
     l_next = l_i * correction + p.sum(axis=1)
     acc = acc * wide(correction, s.value_dim)
     p = p.astype(dtype)
@@ -515,7 +504,7 @@ def _compute_piece(
 
   some = l_i != 0
   total = jnp.where(some, l_i, 1.0)
-  lse = jnp.where(some, m_i * (1 / _LOG2E) + jnp.log(total), -jnp.inf)
+  lse = jnp.where(some, m_i * (1 / LOG2E) + jnp.log(total), -jnp.inf)
   out = q
   if to.out is not None:
     next_queries(n)
@@ -612,18 +601,8 @@ def _kernel(s: Sizes, dtype: Any, scale: float, interpret: bool) -> Any:
     body,
     out_type=results,
     grid=(s.programs,),
-    grid_names=("program",),
-    num_threads=s.workers + 1,
-    thread_name="warpgroup",
-    kernel_name="nsa_selected_fwd",
     scratch_types=list(scratch),
-    # No reduction crosses warps.
-    compiler_params=plgpu.CompilerParams(
-      approx_math=True, reduction_scratch_bytes=0
-    ),
-    interpret=(
-      _plgpu.InterpretGPUParams(detect_races=True) if interpret else None
-    ),
+    **options("nsa_selected_fwd", s.workers + 1, interpret, auto_barriers=True),
   )
   return functools.partial(interpreted, run, results) if interpret else run
 

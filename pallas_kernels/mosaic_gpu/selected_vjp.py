@@ -42,7 +42,8 @@ from pallas_kernels.checks import group_of
 from pallas_kernels.integers import ceil_div, div, rem
 from pallas_kernels.interface import Queries, Spec, per_row, segment_pair
 from pallas_kernels.mosaic_gpu import gradient_steps, support
-from pallas_kernels.mosaic_gpu.gradient_steps import EMPTY, LOG2E
+from pallas_kernels.mosaic_gpu.common import LOG2E, drain, options
+from pallas_kernels.mosaic_gpu.gradient_steps import EMPTY
 from pallas_kernels.mosaic_gpu.interpreter import interpreted
 from pallas_kernels.mosaic_gpu.selected_lists import walk_union
 from pallas_kernels.mosaic_gpu.tiling import (
@@ -51,7 +52,7 @@ from pallas_kernels.mosaic_gpu.tiling import (
   SelectedGradientTile,
   selected_tracks,
 )
-from pallas_kernels.triton import common
+from pallas_kernels.triton.common import delta_of, keep_finite, take
 from pallas_kernels.triton.inverse_lists import sort_items
 from pallas_kernels.triton.query_chunks import (
   Chunk,
@@ -235,7 +236,7 @@ def prepare(
     width = [(0, 0), (0, more_keys)] + [(0, 0)] * (x.ndim - 2)
     return jnp.pad(x, width) if more_keys else x
 
-  delta = common.keep_finite(common.delta_of(out, dout, dlse), lse)
+  delta = keep_finite(delta_of(out, dout, dlse), lse)
   # Fused with the concatenation below, the sum over V would be slow.
   delta = jax.lax.optimization_barrier(delta)
   lse = jnp.where(lse == -jnp.inf, EMPTY, lse * LOG2E)
@@ -324,7 +325,7 @@ def work_of(schedule: Schedule, chunk: Chunk) -> jax.Array:
   """
   chunking, piece = schedule.chunking, schedule.tile.piece
   owner, first, last = chunk.lists.pieces.T
-  middle = common.take(chunk.lists.items, div(first + last, 2))
+  middle = take(chunk.lists.items, div(first + last, 2))
   query = div(middle, chunking.num_ids)
   ranges = -(-chunking.queries // schedule.tile.near)
   place = div(query, schedule.tile.near)
@@ -335,7 +336,7 @@ def work_of(schedule: Schedule, chunk: Chunk) -> jax.Array:
   _, order = sort_items(
     jnp.where(last > first, rank, ranks), number, ranks, len(owner)
   )
-  columns = [common.take(x, order) for x in (owner, first, last)]
+  columns = [take(x, order) for x in (owner, first, last)]
   return jnp.stack([*columns, order], axis=1).reshape(-1)
 
 
@@ -433,7 +434,7 @@ def _load_track(schedule: Schedule, refs: Refs, track: Any) -> None:
   )
   if schedule.interpret:
     stages = schedule.tile.num_stages
-    gradient_steps.drain(refs.free, stages, end, track * stages)
+    drain(refs.free, stages, end, track * stages)
     pl.when(end > 0)(lambda: plgpu.barrier_wait(refs.keys_free.at[track]))
 
 
@@ -748,9 +749,7 @@ def key_value_gradient(
     ),
     grid=(schedule.programs,),
     scratch_types=scratch,
-    **gradient_steps.options(
-      "nsa_selected_dkv", WORKERS + 1, schedule.interpret
-    ),
+    **options("nsa_selected_dkv", WORKERS + 1, schedule.interpret),
   )(
     chunk.first_row,
     work_of(schedule, chunk),
@@ -861,7 +860,7 @@ def _dq_kernel(*arrays: Any, schedule: Schedule, **scratch: Any) -> None:
       schedule, refs, functools.partial(_load_tile, schedule, refs)
     )
     if schedule.interpret:
-      gradient_steps.drain(refs.free, schedule.tile.dq_stages, end)
+      drain(refs.free, schedule.tile.dq_stages, end)
 
   @pl.when(warpgroup < WORKERS)
   def _() -> None:
@@ -1049,9 +1048,7 @@ def query_gradient(
       ),
       "free": barrier(num_arrivals=WORKERS, num_barriers=stages),
     },
-    **gradient_steps.options(
-      "nsa_selected_dq", WORKERS + 1, schedule.interpret
-    ),
+    **options("nsa_selected_dq", WORKERS + 1, schedule.interpret),
   )(
     chunk.first_row,
     chunk.ids.reshape(-1),
