@@ -207,6 +207,8 @@ CHANGES: dict[str, dict[str, Any]] = {
     for tokens in (4, 8, 16)
   },
   "by clusters": {"select": by_clusters},
+  # Gates of 0.05, 0.9 and 0.05 at first, as those of `to_nsa`.
+  "selected first": {"gate_bias": (-2.94, 2.2, -2.94)},
   "32 blocks": {"nsa": NSAConfig(num_selected=32)},
   "blocks of 32": {"nsa": NSAConfig(16, 8, 32, num_selected=32)},
   "blocks of 16": {"nsa": NSAConfig(16, 8, 16, num_selected=64)},
