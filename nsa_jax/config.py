@@ -134,10 +134,17 @@ Select: TypeAlias = Selector | SelectByMeans | SelectorName | None
 SELECTORS: Mapping[str, SelectByMeans] = {"means": SelectByMeans()}
 
 
-def check_select(value: Any) -> Selector | SelectByMeans | None:
-  """Validates a `select`; a name becomes what it stands for."""
+def check_select(
+  value: Any, config: NSAConfig | None = None
+) -> Selector | SelectByMeans | None:
+  """Validates a `select`, for a configuration if that is known.
+
+  A name becomes what it stands for.
+  """
   if isinstance(value, str) and value in SELECTORS:
-    return SELECTORS[value]
+    value = SELECTORS[value]
+  if config is not None and isinstance(value, SelectByMeans):
+    value.blocks(config)  # Raises if they do not fit.
   known = value is None or isinstance(value, SelectByMeans)
   if not known and (isinstance(value, type) or not callable(value)):
     names = ", ".join(map(repr, SELECTORS))

@@ -804,6 +804,10 @@ def test_capacity_and_append_of_the_cache():
       "`tokens`=3 of `select` must divide `selection_block`=8",
     ),
     (
+      lambda: _empty(kind="full", select=SelectByMeans(3)),
+      "`tokens`=3 of `select` must divide `selection_block`=8",
+    ),
+    (
       lambda: _append(
         _empty()._replace(means=jnp.zeros((B, 7, 2, 8))), _pair(1)
       ),

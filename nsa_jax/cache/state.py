@@ -150,7 +150,7 @@ def init(
   _checks.flag("share_kv", share_kv)
   _checks.choice("kind", kind, KINDS)
   dtype = _checks.dtype("dtype", dtype)
-  select = check_select(select)
+  select = check_select(select, config)
 
   def empty(rows):
     return KV(
@@ -397,14 +397,13 @@ def bytes_per_token(
   width = key_dim + value_dim
   itemsize = _checks.dtype("dtype", dtype).itemsize
   row = heads * width * itemsize
-  select = check_select(select)
+  select = check_select(select, config)
   if kind == "window":
     return 0.0
   token = heads * (width + 2 * _SCALE.itemsize) if quantized else row
   if kind == "nsa":
     token += row / config.compression_stride
     if isinstance(select, SelectByMeans):
-      select.blocks(config)  # Raises if they do not fit.
       token += heads * key_dim * itemsize / select.tokens
   return float(token)
 
