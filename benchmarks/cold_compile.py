@@ -46,6 +46,7 @@ def op(
   heads: int = 64,
   kv_heads: int = 4,
   head_dim: int = 128,
+  implementation: Any = None,
 ) -> Program:
   """Forward and backward of one attention, and shapes for it."""
   config = NSAConfig()
@@ -63,7 +64,10 @@ def op(
     args = query, *pair(length)
   else:
     function = functools.partial(
-      nsa_jax.native_sparse_attention, config=config, return_block_ids=True
+      nsa_jax.native_sparse_attention,
+      config=config,
+      return_block_ids=True,
+      implementation=implementation,
     )
     blocks = nsa_jax.num_compressed_blocks(length, config)
     gates = array(length, heads, 3, jnp.float32)
@@ -144,16 +148,20 @@ def measure(program: Program) -> dict[str, float]:
   return {name: after - before for name, before, after in stages}
 
 
-def run_child(name: str, attention: str, flags: str) -> dict[str, float]:
+def run_child(
+  name: str, attention: str, implementation: str | None, flags: str
+) -> dict[str, float]:
   """Measures a program in a process of its own."""
-  command = [sys.executable, "-m", "benchmarks.cold_compile", "--child"]
+  command = [sys.executable, "-m", "benchmarks.cold_compile"]
+  if implementation:
+    command.append(f"--implementation={implementation}")
   environment = {
     "JAX_ENABLE_COMPILATION_CACHE": "false",
     "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip(),
     "JAX_THREEFRY_GPU_KERNEL_LOWERING": str(name == IN_KERNELS),
   }
   done = subprocess.run(
-    [*command, name, attention],
+    [*command, "--child", name, attention],
     env=os.environ | environment,
     stdout=subprocess.PIPE,
     text=True,
@@ -198,6 +206,7 @@ def parser():
     metavar=("PROGRAM", "ATTENTION"),
     help="measure one program in this process and print JSON",
   )
+  harness.add_implementation(result)
   return result
 
 
@@ -206,7 +215,14 @@ def main(argv: Sequence[str] | None = None):
   if args.child:
     harness.require_gpu()
     name, attention = args.child
-    print(json.dumps(measure(make(name, attention, LENGTH))))
+    program = make(
+      name,
+      attention,
+      LENGTH,
+      # Full attention has none of the kernels.
+      implementation=args.implementation if attention == "nsa" else None,
+    )
+    print(json.dumps(measure(program)))
     return
   # The children need the card: this process must not take its memory.
   os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
@@ -215,13 +231,13 @@ def main(argv: Sequence[str] | None = None):
   for name in QUICK if args.quick else PROGRAMS:
     for attention in ATTENTIONS:
       measured[name, attention] = {
-        kind: run_child(name, attention, flags)
+        kind: run_child(name, attention, args.implementation, flags)
         for kind, flags in (("default", ""), ("no autotuning", NO_AUTOTUNING))
       }
       print(name, attention, measured[name, attention], flush=True)
   harness.record(
     args.out,
-    "cold_compile",
+    harness.named("cold_compile", args),
     f"Compilation from a cold start, {LENGTH} tokens, {LAYERS} layers",
     tables(measured),
   )

@@ -238,6 +238,11 @@ def add_implementation(parser: argparse.ArgumentParser) -> None:
   )
 
 
+def named(record: str, args: argparse.Namespace) -> str:
+  """The name of a record, of the implementation that was asked for."""
+  return "_".join(filter(None, (record, args.implementation)))
+
+
 def environment() -> dict[str, str]:
   """Device, versions, command and date."""
   device = jax.devices()[0]

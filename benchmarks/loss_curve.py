@@ -22,7 +22,6 @@ import numpy as np
 
 from benchmarks import harness
 from examples.lm import data, train
-from examples.lm.devices import draw_in_kernels
 from nsa_jax import TransformerConfig, TransformerLM
 
 matplotlib.use("Agg")
@@ -168,7 +167,6 @@ def parser():
 def main(argv: Sequence[str] | None = None):
   args = parser().parse_args(argv)
   harness.require_gpu()
-  draw_in_kernels()
   steps = args.steps or (50 if args.quick else STEPS)
   found = curves(
     TransformerConfig.preset("small", scan_layers=True),

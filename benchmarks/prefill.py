@@ -185,17 +185,19 @@ def measure(shape: Shape, sizes: Sequence[int], repeats: int) -> Any:
 
 
 def parser():
-  return harness.arguments(__doc__.splitlines()[0])
+  result = harness.arguments(__doc__.splitlines()[0])
+  harness.add_implementation(result)
+  return result
 
 
 def main(argv: Sequence[str] | None = None):
   args = parser().parse_args(argv)
   harness.require_gpu()
-  shape = Shape()
+  shape = Shape(implementation=args.implementation)
   rows = measure(shape, (CHUNK,) if args.quick else CHUNKS, 9)
   harness.record(
     args.out,
-    "prefill",
+    harness.named("prefill", args),
     f"A prompt of {shape.length} tokens into the cache, in chunks",
     {"Wall time": rows},
   )

@@ -12,6 +12,7 @@ those of the layers of a trained model.
 import functools
 import pathlib
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -73,37 +74,40 @@ def dense_times(function, query, key, value, dout, repeats):
   return fwd, total - fwd
 
 
-def check(heads, kv_heads):
+def check(heads, kv_heads, implementation):
   """Relative error of the gradients against `xla` in float32, at 4k tokens."""
   query, key, value, dout, dlse = inputs(4096, heads, kv_heads)
   ids = harness.selected_ids(jax.random.key(1), 4096, kv_heads, 16, 64)
   wide = [x.astype(jnp.float32) for x in (query, key, value, dout)]
-  actual = jax.jit(both)(query, key, value, ids, dout, dlse)
+  run = functools.partial(both, implementation=implementation)
+  actual = jax.jit(run)(query, key, value, ids, dout, dlse)
   expected = jax.jit(functools.partial(both, implementation="xla"))(
     *wide[:3], ids, wide[3], dlse
   )
   return harness.relative_error(actual, expected)
 
 
-def measure(length, heads, kv_heads, ids, repeats):
+def measure(length, heads, kv_heads, ids, implementation, repeats):
   query, key, value, dout, dlse = inputs(length, heads, kv_heads)
-  _, fwd = harness.device_ms(forward, query, key, value, ids, repeats=repeats)
-  _, total = harness.device_ms(
-    both, query, key, value, ids, dout, dlse, repeats=repeats
+  fwd_fn, both_fn = (
+    functools.partial(f, implementation=implementation) for f in (forward, both)
   )
-  memory = harness.temporary_mib(both, query, key, value, ids, dout, dlse)
-  return fwd, total - fwd, memory
+  _, fwd = harness.device_ms(fwd_fn, query, key, value, ids, repeats=repeats)
+  args = query, key, value, ids, dout, dlse
+  _, total = harness.device_ms(both_fn, *args, repeats=repeats)
+  return fwd, total - fwd, harness.temporary_mib(both_fn, *args)
 
 
-def by_layer(length, heads, kv_heads, saved, repeats):
+def by_layer(length, heads, kv_heads, saved, implementation, repeats):
   """Rows of random ids and of those of every trained layer."""
   random = harness.selected_ids(jax.random.key(1), length, kv_heads, 16, 64)
   rows: list[dict[str, Any]] = []
   for name, ids in {"random": random, **saved}.items():
     query, key, value, dout, dlse = inputs(length, heads, kv_heads)
     args = (query, key, value, ids, dout, dlse)
-    kernels = harness.kernel_ms(jax.jit(both), *args)
-    fwd, bwd, _ = measure(length, heads, kv_heads, ids, repeats)
+    run = functools.partial(both, implementation=implementation)
+    kernels = harness.kernel_ms(jax.jit(run), *args)
+    fwd, bwd, _ = measure(length, heads, kv_heads, ids, implementation, repeats)
     row = {"ids": name, "fwd ms": fwd, "bwd ms": bwd}
     for part in ("dq", "dkv", "bwd"):
       found = [
@@ -120,21 +124,34 @@ def by_layer(length, heads, kv_heads, saved, repeats):
   return rows
 
 
-def main():
-  parser = harness.arguments(__doc__.splitlines()[0])
-  parser.add_argument("--ids", type=pathlib.Path, default=harness.TRAINED_IDS)
-  args = parser.parse_args()
+def parser():
+  result = harness.arguments(__doc__.splitlines()[0])
+  result.add_argument(
+    "--ids",
+    type=pathlib.Path,
+    default=harness.TRAINED_IDS,
+    help=f"file of trained ids (default: {harness.TRAINED_IDS})",
+  )
+  harness.add_implementation(result)
+  return result
+
+
+def main(argv: Sequence[str] | None = None):
+  args = parser().parse_args(argv)
   harness.require_gpu()
+  implementation = args.implementation
   lengths = (8192, 32768) if args.quick else (8192, 32768, 65536, 131072)
   repeats = 3 if args.quick else 5
   tables: dict[str, list[dict[str, Any]]] = {}
   key = jax.random.key(1)
   for name, (heads, kv_heads) in SHAPES.items():
-    error = check(heads, kv_heads)
+    error = check(heads, kv_heads, implementation)
     rows = []
     for length in lengths:
       ids = harness.selected_ids(key, length, kv_heads, 16, 64)
-      fwd, bwd, memory = measure(length, heads, kv_heads, ids, repeats)
+      fwd, bwd, memory = measure(
+        length, heads, kv_heads, ids, implementation, repeats
+      )
       row = {
         "tokens": length,
         "fwd ms": fwd,
@@ -160,7 +177,9 @@ def main():
     rows = []
     for pool in POOLS:
       ids = harness.selected_ids(key, length, kv_heads, 16, 64, pool=pool)
-      fwd, bwd, _ = measure(length, heads, kv_heads, ids, repeats)
+      fwd, bwd, _ = measure(
+        length, heads, kv_heads, ids, implementation, repeats
+      )
       rows.append(
         {
           "free blocks of 16 neighbours": pool or "random",
@@ -174,10 +193,11 @@ def main():
     saved = trained_ids.load(args.ids, length, kv_heads)
     if saved:
       tables[f"{name}, {length} tokens, random ids and those of layers"] = (
-        by_layer(length, heads, kv_heads, saved, repeats)
+        by_layer(length, heads, kv_heads, saved, implementation, repeats)
       )
-  harness.record(args.out, "selected", "Selected branch", tables)
-  plot(args.out / "selected.png", tables)
+  name = harness.named("selected", args)
+  harness.record(args.out, name, "Selected branch", tables)
+  plot(args.out / f"{name}.png", tables)
 
 
 def plot(path, tables):

@@ -362,7 +362,6 @@ def pairs_of_bytes(text: Any, vocab_size: int) -> Any:
 def main(argv: Sequence[str] | None = None):
   args = parser().parse_args(argv)
   harness.require_gpu()
-  draw_in_kernels()
   layers = args.layers or (4 if args.quick else 16)
   configs = {
     name: configure(
@@ -376,7 +375,8 @@ def main(argv: Sequence[str] | None = None):
     for name in ATTENTIONS
   }
   wanted = jobs(configs, args.length, args.rows)
-  programs = harness.compile_all(wanted)
+  with draw_in_kernels():
+    programs = harness.compile_all(wanted)
   for program in programs.values():
     if isinstance(program, Exception):
       raise program
@@ -411,8 +411,7 @@ def main(argv: Sequence[str] | None = None):
   if args.vocab_size > 256:
     record += f"_vocab_{args.vocab_size}"
   record += "_scan" * args.scan
-  if args.implementation:
-    record += f"_{args.implementation}"
+  record = harness.named(record, args)
   harness.record(
     args.out,
     record,

@@ -162,11 +162,11 @@ def parser():
 def main(argv: Sequence[str] | None = None):
   args = parser().parse_args(argv)
   harness.require_gpu()
-  draw_in_kernels()
   steps = args.steps or (STEPS // 10 if args.quick else STEPS)
   corpus = data.load_corpus(None, 2**26, args.length)
   config = configure()
-  params, loss = trained(config, corpus.train, args.length, steps)
+  with draw_in_kernels():
+    params, loss = trained(config, corpus.train, args.length, steps)
   print(f"{steps} steps, loss {loss:.4f} nats/byte", flush=True)
   tokens = data.validation_windows(
     corpus.validation, count=1, seq_len=args.length

@@ -60,8 +60,8 @@ def write(
   Raises:
     SystemExit: if `run` returns None, because it was stopped.
   """
-  draw_in_kernels()
-  result = run(trial)
+  with draw_in_kernels():
+    result = run(trial)
   if result is None:
     raise SystemExit(UNFINISHED)
   path = folder / f"{trial.name}.json"

@@ -722,8 +722,7 @@ def main(argv: Sequence[str] | None = None):
   record = "whole_op"
   if not headline:
     record += f"_{args.heads}_{args.kv_heads}_{args.head_dim}"
-  if args.implementation:
-    record += f"_{args.implementation}"
+  record = harness.named(record, args)
   harness.record(
     args.out,
     record,

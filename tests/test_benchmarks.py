@@ -19,6 +19,7 @@ from benchmarks import (
   loss_curve,
   prefill,
   remat,
+  selected,
   sharded,
   sweep_band,
   train_step,
@@ -38,6 +39,7 @@ COMMANDS = (
   trained_ids,
   cold_compile,
   remat,
+  selected,
   sharded,
   backends,
 )
@@ -444,7 +446,8 @@ def test_cold_programs(name, attention):
   sizes: dict[str, Any] = {"kv_heads": 1, "heads": 2, "head_dim": 16}
   if name != "op":
     sizes = {"num_layers": 1, "model_dim": 32, "num_heads": 2, "mlp_dim": 16}
-    sizes |= {"num_kv_heads": 1, "head_dim": 16, "implementation": "xla"}
+    sizes |= {"num_kv_heads": 1, "head_dim": 16}
+  sizes["implementation"] = "xla"
   program = cold_compile.make(name, attention, 64, **sizes)
   seconds = cold_compile.measure(program)
   assert list(seconds) == list(cold_compile.SECONDS)

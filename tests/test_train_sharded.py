@@ -348,26 +348,35 @@ def test_batches_on_a_mesh():
 
 def test_one_device_draws_in_kernels():
   """Over a mesh each device would draw the numbers of all."""
+  name = "jax_threefry_gpu_kernel_lowering"
 
   def init():
     return jax.random.normal(jax.random.key(0), (8, 16))
 
-  name = "jax_threefry_gpu_kernel_lowering"
-  before = getattr(jax.config, name)
-  states, draws = [], []
-  try:
-    for where in (make_devices("data=8"), devices.Devices()):
-      shape = jax.eval_shape(init)
-      sharding = where.shardings(shape)
-      shape = jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
-      states.append(where.create(init, shape))
-      assert states[-1].sharding == sharding
-      lowered = jax.jit(init).trace().lower(lowering_platforms=("cuda",))
-      draws.append("cu_threefry2x32" in lowered.as_text())
-  finally:
-    jax.config.update(name, before)
-  np.testing.assert_array_equal(states[0], states[1])
-  assert draws == [False, True]
+  def create(where: devices.Devices) -> Any:
+    """The array that is made, and whether kernels drew its numbers."""
+    seen = []
+
+    def watched():
+      seen.append(getattr(jax.config, name))
+      return init()
+
+    shape = jax.eval_shape(init)
+    sharding = where.shardings(shape)
+    shape = jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
+    made = where.create(watched, shape)
+    assert made.sharding == sharding
+    return made, *seen
+
+  split, in_kernels = create(make_devices("data=8"))
+  assert not in_kernels
+  whole, in_kernels = create(devices.Devices())
+  assert in_kernels
+  assert not getattr(jax.config, name)
+  np.testing.assert_array_equal(whole, split)
+  with devices.draw_in_kernels():
+    lowered = jax.jit(init).trace().lower(lowering_platforms=("cuda",))
+  assert "cu_threefry2x32" in lowered.as_text()
 
 
 def test_a_process_reads_its_rows_alone(monkeypatch):

@@ -9,7 +9,7 @@ import contextlib
 import math
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -57,8 +57,8 @@ class Devices:
 
   def create(self, init: Callable[[], Any], shapes: Any) -> Any:
     """The state that `init` makes, with the shardings of `shapes`."""
-    draw_in_kernels()
-    return _create(init, shapes)
+    with draw_in_kernels():
+      return _create(init, shapes)
 
   @property
   def whole(self) -> Any:
@@ -200,13 +200,21 @@ class MeshDevices(Devices):
     return int(np.max(signals))
 
 
-def draw_in_kernels() -> None:
-  """Lets jax draw random numbers in kernels of its own on a GPU: the same bits.
+@contextlib.contextmanager
+def draw_in_kernels() -> Iterator[None]:
+  """Within it jax draws random numbers in kernels of its own on a GPU.
 
-  XLA compiles what initialises many parameters in a tenth of the time then. It
-  is for one device: of several, each would draw the numbers of all.
+  The bits are the same, and XLA compiles what initialises many parameters in a
+  tenth of the time. It is for one device: of several, each would draw the
+  numbers of all.
   """
-  jax.config.update("jax_threefry_gpu_kernel_lowering", True)
+  name = "jax_threefry_gpu_kernel_lowering"
+  before = getattr(jax.config, name)
+  jax.config.update(name, True)
+  try:
+    yield
+  finally:
+    jax.config.update(name, before)
 
 
 def _create(init: Callable[[], Any], shapes: Any) -> Any:
