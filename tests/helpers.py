@@ -74,6 +74,15 @@ def assert_close(
     )
 
 
+# Block selection: the paper's, one score per block, one per token, many blocks.
+SELECTIONS = (
+  NSAConfig(),
+  NSAConfig(64, 64, 64, 16, 1, 2),
+  NSAConfig(16, 1, 16, 5, 0, 1),
+  NSAConfig(48, 16, 64, 70, 3, 1),
+)
+
+
 def assert_half_gradients(actual: Any, expected: Any, dtype: Any) -> None:
   """Compares dq, dk and dv of kernels in half precision, by norms.
 

@@ -298,10 +298,7 @@ def _assert_kernels(text: str) -> None:
 
 LOWERED: dict[str, Any] = {
   "config": (
-    NSAConfig(),
-    NSAConfig(64, 64, 64, 16, 1, 2),
-    NSAConfig(16, 1, 16, 5, 0, 1),
-    NSAConfig(48, 16, 64, 70, 3, 1),
+    *helpers.SELECTIONS,
     NSAConfig(32, 32, 128, 4, 0, 3),
   ),
   "group": (8, 16, 24, 64),
