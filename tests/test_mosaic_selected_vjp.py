@@ -19,6 +19,7 @@ import nsa_jax
 from nsa_jax import NSAConfig
 from pallas_kernels.interface import Queries, Spec
 from pallas_kernels.mosaic_gpu import selected_vjp, tiling
+from pallas_kernels.mosaic_gpu.selected_lists import COUNT_BITS, union_lists
 from pallas_kernels.triton.query_chunks import (
   first_rows,
   ids_of_rows,
@@ -352,6 +353,93 @@ def test_the_order_of_pieces() -> None:
   )
   order = list(keys)[:full]
   assert order == sorted(order)
+
+
+# ----------------------------------------------------------------------- unions
+
+
+def _unions(
+  ids: np.ndarray, offset: np.ndarray, first: int, queries: int, per_tile: int
+) -> list[list[tuple[int, list[int]]]]:
+  """Blocks and their readers, of the tiles of a chunk of one or more heads.
+
+  Args:
+    ids: [rows, T, n], padded with -1.
+    offset: [rows], positions of the first queries.
+    first: first query of the chunk.
+    queries: queries of the chunk.
+    per_tile: queries of a tile.
+  """
+  tiles = []
+  for row, position in zip(ids, offset, strict=True):
+    for start in range(0, queries, per_tile):
+      union: dict[int, list[int]] = {}
+      for reader in range(min(per_tile, queries - start)):
+        t = first + start + reader
+        last = (position + t) // 64 if 0 <= position + t < 300 else -1
+        for block in row[t] if t < len(row) else ():
+          if 0 <= block <= last:
+            union.setdefault(int(block), []).append(reader)
+      tiles.append(sorted(union.items()))
+  return tiles
+
+
+@pytest.mark.parametrize("group", [8, 16, 64])
+@pytest.mark.parametrize("scratch", [2**31, 1])
+def test_unions_of_tiles(group: int, scratch: int) -> None:
+  """Of whole heads, and of 16 queries of a head at a time."""
+  arrays = _inputs(
+    batch=2, length=53, keys=300, kv_heads=2, num_ids=3, group=group
+  )
+  ids = _ids(np.random.default_rng(5), (2, 53, 2), 5, 3)
+  ids[:, 7:9] = -1
+  # Some queries are before the first key, and some after the last one.
+  offset = np.asarray([-9, 261], np.int32)
+  schedule = selected_vjp.make_schedule(
+    Spec(CONFIG, 1.0, 300),
+    _tile(arrays[0], arrays[2], scratch=scratch),
+    arrays[:3],
+    jnp.asarray(ids),
+  )
+  chunking, per_tile = schedule.chunking, 2 * 64 // group
+  assert chunking.heads == (4 if scratch > 1 else 1)
+  rows = ids_of_rows(jnp.asarray(ids), chunking)
+  by_head = ids.swapaxes(1, 2).reshape(4, 53, 3)
+  for first_row in first_rows(rows, chunking):
+    chunk = make_chunk(first_row, rows, jnp.asarray(offset), chunking, 7)
+    lists = selected_vjp.tile_lists(schedule, chunk)
+    actual = []
+    for blocks, readers, count in zip(*map(np.asarray, lists), strict=True):
+      at, union = 0, []
+      for _ in range(count):
+        bits = [x for x in range(per_tile) if readers[at] >> x & 1]
+        assert readers[at] >> COUNT_BITS == len(bits)
+        union.append((int(blocks[at]), bits))
+        at += len(bits)
+      assert readers[at] == 0
+      actual.append(union)
+    head, first = divmod(int(first_row), chunking.length)
+    heads = np.arange(head, head + chunking.heads)
+    expected = _unions(
+      by_head[heads], offset[heads // 2], first, chunking.queries, per_tile
+    )
+    assert actual == expected
+
+
+def test_a_repeated_id_is_no_other_query() -> None:
+  """Under `jit` no argument check sees it; its neighbours stay right."""
+  ids = jnp.asarray([[[0, 1, 2], [0, 3, -1], [0, 1, 1], [0, 2, -1]]])
+  lists = union_lists(ids)
+  mask = 2**COUNT_BITS - 1
+  found = {
+    int(block): int(readers & mask)
+    for block, readers in reversed(
+      list(zip(lists.blocks[0], lists.readers[0], strict=True))
+    )
+    if readers
+  }
+  assert found == {0: 0b1111, 1: 0b0101, 2: 0b1001, 3: 0b0010}
+  assert lists.counts.tolist() == [4]
 
 
 # -------------------------------------------------------------------- refusals

@@ -50,3 +50,12 @@ def lowest(x: jax.Array) -> jax.Array:
 def union(x: jax.Array) -> jax.Array:
   """Bitwise or of an int32 over the lanes, the same in all of them."""
   return _reduce(utils.ReductionKind.OR, x)
+
+
+def common(x: jax.Array) -> jax.Array:
+  """An int32 that is the same in all lanes, for what follows.
+
+  The compiler would move it to a uniform register where it is loaded, and wait
+  for the load there. This keeps it in the registers of the lanes until now.
+  """
+  return union(x)

@@ -18,10 +18,11 @@ lists are cut into short pieces, and pieces of queries near each other are done
 at the same time: what they read is then in L2. Shorter pieces read less from
 memory, but store more sums.
 
-dq: a program takes neighbouring queries, two warpgroups of 64 rows, and walks
-the union of their blocks as the forward kernel does, so that the keys of a
-block are loaded once for all of them. Queries that did not choose it have zeros
-in place of ds.
+dq: a program takes neighbouring queries, two warpgroups of 64 rows, and loads
+the keys of a block once for all of them. Queries that did not choose it have
+zeros in place of ds. A step is short, and to merge the lists of the queries
+takes longer. So their unions are made before the kernel, for all tiles at once.
+A warp loads the keys, and one for each warpgroup its ds.
 
 Queries are processed in chunks, which bounds the memory of ds. There are no
 atomics, so every run gives the same bits. A NaN in a key or a value may reach
@@ -41,11 +42,15 @@ from jax.experimental.pallas import mosaic_gpu
 from pallas_kernels.checks import group_of
 from pallas_kernels.integers import ceil_div, div, rem
 from pallas_kernels.interface import Queries, Spec, per_row, segment_pair
-from pallas_kernels.mosaic_gpu import gradient_steps, support
+from pallas_kernels.mosaic_gpu import gradient_steps, selected_lanes, support
 from pallas_kernels.mosaic_gpu.common import LOG2E, drain, options
 from pallas_kernels.mosaic_gpu.gradient_steps import EMPTY
 from pallas_kernels.mosaic_gpu.interpreter import interpreted
-from pallas_kernels.mosaic_gpu.selected_lists import walk_union
+from pallas_kernels.mosaic_gpu.selected_lists import (
+  COUNT_BITS,
+  UnionLists,
+  union_lists,
+)
 from pallas_kernels.mosaic_gpu.tiling import (
   ROWS,
   WORKERS,
@@ -74,11 +79,6 @@ plgpu: Any = mosaic_gpu
 # They need all of it for dk, dv, and the two tiles of scores.
 _LOAD_REGISTERS = 24
 _COMPUTE_REGISTERS = 240
-# In the dq kernel, whose loading warpgroup has the lists of all queries of a
-# tile in its registers.
-_DQ_LOAD_REGISTERS = 120
-_DQ_COMPUTE_REGISTERS = 192
-
 
 # A pair that is outside ds, also where mapped calls have theirs in one array: a
 # copy of it brings zeros and reads nothing.
@@ -769,8 +769,9 @@ class DqRefs(NamedTuple):
   """
 
   first_row: Any  # [1]
-  ids: Any  # [D T' n]
-  offset: Any  # [B]
+  blocks: Any  # [tiles * (E + 1)], from `union_lists`
+  readers: Any  # [tiles * (E + 1)]
+  counts: Any  # [tiles]
   stats: Any  # [B K, T, 2 G]
   ds: Any  # [pairs, G, l']
   k: Any  # [B, M, l', K, H]
@@ -792,6 +793,7 @@ _END, _SKIP, _MULTIPLY = range(3)
 class _Tile(NamedTuple):
   """Neighbouring queries of a program of the dq kernel."""
 
+  number: Any  # of its list
   head: Any  # b K + h
   batch: Any
   first: Any  # its first query, counted in the head's part of the chunk
@@ -807,6 +809,16 @@ def _tile_queries(schedule: Schedule) -> int:
 def _num_tiles(schedule: Schedule) -> int:
   """Tiles of a head's part of a chunk."""
   return -(-schedule.chunking.queries // _tile_queries(schedule))
+
+
+def tile_lists(schedule: Schedule, chunk: Chunk) -> UnionLists:
+  """The blocks of the tiles of a chunk, head by head, by first query."""
+  chunking, queries = schedule.chunking, _tile_queries(schedule)
+  ids = jnp.where(chunk.chosen, chunk.ids, -1)
+  ids = ids.reshape(chunking.heads, chunking.queries, chunking.num_ids)
+  more = _num_tiles(schedule) * queries - chunking.queries
+  ids = jnp.pad(ids, [(0, 0), (0, more), (0, 0)], constant_values=-1)
+  return union_lists(ids.reshape(-1, queries, chunking.num_ids))
 
 
 def _each_tile(
@@ -828,11 +840,13 @@ def _each_tile(
     local_head = div(number, tiles)
     first_head = div(refs.first_row[0], chunking.length)
     head = first_head + local_head
+    # The last queries read the most blocks, so they start first.
+    place = tiles - 1 - rem(number, tiles)
     tile = _Tile(
+      local_head * tiles + place,
       head,
       div(head, chunking.kv_heads),
-      # The last queries read the most blocks, so they start first.
-      (tiles - 1 - rem(number, tiles)) * queries,
+      place * queries,
       refs.first_row[0] - first_head * chunking.length,
       local_head * chunking.queries,
     )
@@ -855,17 +869,17 @@ def _dq_kernel(*arrays: Any, schedule: Schedule, **scratch: Any) -> None:
   @pl.when(warpgroup == WORKERS)
   def _() -> None:
     if not schedule.interpret:
-      plgpu.set_max_registers(_DQ_LOAD_REGISTERS, action="decrease")
-    end = _each_tile(
-      schedule, refs, functools.partial(_load_tile, schedule, refs)
-    )
-    if schedule.interpret:
-      drain(refs.free, schedule.tile.dq_stages, end)
+      plgpu.set_max_registers(_LOAD_REGISTERS, action="decrease")
+
+    @plgpu.warp_map
+    def _(warp: Any) -> None:
+      pl.when(warp < WORKERS)(lambda: _load_tiles(schedule, refs, warp))
+      pl.when(warp == WORKERS)(lambda: _load_tiles(schedule, refs, None))
 
   @pl.when(warpgroup < WORKERS)
   def _() -> None:
     if not schedule.interpret:
-      plgpu.set_max_registers(_DQ_COMPUTE_REGISTERS, action="increase")
+      plgpu.set_max_registers(_COMPUTE_REGISTERS, action="increase")
     _each_tile(
       schedule,
       refs,
@@ -874,82 +888,158 @@ def _dq_kernel(*arrays: Any, schedule: Schedule, **scratch: Any) -> None:
     plgpu.wait_smem_to_gmem(0)
 
 
-def _load_tile(schedule: Schedule, refs: DqRefs, i: Any, tile: _Tile) -> Any:
-  """Loads the blocks of a tile, and their ds.
+def _load_tiles(schedule: Schedule, refs: DqRefs, worker: Any) -> None:
+  """A loading warp: the keys of all blocks, or ds for a warpgroup.
 
   Args:
     schedule: the schedule.
     refs: arrays and shared memory.
-    i: number of steps before this tile.
+    worker: number of the warpgroup; None for the keys.
+  """
+  if worker is None:
+    load: Any = functools.partial(_load_keys, schedule, refs)
+  else:
+    load = functools.partial(_load_ds, schedule, refs, worker)
+  end = _each_tile(schedule, refs, load)
+  if schedule.interpret:
+    drain(refs.free, schedule.tile.dq_stages, end)
+
+
+def _each_block(
+  schedule: Schedule,
+  refs: DqRefs,
+  i: Any,
+  tile: _Tile,
+  visit: Callable[[Any, Any, Any, Any], Any],
+  state: Any = (),
+) -> tuple[Any, Any]:
+  """Runs visit(slot, block, readers, state) for the blocks of a tile.
+
+  Args:
+    schedule: the schedule.
+    refs: arrays and shared memory.
+    i: number of steps before the tile.
     tile: the queries.
+    visit: takes a free slot and an entry of `UnionLists`, and returns the next
+      state.
+    state: the first state.
 
   Returns:
-    The number of steps after it.
+    The number of the step that ends the tile, and its slot, which is free.
   """
-  chunking, stages = schedule.chunking, schedule.tile.dq_stages
-  per_step = schedule.step_queries
-  h = tile.head - tile.batch * chunking.kv_heads
-  position = refs.offset[tile.batch] + tile.first_query
-  rows, own = [], []
-  for x in range(_tile_queries(schedule)):
-    query = tile.first + x
-    t = position + query
-    inside = (query < chunking.queries) & (t >= 0) & (t < chunking.key_length)
-    own.append(jnp.where(inside, div(jnp.maximum(t, 0), ROWS), -1))
-    rows.append(tile.first_row + jnp.minimum(query, chunking.queries - 1))
+  size = _tile_queries(schedule) * schedule.chunking.num_ids + 1
 
   def wait(i: Any) -> Any:
-    """The slot of a step, once it is free."""
-    slot = rem(i, stages)
+    slot = rem(i, schedule.tile.dq_stages)
 
-    @pl.when(i >= stages)
+    @pl.when(i >= schedule.tile.dq_stages)
     def _() -> None:
       plgpu.barrier_wait(refs.free.at[slot])
 
     return slot
 
-  def skip(worker: int, slot: Any) -> None:
-    """Arrives as often as the copies would."""
-    for _ in range(per_step):
-      plgpu.barrier_arrive(refs.ds_ready.at[worker * stages + slot])
+  def entry(at: Any) -> tuple[Any, Any]:
+    return refs.blocks[at], refs.readers[at]
 
-  def visit(i: Any, block: Any, hits: list[Any], places: Sequence[Any]) -> None:
-    slot = wait(i)
+  def after(at: Any, readers: Any) -> Any:
+    """Place of the next entry; that after the last one is its own."""
+    return at + (readers >> COUNT_BITS)
+
+  def step(n: Any, carry: Any) -> Any:
+    at, now, following, state = carry
+    at = after(at, following[1])
+    # Not used before the next step: these loads run beside this one.
+    later = entry(at)
+    block, readers = now
+    if not schedule.interpret:
+      block, readers = map(selected_lanes.common, now)
+    state = visit(wait(i + n), block, readers, state)
+    return at, following, later, state
+
+  at = tile.number * size
+  count = refs.counts[tile.number]
+  now = entry(at)
+  at = after(at, now[1])
+  lax.fori_loop(0, count, step, (at, now, entry(at), state))
+  return i + count, wait(i + count)
+
+
+def _load_keys(schedule: Schedule, refs: DqRefs, i: Any, tile: _Tile) -> Any:
+  """Loads the blocks of a tile.
+
+  Args:
+    schedule: the schedule.
+    refs: arrays and shared memory.
+    i: number of steps before the tile.
+    tile: the queries.
+
+  Returns:
+    The number of steps after it.
+  """
+  h = tile.head - tile.batch * schedule.chunking.kv_heads
+
+  def visit(slot: Any, block: Any, readers: Any, state: Any) -> Any:
+    del readers
     plgpu.copy_gmem_to_smem(
       refs.k.at[tile.batch, block, :, h],
       refs.k_s.at[slot],
       refs.k_ready.at[slot],
     )
-    for worker in range(WORKERS):
-      at = worker * stages + slot
-      mine = range(worker * per_step, (worker + 1) * per_step)
-      some = functools.reduce(jnp.logical_or, [hits[x] for x in mine])
-      refs.states_s[at] = jnp.where(some, jnp.int32(_MULTIPLY), _SKIP)
+    return state
 
-      def copy(at: Any = at, mine: Any = mine) -> None:
-        for n, x in enumerate(mine):
-          pair = rows[x] * chunking.num_ids + places[x]
-          plgpu.copy_gmem_to_smem(
-            refs.ds.at[jnp.where(hits[x], pair, _NOWHERE)],
-            refs.ds_s.at[at, _rows_of(schedule, n)],
-            refs.ds_ready.at[at],
-          )
-
-      lax.cond(some, copy, functools.partial(skip, worker, slot))
-
-  i = walk_union(refs.ids, chunking.num_ids, rows, own, i, visit)
-  slot = wait(i)
+  i, slot = _each_block(schedule, refs, i, tile, visit)
   plgpu.barrier_arrive(refs.k_ready.at[slot])
-  for worker in range(WORKERS):
-    refs.states_s[worker * stages + slot] = jnp.int32(_END)
-    skip(worker, slot)
+  return i + 1
+
+
+def _load_ds(
+  schedule: Schedule, refs: DqRefs, worker: Any, i: Any, tile: _Tile
+) -> Any:
+  """Loads ds of a warpgroup's queries; arguments as in `_load_keys`."""
+  chunking, stages = schedule.chunking, schedule.tile.dq_stages
+  per_step = schedule.step_queries
+  mine = worker * per_step
+
+  def skip(at: Any) -> None:
+    """Arrives as often as the copies would."""
+    for _ in range(per_step):
+      plgpu.barrier_arrive(refs.ds_ready.at[at])
+
+  def visit(slot: Any, block: Any, readers: Any, pairs: Any) -> Any:
+    del block
+    at = worker * stages + slot
+    bits = readers >> mine
+    hits = [(bits >> x) & 1 for x in range(per_step)]
+    some = (bits & (2**per_step - 1)) != 0
+    # Whoever waits for the copies sees the state, too, since all threads
+    # arrive.
+    refs.states_s[at] = jnp.where(some, jnp.int32(_MULTIPLY), _SKIP)
+
+    def copy() -> None:
+      for x, (hit, pair) in enumerate(zip(hits, pairs, strict=True)):
+        plgpu.copy_gmem_to_smem(
+          refs.ds.at[jnp.where(hit == 1, pair, _NOWHERE)],
+          refs.ds_s.at[at, _rows_of(schedule, x)],
+          refs.ds_ready.at[at],
+        )
+
+    lax.cond(some, copy, functools.partial(skip, at))
+    return tuple(pair + hit for hit, pair in zip(hits, pairs, strict=True))
+
+  # The next pair of each query.
+  row = tile.first_row + tile.first + mine
+  pairs = tuple((row + x) * chunking.num_ids for x in range(per_step))
+  i, slot = _each_block(schedule, refs, i, tile, visit, pairs)
+  at = worker * stages + slot
+  refs.states_s[at] = jnp.int32(_END)
+  skip(at)
   return i + 1
 
 
 def _multiply_tile(
   schedule: Schedule, refs: DqRefs, worker: Any, i: Any, tile: _Tile
 ) -> Any:
-  """dq of the queries of a warpgroup; arguments as in `_load_tile`."""
+  """dq of the queries of a warpgroup; arguments as in `_load_ds`."""
   chunking, stages = schedule.chunking, schedule.tile.dq_stages
   per_step, shape = schedule.step_queries, (ROWS, schedule.widths[0])
 
@@ -1032,6 +1122,7 @@ def query_gradient(
   query, stages = inputs.query, schedule.tile.dq_stages
   dtype, width = query.dtype, schedule.widths[0]
   smem, barrier = plgpu.SMEM, plgpu.Barrier
+  lists = tile_lists(schedule, chunk)
   refs = () if before is None else (before,)
   result = plgpu.kernel(
     functools.partial(_dq_kernel, schedule=schedule),
@@ -1051,8 +1142,7 @@ def query_gradient(
     **options("nsa_selected_dq", WORKERS + 1, schedule.interpret),
   )(
     chunk.first_row,
-    chunk.ids.reshape(-1),
-    inputs.offset,
+    *(x.reshape(-1) for x in lists),
     inputs.stats,
     ds,
     inputs.key,

@@ -89,6 +89,7 @@ class Chunk(NamedTuple):
 
   first_row: jax.Array  # int32 [1]
   ids: jax.Array  # int32 [D T', m]
+  chosen: jax.Array  # bool [D T', m], the ids of pairs that are attended to
   # From M * (head in the chunk) + block to pairs, counted within the head.
   lists: InverseLists
 
@@ -154,7 +155,7 @@ def make_chunk(
     num_items=num_items,
     piece=piece,
   )
-  return Chunk(first_row[None], local, lists)
+  return Chunk(first_row[None], local, valid, lists)
 
 
 def zero_gradient(like: jax.Array, chunking: Chunking) -> jax.Array:
