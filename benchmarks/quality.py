@@ -187,8 +187,9 @@ KINDS: dict[str, dict[str, Any]] = {
   },
   "random blocks": {"select": random_blocks},
 }
-BY_MEANS = "nsa, by means of 4"  # what `select="means"` does
-COMPARED = ("full", "nsa", BY_MEANS, "window")  # with several seeds
+# What `select="means"` does, with gates that start at 0.5 or lean on it.
+BY_MEANS = ("nsa, by means of 4", "nsa, by means of 4, selected first")
+COMPARED = ("full", "nsa", *BY_MEANS, "window")  # with several seeds
 # Fields by what may follow a kind, to find out what the quality depends on.
 CHANGES: dict[str, dict[str, Any]] = {
   "wider": {"mlp_dim": 2384},
@@ -625,7 +626,7 @@ def run_trial(
     "parameters": sum(x.size for x in jax.tree.leaves(params)),
     **result_of(study, evaluate(params, rows), log),
   }
-  if trial.kind in ("full", "nsa", BY_MEANS) and trial.steps == study.steps(
+  if trial.kind in ("full", "nsa", *BY_MEANS) and trial.steps == study.steps(
     study.tokens
   ):
     length = LONGER * study.length
@@ -721,7 +722,8 @@ def plot(path: pathlib.Path, study: Study, found: Sequence[Any]) -> None:
   """Plots losses minus those of full attention, over training and by position.
 
   A model is compared with that of the same seed, which saw the same rows;
-  nothing is plotted of seeds without full attention.
+  nothing is plotted of seeds without full attention. Differences of the first
+  third may be beyond the axes.
   """
   figure, (left, right) = plt.subplots(
     1, 2, figsize=(11, 4), constrained_layout=True, sharey=True
@@ -730,6 +732,7 @@ def plot(path: pathlib.Path, study: Study, found: Sequence[Any]) -> None:
   trained = [x for x in found if "diverged" not in x]
   full = {x["seed"]: x for x in trained if x["kind"] == "full"}
   colors = plt.get_cmap("tab10" if len(study.kinds) <= 10 else "tab20")
+  shown: list[float] = []
   for i, kind in enumerate(study.kinds):
     pairs = [
       (x, full[x["seed"]])
@@ -746,9 +749,14 @@ def plot(path: pathlib.Path, study: Study, found: Sequence[Any]) -> None:
     tokens = steps * study.batch_size * study.length / 1e6
     left.plot(tokens, curve[:, 1], color=colors(i), label=kind)
     right.stairs(places, edges, baseline=None, color=colors(i))
+    shown += [*curve[len(curve) // 3 :, 1], *places]
   left.set(xlabel="million tokens", ylabel="loss minus that of full attention")
+  if shown:
+    margin = 0.1 * (max(shown) - min(shown)) + 1e-3
+    left.set_ylim(min(shown) - margin, max(shown) + margin)
   # Every range is as wide as the first one.
   right.set_xscale("symlog", linthresh=edges[1], linscale=np.log10(2))
+  right.set_xlim(0, edges[-1])
   right.set_xlabel("position in the row, in the end")
   right.set_xticks(edges, [str(x) for x in edges])
   left.legend(fontsize="x-small", ncols=1 + len(study.kinds) // 8)
@@ -784,7 +792,8 @@ def parser() -> argparse.ArgumentParser:
     type=kind_flag,
     metavar="KIND",
     help=f"of {', '.join(map(repr, KINDS))}, each perhaps with changes after "
-    f"commas: {', '.join(CHANGES)} (default: all, and {BY_MEANS!r})",
+    f"commas: {', '.join(CHANGES)} (default: all, and "
+    f"{' and '.join(map(repr, BY_MEANS))})",
   )
   add("--rates", nargs="+", type=float, help=f"learning rates {RATES}")
   add("--seeds", type=int, nargs="+", help="default: 0 1 2")
