@@ -798,8 +798,12 @@ def test_sizes_of_the_attention(capsys):
   flags = [f"--{k.replace('_', '-')}={v}" for k, v in sizes.items()]
   parse = cli.make_parser().parse_args
   assert train.model_config(parse(flags)).nsa == NSAConfig(**sizes)
-  config = train.model_config(parse(["--select=means"]))
+  flags = ["--select=means", "--gate-bias", "-2.94", "2.2", "-2.94"]
+  config = train.model_config(parse(flags))
   assert config.select == SelectByMeans()
+  assert config.gate_bias == (-2.94, 2.2, -2.94)
+  with pytest.raises(UsageError, match=r"gate_bias\[1\].*finite"):
+    train.model_config(parse(["--gate-bias", "0", "nan", "0"]))
   for preset in cli.RECIPES:
     config = train.model_config(parse([f"--preset={preset}"]))
     assert config == TransformerConfig.preset(preset)

@@ -68,6 +68,14 @@ def make_parser(prog: str = "train_lm.py") -> argparse.ArgumentParser:
     "by the compressed keys, as in the paper)",
   )
   add(
+    "--gate-bias",
+    nargs=3,
+    type=float,
+    metavar=("COMPRESSED", "SELECTED", "WINDOW"),
+    help="first biases of the gates' logits; -2.94 2.2 -2.94 start with gates "
+    "of 0.05, 0.9 and 0.05 (default: no biases, gates of 0.5)",
+  )
+  add(
     "--dtype",
     choices=("float32", "bfloat16"),
     default="float32",

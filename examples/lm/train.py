@@ -228,21 +228,23 @@ def model_config(args: argparse.Namespace) -> TransformerConfig:
   """The preset, with what the flags change.
 
   Raises:
-    UsageError: if the sizes of the attention do not fit together.
+    UsageError: if the sizes of the attention do not fit together, or a bias of
+      the gates is not finite.
   """
-  config = TransformerConfig.preset(
-    args.preset,
-    attention=args.attention,
-    select=args.select,
-    dtype=args.dtype,
-    implementation=args.implementation,
-  )
   sizes = {
     field.name: value
     for field in dataclasses.fields(NSAConfig)
     if (value := getattr(args, field.name)) is not None
   }
   try:
+    config = TransformerConfig.preset(
+      args.preset,
+      attention=args.attention,
+      select=args.select,
+      gate_bias=args.gate_bias,
+      dtype=args.dtype,
+      implementation=args.implementation,
+    )
     nsa = dataclasses.replace(config.nsa, **sizes)
   except ValueError as error:
     raise UsageError(str(error)) from error
