@@ -7,7 +7,7 @@ own platforms, and leaves no switch in a program for a single platform.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import jax
@@ -78,6 +78,15 @@ def _abstract_eval(*flat, avals, **_):
 def _varying(avals):
   """Manual mesh axes over which some array is known to vary."""
   return frozenset().union(*(x.manual_axis_type.varying for x in avals))
+
+
+def out_shape(shape: Sequence[int], dtype: Any) -> jax.ShapeDtypeStruct:
+  """Shape and dtype of a result of `pl.pallas_call`.
+
+  Under `jax.shard_map` with `check_vma=True`, Pallas wants to know what it
+  varies over. Arguments of a kernel lost that in `by_platform`.
+  """
+  return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=ManualAxisType())
 
 
 def vary_alike(arrays: Any) -> Any:

@@ -20,7 +20,7 @@ from nsa_jax import NSAConfig
 from pallas_kernels.interface import Queries, Spec
 from pallas_kernels.mosaic_gpu import selected_vjp, tiling
 from pallas_kernels.mosaic_gpu.selected_lists import COUNT_BITS, union_lists
-from pallas_kernels.triton.query_chunks import (
+from pallas_kernels.query_chunks import (
   first_rows,
   ids_of_rows,
   make_chunk,

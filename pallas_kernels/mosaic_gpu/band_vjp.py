@@ -30,6 +30,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu
 
 from pallas_kernels.bands import Band, BandReads, key_tiles, query_tiles
+from pallas_kernels.gradients import delta_of, gradient_of, keep_finite
 from pallas_kernels.integers import ceil_div, div, rem, within
 from pallas_kernels.interface import Spec
 from pallas_kernels.mosaic_gpu import common, gradient_steps
@@ -44,8 +45,7 @@ from pallas_kernels.mosaic_gpu.tiling import (
   gradient_keys,
   gradient_tile,
 )
-from pallas_kernels.triton import band_vjp
-from pallas_kernels.triton.common import delta_of, keep_finite
+from pallas_kernels.triton import band_vjp as triton
 
 plgpu: Any = mosaic_gpu
 # Registers per thread: what the loading warpgroup gives up the others take.
@@ -196,11 +196,23 @@ def backward(
   dout: jax.Array,
   dlse: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """As in `triton.band_vjp`, which does it for groups that do not divide 64."""
+  """Gradients of query, key and value, in their dtypes.
+
+  The Triton kernels compute those of groups that do not divide 64.
+
+  Args:
+    spec: as in `band.forward`.
+    qkv: as in `band.forward`.
+    reads: as in `band.forward`.
+    out: [B, T, N, V], from `band.forward`.
+    lse: [B, T, N], from `band.forward`.
+    dout: [B, T, N, V], cotangent of `out`.
+    dlse: float32 [B, T, N], cotangent of `lse`.
+  """
   query, key, value = qkv
   if ROWS % group_of(query, key):
     spec = spec._replace(tiles=None)
-    return band_vjp.backward(spec, qkv, reads, out, lse, dout, dlse)
+    return triton.backward(spec, qkv, reads, out, lse, dout, dlse)
   widths = key.shape[-1], value.shape[-1]
   tile = (spec.tiles and spec.tiles.bwd) or gradient_tile(*widths)
   schedule = make_schedule(spec, reads.band, tile, query, key, widths[1])
@@ -213,8 +225,8 @@ def backward(
 
   return (
     dq,
-    band_vjp.gradient_of(dk, key, spec.scale),
-    band_vjp.gradient_of(dv, value),
+    gradient_of(dk, key, spec.scale),
+    gradient_of(dv, value),
   )
 
 

@@ -43,6 +43,7 @@ from pallas_kernels.mosaic_gpu.tiling import (
   SelectionTiling,
   selection_tiling,
 )
+from pallas_kernels.selection import Chunks, no_derivatives
 from pallas_kernels.triton import select_blocks as triton
 from pallas_kernels.triton import tiling as triton_tiling
 
@@ -541,7 +542,7 @@ def backward(
   spec: Spec, arrays: Arrays, index: Index, *results: object
 ) -> NoReturn:
   """Block selection has no derivatives; raises NotImplementedError."""
-  triton.backward(spec, arrays, index, *results)
+  no_derivatives()
 
 
 def _sizes(spec: Spec, arrays: Arrays) -> dict[str, int]:
@@ -560,7 +561,7 @@ def _scores(
   arrays: Arrays,
   offset: jax.Array,
   segments: tuple[jax.Array, ...],
-  chunks: triton.Chunks,
+  chunks: Chunks,
 ) -> Callable[[jax.Array], Any]:
   """`make_scores` of `triton.select`."""
   query, key, lse = arrays

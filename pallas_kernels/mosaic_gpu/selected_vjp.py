@@ -40,8 +40,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu
 
 from pallas_kernels.checks import group_of
+from pallas_kernels.gradients import delta_of, keep_finite
 from pallas_kernels.integers import ceil_div, div, rem
 from pallas_kernels.interface import Queries, Spec, per_row, segment_pair
+from pallas_kernels.inverse_lists import sort_items, take
 from pallas_kernels.mosaic_gpu import gradient_steps, selected_lanes, support
 from pallas_kernels.mosaic_gpu.common import LOG2E, drain, options
 from pallas_kernels.mosaic_gpu.gradient_steps import EMPTY
@@ -57,13 +59,10 @@ from pallas_kernels.mosaic_gpu.tiling import (
   SelectedGradientTile,
   selected_tracks,
 )
-from pallas_kernels.triton.common import delta_of, keep_finite, take
-from pallas_kernels.triton.inverse_lists import sort_items
-from pallas_kernels.triton.query_chunks import (
+from pallas_kernels.query_chunks import (
   Chunk,
   Chunking,
   Piece,
-  add_pieces,
   by_head,
   finish_gradient,
   first_rows,
@@ -73,6 +72,7 @@ from pallas_kernels.triton.query_chunks import (
   piece_of,
   zero_gradient,
 )
+from pallas_kernels.triton.list_pieces import add_pieces
 
 plgpu: Any = mosaic_gpu
 # Registers per thread: what the loading warpgroup gives up the others take.

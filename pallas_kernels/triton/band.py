@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from pallas_kernels import checks
+from pallas_kernels import checks, platforms
 from pallas_kernels.bands import Band, BandReads, Bounds, key_tiles
 from pallas_kernels.integers import div, rem
 from pallas_kernels.interface import Queries, Spec
@@ -282,8 +282,8 @@ def forward(
   flat = flat_rows(query)
   place_spec, keys, segment_specs = per_head(key, segments)
   shapes = [
-    common.out_shape((len(flat), value_dim), query.dtype),
-    common.out_shape((len(flat),), jnp.float32),
+    platforms.out_shape((len(flat), value_dim), query.dtype),
+    platforms.out_shape((len(flat),), jnp.float32),
   ]
   out, lse = pl.pallas_call(
     functools.partial(

@@ -18,7 +18,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
+from pallas_kernels import platforms
 from pallas_kernels.bands import Band, BandReads, key_tiles, query_tiles
+from pallas_kernels.gradients import delta_of, gradient_of, keep_finite
 from pallas_kernels.integers import ceil_div, div, rem
 from pallas_kernels.interface import Spec
 from pallas_kernels.triton import common
@@ -173,7 +175,7 @@ def backward(
     dlse: float32 [B, T, N], cotangent of `lse`.
   """
   query, key, value = qkv
-  delta = common.keep_finite(common.delta_of(out, dout, dlse), lse)
+  delta = keep_finite(delta_of(out, dout, dlse), lse)
   # Queries that read nothing get probabilities of exactly 0.
   lse = jnp.where(lse == -jnp.inf, -common.MASK, lse * common.LOG2E)
   inputs = Inputs(
@@ -209,22 +211,6 @@ def backward(
   )
 
 
-def gradient_of(
-  sums: jax.Array, like: jax.Array, scale: float = 1.0
-) -> jax.Array:
-  """The gradient of keys or values from what the kernels have summed.
-
-  Args:
-    sums: float32 [shares, B K, S or more, H], of shares of the queries.
-    like: the keys or values, [B, S, K, H].
-    scale: of the gradient.
-  """
-  batch, length, heads, _ = like.shape
-  x = sum_splits(sums)[:, :length] * scale
-  x = jnp.swapaxes(x.reshape(batch, heads, *x.shape[1:]), 1, 2)
-  return x.astype(like.dtype)
-
-
 def _add_chunk(
   chunk: jax.Array,
   grads: tuple[jax.Array, ...] | None,
@@ -240,19 +226,6 @@ def _add_chunk(
   dq, *sums = grads or (None,)
   *sums, ds = _key_value_gradient(chunk, tuple(sums), inputs, schedule)
   return (_query_gradient(chunk, ds, dq, inputs, schedule), *sums)
-
-
-def sum_splits(x: jax.Array) -> jax.Array:
-  """Sum over the first axis, half by half.
-
-  The bits of `x.sum(axis=0)` depend on the variant of the sum that XLA finds
-  fastest when it compiles.
-  """
-  while len(x) > 1:
-    half = len(x) // 2
-    pairs = x[:half] + x[half : 2 * half]
-    x = jnp.concatenate([pairs, x[2 * half :]]) if len(x) % 2 else pairs
-  return x[0]
 
 
 def row_and_head(head: Any, sizes: QuerySizes) -> tuple[Any, Any]:
@@ -451,12 +424,12 @@ def _key_value_gradient(
       ],
       out_shape=[
         *(
-          common.out_shape(
+          platforms.out_shape(
             (schedule.splits, heads, num_keys, width), jnp.float32
           )
           for width in widths
         ),
-        common.out_shape((heads, *ds), inputs.query.dtype),
+        platforms.out_shape((heads, *ds), inputs.query.dtype),
       ],
       input_output_aliases={len(args) + i: i for i in range(len(before))},
     )(*args, *before)
@@ -520,7 +493,7 @@ def _query_gradient(
   tile = schedule.spec.tiles.dq
   batch, _, kv_heads, head_dim = inputs.key.shape
   place, keys, _ = per_head(inputs.key, ())
-  query = common.out_shape(inputs.query.shape, inputs.query.dtype)
+  query = platforms.out_shape(inputs.query.shape, inputs.query.dtype)
   args = (chunk, inputs.place, inputs.lse, ds, inputs.key)
   aliased = () if before is None else (before,)
   return pl.pallas_call(

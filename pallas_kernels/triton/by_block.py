@@ -21,22 +21,22 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
+from pallas_kernels import platforms
 from pallas_kernels.integers import div
 from pallas_kernels.interface import Queries, Spec
-from pallas_kernels.triton import common
-from pallas_kernels.triton.by_query import group_heads, reads_of
-from pallas_kernels.triton.query_chunks import (
+from pallas_kernels.query_chunks import (
   Chunk,
   Chunking,
   Piece,
   by_head,
-  count_chosen,
   first_rows,
   ids_of_rows,
-  load_piece,
   make_chunk,
   make_chunking,
 )
+from pallas_kernels.triton import common
+from pallas_kernels.triton.by_query import group_heads, reads_of
+from pallas_kernels.triton.list_pieces import count_chosen, load_piece
 
 
 def chunk_queries(
@@ -301,13 +301,13 @@ def by_piece(
   def one(shape):
     return pl.BlockSpec((None, *shape), lambda p: (p, *[0] * len(shape)))
 
-  outs = [common.out_shape((pairs, *x), dtype) for x, dtype in per_pair]
+  outs = [platforms.out_shape((pairs, *x), dtype) for x, dtype in per_pair]
   grid = {
     "grid": (num_pieces,),
     "in_specs": [one((3,)), *map(common.whole, inputs)],
     "out_specs": [*map(one, per_piece), *map(common.whole, outs)],
     "out_shape": [
-      *(common.out_shape((num_pieces, *x), jnp.float32) for x in per_piece),
+      *(platforms.out_shape((num_pieces, *x), jnp.float32) for x in per_piece),
       *outs,
     ],
   }
@@ -346,7 +346,7 @@ def by_row(
     ],
     "out_specs": [rows_of(None, x) for x in parts],
     "out_shape": [
-      common.out_shape((rows, *x.shape[1:]), x.dtype) for x in parts
+      platforms.out_shape((rows, *x.shape[1:]), x.dtype) for x in parts
     ],
   }
   return Launch((chunk.ids, chunk.first_row, offset, *parts), grid)

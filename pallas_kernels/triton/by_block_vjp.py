@@ -14,7 +14,17 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
+from pallas_kernels.gradients import delta_of, keep_finite
 from pallas_kernels.interface import Queries, Spec
+from pallas_kernels.query_chunks import (
+  Chunking,
+  by_head,
+  finish_gradient,
+  first_rows,
+  ids_of_rows,
+  make_chunk,
+  zero_gradient,
+)
 from pallas_kernels.triton import common
 from pallas_kernels.triton.by_block import (
   by_piece,
@@ -29,17 +39,10 @@ from pallas_kernels.triton.by_block import (
   walk_queries,
 )
 from pallas_kernels.triton.by_query import reads_of
-from pallas_kernels.triton.query_chunks import (
-  Chunking,
+from pallas_kernels.triton.list_pieces import (
   add_pieces,
-  by_head,
   count_chosen,
-  finish_gradient,
-  first_rows,
-  ids_of_rows,
   load_piece,
-  make_chunk,
-  zero_gradient,
 )
 
 
@@ -73,7 +76,7 @@ def _bwd_kernel(
       dk, dv = carry
       q, dout = load_queries(q_ref, step), load_queries(dout_ref, step)
       lse, delta = (ref[step.row].reshape(-1) for ref in (lse_ref, delta_ref))
-      delta = common.keep_finite(delta, lse)
+      delta = keep_finite(delta, lse)
       # Transposed, [keys, tile rows], so that dk and dv need no transpose.
       s = common.dot_pieces(k, q) * (spec.scale * common.LOG2E)
       mask = piece.token[:, None] <= step.position[None, :]
@@ -151,7 +154,7 @@ def backward(
   ids = split_blocks(reads.ids, spec.config.selection_block, block_k)
   chunking = chunk_queries(spec, query, key, ids, block_k)
   row_ids = ids_of_rows(ids, chunking)
-  delta = common.delta_of(out, dout, dlse)
+  delta = delta_of(out, dout, dlse)
   empty = lse == -jnp.inf
   lse = jnp.where(empty, 0, lse) * common.LOG2E
   rows, dout, lse, delta = (

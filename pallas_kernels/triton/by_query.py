@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
+from pallas_kernels import platforms
 from pallas_kernels.integers import div, rem
 from pallas_kernels.interface import Queries, Spec, per_row, segment_pair
 from pallas_kernels.triton import common
@@ -148,7 +149,7 @@ def pair_lists(
     ],
     out_specs=[spec(None, width) for width in widths],
     out_shape=[
-      common.out_shape((batch, pairs, kv_heads, width), jnp.int32)
+      platforms.out_shape((batch, pairs, kv_heads, width), jnp.int32)
       for width in widths
     ],
   )(ids, offset)
@@ -511,8 +512,8 @@ def forward(
     ],
     out_specs=[specs.per_query(value_dim), specs.per_row],
     out_shape=[
-      common.out_shape((*grouped.shape[:4], value_dim), query.dtype),
-      common.out_shape(grouped.shape[:4], jnp.float32),
+      platforms.out_shape((*grouped.shape[:4], value_dim), query.dtype),
+      platforms.out_shape(grouped.shape[:4], jnp.float32),
     ],
   )(reads.offset, grouped, key, value, *specs.reads)
   return (

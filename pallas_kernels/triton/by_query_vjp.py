@@ -16,22 +16,26 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
+from pallas_kernels import platforms
+from pallas_kernels.gradients import delta_of, keep_finite
 from pallas_kernels.integers import div, rem
 from pallas_kernels.interface import Queries, Spec
-from pallas_kernels.triton import common
-from pallas_kernels.triton.by_query import BlockReads, group_heads, reads_of
-from pallas_kernels.triton.query_chunks import (
+from pallas_kernels.query_chunks import (
   Chunk,
   Chunking,
-  add_pieces,
-  count_chosen,
   finish_gradient,
   first_rows,
   ids_of_rows,
-  load_piece,
   make_chunk,
   make_chunking,
   zero_gradient,
+)
+from pallas_kernels.triton import common
+from pallas_kernels.triton.by_query import BlockReads, group_heads, reads_of
+from pallas_kernels.triton.list_pieces import (
+  add_pieces,
+  count_chosen,
+  load_piece,
 )
 
 # If a chunk has few pairs, pieces are shorter, so that about _PIECES programs
@@ -75,7 +79,7 @@ def backward(
   piece = max(chunking.num_pairs // _PIECES, _SHORTEST_PIECE)
   piece = min(piece, tiles.piece)
   row_ids = ids_of_rows(reads.ids, chunking)
-  delta = common.keep_finite(common.delta_of(out, dout, dlse), lse)
+  delta = keep_finite(delta_of(out, dout, dlse), lse)
   grouped = [group_heads(x, kv_heads) for x in (query, dout, lse, delta)]
 
   def step(first_row, grads):
@@ -212,7 +216,7 @@ def _key_value_gradient(
   tile, lists = spec.tiles.dkv, chunk.lists
   num_pieces = lists.pieces.shape[0]
   block, widths = chunking.block, (key.shape[-1], value.shape[-1])
-  ds = common.out_shape((chunking.num_pairs, block, rows), key.dtype)
+  ds = platforms.out_shape((chunking.num_pairs, block, rows), key.dtype)
   inputs: tuple[jax.Array, ...] = (
     lists.items,
     chunk.first_row,
@@ -242,7 +246,7 @@ def _key_value_gradient(
       ],
       out_shape=[
         *(
-          common.out_shape((num_pieces, block, width), jnp.float32)
+          platforms.out_shape((num_pieces, block, width), jnp.float32)
           for width in widths
         ),
         ds,
@@ -336,6 +340,6 @@ def _query_gradient(
       *(_padded(x, rows) for x in aliased),
     ],
     out_specs=_padded(query, rows),
-    out_shape=common.out_shape(query.shape, query.dtype),
+    out_shape=platforms.out_shape(query.shape, query.dtype),
     input_output_aliases={len(args): 0} if aliased else {},
   )(*args, *aliased)

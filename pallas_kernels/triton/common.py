@@ -12,7 +12,6 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
-from jax.sharding import ManualAxisType
 
 # The softmax uses exp2, which is one instruction; the scale includes log2(e).
 LOG2E = math.log2(math.e)
@@ -36,15 +35,6 @@ def options(
   """
   params = plgpu.CompilerParams(num_warps=num_warps, num_stages=num_stages)
   return {"name": name, "compiler_params": params, "interpret": interpret}
-
-
-def out_shape(shape: Sequence[int], dtype: Any) -> jax.ShapeDtypeStruct:
-  """Shape and dtype of a result of `pl.pallas_call`.
-
-  Under `jax.shard_map` with `check_vma=True`, Pallas wants to know what it
-  varies over. Arguments of a kernel lost that in `platforms.by_platform`.
-  """
-  return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=ManualAxisType())
 
 
 def exp2(interpret: bool) -> Callable[[jax.Array], jax.Array]:
@@ -159,31 +149,3 @@ def dot_pieces(xs: Sequence[jax.Array], ys: Sequence[jax.Array]) -> jax.Array:
   """x y^T, summed over the pieces of the last dimension."""
   products = [dot(x, y.T) for x, y in zip(xs, ys, strict=True)]
   return sum(products[1:], products[0])
-
-
-def delta_of(out: jax.Array, dout: jax.Array, dlse: jax.Array) -> jax.Array:
-  """sum(dout * out) - dlse, float32 [B, T, N].
-
-  The gradient of a score is its probability times (dp - delta).
-
-  Args:
-    out: [B, T, N, V].
-    dout: [B, T, N, V], cotangent of `out`.
-    dlse: [B, T, N], cotangent of the lse.
-  """
-  products = dout.astype(jnp.float32) * out.astype(jnp.float32)
-  return jnp.sum(products, axis=-1) - dlse
-
-
-def keep_finite(delta: jax.Array, lse: jax.Array) -> jax.Array:
-  """`delta` of a backward pass, 0 for queries whose lse is NaN.
-
-  Their probabilities are NaN for what they read and 0 for other keys, which get
-  0 * delta.
-  """
-  return jnp.where(lse == lse, delta, 0)
-
-
-def take(x: jax.Array, index: jax.Array) -> jax.Array:
-  """`x[index]` for indices in [0, len(x)), in one operation of XLA."""
-  return x.at[index].get(mode="promise_in_bounds", wrap_negative_indices=False)

@@ -12,7 +12,7 @@ large temporary; processing queries in chunks keeps them within a budget.
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -20,16 +20,18 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels import checks
+from pallas_kernels import checks, platforms
 from pallas_kernels.integers import div, rem
 from pallas_kernels.interface import (
   Queries,
   Spec,
-  compressed_block_segments,
   per_row,
-  query_positions,
-  segment_pair,
-  segment_starts,
+)
+from pallas_kernels.selection import (
+  Chunks,
+  no_derivatives,
+  segments_of,
+  without_scores,
 )
 from pallas_kernels.triton import common, support
 from pallas_kernels.triton.by_query import group_heads
@@ -304,31 +306,6 @@ def forward(
   )
 
 
-class Chunks(NamedTuple):
-  """How the queries are split, and the scores of a chunk.
-
-  These are `num_scores` arrays, float32 [B, K, length, width], whose sum counts
-  for the candidates of a query. Scores of other blocks need not be written, nor
-  the second one of block 0.
-
-  Attributes:
-    number: number of chunks.
-    length: queries per chunk; the last ones may not exist.
-    width: room for whole score tiles, and one more column.
-    num_scores: 2 if compressed blocks carry over into the next selection block.
-  """
-
-  number: int
-  length: int
-  width: int
-  num_scores: int
-
-  def shapes(self, batch: int, kv_heads: int) -> list[jax.ShapeDtypeStruct]:
-    """Shapes of the scores of a chunk."""
-    shape = batch, kv_heads, self.length, self.width
-    return [common.out_shape(shape, jnp.float32)] * self.num_scores
-
-
 def select(
   spec: Spec,
   arrays: tuple[jax.Array, jax.Array, jax.Array],
@@ -345,7 +322,7 @@ def select(
     tile: queries and compressed keys per tile of the scores.
     make_scores: f(spec, arrays, offset, segments, chunks) -> g(start) ->
       scores of the chunk that begins with query start [1]; see `Chunks` and
-      `_segments`.
+      `segments_of`.
   """
   query, key, _ = arrays
   config, tiling = spec.config, spec.tiles
@@ -353,10 +330,10 @@ def select(
   batch, length = query.shape[:2]
   num_keys, kv_heads = key.shape[1:3]
   offset = per_row(queries.offset, batch)
-  segments = _segments(spec, queries)
+  segments = segments_of(spec, queries)
   num_blocks = pl.cdiv(spec.key_length, config.selection_block)
   if not spec.num_free or num_blocks <= config.num_selected or not num_keys:
-    return _without_scores(spec, length, kv_heads, offset, segments)
+    return without_scores(spec, length, kv_heads, offset, segments)
 
   block_q, block_k = tile
   steps_k = pl.cdiv(num_keys, block_k)
@@ -392,7 +369,7 @@ def select(
     out_specs=pl.BlockSpec(
       (None, tiling.rows, None, padded_n), lambda i, h, b: (b, i, h, 0)
     ),
-    out_shape=common.out_shape(
+    out_shape=platforms.out_shape(
       (batch, per_chunk, kv_heads, config.num_selected), jnp.int32
     ),
   )
@@ -483,56 +460,5 @@ def backward(
   index: tuple[None, Queries],
   *results: object,
 ) -> NoReturn:
-  """Block selection has no derivatives.
-
-  Raises:
-    NotImplementedError: always.
-  """
-  raise NotImplementedError(
-    "select_blocks has no derivatives: its inputs are under stop_gradient"
-  )
-
-
-def _segments(spec, queries):
-  """Segments for the kernels; () without segments.
-
-  They are those of the compressed blocks [B, C], those of the queries [B, T] (a
-  query whose segment has no block reads nothing), and the first candidate block
-  of every query [B, T], past the last block if it has none.
-  """
-  tokens, of_query = queries.key_segments, queries.query_segments
-  if tokens is None:
-    return ()
-  first = segment_starts(tokens, of_query) // spec.config.selection_block
-  return (
-    *segment_pair(compressed_block_segments(tokens, spec.config), of_query),
-    jnp.where(of_query > 0, first, spec.key_length),
-  )
-
-
-def _without_scores(
-  spec: Spec,
-  length: int,
-  kv_heads: int,
-  offset: jax.Array,
-  segments: tuple[jax.Array, ...],
-) -> jax.Array:
-  """`forward` for calls whose result does not depend on the scores.
-
-  That is, no query has more than n candidates, or all slots are forced.
-  """
-  config = spec.config
-  t = query_positions(offset, len(offset), length)
-  first = segments[2] if segments else jnp.zeros_like(t)
-  last = jnp.maximum(t, 0) // config.selection_block
-  count = jnp.where((t >= 0) & (t < spec.key_length), last - first + 1, 0)
-  slot = jnp.arange(config.num_selected, dtype=jnp.int32)[None, None]
-  first, last, count = first[..., None], last[..., None], count[..., None]
-  local = slot - config.num_selected + 1 + last
-  ids = jnp.where(
-    (count > config.num_selected) & (slot >= config.num_initial),
-    local,
-    jnp.where(slot < count, first + slot, -1),
-  )
-  shape = (*ids.shape[:2], kv_heads, config.num_selected)
-  return jnp.broadcast_to(ids[:, :, None], shape)
+  """Block selection has no derivatives; raises NotImplementedError."""
+  no_derivatives()

@@ -10,6 +10,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from pallas_kernels import platforms
 from pallas_kernels.bands import Bounds
 from pallas_kernels.integers import ceil_div, div, rem, within
 from pallas_kernels.interface import KV, Spec
@@ -326,7 +327,7 @@ def read_blocks(
   def out_shapes(count):
     shape = count, batch, length, kv_heads, group
     return [
-      common.out_shape(x, jnp.float32)
+      platforms.out_shape(x, jnp.float32)
       for x in ((*shape, value_dim), shape, shape)
     ]
 
@@ -358,7 +359,7 @@ def read_blocks(
       *out_specs(counts[0], counts[1]),
     ],
     out_shape=[
-      common.out_shape(
+      platforms.out_shape(
         (batch, length, kv_heads, spec.config.num_selected), jnp.int32
       ),
       *out_shapes(counts[0]),

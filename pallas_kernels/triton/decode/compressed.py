@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from pallas_kernels import platforms
 from pallas_kernels.bands import Band, Bounds
 from pallas_kernels.integers import ceil_div, div, rem, within
 from pallas_kernels.interface import KV, Spec
@@ -177,7 +178,7 @@ def read_compressed(
   one = pl.BlockSpec((1,), lambda s, i, h, b: (b,))
 
   def floats(*shape):
-    return common.out_shape(shape, jnp.float32)
+    return platforms.out_shape(shape, jnp.float32)
 
   weights = []
   if num_tiles:

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
+from pallas_kernels import platforms
 from pallas_kernels.interface import Spec
 from pallas_kernels.triton import common
 from pallas_kernels.triton.decode.softmax import PartialSoftmax
@@ -80,6 +81,6 @@ def merge_branches(
     grid=(num_rows,),
     in_specs=[pl.BlockSpec((None, 3), lambda r: (r, 0)), *specs],
     out_specs=pl.BlockSpec((None, value_dim), lambda r: (r, 0)),
-    out_shape=common.out_shape((num_rows, value_dim), dtype),
+    out_shape=platforms.out_shape((num_rows, value_dim), dtype),
   )(gates.reshape(-1, 3), *(leaf for x in branches for leaf in x))
   return out.reshape(*gates.shape[:3], value_dim)

@@ -6,29 +6,20 @@ whole heads or a part of one, so that this stays within a budget. Query row
 z T + t is query t of head z = b K + h.
 """
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental import pallas as pl
 
 from pallas_kernels.integers import div, rem
-from pallas_kernels.triton import common
-from pallas_kernels.triton.inverse_lists import (
-  InverseLists,
-  chosen,
-  invert,
-  sum_pieces,
-)
+from pallas_kernels.inverse_lists import InverseLists, chosen, invert, take
 
 
 class Chunking(NamedTuple):
   """How the queries of all heads are split into chunks; static.
 
-  Blocks here are selection blocks, or for small groups those of `split_blocks`,
-  parts of selection blocks.
+  Blocks here are selection blocks, or equal parts of them.
   """
 
   kv_heads: int  # K
@@ -142,7 +133,7 @@ def make_chunk(
   local = lax.dynamic_slice_in_dim(row_ids, first_row, count)
   head = div(first_row, chunking.length) + local_head
   row = first_row + jnp.arange(count, dtype=jnp.int32)
-  position = common.take(offset, div(head, chunking.kv_heads))
+  position = take(offset, div(head, chunking.kv_heads))
   position += row - head * chunking.length
   valid = chosen(local, position[:, None], chunking.key_length, chunking.block)
   num_owners = chunking.heads * chunking.num_blocks
@@ -159,31 +150,12 @@ def make_chunk(
 
 
 def zero_gradient(like: jax.Array, chunking: Chunking) -> jax.Array:
-  """Zeros [B K, M l', W], for `add_pieces`; `like` is keys or values."""
+  """Zeros [B K, M l', W] to add chunks to; `like` is keys or values."""
   batch, _, kv_heads, width = like.shape
   # A head in several chunks needs float32 between them.
   dtype = jnp.float32 if chunking.splits_heads else like.dtype
   shape = batch * kv_heads, chunking.num_blocks * chunking.block, width
   return jnp.zeros(shape, dtype)
-
-
-def add_pieces(
-  total: jax.Array,
-  partial: jax.Array,
-  chunk: Chunk,
-  chunking: Chunking,
-  *,
-  interpret: bool,
-) -> jax.Array:
-  """Adds the gradients [P, l', W] of a chunk's pieces, in order."""
-  sums = sum_pieces(
-    partial, chunk.lists.starts, total.dtype, interpret=interpret
-  )
-  sums = sums.reshape(chunking.heads, -1, sums.shape[-1])
-  first_head = div(chunk.first_row[0], chunking.length)
-  if chunking.splits_heads:
-    sums += lax.dynamic_slice_in_dim(total, first_head, chunking.heads)
-  return lax.dynamic_update_slice_in_dim(total, sums, first_head, axis=0)
 
 
 def finish_gradient(total: jax.Array, like: jax.Array) -> jax.Array:
@@ -206,24 +178,6 @@ class Piece(NamedTuple):
   start_k: Any
   token: Any  # int32 [l'], positions of the keys, or None
   key_segment: Any  # int32 [l'], or None
-
-
-def load_piece(
-  piece_ref: Any,
-  first_row_ref: Any,
-  offset_ref: Any,
-  segments: Sequence[Any],
-  chunking: Chunking,
-) -> Piece:
-  """Loads the program's piece and the segments of its keys, if any."""
-  bounds = piece_ref[0], piece_ref[1], piece_ref[2]
-  piece = piece_of(*bounds, first_row_ref[0], offset_ref, chunking)
-  token = piece.start_k + jnp.arange(chunking.block)
-  key_segment = None
-  if segments:
-    keys_ref = segments[0].at[piece.batch, pl.ds(piece.start_k, chunking.block)]
-    key_segment = common.load(keys_ref, token < chunking.key_length)
-  return piece._replace(token=token, key_segment=key_segment)
 
 
 def piece_of(
@@ -261,20 +215,3 @@ def piece_of(
     token=None,
     key_segment=None,
   )
-
-
-def count_chosen(
-  ids_ref: Any, first_row_ref: Any, offset_ref: Any, chunking: Chunking
-) -> jax.Array:
-  """Number of blocks that the program's query attends to.
-
-  Ids ascend, so those of attended blocks come first.
-  """
-  row = first_row_ref[0] + pl.program_id(0)
-  head = div(row, chunking.length)
-  position = offset_ref[div(head, chunking.kv_heads)]
-  position += row - head * chunking.length
-  mask = common.padding_mask(chunking.num_ids, ids_ref.shape[0])
-  ids = common.load(ids_ref, mask, other=-1)
-  valid = chosen(ids, position, chunking.key_length, chunking.block)
-  return jnp.sum(valid.astype(jnp.int32))

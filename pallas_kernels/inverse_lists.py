@@ -1,21 +1,17 @@
 """Inverts block ids: lists of the queries that chose each block.
 
 The lists differ much in length, since every query chooses the initial block.
-They are cut into pieces of bounded length, one program each. The partial sums
-of a list's pieces are added in order, so that every run gives the same bits.
+They are cut into pieces of bounded length. Where the partial sums of a list's
+pieces are added in order, every run gives the same bits.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental import pallas as pl
 
 from pallas_kernels.integers import div, rem
-from pallas_kernels.triton import common
-
-_AT_ONCE = 8  # Pieces that `sum_pieces` loads per step.
 
 
 class InverseLists(NamedTuple):
@@ -63,9 +59,9 @@ def invert(
   of_piece = _search(starts, index + 1) - 1
   used = of_piece < num_owners
   of_piece = of_piece.clip(0, num_owners - 1)
-  first = common.take(bounds, of_piece)
-  first += (index - common.take(starts, of_piece)) * piece
-  last = jnp.minimum(first + piece, common.take(bounds, of_piece + 1))
+  first = take(bounds, of_piece)
+  first += (index - take(starts, of_piece)) * piece
+  last = jnp.minimum(first + piece, take(bounds, of_piece + 1))
   pieces = jnp.stack(
     [of_piece, jnp.where(used, first, 0), jnp.where(used, last, 0)], axis=1
   )
@@ -109,7 +105,7 @@ def _search(ascending: jax.Array, values: jax.Array) -> jax.Array:
   # The first elements of rows; the result is in or at the end of the last row
   # that begins below the value.
   row = jnp.maximum(count(rows[None, :, 0]) - 1, 0)
-  return row * stride + count(common.take(rows, row))
+  return row * stride + count(take(rows, row))
 
 
 def chosen(
@@ -127,54 +123,6 @@ def chosen(
   return valid & (position >= 0) & (position < key_length)
 
 
-def _sum_pieces_kernel(
-  starts_ref,  # [owners + 1]
-  partial_ref,  # [P, rows, width]
-  sum_ref,  # [rows, width]
-):
-  owner = pl.program_id(0)
-  first, end = starts_ref[owner], starts_ref[owner + 1]
-
-  def load(step):
-    start = first + step * _AT_ONCE
-    return [
-      partial_ref[jnp.clip(start + i, 0, jnp.maximum(end - 1, 0)), :, :]
-      for i in range(_AT_ONCE)
-    ]
-
-  def add(step, carry):
-    total, current = carry
-    # The loads of the next step do not wait for these sums: every query chooses
-    # block 0, whose pieces are many.
-    following = load(step + 1)
-    for i, x in enumerate(current):
-      total += jnp.where(first + step * _AT_ONCE + i < end, x, 0)
-    return total, following
-
-  total, _ = lax.fori_loop(
-    0,
-    div(end - first + (_AT_ONCE - 1), _AT_ONCE),
-    add,
-    (jnp.zeros(sum_ref.shape, jnp.float32), load(0)),
-  )
-  sum_ref[...] = total.astype(sum_ref.dtype)
-
-
-def sum_pieces(
-  partial: jax.Array, starts: jax.Array, dtype: Any, *, interpret: bool
-) -> jax.Array:
-  """Sums partial sums [P, l', W] of each owner, in order: [owners, l', W]."""
-  num_pieces, block, columns = partial.shape
-  rows, width = 16, 32 if columns % 32 == 0 else 16
-  owners = starts.shape[0] - 1
-  return pl.pallas_call(
-    _sum_pieces_kernel,
-    **common.options("nsa_sum_pieces", 4, 1, interpret),
-    grid=(owners, block // rows, columns // width),
-    in_specs=[
-      pl.BlockSpec(starts.shape, lambda o, r, c: (0,)),
-      pl.BlockSpec((num_pieces, rows, width), lambda o, r, c: (0, r, c)),
-    ],
-    out_specs=pl.BlockSpec((None, rows, width), lambda o, r, c: (o, r, c)),
-    out_shape=common.out_shape((owners, block, columns), dtype),
-  )(starts, partial)
+def take(x: jax.Array, index: jax.Array) -> jax.Array:
+  """`x[index]` for indices in [0, len(x)), in one operation of XLA."""
+  return x.at[index].get(mode="promise_in_bounds", wrap_negative_indices=False)
