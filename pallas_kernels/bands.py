@@ -130,7 +130,7 @@ class Bounds(NamedTuple):
   """Tiles to walk: [begin, end), of which [full_begin, full_end) need no mask.
 
   If two neighbouring fields are the same object, because the band has no such
-  end, `walk` emits no loop between them.
+  end, a kernel needs no loop between them.
   """
 
   begin: Any

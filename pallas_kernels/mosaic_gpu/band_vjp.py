@@ -30,6 +30,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu
 
 from pallas_kernels.bands import Band, BandReads, key_tiles, query_tiles
+from pallas_kernels.checks import group_of
 from pallas_kernels.gradients import delta_of, gradient_of, keep_finite
 from pallas_kernels.integers import ceil_div, div, rem, within
 from pallas_kernels.interface import Spec
@@ -37,7 +38,6 @@ from pallas_kernels.mosaic_gpu import common, gradient_steps
 from pallas_kernels.mosaic_gpu.common import LOG2E
 from pallas_kernels.mosaic_gpu.gradient_steps import EMPTY
 from pallas_kernels.mosaic_gpu.interpreter import interpreted
-from pallas_kernels.mosaic_gpu.support import group_of
 from pallas_kernels.mosaic_gpu.tiling import (
   ROWS,
   WORKERS,
