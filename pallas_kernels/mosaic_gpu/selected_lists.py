@@ -77,7 +77,7 @@ def walk_union(
   rows: Sequence[Any],
   own: Sequence[Any],
   i: Any,
-  visit: Callable[[Any, Any, list[Any], Sequence[Any]], None],
+  visit: Callable[[Any, Any, list[Any]], None],
   lowest: Callable[..., Any] = minimum,
 ) -> Any:
   """Visits the blocks of several queries in ascending order, each block once.
@@ -91,9 +91,8 @@ def walk_union(
     rows: row of each query.
     own: last block that each query may read; -1 for none.
     i: number of the first step.
-    visit: visit(i, block_id, hits, places) is called with the number of a step,
-      its block, whether each query chose it, and the place of each query's next
-      block in its list, which is this block where `hits` holds.
+    visit: visit(i, block_id, hits) is called with the number of a step, its
+      block, and whether each query chose it.
     lowest: minimum of the queries' block ids.
 
   Returns:
@@ -116,7 +115,7 @@ def walk_union(
       for place, hit in zip(places, hits, strict=True)
     )
     heads = tuple(entry(q, place) for q, place in enumerate(following))
-    visit(i, block_id, hits, places)
+    visit(i, block_id, hits)
     return i + 1, lowest(*heads), following, heads
 
   places = tuple(jnp.int32(0) for _ in rows)

@@ -273,8 +273,7 @@ def _load_piece(
     def _():
       plgpu.barrier_wait(barrier.at[rem(i, s.stages)])
 
-  def step(i, block_id, hits, places):
-    del places
+  def step(i, block_id, hits):
     slot = rem(i, s.stages)
     bits = readers(hits, block_id)
     start = block_id * s.block
